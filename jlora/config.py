@@ -1,0 +1,296 @@
+"""The run configuration: YAML file + `dotted.key=value` overrides -> one validated `Config`.
+
+Owns every default, each exactly once, and the line that documents it. Knows nothing of JAX, of
+model shapes (they come from the base's own config.json, see `jlora.hf`) or of what a key causes.
+"""
+
+import argparse
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+
+from jlora.errors import ConfigError
+
+ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+MLP_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+PROJECTIONS = ATTENTION_PROJECTIONS + MLP_PROJECTIONS
+
+NonNegative = Annotated[float, Field(ge=0.0)]
+Dtype = Literal["bfloat16", "float32"]
+Format = Literal["alpaca", "completion", "text", "messages"]
+TrainOn = Literal["response", "all"]
+Prompt = Literal["stanford", "chat"]
+
+
+class Section(BaseModel):
+    """Base of every section: unknown keys are errors, and values do not change once validated."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class ModelSection(Section):
+    path: str = Field(description="base model: a Hugging Face folder, a .gguf file or a hub name")
+    tokenizer: str | None = Field(None, description="another folder for the tokenizer, where the base has none")
+    dtype: Dtype = Field("bfloat16", description="base weights and matmuls; float32 for parity checks and CPUs")
+    quantization: None = Field(None, description="quantised base; only null (none) in this version")
+    attention: Literal["auto", "reference"] = Field("auto", description="attention kernel")
+    remat: Literal["none", "dots", "attention", "full"] = Field(
+        "full",
+        description="what the backward pass recomputes: nothing, all but matmul results (dots), all but "
+        "attention outputs (attention), or everything but each layer's input (full)",
+    )
+
+
+class LoraSection(Section):
+    rank: PositiveInt = Field(16, description="rank R of the A/B factors")
+    alpha: Annotated[float, Field(gt=0.0)] = Field(32.0, description="the product BA is scaled by alpha / rank")
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
+        0.0, description="dropout probability on the adapter's input"
+    )
+    target_modules: list[str] | Literal["all-linear"] = Field(
+        list(ATTENTION_PROJECTIONS),
+        description="projections that get an adapter, of " + ", ".join(PROJECTIONS) + "; or all-linear",
+    )
+    init_from: str | None = Field(None, description="PEFT adapter folder to start from")
+    use_rslora: bool = Field(False, description="scale by alpha / sqrt(rank) (arXiv:2312.03732)")
+
+    @model_validator(mode="after")
+    def _known_targets(self) -> "LoraSection":
+        if isinstance(self.target_modules, list):
+            if not self.target_modules:
+                raise ValueError("target_modules is empty; name at least one projection")
+            for name in self.target_modules:
+                if name not in PROJECTIONS:
+                    raise ValueError(f"target_modules holds '{name}'{_nearest(name, PROJECTIONS)}")
+        return self
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """The targeted projections, in the model's own order."""
+        chosen = PROJECTIONS if self.target_modules == "all-linear" else self.target_modules
+        return tuple(name for name in PROJECTIONS if name in chosen)
+
+
+class DataSection(Section):
+    train: str = Field(description="json, jsonl, parquet or csv file, a folder of them, or a hub data set")
+    eval: str | Annotated[float, Field(gt=0.0, lt=1.0)] | None = Field(
+        None, description="held-out rows: another file or data set, or a fraction of train"
+    )
+    split: str = Field("train", description="split to read where the source is a hub data set")
+    format: Format = Field(
+        "alpaca",
+        description="alpaca (instruction, input, output), completion (prompt, completion), text (text) or "
+        "messages (messages: role, content)",
+    )
+    prompt: Prompt = Field(
+        "stanford", description="how an alpaca row is written: Stanford's prompt, or the model's chat template"
+    )
+    chat_template: str | None = Field(
+        None, description="llama2, chatml or a .jinja file; null takes the tokenizer's own"
+    )
+    max_length: Annotated[int, Field(ge=2)] = Field(1024, description="tokens in a row of a batch")
+    packing: bool = Field(True, description="several short rows in one row of a batch, isolated from each other")
+    train_on: TrainOn = Field("response", description="which tokens the loss counts")
+    on_bad_row: Literal["error", "skip"] = Field(
+        "error", description="a row that can not be trained on stops the run, or is dropped and counted"
+    )
+
+
+class TrainingSection(Section):
+    batch_size: PositiveInt = Field(8, description="rows of a batch in one optimizer step, over all devices")
+    gradient_accumulation_steps: PositiveInt = Field(
+        1, description="parts that a batch is split into to save memory; the result is the same"
+    )
+    epochs: PositiveInt = Field(1, description="passes over the data; max_steps overrides it")
+    max_steps: PositiveInt | None = Field(None, description="optimizer steps; the data repeat, reshuffled")
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(0, description="adapter init, dropout and row order")
+    log_every: PositiveInt = Field(1, description="steps between lines of metrics.jsonl")
+    eval_every: PositiveInt | None = Field(None, description="steps between evaluations; null: start and end only")
+    save_every: PositiveInt | None = Field(None, description="steps between checkpoints; null: at the end only")
+    keep_checkpoints: PositiveInt = Field(2, description="newest checkpoints kept, beside the best by held-out loss")
+    max_nonfinite_steps: Annotated[int, Field(ge=0)] = Field(
+        10, description="steps with non-finite loss or gradients that are skipped before the run stops (exit 6)"
+    )
+    wandb: str | None = Field(None, description="Weights & Biases project to log to; needs the wandb package")
+
+    @model_validator(mode="after")
+    def _whole_microbatches(self) -> "TrainingSection":
+        if self.batch_size % self.gradient_accumulation_steps:
+            raise ValueError(
+                f"batch_size {self.batch_size} can not be split into {self.gradient_accumulation_steps} equal "
+                "parts; make gradient_accumulation_steps a divisor of batch_size"
+            )
+        return self
+
+
+class OptimizerSection(Section):
+    name: Literal["adamw", "adafactor", "lion", "sgd"] = Field("adamw", description="optimizer")
+    learning_rate: Annotated[float, Field(gt=0.0)] = Field(2e-4, description="peak learning rate")
+    weight_decay: NonNegative = Field(0.0, description="decoupled weight decay")
+    b1: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(0.9, description="first-moment decay; momentum of sgd")
+    b2: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(0.999, description="second-moment decay (adamw, lion)")
+    eps: Annotated[float, Field(gt=0.0)] = Field(1e-8, description="added to AdamW's denominator")
+    schedule: Literal["cosine", "linear", "constant"] = Field(
+        "cosine", description="decay from the peak to zero over the steps after warm-up, or none"
+    )
+    warmup_steps: Annotated[int, Field(ge=0)] = Field(0, description="steps of linear warm-up from zero")
+    max_grad_norm: Annotated[float, Field(gt=0.0)] | None = Field(
+        1.0, description="gradients are scaled down to this global norm; null: never"
+    )
+
+
+class MeshSection(Section):
+    data: int = Field(1, description="devices over which batches are split, weights copied")
+    fsdp: int = Field(-1, description="devices over which batches and weights are split; -1: the rest")
+    tensor: int = Field(1, description="devices over which heads and mlp are split")
+
+    @model_validator(mode="after")
+    def _one_rest(self) -> "MeshSection":
+        sizes = (self.data, self.fsdp, self.tensor)
+        if sizes.count(-1) > 1 or any(size == 0 or size < -1 for size in sizes):
+            raise ValueError("axes are positive device counts, and at most one is -1 (the rest)")
+        return self
+
+
+class Config(Section):
+    model: ModelSection
+    method: Literal["lora", "full"] = Field("lora", description="train adapters, or every weight of the base")
+    lora: LoraSection = LoraSection()
+    data: DataSection
+    training: TrainingSection = TrainingSection()
+    optimizer: OptimizerSection = OptimizerSection()
+    mesh: MeshSection = MeshSection()
+    output_dir: str = Field(description="run folder; holding a checkpoint of the same run, training goes on from it")
+
+    def dump_yaml(self) -> str:
+        """The resolved configuration, every default filled in, as YAML."""
+        return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
+
+
+def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """Read YAML, apply `dotted.key=value` overrides (values are YAML), validate.
+
+    Raises:
+      ConfigError: unreadable file, bad YAML, unknown key (with the nearest name) or bad value.
+    """
+    path = Path(path)
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: can not be read ({error.strerror}); check --config") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: must hold keys such as model and data, not {type(tree).__name__}")
+    for override in overrides:
+        _apply_override(tree, override)
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(f"{path}: {_describe(error)}") from None
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"override '{override}' is not of the form dotted.key=value")
+    *parents, leaf = key.split(".")
+    for name in parents:
+        tree = tree.setdefault(name, {})
+        if not isinstance(tree, dict):
+            raise ConfigError(f"override '{override}': '{name}' is not a section")
+    try:
+        tree[leaf] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override '{override}': {' '.join(str(error).split())}") from None
+
+
+def _describe(error: ValidationError) -> str:
+    """The first problem in one sentence; the number of others behind it."""
+    problems = error.errors()
+    first = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
+    # Members of a union show up behind the key as type tags; the keys of the file are the known fields.
+    section: Any = Config
+    names: list[str] = []
+    for part in first["loc"]:
+        names.append(str(part))
+        field = section.model_fields.get(str(part))
+        if field is None:
+            break
+        if not (isinstance(field.annotation, type) and issubclass(field.annotation, Section)):
+            break
+        section = field.annotation
+    key = ".".join(names)
+    if first["type"] == "extra_forbidden":
+        text = f"unknown key '{key}'{_nearest(names[-1], section.model_fields)}"
+        elsewhere = [
+            f"{name}.{names[-1]}"
+            for name, field in Config.model_fields.items()
+            if isinstance(field.annotation, type)
+            and issubclass(field.annotation, Section)
+            and names[-1] in field.annotation.model_fields
+        ]
+        if elsewhere:
+            text = f"unknown key '{key}'; did you mean '{elsewhere[0]}'?"
+    elif first["type"] == "missing":
+        text = f"key '{key}' is missing; set it in the file or as {key}=VALUE"
+    elif first["type"] == "value_error":
+        text = f"{key}: {first['ctx']['error']}"
+    elif key == "model.quantization":
+        text = f"model.quantization: '{first['input']}' is not available in this version; set it to null"
+    else:
+        text = f"{key}: {first['msg'][0].lower()}{first['msg'][1:]}, but it is {first['input']!r}"
+    others = len(problems) - 1
+    return text if not others or first["type"] != "extra_forbidden" else f"{text} ({others} more problems)"
+
+
+def _nearest(name: str, known: Any) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean '{close[0]}'?" if close else f"; known are {', '.join(known)}"
+
+
+def reference() -> str:
+    """The configuration reference as Markdown, one table a section, made from the models above."""
+    lines = [
+        "# Configuration reference",
+        "",
+        "Made by `python -m jlora.config`. Any key can be overridden on the command line as `dotted.key=value`.",
+    ]
+    top = [name for name, field in Config.model_fields.items() if not _is_section(field.annotation)]
+    lines += ["", "## Top level", "", *_table({name: Config.model_fields[name] for name in top})]
+    for name, field in Config.model_fields.items():
+        if _is_section(field.annotation):
+            lines += ["", f"## {name}", "", *_table(field.annotation.model_fields)]
+    return "\n".join(lines) + "\n"
+
+
+def _is_section(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, Section)
+
+
+def _table(fields: Any) -> list[str]:
+    rows = ["| key | default | meaning |", "| --- | --- | --- |"]
+    for name, field in fields.items():
+        default = "required" if field.is_required() else f"`{yaml_scalar(field.default)}`"
+        choices = [f"`{choice}`" for choice in get_args(field.annotation) if isinstance(choice, str)]
+        meaning = field.description + (f" ({', '.join(choices)})" if choices and len(choices) > 1 else "")
+        rows.append(f"| `{name}` | {default} | {meaning} |")
+    return rows
+
+
+def yaml_scalar(value: Any) -> str:
+    """`value` as one line of YAML."""
+    return yaml.safe_dump(value, default_flow_style=True).strip().removesuffix("...").strip()
+
+
+def main() -> None:
+    """Print the configuration reference."""
+    argparse.ArgumentParser(prog="python -m jlora.config", description=reference.__doc__).parse_args()
+    print(reference(), end="")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,41 @@
+"""The errors a user can cause, each with its exit code. Knows nothing of the rest of the package.
+
+Every message is one sentence that says what is wrong, where, and what to do. `jlora.cli` turns
+one into a line on stderr and the exit code below; anything else that is raised is a bug of ours (1).
+"""
+
+
+class UserError(Exception):
+    """Base class; never raised itself."""
+
+    exit_code = 1
+
+
+class ConfigError(UserError):
+    """Bad usage or configuration."""
+
+    exit_code = 2
+
+
+class DataError(UserError):
+    """Bad training, evaluation or prompt data."""
+
+    exit_code = 3
+
+
+class ModelError(UserError):
+    """Bad base model, tokenizer, checkpoint or adapter."""
+
+    exit_code = 4
+
+
+class MemoryExceeded(UserError):
+    """The run does not fit on the device."""
+
+    exit_code = 5
+
+
+class NonFiniteError(UserError):
+    """Loss or gradients were not finite more often than the configured limit."""
+
+    exit_code = 6

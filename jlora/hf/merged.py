@@ -1,0 +1,96 @@
+"""Writes full Hugging Face checkpoints: merged weights, or a fully fine-tuned model.
+
+Tensor by tensor into shards, so that the host holds one shard at a time.
+"""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from safetensors.numpy import save_file
+
+from jlora.adapter import Adapter
+from jlora.hf.base import Source, replace_folder
+from jlora.hf.names import Entry, name_table, to_hf
+from jlora.model import Decoder, LlamaConfig
+
+SHARD_BYTES = 5 * 10**9
+DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16, "float32": np.float32}
+
+
+def merged_tensor(source: Source, entry: Entry, name: str, adapter: Adapter) -> np.ndarray:
+    """One tensor of the base with its adapter's share added, W + scale * B A, in float32."""
+    weight = source.read(name).astype(np.float32)
+    lora = adapter.get(entry.leaf)
+    if lora is None or entry.layer is None:
+        return weight
+    rank = lora.lora_b.shape[1]
+    a = np.asarray(lora.lora_a[entry.layer], np.float32).reshape(-1, rank)
+    b = np.asarray(lora.lora_b[entry.layer], np.float32).reshape(rank, -1)
+    return weight + np.float32(lora.scale) * (a @ b).T
+
+
+def trained_tensor(decoder: Decoder, entry: Entry) -> np.ndarray:
+    """One tensor of a fully fine-tuned model, in float32."""
+    owner = decoder if entry.layer is None else decoder.layers
+    leaf = getattr(owner, entry.leaf)[...]
+    return to_hf(entry, np.asarray(leaf if entry.layer is None else leaf[entry.layer], np.float32))
+
+
+def save_checkpoint(
+    folder: Path,
+    cfg: LlamaConfig,
+    tensor: Callable[[str, Entry], np.ndarray],
+    config: dict[str, Any],
+    dtype: str,
+    add_files: Callable[[Path], None],
+) -> None:
+    """Write config.json, sharded safetensors and what `add_files` puts beside them, whole or not at all.
+
+    Args:
+      tensor: Hugging Face name and table entry -> array in the file's layout.
+      dtype: bfloat16, float16 or float32, of the tensors written.
+    """
+    temporary = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    shards: list[dict[str, np.ndarray]] = [{}]
+    sizes = [0]
+    weight_map: dict[str, int] = {}
+
+    def flush() -> None:
+        save_file(shards[-1], temporary / f"shard-{len(shards)}", metadata={"format": "pt"})
+        shards[-1] = {}
+
+    for name, entry in name_table(cfg).items():
+        array = np.ascontiguousarray(tensor(name, entry).astype(DTYPES[dtype]))
+        if sizes[-1] and sizes[-1] + array.nbytes > SHARD_BYTES:
+            flush()
+            shards.append({})
+            sizes.append(0)
+        shards[-1][name] = array
+        sizes[-1] += array.nbytes
+        weight_map[name] = len(shards)
+    flush()
+    # The number of shards, which their names carry, is known only now.
+    if len(shards) == 1:
+        (temporary / "shard-1").rename(temporary / "model.safetensors")
+    else:
+        names = {i: f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)}
+        for number, file in names.items():
+            (temporary / f"shard-{number}").rename(temporary / file)
+        index = {
+            "metadata": {"total_size": sum(sizes)},
+            "weight_map": {name: names[number] for name, number in weight_map.items()},
+        }
+        text = json.dumps(index, indent=2) + "\n"
+        (temporary / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+    config = {key: value for key, value in config.items() if key not in ("torch_dtype", "dtype")}
+    config |= {"architectures": ["LlamaForCausalLM"], "dtype": dtype, "torch_dtype": dtype}
+    (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    add_files(temporary)
+    replace_folder(temporary, folder)

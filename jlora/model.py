@@ -1,0 +1,280 @@
+"""Llama as a `flax.nnx` module: blocks stacked over layers and run by scan.
+
+Owns the shapes and logical axes of the weights and the forward pass. Knows nothing of files,
+losses or optimizers. A module is a pytree, so it passes through `jax.jit` and `jax.grad` as it is.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from jlora.adapter import Adapter, layer_keys, project
+from jlora.attention import Attention
+from jlora.layers import RopeScaling, rms_norm, rope_frequencies, rotate
+from jlora.sharding import constrain
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """Shape and numerics of a Llama, all from the base's own config.json; no field has a default."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope_theta: float
+    rope_scaling: RopeScaling | None
+    tie_word_embeddings: bool
+
+
+@dataclass(frozen=True)
+class Weight:
+    """Shape and logical axes of one weight."""
+
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]
+
+
+def block_weights(cfg: LlamaConfig) -> dict[str, Weight]:
+    """The weights of one layer, in the order of their use."""
+    d, f, h = cfg.hidden_size, cfg.intermediate_size, cfg.head_dim
+    n, k = cfg.num_attention_heads, cfg.num_key_value_heads
+    return {
+        "input_layernorm": Weight((d,), ("embed",)),
+        "q_proj": Weight((d, n, h), ("embed", "heads", "head_dim")),
+        "k_proj": Weight((d, k, h), ("embed", "kv_heads", "head_dim")),
+        "v_proj": Weight((d, k, h), ("embed", "kv_heads", "head_dim")),
+        "o_proj": Weight((n, h, d), ("heads", "head_dim", "embed")),
+        "post_attention_layernorm": Weight((d,), ("embed",)),
+        "gate_proj": Weight((d, f), ("embed", "mlp")),
+        "up_proj": Weight((d, f), ("embed", "mlp")),
+        "down_proj": Weight((f, d), ("mlp", "embed")),
+    }
+
+
+def outer_weights(cfg: LlamaConfig) -> dict[str, Weight]:
+    """The weights outside the layers."""
+    table = Weight((cfg.vocab_size, cfg.hidden_size), ("vocab", "embed"))
+    norm = Weight((cfg.hidden_size,), ("embed",))
+    tied = {"embed_tokens": table, "norm": norm}
+    return tied if cfg.tie_word_embeddings else tied | {"lm_head": table}
+
+
+def projection_shapes(cfg: LlamaConfig) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Projection name -> (input dims, output dims) of one layer, for its adapter."""
+    inputs = {"o_proj": 2}  # heads and head_dim; every other projection has one input dim
+    return {
+        name: (weight.shape[: inputs.get(name, 1)], weight.shape[inputs.get(name, 1) :])
+        for name, weight in block_weights(cfg).items()
+        if name.endswith("_proj")
+    }
+
+
+def _checkpointed(function: Callable, remat: str) -> Callable:
+    """`function` under the rematerialisation policy of config key `model.remat`."""
+    policies = jax.checkpoint_policies
+    match remat:
+        case "none":
+            return function
+        case "full":
+            return jax.checkpoint(function, policy=policies.nothing_saveable)
+        case "dots":
+            return jax.checkpoint(function, policy=policies.dots_with_no_batch_dims_saveable)
+        case "attention":
+            return jax.checkpoint(function, policy=policies.save_only_these_names("attention_output"))
+    raise ValueError(f"unknown remat policy {remat!r}")
+
+
+class Block(nnx.Module):
+    """One layer, or all layers stacked: then every weight has a leading dim L."""
+
+    def __init__(self, cfg: LlamaConfig, fill: Callable[[Weight], Array]):
+        self.cfg = cfg
+        for name, weight in block_weights(cfg).items():
+            stacked = Weight((cfg.num_hidden_layers, *weight.shape), ("layers", *weight.axes))
+            setattr(self, name, nnx.Param(fill(stacked), axes=stacked.axes))
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        positions: Int[Array, "B T"],
+        attend: Callable[..., Array],
+        adapter: Adapter,
+        dropout_key: PRNGKeyArray | None,
+    ) -> Float[Array, "B T D"]:
+        """One layer.
+
+        Args:
+          attend: (q [B T N H], k [B T K H], v [B T K H]) -> [B T N H], with the mask inside.
+          adapter: this layer's factors by projection name.
+        """
+
+        def weighted(name: str, equation: str, inputs: Array) -> Array:
+            key = None if dropout_key is None else layer_keys(dropout_key, name)
+            return project(equation, inputs, getattr(self, name)[...], adapter.get(name), key)
+
+        frequencies = rope_frequencies(self.cfg.head_dim, self.cfg.rope_theta, self.cfg.rope_scaling)
+        normed = rms_norm(x, self.input_layernorm[...], self.cfg.rms_norm_eps)
+        q = constrain(weighted("q_proj", "btd,dnh->btnh", normed), "act_batch", None, "act_heads", None)
+        k = constrain(weighted("k_proj", "btd,dnh->btnh", normed), "act_batch", None, "act_kv_heads", None)
+        v = constrain(weighted("v_proj", "btd,dnh->btnh", normed), "act_batch", None, "act_kv_heads", None)
+        mixed = attend(rotate(q, positions, frequencies), rotate(k, positions, frequencies), v)
+        mixed = checkpoint_name(mixed, "attention_output")
+        x = x + constrain(weighted("o_proj", "btnh,nhd->btd", mixed), "act_batch", "act_seq", "act_embed")
+        normed = rms_norm(x, self.post_attention_layernorm[...], self.cfg.rms_norm_eps)
+        gate = constrain(weighted("gate_proj", "btd,df->btf", normed), "act_batch", None, "act_mlp")
+        up = constrain(weighted("up_proj", "btd,df->btf", normed), "act_batch", None, "act_mlp")
+        down = weighted("down_proj", "btf,fd->btd", jax.nn.silu(gate) * up)
+        return x + constrain(down, "act_batch", "act_seq", "act_embed")
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Keys and values of the tokens so far, for decoding. Slots fill from the left; segment 0 is empty.
+
+    Attributes:
+      keys, values: [L B S K H] in the model's dtype.
+      segments, positions: [B S] int32.
+      used: scalar int32, slots filled.
+    """
+
+    keys: Float[Array, "L B S K H"]
+    values: Float[Array, "L B S K H"]
+    segments: Int[Array, "B S"]
+    positions: Int[Array, "B S"]
+    used: Int[Array, ""]
+
+
+jax.tree_util.register_dataclass(
+    Cache, data_fields=["keys", "values", "segments", "positions", "used"], meta_fields=[]
+)
+
+
+def empty_cache(cfg: LlamaConfig, batch_size: int, num_slots: int, dtype: jnp.dtype) -> Cache:
+    """A cache with room for `num_slots` tokens a row."""
+    shape = (cfg.num_hidden_layers, batch_size, num_slots, cfg.num_key_value_heads, cfg.head_dim)
+    zeros = jnp.zeros((batch_size, num_slots), jnp.int32)
+    return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), zeros, zeros, jnp.zeros((), jnp.int32))
+
+
+class Decoder(nnx.Module):
+    """A Llama with its language-model head; logits match transformers' LlamaForCausalLM."""
+
+    def __init__(self, cfg: LlamaConfig, fill: Callable[[Weight], Array]):
+        """Args: fill makes each weight, stacked over layers, from its shape and logical axes."""
+        self.cfg = cfg
+        self.layers = Block(cfg, fill)
+        for name, weight in outer_weights(cfg).items():
+            setattr(self, name, nnx.Param(fill(weight), axes=weight.axes))
+
+    @property
+    def head(self) -> Float[Array, "V D"]:
+        """The output projection; the embedding itself where they are tied."""
+        return (self.embed_tokens if self.cfg.tie_word_embeddings else self.lm_head)[...]
+
+    def hidden(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        segments: Int[Array, "B T"],
+        *,
+        adapter: Adapter,
+        dropout_key: PRNGKeyArray | None,
+        attention: Attention,
+        remat: str,
+        dtype: jnp.dtype,
+    ) -> Float[Array, "B T D"]:
+        """Hidden states after the last norm, in `dtype`, for rows of packed segments.
+
+        Args:
+          positions: restart at 0 in every segment.
+          segments: 1, 2, ... within a row; 0 is padding.
+          adapter: empty for the bare base.
+          dropout_key: None when not training.
+        """
+        attend = partial(
+            attention,
+            q_segments=segments,
+            kv_segments=segments,
+            q_positions=positions,
+            kv_positions=positions,
+        )
+
+        def layer(x: Array, scanned: tuple[Block, Adapter, PRNGKeyArray | None]) -> tuple[Array, None]:
+            block, factors, key = scanned
+            return block(x, positions, attend, factors, key), None
+
+        keys = None if dropout_key is None else jax.random.split(dropout_key, self.cfg.num_hidden_layers)
+        x = self._embed(tokens, dtype)
+        x, _ = jax.lax.scan(_checkpointed(layer, remat), x, (self.layers, adapter, keys))
+        return rms_norm(x, self.norm[...], self.cfg.rms_norm_eps)
+
+    def hidden_cached(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        segments: Int[Array, "B T"],
+        cache: Cache,
+        *,
+        adapter: Adapter,
+        attention: Attention,
+    ) -> tuple[Float[Array, "B T D"], Cache]:
+        """As `hidden`, for the next T tokens of rows whose earlier tokens are in `cache`."""
+        slot = cache.used
+        all_segments = jax.lax.dynamic_update_slice(cache.segments, segments, (0, slot))
+        all_positions = jax.lax.dynamic_update_slice(cache.positions, positions, (0, slot))
+
+        def layer(
+            carry: tuple[Array, Array, Array], scanned: tuple[Block, Adapter, Array]
+        ) -> tuple[tuple[Array, Array, Array], None]:
+            x, keys, values = carry
+            block, factors, index = scanned
+
+            def attend(q: Array, k: Array, v: Array) -> Array:
+                nonlocal keys, values
+                keys = jax.lax.dynamic_update_slice(keys, k[None], (index, 0, slot, 0, 0))
+                values = jax.lax.dynamic_update_slice(values, v[None], (index, 0, slot, 0, 0))
+                return attention(
+                    q, keys[index], values[index], segments, all_segments, positions, all_positions
+                )
+
+            return (block(x, positions, attend, factors, None), keys, values), None
+
+        x = self._embed(tokens, cache.keys.dtype)
+        # The cache is carried, not scanned over, so that a step writes its own slots and copies nothing.
+        (x, keys, values), _ = jax.lax.scan(
+            layer,
+            (x, cache.keys, cache.values),
+            (self.layers, adapter, jnp.arange(self.cfg.num_hidden_layers)),
+        )
+        cache = Cache(keys, values, all_segments, all_positions, slot + tokens.shape[1])
+        return rms_norm(x, self.norm[...], self.cfg.rms_norm_eps), cache
+
+    def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """Logits in float32."""
+        head = self.head.astype(hidden.dtype)
+        return jnp.einsum("btd,vd->btv", hidden, head, preferred_element_type=jnp.float32)
+
+    def _embed(self, tokens: Int[Array, "B T"], dtype: jnp.dtype) -> Float[Array, "B T D"]:
+        x = self.embed_tokens[...][tokens].astype(dtype)
+        return constrain(x, "act_batch", "act_seq", "act_embed")
+
+
+def abstract_decoder(cfg: LlamaConfig, dtype: jnp.dtype) -> Decoder:
+    """The module with shapes instead of arrays, every weight in `dtype`."""
+    return Decoder(cfg, lambda weight: jax.ShapeDtypeStruct(weight.shape, dtype))  # type: ignore[arg-type]
+
+
+def count(decoder: Decoder) -> int:
+    """Number of parameters."""
+    return sum(leaf.size for leaf in jax.tree.leaves(decoder))

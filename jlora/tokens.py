@@ -1,0 +1,438 @@
+"""Tokenizer, prompt formats and chat templates: a row of data becomes token ids and a loss mask.
+
+Knows nothing of files of rows, batches, packing or the model. One mechanism serves every format:
+the row becomes one text and the character spans of it that are trained; the text is tokenised once,
+and a token is trained when it lies between the token counts of the text up to the span's two ends.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from jlora.errors import ConfigError, DataError, ModelError
+
+if TYPE_CHECKING:
+    from sentencepiece import SentencePieceProcessor
+    from tokenizers import Tokenizer as FastTokenizer
+    from transformers import PreTrainedTokenizerFast
+
+FORMATS = ("alpaca", "completion", "text", "messages")
+
+# Stanford Alpaca's prompts (tatsu-lab/stanford_alpaca, train.py), which models know to the byte.
+STANFORD_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
+)
+STANFORD_WITHOUT_INPUT = (
+    "Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:"
+)
+
+CHAT_TEMPLATES = {
+    # Renders what the template of Meta's Llama-2-chat models renders: BOS and EOS around each pair of turns,
+    # the system prompt inside the first user turn.
+    "llama2": (
+        r"{% set start = 1 if messages[0].role == 'system' else 0 %}"
+        r"{% set system = '<<SYS>>\n' + messages[0].content + '\n<</SYS>>\n\n' if start else '' %}"
+        r"{% for message in messages[start:] %}"
+        r"{% if message.role != ('user', 'assistant')[loop.index0 % 2] %}"
+        r"{{ raise_exception('user and assistant must take turns, the user first') }}"
+        r"{% elif message.role == 'assistant' %}{{ ' ' + message.content | trim + ' ' + eos_token }}"
+        r"{% else %}{% set content = (system if loop.first else '') + message.content %}"
+        r"{{ bos_token + '[INST] ' + content | trim + ' [/INST]' }}"
+        r"{% endif %}{% endfor %}"
+    ),
+    "chatml": (
+        r"{% for message in messages %}"
+        r"{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}"
+        r"{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    ),
+}
+
+_FILES = (
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "chat_template.jinja",
+)  # fmt: skip
+
+
+class BadRow(Exception):
+    """A row that cannot be used; `message` is one clause, to which the reader adds file and line."""
+
+    def __init__(self, reason: str, message: str):
+        super().__init__(message)
+        self.reason = reason
+        self.message = message
+
+
+class Example(NamedTuple):
+    """One row. `trained[i]`: the loss counts predicting token i, so `trained[0]` is always false."""
+
+    ids: np.ndarray  # int32 [n]
+    trained: np.ndarray  # bool [n]
+
+
+@dataclass(frozen=True)
+class _Fast:
+    """A tokenizer of the `tokenizers` library."""
+
+    tokenizer: "FastTokenizer"
+
+    def encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+
+@dataclass(frozen=True)
+class _SentencePiece:
+    """A SentencePiece model, with the strings that stand for one token each split out of the text first."""
+
+    processor: "SentencePieceProcessor"
+    added: dict[str, int]
+
+    def encode(self, text: str) -> list[int]:
+        # Longest first, because an alternation takes the first match and the longest one is wanted.
+        pattern = "|".join(map(re.escape, sorted(self.added, key=len, reverse=True)))
+        ids: list[int] = []
+        for chunk in re.split(f"({pattern})", text):
+            ids += [self.added[chunk]] if chunk in self.added else self.processor.encode(chunk)
+        return ids
+
+    def decode(self, ids: list[int]) -> str:
+        # A model may have more embeddings than there are pieces; an id without a piece decodes to nothing.
+        skipped, size = set(self.added.values()), self.processor.vocab_size()
+        return self.processor.decode([i for i in ids if i < size and i not in skipped])
+
+
+@dataclass(frozen=True, eq=False)
+class Tokenizer:
+    """One tokenizer, whichever library is behind it. It has no padding token: masks say what is padding."""
+
+    vocab_size: int  # largest token id + 1
+    bos_id: int | None
+    eos_id: int
+    add_bos: bool  # the tokenizer's own convention for plain text
+    bos_token: str | None
+    eos_token: str
+    chat_template: str | None
+    files: tuple[Path, ...]  # what makes a folder this tokenizer; empty if it came from a GGUF file
+    vocabulary_hash: str
+    backend: _Fast | _SentencePiece = field(repr=False)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over everything that decides which ids a row becomes."""
+        rest = [self.vocabulary_hash, self.bos_id, self.eos_id, self.add_bos, self.chat_template]
+        return hashlib.sha256(json.dumps(rest).encode()).hexdigest()
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text` without BOS or EOS; special tokens written out in it are recognised."""
+        return self.backend.encode(text)
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """The text of `ids` ([n] integers), special tokens left out."""
+        return self.backend.decode([int(i) for i in ids])
+
+    def render(self, messages: list[dict[str, str]], *, add_generation_prompt: bool) -> str:
+        """The text of a conversation by the chat template, run in a sandbox.
+
+        Raises ConfigError if there is no template or it does not parse, DataError if it refuses the messages.
+        """
+        from jinja2 import TemplateSyntaxError
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        if self.chat_template is None:
+            raise ConfigError("the tokenizer has no chat template; give llama2, chatml or a .jinja file")
+        try:
+            texts, _ = render_jinja_template(
+                [messages], chat_template=self.chat_template, add_generation_prompt=add_generation_prompt,
+                bos_token=self.bos_token or "", eos_token=self.eos_token,
+            )  # fmt: skip
+        except TemplateSyntaxError as error:
+            raise ConfigError(f"chat template, line {error.lineno}: {error.message}") from error
+        except Exception as error:  # a template is a program: any error can come out of it
+            raise DataError(f"the chat template refuses the messages: {error}") from error
+        return texts[0]
+
+
+def load_tokenizer(path: str | Path, chat_template: str | None) -> Tokenizer:
+    """Load a tokenizer from an HF folder, a `.gguf` file or the name of a hub repository.
+
+    A folder's `tokenizer.json` is taken as it stands, whatever class the folder names; with only a
+    `tokenizer.model`, text is tokenised by sentencepiece itself. Code in a repository is never run.
+    `chat_template` is None for the tokenizer's own, the name of one of CHAT_TEMPLATES, or a `.jinja` file.
+
+    Raises ModelError if the tokenizer is missing, unreadable or has no EOS, ConfigError for `chat_template`.
+    """
+    if Path(path).suffix == ".gguf":
+        from jlora.gguf import GGUFFile
+
+        hf = GGUFFile(Path(path)).tokenizer()
+        tokenizer = _from_fast(hf, hf.backend_tokenizer.to_str().encode(), (), path)
+    else:
+        folder = _folder(path)
+        files = tuple(folder / name for name in _FILES if (folder / name).is_file())
+        if folder / "tokenizer.json" in files:
+            from transformers import PreTrainedTokenizerFast
+
+            try:  # not by AutoTokenizer, which rebuilds Llama's so that it cuts some texts differently
+                hf = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+            except Exception as error:  # the tokenizers library raises bare Exception
+                raise ModelError(f"the tokenizer files in {folder} cannot be read: {error}") from error
+            tokenizer = _from_fast(hf, (folder / "tokenizer.json").read_bytes(), files, path)
+        elif folder / "tokenizer.model" in files:
+            tokenizer = _from_sentencepiece(folder, files)
+        else:
+            raise ModelError(f"{folder} has no tokenizer: it needs a tokenizer.json or a tokenizer.model")
+    if chat_template is None:
+        return tokenizer
+    if chat_template == "chatml" and len(tokenizer.encode("<|im_end|>")) != 1:
+        # In ordinary pieces the end of a turn would not be one token, at which generation can stop.
+        raise ConfigError(f"chatml needs the token <|im_end|>, which the tokenizer of {path} does not have")
+    if chat_template in CHAT_TEMPLATES:
+        return replace(tokenizer, chat_template=CHAT_TEMPLATES[chat_template])
+    try:
+        return replace(tokenizer, chat_template=Path(chat_template).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        names = ", ".join(CHAT_TEMPLATES)
+        raise ConfigError(f"chat template {chat_template} is none of {names} nor a readable file") from error
+
+
+def _folder(path: str | Path) -> Path:
+    """The local folder of `path`; of a hub repository, the tokenizer's files alone are downloaded."""
+    if Path(path).is_dir():
+        return Path(path)
+    if Path(path).exists() or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(path)):
+        raise ModelError(f"tokenizer {path} is not a folder, a .gguf file or a hub name")
+    import huggingface_hub
+
+    try:
+        return Path(huggingface_hub.snapshot_download(str(path), allow_patterns=list(_FILES)))
+    except Exception as error:  # the hub client and the network library below it share no base class
+        raise ModelError(f"tokenizer {path} is not a folder, and the hub gave none of that name") from error
+
+
+def _from_fast(
+    hf: "PreTrainedTokenizerFast", content: bytes, files: tuple[Path, ...], where: str | Path
+) -> Tokenizer:
+    if hf.eos_token_id is None:
+        raise ModelError(f"the tokenizer of {where} names no eos_token that has an id")
+    add_bos = hf.bos_token_id is not None and hf("x").input_ids[0] == hf.bos_token_id
+    template = hf.chat_template
+    fast = hf.backend_tokenizer
+    fast.no_truncation()  # a tokenizer.json may carry both; here a row is encoded whole
+    fast.no_padding()
+    added = sorted((i, token.content) for i, token in fast.get_added_tokens_decoder().items())
+    return Tokenizer(
+        vocab_size=max(fast.get_vocab(with_added_tokens=True).values()) + 1,
+        bos_id=hf.bos_token_id, eos_id=hf.eos_token_id, add_bos=add_bos,
+        bos_token=hf.bos_token, eos_token=hf.eos_token,
+        chat_template=template.get("default") if isinstance(template, dict) else template,
+        files=files,
+        vocabulary_hash=hashlib.sha256(content + json.dumps(added).encode()).hexdigest(),
+        backend=_Fast(fast),
+    )  # fmt: skip
+
+
+def _from_sentencepiece(folder: Path, files: tuple[Path, ...]) -> Tokenizer:
+    from sentencepiece import SentencePieceProcessor
+
+    content = (folder / "tokenizer.model").read_bytes()
+    try:
+        processor = SentencePieceProcessor(model_proto=content)
+    except RuntimeError as error:
+        raise ModelError(f"{folder / 'tokenizer.model'} is not a SentencePiece model") from error
+    config = _read_json(folder / "special_tokens_map.json") | _read_json(folder / "tokenizer_config.json")
+    template = config.get("chat_template")
+    if isinstance(template, list):  # several by name
+        template = next((entry["template"] for entry in template if entry["name"] == "default"), None)
+    if folder / "chat_template.jinja" in files:
+        template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+
+    def text(token: str | dict[str, Any]) -> str:  # HF writes either
+        return token["content"] if isinstance(token, dict) else token
+
+    model_ids = {"bos": processor.bos_id(), "eos": processor.eos_id(), "unk": processor.unk_id()}
+    tokens = {f"{key}_token": processor.id_to_piece(i) for key, i in model_ids.items() if i >= 0}
+    tokens |= {key: text(config[key]) for key in ("bos_token", "eos_token", "unk_token") if config.get(key)}
+    added = {text(token): int(i) for i, token in config.get("added_tokens_decoder", {}).items()}
+    added |= _read_json(folder / "added_tokens.json")
+    for token in (*tokens.values(), *map(text, config.get("additional_special_tokens") or ())):
+        i = processor.piece_to_id(token)  # of a string that is no piece: the id of <unk>
+        if token not in added and processor.id_to_piece(i) == token:
+            added[token] = i
+    bos, eos = tokens.get("bos_token"), tokens.get("eos_token")
+    if eos not in added:
+        raise ModelError(f"the tokenizer of {folder} names no eos_token that has an id")
+    return Tokenizer(
+        vocab_size=max(processor.vocab_size() - 1, *added.values()) + 1,
+        bos_id=added.get(bos), eos_id=added[eos], add_bos=bos in added and config.get("add_bos_token", True),
+        bos_token=bos, eos_token=eos, chat_template=template, files=files,
+        vocabulary_hash=hashlib.sha256(content + json.dumps(sorted(added.items())).encode()).hexdigest(),
+        backend=_SentencePiece(processor, added),
+    )  # fmt: skip
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except ValueError as error:
+        raise ModelError(f"{file} is not JSON: {error}") from error
+
+
+def encode_row(
+    tokenizer: Tokenizer, row: dict[str, Any], *, format: str, prompt: str, train_on: str
+) -> Example:
+    """The tokens of a whole row, not truncated, and which of them are trained.
+
+    `format` is one of FORMATS; `prompt` ("stanford" or "chat") matters to alpaca rows only; `train_on` is
+    "response" or "all". Text that goes through no chat template gets EOS and, where the tokenizer adds it,
+    BOS, unless it has them already; EOS is trained like the rest of the response. A token across the
+    border of prompt and response counts to the prompt, as in Stanford Alpaca's train.py, Axolotl and TRL.
+
+    Raises BadRow, and ConfigError if a chat template is needed and there is none.
+    """
+    chat = _is_chat(format, prompt)
+    if chat:
+        messages = _messages(row, format, answered=True)
+        text = _render(tokenizer, messages, add_generation_prompt=False)
+        spans = _assistant_spans(tokenizer, messages, text) if train_on == "response" else [(0, len(text))]
+    else:
+        head = _head(row, format)
+        text = head + _response(row, format)
+        spans = [(len(head) if train_on == "response" else 0, len(text))]
+    ids = _encode(tokenizer, text, chat)
+    trained = np.zeros(len(ids), dtype=bool)
+    for start, end in spans:
+        first, last = (len(_encode(tokenizer, text[:n], chat)) for n in (start, end))
+        trained[first:last] = True
+    if not chat and ids[-1] != tokenizer.eos_id:
+        ids.append(tokenizer.eos_id)
+        trained = np.append(trained, True)
+    trained[0] = False
+    if not trained.any():
+        raise BadRow("no_trained_token", "no token of it would be trained")
+    return Example(np.asarray(ids, dtype=np.int32), trained)
+
+
+def encode_prompt(tokenizer: Tokenizer, row: dict[str, Any], *, format: str, prompt: str) -> list[int]:
+    """The ids generation starts from: the untrained prefix of `encode_row`; the row needs no response.
+
+    As long as that prefix and equal to it, but for last tokens that in `encode_row` took up the start of the
+    response. A conversation that ends with a user's turn is all prompt, and so is a `text` row.
+
+    Raises BadRow, and ConfigError if a chat template is needed and there is none.
+    """
+    if not _is_chat(format, prompt):
+        return _encode(tokenizer, (_response if format == "text" else _head)(row, format), chat=False)
+    messages = _messages(row, format, answered=False)
+    roles = [message["role"] for message in messages]
+    context = messages[: roles.index("assistant")] if roles[-1] == "assistant" else messages
+    return _encode(tokenizer, _render(tokenizer, context, add_generation_prompt=True), chat=True)
+
+
+def _encode(tokenizer: Tokenizer, text: str, chat: bool) -> list[int]:
+    ids = tokenizer.encode(text)
+    if not chat and tokenizer.add_bos and ids[:1] != [tokenizer.bos_id]:
+        ids.insert(0, tokenizer.bos_id)
+    return ids
+
+
+def _is_chat(format: str, prompt: str) -> bool:
+    return format == "messages" or (format == "alpaca" and prompt == "chat")
+
+
+def _get(row: dict[str, Any], name: str, kind: type) -> Any:
+    """A field of a row, or of a message in it."""
+    value = row.get(name) if isinstance(row, dict) else None
+    if value is None:
+        raise BadRow("missing_field", f'the field "{name}" is missing')
+    if not isinstance(value, kind):
+        raise BadRow("wrong_type", f'the field "{name}" is {type(value).__name__}, not {kind.__name__}')
+    if kind is str and re.search("[\ud800-\udfff]", value):
+        raise BadRow("not_unicode", f'the field "{name}" holds half of a surrogate pair')
+    return value
+
+
+def _instruction(row: dict[str, Any]) -> tuple[str, str]:
+    """Instruction and input of an alpaca row; an input that is missing or blank is empty."""
+    instruction = _get(row, "instruction", str)
+    given = "" if row.get("input") is None else _get(row, "input", str)
+    if not (instruction + given).strip():
+        raise BadRow("empty_prompt", "instruction and input are both empty")
+    return instruction, given if given.strip() else ""
+
+
+def _head(row: dict[str, Any], format: str) -> str:
+    """What comes before the response, of a row that goes through no chat template."""
+    if format == "text":
+        return ""
+    if format == "alpaca":
+        instruction, given = _instruction(row)
+        template = STANFORD_WITH_INPUT if given else STANFORD_WITHOUT_INPUT
+        return template.format(instruction=instruction, input=given)
+    head = _get(row, "prompt", str)
+    if not head.strip():
+        raise BadRow("empty_prompt", 'the field "prompt" is empty')
+    return head
+
+
+def _response(row: dict[str, Any], format: str) -> str:
+    name = {"alpaca": "output", "completion": "completion", "text": "text"}[format]
+    response = _get(row, name, str)
+    if not response.strip():
+        raise BadRow("empty_response", f'the field "{name}" is empty')
+    return response
+
+
+def _messages(row: dict[str, Any], format: str, *, answered: bool) -> list[dict[str, str]]:
+    """The conversation of a row, checked; `answered`: it must have the response."""
+    if format == "alpaca":
+        user = {"role": "user", "content": "\n\n".join(filter(None, _instruction(row)))}
+        return [user, {"role": "assistant", "content": _response(row, format)}] if answered else [user]
+    turns = _get(row, "messages", list)
+    messages = [{key: _get(turn, key, str) for key in ("role", "content")} for turn in turns]
+    if not messages:
+        raise BadRow("empty_messages", 'the list "messages" is empty')
+    for role, content in (message.values() for message in messages):
+        if role not in ("system", "user", "assistant"):
+            raise BadRow("wrong_role", f'the role "{role}" is none of system, user and assistant')
+        if role != "system" and not content.strip():
+            reason = "empty_response" if role == "assistant" else "empty_prompt"
+            raise BadRow(reason, f"a turn of the {role} is empty")
+    if answered and all(message["role"] != "assistant" for message in messages):
+        raise BadRow("no_assistant_turn", "no turn is the assistant's")
+    return messages
+
+
+def _render(tokenizer: Tokenizer, messages: list[dict[str, str]], *, add_generation_prompt: bool) -> str:
+    try:
+        return tokenizer.render(messages, add_generation_prompt=add_generation_prompt)
+    except DataError as error:
+        raise BadRow("template_error", str(error)) from error
+
+
+def _assistant_spans(
+    tokenizer: Tokenizer, messages: list[dict[str, str]], text: str
+) -> list[tuple[int, int]]:
+    """The characters of `text`, the rendered conversation, that the assistant would have generated."""
+    spans = []
+    for i in (i for i, message in enumerate(messages) if message["role"] == "assistant"):
+        before = _render(tokenizer, messages[:i], add_generation_prompt=True)
+        after = _render(tokenizer, messages[: i + 1], add_generation_prompt=False)
+        if not (text.startswith(after) and after.startswith(before)):
+            message = "the chat template writes turns differently once others follow, so none can be located"
+            raise BadRow("unstable_template", message)
+        # Whitespace after EOS belongs to the template: generation has stopped before it.
+        bare = after.rstrip()
+        spans.append((len(before), len(bare if bare.endswith(tokenizer.eos_token) else after)))
+    return spans

@@ -1,0 +1,227 @@
+"""The run report: well-formed, self-contained, and able to describe runs that are broken or unfinished."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from jlora.report import write_report
+
+VOID = {"meta", "br", "hr", "img", "link", "input"}
+CHARTS = ("Loss", "Learning rate", "Gradient norm", "Speed")
+
+
+class Page(HTMLParser):
+    """Checks that tags balance; collects tags, text, and the plotted coordinates of each curve class."""
+
+    def __init__(self, markup: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.problems: list[str] = []
+        self.feed(markup)
+        self.close()
+        self.problems += [f"never closed: {tag}" for tag in self.open]
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        if not self.open or self.open.pop() != tag:
+            self.problems.append(f"unexpected </{tag}>")
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+    def charts(self) -> dict[str, dict[str, str]]:
+        """Chart title -> curve class -> path data, the legend's little drawings left out."""
+        out: dict[str, dict[str, str]] = {}
+        chart, kind = "", ""
+        for tag, attrs in self.tags:
+            if tag == "svg":
+                chart, kind = (attrs.get("aria-label") or "").split(":")[0], ""
+            elif tag == "g":
+                kind = attrs.get("class") or ""
+            elif tag == "path" and chart:
+                out.setdefault(chart, {})[attrs.get("class") or kind] = attrs.get("d") or ""
+        return out
+
+
+def train_line(step: int, **changes: object) -> dict[str, object]:
+    line: dict[str, object] = {"step": step, "loss": 1.5 + 1 / step, "learning_rate": 2e-4, "grad_norm": 0.8,
+                               "tokens": 900 * step, "tokens_per_second": 812.0, "skipped_steps": 0}
+    return line | changes
+
+
+def report(run: Path, lines: list[dict[str, object]] | None = None, summary: object = None,
+           tail: str = "") -> tuple[str, Page]:
+    if lines is not None:
+        text = "".join(json.dumps(line) + "\n" for line in lines) + tail
+        (run / "metrics.jsonl").write_text(text, encoding="utf-8")
+    if summary is not None:
+        (run / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
+    path = write_report(run)
+    assert path == run / "report.html"
+    assert not list(run.glob("*.tmp")) and not list(run.glob(".*.tmp"))
+    markup = path.read_text(encoding="utf-8")
+    page = Page(markup)
+    assert page.problems == []
+    numbers = " ".join(a.get("d") or "" for _, a in page.tags)
+    assert not re.search("nan|inf|e[+-]", numbers), "a coordinate that no browser can draw"
+    return markup, page
+
+
+SUMMARY = {
+    "status": "finished", "steps": 40, "skipped_steps": 3, "train_loss": 1.5321, "eval_loss": 1.75,
+    "eval_loss_before": 2.5, "wall_seconds": 3725.0, "tokens_per_second": 812.4, "device": "cpu x 1",
+    "rows": {"read": 5200, "used": 5010, "dropped": {"empty answer": 120}, "truncated": 314},
+    "tokens": {"trained": 360412, "total": 1180233}, "peak_memory_bytes": {"host": 3 * 2**30, "device": 2**28},
+    "trainable_params": 1_000_000, "frozen_params": 99_000_000, "versions": {"jlora": "9.8.7"},
+    "hashes": {"base": "abc123"}, "samples": [{"prompt": "Why?", "before": "old words", "after": "new words"}],
+}
+EVALS: list[dict[str, object]] = [{"step": 0, "eval_loss": 2.5}, {"step": 40, "eval_loss": 1.75}]
+
+
+def test_a_finished_run_shows_its_figures(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("lora:\n  rank: 16  # why <16>\n", encoding="utf-8")
+    _, page = report(tmp_path, [train_line(s) for s in range(1, 41)] + EVALS, SUMMARY)
+    for figure in ("finished", "1.5321", "2.5000 → 1.7500", "−30.0%", "12.18 → 5.755", "3 skipped", "812.4",
+                   "1 h 02 min", "3.00 GiB", "256.0 MiB", "1M", "1.00% of all", "5,200", "5,010", "314", "120",
+                   "Rows dropped: empty answer", "360,412", "1,180,233", "9.8.7", "abc123", "old words",
+                   "new words", "lora:\n  rank: 16  # why <16>\n", tmp_path.name, "training step", "held-out"):
+        assert figure in page.text, figure
+    charts = page.charts()
+    assert set(charts) == set(CHARTS)
+    assert set(charts["Loss"]) >= {"train raw", "train", "eval", "grid", "axis"}
+    assert "×10⁻⁴" in page.text  # the learning-rate ticks are small numbers with the power beside the unit
+
+
+def test_the_page_refers_to_nothing_outside_itself(tmp_path: Path) -> None:
+    markup, page = report(tmp_path, [train_line(s) for s in range(1, 41)] + EVALS, SUMMARY)
+    for forbidden in ("http:", "https:", "src=", "@import", "url(", "<script", "<link", "href="):
+        assert forbidden not in markup.lower(), forbidden
+    assert "default-src 'none'" in str(page.tags)
+    assert "prefers-color-scheme:dark" in markup and "@media print" in markup
+
+
+def test_text_from_the_run_is_escaped(tmp_path: Path) -> None:
+    evil = "<script>alert('x')</script>\"><img onerror=1>\x00\x1b\ud800"
+    run = tmp_path / "a<b>&c"
+    run.mkdir()
+    (run / "config.yaml").write_text("name: </pre><i>x</i>\n", encoding="utf-8")
+    summary = {"status": evil, "device": evil, "rows": {"read": evil, "dropped": {evil: evil}}, "train_loss": evil,
+               "versions": {evil: evil}, "hashes": {evil: evil}, "steps": evil, "tokens": {"trained": evil},
+               "peak_memory_bytes": {"host": evil}, "trainable_params": evil,
+               "samples": [{"prompt": evil, "before": evil, "after": evil}]}
+    markup, page = report(run, [train_line(1)], summary)
+    assert not {"script", "img", "i", "b>"} & {tag for tag, _ in page.tags}
+    assert "a<b>&c" in page.text and "</pre><i>x</i>" in page.text and "<script>alert('x')" in page.text
+    assert "\x00" not in markup and "\x1b" not in markup
+
+
+def test_a_value_that_is_not_finite_breaks_the_curve_and_is_marked(tmp_path: Path) -> None:
+    lines = [train_line(s) for s in range(1, 11)]
+    lines[4]["loss"] = math.nan
+    lines[6]["loss"] = None
+    lines[4]["grad_norm"] = math.inf
+    lines[5]["grad_norm"] = 10**400
+    _, page = report(tmp_path, lines, {"train_loss": math.nan})
+    charts = page.charts()
+    assert charts["Loss"]["train raw"].count("M") == 3 and charts["Loss"]["train"].count("M") == 3
+    assert charts["Gradient norm"]["train"].count("M") == 2
+    assert charts["Loss"]["gap"].count("l6 6") == 2 and charts["Gradient norm"]["gap"].count("l6 6") == 2
+    assert "gap" not in charts["Learning rate"]
+    assert "not finite" in page.text and "nan" in page.text
+
+
+def test_a_run_of_only_bad_values_has_a_page(tmp_path: Path) -> None:
+    _, page = report(tmp_path, [train_line(s, loss=math.nan) for s in range(1, 4)])
+    assert set(page.charts()["Loss"]) == {"grid", "axis", "gap"}
+
+
+@pytest.mark.parametrize("summary", [None, [], {"rows": None, "samples": "no", "tokens": 3, "status": ["odd"]}])
+def test_an_empty_run_has_a_page(tmp_path: Path, summary: object) -> None:
+    _, page = report(tmp_path, None, summary)
+    assert page.charts() == {} and page.text.count("No values yet.") == len(CHARTS)
+    assert "no metrics yet" in page.text
+
+
+def test_a_summary_cut_short_is_ignored(tmp_path: Path) -> None:
+    (tmp_path / "summary.json").write_text('{"status": "finis', encoding="utf-8")
+    _, page = report(tmp_path, [train_line(1)])
+    assert "in progress" in page.text and "2.5000" in page.text
+
+
+@pytest.mark.parametrize("step", [1, 10, 1_000_000])
+def test_one_point_is_drawn_as_a_dot(tmp_path: Path, step: int) -> None:
+    _, page = report(tmp_path, [train_line(step)])
+    assert set(page.charts()) == set(CHARTS)
+    assert sum(tag == "circle" for tag, _ in page.tags) == len(CHARTS)
+
+
+def test_an_evaluation_before_training_is_drawn(tmp_path: Path) -> None:
+    _, page = report(tmp_path, [{"step": 0, "eval_loss": 2.2}])
+    assert set(page.charts()) == {"Loss"} and "eval" in page.charts()["Loss"]
+    assert "2.2000 → –" in page.text and "last logged step 0" in page.text
+
+
+def test_a_torn_last_line_is_ignored_and_others_are_counted(tmp_path: Path) -> None:
+    lines = [train_line(s) for s in range(1, 4)]
+    _, page = report(tmp_path, lines, tail='{"step": 99, "lo')
+    assert "last logged step 3" in page.text and "unreadable" not in page.text
+    _, page = report(tmp_path, lines, tail='{"step": 98, "lo\n[1]\n{"step": 4, "loss": 1.25}')
+    assert "unreadable metric lines ignored: 2" in page.text
+    assert "last logged step 4" in page.text and "1.2500" in page.text
+
+
+def test_a_resumed_run_keeps_the_later_line_of_a_step(tmp_path: Path) -> None:
+    lines = [train_line(1, loss=4.0), train_line(2, loss=9.0), train_line(2, loss=3.25)]
+    _, page = report(tmp_path, lines)
+    assert "3.2500" in page.text and "9.0" not in page.text
+    assert page.charts()["Loss"]["train"].count("L") == 1
+
+
+def test_a_long_run_is_thinned_but_keeps_its_spike(tmp_path: Path) -> None:
+    lines = [train_line(s, loss=50.0 if s == 4321 else 2.0) for s in range(1, 9001)]
+    lines[6000]["loss"] = math.nan
+    markup, page = report(tmp_path, lines)
+    loss = page.charts()["Loss"]
+    heights = [float(y) for y in re.findall(r"[ML][\d.]+ ([\d.]+)", loss["train raw"])]
+    assert 200 <= len(heights) <= 600
+    assert min(heights) < 40 < 150 < max(heights)  # the spike reaches the top, the rest stays below
+    assert loss["train raw"].count("M") == 2 and "gap" in loss
+    assert len(markup) < 100_000
+
+
+@pytest.mark.parametrize("value", [0.0, -3.5, 1e-300, 5e-7, 99999.0, 3e12, 9e99])
+def test_any_size_of_value_gets_short_tick_labels(tmp_path: Path, value: float) -> None:
+    _, page = report(tmp_path, [train_line(1, grad_norm=value), train_line(2, grad_norm=value * 1.7)])
+    markup = (tmp_path / "report.html").read_text(encoding="utf-8")
+    labels = re.findall(r'text-anchor="end">([^<]*)<', markup)
+    assert len(labels) >= 12 and max(map(len, labels)) <= 6
+    assert "Gradient norm" in page.charts()
+
+
+def test_a_failed_write_leaves_the_old_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    report(tmp_path, [train_line(1)])
+    old = (tmp_path / "report.html").read_bytes()
+
+    def refuse(*_: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr("jlora.report.os.replace", refuse)
+    with pytest.raises(OSError, match="disk full"):
+        write_report(tmp_path)
+    assert (tmp_path / "report.html").read_bytes() == old
+    assert [p.name for p in tmp_path.iterdir() if p.name.endswith(".tmp")] == []
