@@ -167,7 +167,7 @@ class GGUFFile:
             # llama.cpp ignores it, transformers does not: no reading of it is the right one.
             raise self._error("sets tokenizer.ggml.add_space_prefix for byte-level BPE", _FOLDER)
         pre = _PRE[name]
-        merges = [tuple(m.split(" ", 1)) for m in self._get("tokenizer.ggml.merges")]
+        merges = [m.partition(" ")[::2] for m in self._get("tokenizer.ggml.merges")]
         # No unk_token: a byte without a token is left out, as in transformers.
         backend = self._bpe(tokens, merges, ignore_merges=pre.ignore_merges)
         if pre.nfc:
@@ -212,7 +212,7 @@ class GGUFFile:
             raise self._error("is not a GGUF file", "give a GGUF file or a Hugging Face folder")
         try:
             return GGUFReader(self.path)
-        except (ValueError, IndexError, KeyError, OverflowError) as error:  # what cut or wrong bytes raise
+        except (ValueError, IndexError, KeyError) as error:  # what cut or wrong bytes raise
             raise self._error(f"is truncated or damaged ({error})", "download or convert it again") from error
 
     def _read_config(self) -> dict[str, Any]:
@@ -224,7 +224,7 @@ class GGUFFile:
         head_dim = self._int("attention.key_length", hidden // heads)
         for key in ("attention.value_length", "rope.dimension_count"):
             size = self._int(key, head_dim)
-            if size != head_dim or size % 2:
+            if size != head_dim:
                 raise self._error(f"sets llama.{key} to {size} where heads have size {head_dim}", _FOLDER)
         # As llama.cpp: a factor without a type is linear, and no factor, or 0, is 1.
         scaling = self._get("llama.rope.scaling.type", "linear")
@@ -279,7 +279,9 @@ class GGUFFile:
         names = {name: table.get_name(name, (".weight",)) or name for name in shapes}
         for name, shape in shapes.items():
             tensor = self._tensors.get(names[name])
-            found = tensor and tuple(int(n) for n in reversed(tensor.shape))
+            if tensor is None:
+                raise self._error(f"has no tensor {names[name]}", _CONVERT)
+            found = tuple(int(n) for n in reversed(tensor.shape))
             if found != shape:
                 raise self._error(f"has {names[name]} of shape {found}, not {shape}", _CONVERT)
         # rope_freqs.weight (the rotary scaling of Llama 3.1), biases, experts, scales of a new type.
@@ -297,7 +299,10 @@ class GGUFFile:
         field = self._reader.fields.get(key)
         if field is None and not default:
             raise self._error(f"has no metadata key {key}", _CONVERT)
-        return default[0] if field is None else field.contents()
+        try:
+            return default[0] if field is None else field.contents()
+        except UnicodeDecodeError as error:
+            raise self._error(f"has text in {key} that is not UTF-8", _CONVERT) from error
 
     def _int(self, key: str, *default: int) -> int:
         value = self._get(f"llama.{key}", *default)

@@ -50,7 +50,8 @@ path{fill:none;stroke-width:1.6;stroke-linejoin:round}.grid,.axis{stroke:var(--g
 table{border-collapse:collapse;width:100%;max-width:46rem}th,td{text-align:left;padding:.25rem .8rem .25rem 0;
 border-bottom:1px solid var(--grid);vertical-align:top;font-weight:400}th{width:45%}
 pre{white-space:pre-wrap;margin:.2rem 0 .4rem;font:.86rem/1.45 ui-monospace,"DejaVu Sans Mono",monospace}
-@media print{body{max-width:none;padding:0;font-size:11pt}.charts{grid-template-columns:1fr 1fr}
+@media print{body{max-width:none;padding:0;font-size:11pt;background:#fff}
+.charts{grid-template-columns:1fr 1fr}
 details::details-content{content-visibility:visible;block-size:auto}}
 """
 

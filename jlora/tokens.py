@@ -151,7 +151,7 @@ class Tokenizer:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         if self.chat_template is None:
-            raise ConfigError("the tokenizer has no chat template; give llama2, chatml or a .jinja file")
+            raise ConfigError("no chat template: set chat_template to llama2, chatml or a .jinja file")
         try:
             texts, _ = render_jinja_template(
                 [messages], chat_template=self.chat_template, add_generation_prompt=add_generation_prompt,
@@ -218,7 +218,9 @@ def _folder(path: str | Path) -> Path:
     try:
         return Path(huggingface_hub.snapshot_download(str(path), allow_patterns=list(_FILES)))
     except Exception as error:  # the hub client and the network library below it share no base class
-        raise ModelError(f"tokenizer {path} is not a folder, and the hub gave none of that name") from error
+        raise ModelError(
+            f"tokenizer {path} is not a folder, and the hub gave none ({type(error).__name__})"
+        ) from error
 
 
 def _from_fast(

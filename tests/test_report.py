@@ -86,9 +86,11 @@ SUMMARY = {
     "status": "finished", "steps": 40, "skipped_steps": 3, "train_loss": 1.5321, "eval_loss": 1.75,
     "eval_loss_before": 2.5, "wall_seconds": 3725.0, "tokens_per_second": 812.4, "device": "cpu x 1",
     "rows": {"read": 5200, "used": 5010, "dropped": {"empty answer": 120}, "truncated": 314},
-    "tokens": {"trained": 360412, "total": 1180233}, "peak_memory_bytes": {"host": 3 * 2**30, "device": 2**28},
-    "trainable_params": 1_000_000, "frozen_params": 99_000_000, "versions": {"jlora": "9.8.7"},
-    "hashes": {"base": "abc123"}, "samples": [{"prompt": "Why?", "before": "old words", "after": "new words"}],
+    "tokens": {"trained": 360412, "total": 1180233},
+    "peak_memory_bytes": {"host": 3 * 2**30, "device": 2**28},
+    "trainable_params": 1_000_000, "frozen_params": 99_000_000,
+    "versions": {"jlora": "9.8.7"}, "hashes": {"base": "abc123"},
+    "samples": [{"prompt": "Why?", "before": "old words", "after": "new words"}],
 }
 EVALS: list[dict[str, object]] = [{"step": 0, "eval_loss": 2.5}, {"step": 40, "eval_loss": 1.75}]
 
@@ -97,9 +99,10 @@ def test_a_finished_run_shows_its_figures(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("lora:\n  rank: 16  # why <16>\n", encoding="utf-8")
     _, page = report(tmp_path, [train_line(s) for s in range(1, 41)] + EVALS, SUMMARY)
     for figure in ("finished", "1.5321", "2.5000 → 1.7500", "−30.0%", "12.18 → 5.755", "3 skipped", "812.4",
-                   "1 h 02 min", "3.00 GiB", "256.0 MiB", "1M", "1.00% of all", "5,200", "5,010", "314", "120",
-                   "Rows dropped: empty answer", "360,412", "1,180,233", "9.8.7", "abc123", "old words",
-                   "new words", "lora:\n  rank: 16  # why <16>\n", tmp_path.name, "training step", "held-out"):
+                   "1 h 02 min", "3.00 GiB", "256.0 MiB", "1M", "1.00% of all", "5,200", "5,010", "314",
+                   "120", "Rows dropped: empty answer", "360,412", "1,180,233", "9.8.7", "abc123",
+                   "old words", "new words", "lora:\n  rank: 16  # why <16>\n",
+                   tmp_path.name, "training step", "held-out"):
         assert figure in page.text, figure
     charts = page.charts()
     assert set(charts) == set(CHARTS)
@@ -120,9 +123,9 @@ def test_text_from_the_run_is_escaped(tmp_path: Path) -> None:
     run = tmp_path / "a<b>&c"
     run.mkdir()
     (run / "config.yaml").write_text("name: </pre><i>x</i>\n", encoding="utf-8")
-    summary = {"status": evil, "device": evil, "rows": {"read": evil, "dropped": {evil: evil}}, "train_loss": evil,
+    summary = {"status": evil, "device": evil, "rows": {"read": evil, "dropped": {evil: evil}},
                "versions": {evil: evil}, "hashes": {evil: evil}, "steps": evil, "tokens": {"trained": evil},
-               "peak_memory_bytes": {"host": evil}, "trainable_params": evil,
+               "peak_memory_bytes": {"host": evil}, "trainable_params": evil, "train_loss": evil,
                "samples": [{"prompt": evil, "before": evil, "after": evil}]}
     markup, page = report(run, [train_line(1)], summary)
     assert not {"script", "img", "i", "b>"} & {tag for tag, _ in page.tags}
@@ -150,7 +153,8 @@ def test_a_run_of_only_bad_values_has_a_page(tmp_path: Path) -> None:
     assert set(page.charts()["Loss"]) == {"grid", "axis", "gap"}
 
 
-@pytest.mark.parametrize("summary", [None, [], {"rows": None, "samples": "no", "tokens": 3, "status": ["odd"]}])
+@pytest.mark.parametrize(
+    "summary", [None, [], {"rows": None, "samples": "no", "tokens": 3, "status": ["odd"]}])
 def test_an_empty_run_has_a_page(tmp_path: Path, summary: object) -> None:
     _, page = report(tmp_path, None, summary)
     assert page.charts() == {} and page.text.count("No values yet.") == len(CHARTS)
@@ -202,6 +206,23 @@ def test_a_long_run_is_thinned_but_keeps_its_spike(tmp_path: Path) -> None:
     assert min(heights) < 40 < 150 < max(heights)  # the spike reaches the top, the rest stays below
     assert loss["train raw"].count("M") == 2 and "gap" in loss
     assert len(markup) < 100_000
+
+
+def test_the_smoothed_line_follows_the_raw_one_more_calmly(tmp_path: Path) -> None:
+    _, page = report(tmp_path, [train_line(s, loss=2.0 + s % 2) for s in range(1, 41)])
+    raw, smooth = ([float(y) for y in re.findall(r"[ML][\d.]+ ([\d.]+)", page.charts()["Loss"][kind])]
+                   for kind in ("train raw", "train"))
+    assert smooth[0] == raw[0]  # no pull towards zero at the start
+    assert max(smooth[5:]) - min(smooth[5:]) < 0.7 * (max(raw) - min(raw))
+    assert min(raw) < min(smooth[5:]) and max(smooth[5:]) < max(raw)
+
+
+def test_bytes_that_are_not_utf8_are_tolerated(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_bytes(b"name: caf\xe9\n")
+    lines = b'{"step": 1, "loss": 2.5}\n\xff\xfe\n{"step": 2, "loss": 2.25}\n'
+    (tmp_path / "metrics.jsonl").write_bytes(lines)
+    _, page = report(tmp_path)
+    assert "caf\ufffd" in page.text and "2.2500" in page.text and "metric lines ignored: 1" in page.text
 
 
 @pytest.mark.parametrize("value", [0.0, -3.5, 1e-300, 5e-7, 99999.0, 3e12, 9e99])

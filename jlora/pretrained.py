@@ -1,0 +1,84 @@
+"""A base model with its tokenizer, as every command opens it, and the adapter folder it is given."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import yaml
+
+from jlora.adapter import Adapter
+from jlora.config import Config
+from jlora.errors import ModelError
+from jlora.hf.base import Source, load_base, open_source, parse_config, resolve
+from jlora.hf.peft import CONFIG, load_adapter
+from jlora.model import Decoder
+from jlora.tokens import Tokenizer, load_tokenizer
+
+# A tokenizer this much smaller than the embedding is another model's; padding of the vocabulary is not.
+SMALLEST_VOCAB_SHARE = 0.75
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A base on the devices, with what it came from."""
+
+    path: Path
+    source: Source
+    base: Decoder
+    base_hash: str
+    tokenizer: Tokenizer
+
+
+def load_pretrained(
+    path: str, tokenizer_path: str | None, chat_template: str | None, dtype: jnp.dtype, mesh: jax.sharding.Mesh
+) -> Pretrained:
+    """Open base and tokenizer, and check that they fit before any weight is read.
+
+    Raises:
+      ModelError: see `jlora.hf.base`; or the tokenizer has ids beyond the embedding, or far too few.
+    """
+    local = resolve(path)
+    source = open_source(local)
+    tokenizer = load_tokenizer(tokenizer_path or str(local), chat_template)
+    vocab_size = parse_config(source.config, path).vocab_size
+    if not SMALLEST_VOCAB_SHARE * vocab_size <= tokenizer.vocab_size <= vocab_size:
+        raise ModelError(
+            f"{tokenizer_path or path}: the tokenizer has {tokenizer.vocab_size} tokens, but the model "
+            f"{path} has {vocab_size}; give the tokenizer that belongs to the model (model.tokenizer)"
+        )
+    base, base_hash = load_base(source, path, dtype, mesh)
+    return Pretrained(local, source, base, base_hash, tokenizer)
+
+
+def find_adapter(folder: str) -> Path:
+    """The PEFT folder in a run folder, or `folder` itself.
+
+    Raises:
+      ModelError: neither.
+    """
+    for candidate in (Path(folder), Path(folder) / "adapter"):
+        if (candidate / CONFIG).is_file():
+            return candidate
+    raise ModelError(f"{folder}: neither a PEFT adapter folder nor a run folder with a finished adapter/")
+
+
+def open_adapter(folder: str | None, pretrained: Pretrained) -> Adapter:
+    """The adapter for inference; empty without a folder."""
+    if folder is None:
+        return {}
+    return load_adapter(find_adapter(folder), pretrained.base.cfg, pretrained.base_hash, dropout=0.0)
+
+
+def run_config(folder: str | Path | None) -> Config | None:
+    """The resolved config of the run that `folder` is, or lies in; None where there is none."""
+    if folder is None:
+        return None
+    for candidate in (Path(folder), Path(folder).parent):
+        file = candidate / "config.yaml"
+        if file.is_file():
+            try:
+                return Config.model_validate(yaml.safe_load(file.read_text(encoding="utf-8")))
+            except (ValueError, yaml.YAMLError) as error:
+                raise ModelError(f"{file}: not the config of a run ({str(error).splitlines()[0]})") from None
+    return None
