@@ -30,15 +30,16 @@ class Restored:
 class Checkpoints:
     """The checkpoints of one run folder. Saves in the background; a failed save surfaces at the next call."""
 
-    def __init__(self, folder: Path, keep: int):
+    def __init__(self, folder: Path, keep: int, read_only: bool = False):
         """Args: keep: newest checkpoints kept, beside the one with the lowest held-out loss."""
         best = BestN(get_metric_fn=lambda metrics: -metrics["eval_loss"], n=1)
         self._manager = ocp.CheckpointManager(
             folder.absolute(),
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=AnyPreservationPolicy([LatestN(keep), best]),
-                cleanup_tmp_directories=True,
-                enable_async_checkpointing=True,
+                cleanup_tmp_directories=not read_only,
+                read_only=read_only,
+                create=not read_only,
             ),
             item_names=("state", "data", "identity"),
         )
@@ -108,10 +109,3 @@ def flatten(tree: Tree) -> dict[str, Any]:
         jax.tree_util.keystr(path, simple=True, separator="/"): leaf
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
     }
-
-
-def committed_steps(folder: Path) -> list[int]:
-    """Committed steps under a checkpoints folder, without opening it for writing."""
-    if not folder.is_dir():
-        return []
-    return sorted(int(entry.name) for entry in folder.iterdir() if entry.name.isdigit())

@@ -143,9 +143,7 @@ class GGUFFile:
         # Both kinds are matched whole in the text before BPE; only control tokens are special.
         kinds = (TokenType.CONTROL, TokenType.USER_DEFINED)
         added = [(token, kind) for token, kind in zip(tokens, types, strict=True) if kind in kinds]
-        backend.add_tokens(
-            [AddedToken(t, normalized=False, special=k == TokenType.CONTROL) for t, k in added]
-        )
+        backend.add_tokens([AddedToken(t, normalized=False, special=k == TokenType.CONTROL) for t, k in added])
         return PreTrainedTokenizerFast(
             tokenizer_object=backend,
             bos_token=special["bos"],

@@ -5,13 +5,18 @@ import math
 import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import jax
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from jlora.errors import ConfigError
+from jlora.config import TrainingSection
+from jlora.data import Epochs
+from jlora.errors import ConfigError, NonFiniteError
 
 # Lines of a log file come this often where no terminal shows a bar.
 PLAIN_LINE_SECONDS = 10.0
@@ -24,6 +29,7 @@ class MetricsLog:
         """Args: resume_step: lines of later steps, written before a crash, are dropped."""
         self._path = run_dir / "metrics.jsonl"
         kept = [line for line in read_metrics(self._path) if line["step"] <= resume_step] if resume_step else []
+        self.tokens_before = max((line.get("tokens", 0) for line in kept), default=0)
         temporary = self._path.with_suffix(".partial")
         temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
         os.replace(temporary, self._path)
@@ -117,3 +123,69 @@ class ProgressLine:
         """Leave the terminal as it was."""
         if self._bar is not None:
             self._bar.stop()
+
+
+class StepMeter:
+    """Counts tokens and time, and turns what a step returns into a logged line.
+
+    A step's figures are read only when the next step is under way, so that the device never waits for
+    the host.
+    """
+
+    def __init__(self, log: MetricsLog, progress: ProgressLine, epochs: Epochs, cfg: TrainingSection, num_steps: int):
+        self.tokens = 0  # not padding, since this process started
+        self.tokens_before = log.tokens_before
+        self._log, self._progress, self._epochs, self._cfg, self._num_steps = log, progress, epochs, cfg, num_steps
+        self._pending: tuple[int, dict[str, jax.Array], int] | None = None
+        self._logged_tokens = 0
+        self._began = self._clock = self._ended = time.monotonic()
+
+    def start(self) -> None:
+        """Time runs from here: compilation is over."""
+        self._began = self._clock = time.monotonic()
+
+    def took(self, step: int, metrics: dict[str, jax.Array], num_tokens: int) -> None:
+        """A step was started; its predecessor is logged."""
+        self.settle()
+        self.tokens += num_tokens
+        self._pending = (step, metrics, self.tokens)
+
+    def settle(self) -> None:
+        """Wait for the last step taken, and log it.
+
+        Raises:
+          NonFiniteError: more steps were skipped than the config allows.
+        """
+        if self._pending is None:
+            return
+        step, metrics, tokens = self._pending
+        self._pending = None
+        values = {name: value.item() for name, value in metrics.items()}
+        self._ended = now = time.monotonic()
+        if step % self._cfg.log_every == 0 or step == self._num_steps:
+            rate = (tokens - self._logged_tokens) / (now - self._clock)
+            self._clock, self._logged_tokens = now, tokens
+            total = self.tokens_before + tokens
+            line = {"step": step, "epoch": self._epochs.epoch_at(step), **values}
+            self._log.write(line | {"tokens": total, "tokens_per_second": rate})
+            self._progress.update(step, values["loss"], rate)
+        if values["skipped_steps"] > self._cfg.max_nonfinite_steps:
+            raise NonFiniteError(
+                f"step {step}: loss or gradients were not finite in {values['skipped_steps']} steps, more than "
+                f"training.max_nonfinite_steps={self._cfg.max_nonfinite_steps}; lower optimizer.learning_rate "
+                "or look at the data"
+            )
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time that does not count as training."""
+        self.settle()
+        before = time.monotonic()
+        yield
+        lost = time.monotonic() - before
+        self._began, self._clock = self._began + lost, self._clock + lost
+        self._ended += lost
+
+    def tokens_per_second(self) -> float | None:
+        """Tokens a second over all steps of this process, evaluation, saving and compilation left out."""
+        return self.tokens / (self._ended - self._began) if self.tokens else None

@@ -155,9 +155,7 @@ class Cache:
     used: Int[Array, ""]
 
 
-jax.tree_util.register_dataclass(
-    Cache, data_fields=["keys", "values", "segments", "positions", "used"], meta_fields=[]
-)
+jax.tree_util.register_dataclass(Cache, data_fields=["keys", "values", "segments", "positions", "used"], meta_fields=[])
 
 
 def empty_cache(cfg: LlamaConfig, batch_size: int, num_slots: int, dtype: jnp.dtype) -> Cache:
@@ -244,9 +242,7 @@ class Decoder(nnx.Module):
                 nonlocal keys, values
                 keys = jax.lax.dynamic_update_slice(keys, k[None], (index, 0, slot, 0, 0))
                 values = jax.lax.dynamic_update_slice(values, v[None], (index, 0, slot, 0, 0))
-                return attention(
-                    q, keys[index], values[index], segments, all_segments, positions, all_positions
-                )
+                return attention(q, keys[index], values[index], segments, all_segments, positions, all_positions)
 
             return (block(x, positions, attend, factors, None), keys, values), None
 

@@ -72,6 +72,4 @@ def make_optimizer(cfg: OptimizerSection, num_steps: int, label_tree: Tree) -> o
                 optax.add_decayed_weights(cfg.weight_decay), optax.sgd(schedule, momentum=cfg.b1 or None)
             )
     clip = [] if cfg.max_grad_norm is None else [optax.clip_by_global_norm(cfg.max_grad_norm)]
-    return optax.multi_transform(
-        {"trained": optax.chain(*clip, rule), "frozen": optax.set_to_zero()}, label_tree
-    )
+    return optax.multi_transform({"trained": optax.chain(*clip, rule), "frozen": optax.set_to_zero()}, label_tree)

@@ -21,8 +21,12 @@ DOT = '<circle cx="11" cy="5" r="4"/>'
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 400, 250, 52, 20, 30, 44
 # Control characters are invalid in HTML even when escaped, and a sample may hold any of them.
 CONTROLS = {c: "\N{REPLACEMENT CHARACTER}" for c in (*range(32), *range(127, 160)) if c not in (9, 10, 13)}
-STATUS = {"finished": "finished", "preempted": "preempted, can be resumed", "failed": "failed",
-          "None": "in progress, or stopped early"}
+STATUS = {
+    "finished": "finished",
+    "preempted": "preempted, can be resumed",
+    "failed": "failed",
+    "None": "in progress, or stopped early",
+}
 CSS = """
 :root{color-scheme:light dark;--bg:#fcfcfb;--panel:#fff;--text:#1a1a19;--muted:#5f5e5a;--grid:#e6e5e1;
 --axis:#8a8984;--train:#2a78d6;--eval:#d2541f;--bad:#b3261e;--good:#1b7340}
@@ -172,20 +176,29 @@ def _chart(title: str, unit: str, lines: list[Line], x_range: tuple[float, float
         return LEFT + across * (right - LEFT), base - (y / step - first) / (last - first) * (base - TOP)
 
     exponent = str(power).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
-    body = [f'<text x="4" y="14">{unit}{f", ×10{exponent}" if power else ""}</text>',
-            f'<text x="{(LEFT + right) / 2}" y="{HEIGHT - 6}" text-anchor="middle">training step</text>']
+    body = [
+        f'<text x="4" y="14">{unit}{f", ×10{exponent}" if power else ""}</text>',
+        f'<text x="{(LEFT + right) / 2}" y="{HEIGHT - 6}" text-anchor="middle">training step</text>',
+    ]
     for k in range(first, last + 1):
         y, label = place(0, k * step)[1], f"{k * step / 10.0**power:,.{decimals}f}".replace("-", "−")
-        body.append(f'<path class="{"grid" if k > first else "axis"}" d="M{LEFT} {y:.1f}H{right}"/>'
-                    f'<text x="{LEFT - 7}" y="{y + 4:.1f}" text-anchor="end">{label}</text>')
+        body.append(
+            f'<path class="{"grid" if k > first else "axis"}" d="M{LEFT} {y:.1f}H{right}"/>'
+            f'<text x="{LEFT - 7}" y="{y + 4:.1f}" text-anchor="end">{label}</text>'
+        )
     x_step = max(1.0, _tick_step(x_range[1] - x_range[0]))
     for k in range(math.ceil(x_range[0] / x_step), math.floor(x_range[1] / x_step) + 1):
         x = place(k * x_step, 0)[0]
-        body.append(f'<path class="axis" d="M{x:.1f} {base}v5"/><text x="{x:.1f}" y="{base + 18}" '
-                    f'text-anchor="middle">{_compact(k * x_step)}</text>')
+        body.append(
+            f'<path class="axis" d="M{x:.1f} {base}v5"/><text x="{x:.1f}" y="{base + 18}" '
+            f'text-anchor="middle">{_compact(k * x_step)}</text>'
+        )
     body += [_curve(kind, points, place) for kind, _, points in lines]
-    keys = [(f'<g class="{kind}"><path d="M1 5H21"/>{DOT if kind == "eval" else ""}</g>', label)
-            for kind, label, points in lines if len(lines) > 1 and points]
+    keys = [
+        (f'<g class="{kind}"><path d="M1 5H21"/>{DOT if kind == "eval" else ""}</g>', label)
+        for kind, label, points in lines
+        if len(lines) > 1 and points
+    ]
     cross = "l6 6m0 -6l-6 6"
     if gaps:
         d = "".join(f"M{place(x, 0)[0] - 3:.1f} {base - 9}{cross}" for x in gaps)
@@ -193,8 +206,10 @@ def _chart(title: str, unit: str, lines: list[Line], x_range: tuple[float, float
         keys.append((f'<path class="gap" d="M8 2{cross}"/>', "not finite"))
     legend = "".join(f'<span><svg viewBox="0 0 22 10">{mark}</svg> {label}</span>' for mark, label in keys)
     extent = f"{min(values):.4g} to {max(values):.4g} {unit}" if values else "no finite value"
-    return (f'<figure><figcaption>{title}<div class="legend">{legend}</div></figcaption><svg role="img" '
-            f'viewBox="0 0 {WIDTH} {HEIGHT}" aria-label="{title}: {extent}">{"".join(body)}</svg></figure>')
+    return (
+        f'<figure><figcaption>{title}<div class="legend">{legend}</div></figcaption><svg role="img" '
+        f'viewBox="0 0 {WIDTH} {HEIGHT}" aria-label="{title}: {extent}">{"".join(body)}</svg></figure>'
+    )
 
 
 def _curve(kind: str, points: list[Point], place: Callable[[float, float], tuple[float, float]]) -> str:
@@ -206,8 +221,10 @@ def _curve(kind: str, points: list[Point], place: Callable[[float, float], tuple
             x, y = place(step, value)
             path += f"{'M' if before is None else 'L'}{x:.1f} {y:.1f}"
             if marked or (before is None and after is None):
-                dots += (f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{4 if marked else 3}">'
-                         f"<title>step {step:,.0f}: {value:.4g}</title></circle>")
+                dots += (
+                    f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{4 if marked else 3}">'
+                    f"<title>step {step:,.0f}: {value:.4g}</title></circle>"
+                )
     return f'<g class="{kind}"><path d="{path}"/>{dots}</g>' if path else ""
 
 
@@ -267,8 +284,11 @@ def _tiles(summary: dict[str, Any], series: dict[str, list[Point]], last_step: f
         ("Peak memory", _show(memory.get("host"), _size), f"device {_show(memory.get('device'), _size)}"),
         ("Trainable params", _show(summary.get("trainable_params"), _compact), share),
     ]
-    return "".join(f'<div class="tile{" wide" if "→" in value else ""}"><small>{name}</small><b>{value}</b>'
-                   f"<small>{note}</small></div>" for name, value, note in tiles)
+    return "".join(
+        f'<div class="tile{" wide" if "→" in value else ""}"><small>{name}</small><b>{value}</b>'
+        f"<small>{note}</small></div>"
+        for name, value, note in tiles
+    )
 
 
 def _data_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
@@ -279,8 +299,9 @@ def _data_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
         reasons = {"dropped": dropped or 0}
     shown = {k: rows[k] for k in ("read", "used") if k in rows} | reasons
     shown |= {"truncated": rows["truncated"]} if "truncated" in rows else {}
-    return ([(f"Rows {k}", _show(v)) for k, v in shown.items()]
-            + [(f"Tokens, {k}", _show(tokens[k])) for k in ("trained", "total") if k in tokens])
+    return [(f"Rows {k}", _show(v)) for k, v in shown.items()] + [
+        (f"Tokens, {k}", _show(tokens[k])) for k in ("trained", "total") if k in tokens
+    ]
 
 
 def _samples(samples: object) -> str:
@@ -288,8 +309,9 @@ def _samples(samples: object) -> str:
     for sample in (_map(s) for s in (samples if isinstance(samples, list) else [])):
         # HTML drops one line break right after <pre>, so one is always added to keep the text verbatim.
         prompt, before, after = (
-            f'<div><small>{k.capitalize()}</small><pre dir="auto">\n'
-            f'{_esc(sample.get(k) or "(empty)")}</pre></div>' for k in ("prompt", "before", "after"))
+            f'<div><small>{k.capitalize()}</small><pre dir="auto">\n{_esc(sample.get(k) or "(empty)")}</pre></div>'
+            for k in ("prompt", "before", "after")
+        )
         out += f'<div class="sample">{prompt}<div class="pair">{before}{after}</div></div>' if sample else ""
     return f"<h2>Samples</h2>{out}" if out else ""
 
@@ -305,13 +327,17 @@ def _page(run_dir: Path, records: list[dict[str, Any]], unreadable: int, summary
     lines = [("train", "train", _downsample(series["loss"]))]
     if len(series["loss"]) >= 5:
         span = max(5, len(series["loss"]) // 20)
-        lines = [("train raw", "train", lines[0][2]),
-                 ("train", f"smoothed (EMA, {span} logs)", _downsample(_smooth(series["loss"], span)))]
+        lines = [
+            ("train raw", "train", lines[0][2]),
+            ("train", f"smoothed (EMA, {span} logs)", _downsample(_smooth(series["loss"], span))),
+        ]
     lines.append(("eval", "held-out", _downsample(series["eval_loss"])))
     charts = _chart("Loss", "nats per token", lines, x_range)
-    for key, title, unit in (("learning_rate", "Learning rate", "learning rate"),
-                             ("grad_norm", "Gradient norm", "global L2 norm"),
-                             ("tokens_per_second", "Speed", "tokens per second")):
+    for key, title, unit in (
+        ("learning_rate", "Learning rate", "learning rate"),
+        ("grad_norm", "Gradient norm", "global L2 norm"),
+        ("tokens_per_second", "Speed", "tokens per second"),
+    ):
         charts += _chart(title, unit, [("train", title, _downsample(series[key]))], x_range)
     status = str(summary.get("status"))
     note = f"last logged step {last:,.0f}" if steps else "no metrics yet"

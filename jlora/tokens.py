@@ -218,14 +218,10 @@ def _folder(path: str | Path) -> Path:
     try:
         return Path(huggingface_hub.snapshot_download(str(path), allow_patterns=list(_FILES)))
     except Exception as error:  # the hub client and the network library below it share no base class
-        raise ModelError(
-            f"tokenizer {path} is not a folder, and the hub gave none ({type(error).__name__})"
-        ) from error
+        raise ModelError(f"tokenizer {path} is not a folder, and the hub gave none ({type(error).__name__})") from error
 
 
-def _from_fast(
-    hf: "PreTrainedTokenizerFast", content: bytes, files: tuple[Path, ...], where: str | Path
-) -> Tokenizer:
+def _from_fast(hf: "PreTrainedTokenizerFast", content: bytes, files: tuple[Path, ...], where: str | Path) -> Tokenizer:
     if hf.eos_token_id is None:
         raise ModelError(f"the tokenizer of {where} names no eos_token that has an id")
     add_bos = hf.bos_token_id is not None and hf("x").input_ids[0] == hf.bos_token_id
@@ -291,9 +287,7 @@ def _read_json(file: Path) -> dict[str, Any]:
         raise ModelError(f"{file} is not JSON: {error}") from error
 
 
-def encode_row(
-    tokenizer: Tokenizer, row: dict[str, Any], *, format: str, prompt: str, train_on: str
-) -> Example:
+def encode_row(tokenizer: Tokenizer, row: dict[str, Any], *, format: str, prompt: str, train_on: str) -> Example:
     """The tokens of a whole row, not truncated, and which of them are trained.
 
     `format` is one of FORMATS; `prompt` ("stanford" or "chat") matters to alpaca rows only; `train_on` is
@@ -423,9 +417,7 @@ def _render(tokenizer: Tokenizer, messages: list[dict[str, str]], *, add_generat
         raise BadRow("template_error", str(error)) from error
 
 
-def _assistant_spans(
-    tokenizer: Tokenizer, messages: list[dict[str, str]], text: str
-) -> list[tuple[int, int]]:
+def _assistant_spans(tokenizer: Tokenizer, messages: list[dict[str, str]], text: str) -> list[tuple[int, int]]:
     """The characters of `text`, the rendered conversation, that the assistant would have generated."""
     spans = []
     for i in (i for i, message in enumerate(messages) if message["role"] == "assistant"):

@@ -6,9 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jlora import attention
 from jlora.adapter import Adapter
 from jlora.config import LoraSection
-from jlora.errors import ModelError
+from jlora.errors import ConfigError, ModelError
+from jlora.hf.names import name_table
 from jlora.hf.peft import load_adapter, save_adapter
 from jlora.model import Decoder
 from jlora.pretrained import Pretrained
@@ -70,3 +72,33 @@ def export_adapter(
     reread = load_adapter(folder, pretrained.base.cfg, pretrained.base_hash, section.dropout)
     expected = probe_logits(pretrained.base, adapter, forward)
     return require_equal(folder, expected, probe_logits(pretrained.base, reread, forward), tolerance=1e-6)
+
+
+def compare_with_peft(folder: Path, adapter: Adapter, pretrained: Pretrained) -> float:
+    """Load an exported adapter in PEFT on transformers' Llama, float32, and compare logits with ours.
+
+    Raises:
+      ConfigError: torch, transformers or peft is not installed.
+      ModelError: the logits differ.
+    """
+    try:
+        import torch
+        from peft import PeftModel
+        from transformers import LlamaConfig, LlamaForCausalLM
+    except ImportError as error:
+        raise ConfigError(f"--verify needs torch and peft ({error.name} is missing); pip install torch peft") from None
+    source, cfg = pretrained.source, pretrained.base.cfg
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(**source.config))
+    # Given tensor by tensor, so that a GGUF base is compared in just the same way as a folder.
+    state = {name: torch.from_numpy(source.read(name).astype(np.float32)) for name in name_table(cfg)}
+    if cfg.tie_word_embeddings:
+        state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    model.load_state_dict(state, assign=True)
+    model.model.rotary_emb = type(model.model.rotary_emb)(model.config)  # its buffer was made on "meta"
+    model = PeftModel.from_pretrained(model, str(folder)).eval()
+    with torch.no_grad():
+        theirs = model(torch.from_numpy(probe_tokens(cfg.vocab_size)).long()).logits[0].float().numpy()
+    _, kernel = attention.choose("auto")
+    ours = probe_logits(pretrained.base, adapter, Forward(kernel, "none", jnp.dtype("float32")))
+    return require_equal(folder, theirs, ours, tolerance=1e-4)

@@ -59,13 +59,21 @@ class Page(HTMLParser):
 
 
 def train_line(step: int, **changes: object) -> dict[str, object]:
-    line: dict[str, object] = {"step": step, "loss": 1.5 + 1 / step, "learning_rate": 2e-4, "grad_norm": 0.8,
-                               "tokens": 900 * step, "tokens_per_second": 812.0, "skipped_steps": 0}
+    line: dict[str, object] = {
+        "step": step,
+        "loss": 1.5 + 1 / step,
+        "learning_rate": 2e-4,
+        "grad_norm": 0.8,
+        "tokens": 900 * step,
+        "tokens_per_second": 812.0,
+        "skipped_steps": 0,
+    }
     return line | changes
 
 
-def report(run: Path, lines: list[dict[str, object]] | None = None, summary: object = None,
-           tail: str = "") -> tuple[str, Page]:
+def report(
+    run: Path, lines: list[dict[str, object]] | None = None, summary: object = None, tail: str = ""
+) -> tuple[str, Page]:
     if lines is not None:
         text = "".join(json.dumps(line) + "\n" for line in lines) + tail
         (run / "metrics.jsonl").write_text(text, encoding="utf-8")
@@ -83,13 +91,22 @@ def report(run: Path, lines: list[dict[str, object]] | None = None, summary: obj
 
 
 SUMMARY = {
-    "status": "finished", "steps": 40, "skipped_steps": 3, "train_loss": 1.5321, "eval_loss": 1.75,
-    "eval_loss_before": 2.5, "wall_seconds": 3725.0, "tokens_per_second": 812.4, "device": "cpu x 1",
+    "status": "finished",
+    "steps": 40,
+    "skipped_steps": 3,
+    "train_loss": 1.5321,
+    "eval_loss": 1.75,
+    "eval_loss_before": 2.5,
+    "wall_seconds": 3725.0,
+    "tokens_per_second": 812.4,
+    "device": "cpu x 1",
     "rows": {"read": 5200, "used": 5010, "dropped": {"empty answer": 120}, "truncated": 314},
     "tokens": {"trained": 360412, "total": 1180233},
     "peak_memory_bytes": {"host": 3 * 2**30, "device": 2**28},
-    "trainable_params": 1_000_000, "frozen_params": 99_000_000,
-    "versions": {"jlora": "9.8.7"}, "hashes": {"base": "abc123"},
+    "trainable_params": 1_000_000,
+    "frozen_params": 99_000_000,
+    "versions": {"jlora": "9.8.7"},
+    "hashes": {"base": "abc123"},
     "samples": [{"prompt": "Why?", "before": "old words", "after": "new words"}],
 }
 EVALS: list[dict[str, object]] = [{"step": 0, "eval_loss": 2.5}, {"step": 40, "eval_loss": 1.75}]
@@ -98,11 +115,35 @@ EVALS: list[dict[str, object]] = [{"step": 0, "eval_loss": 2.5}, {"step": 40, "e
 def test_a_finished_run_shows_its_figures(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("lora:\n  rank: 16  # why <16>\n", encoding="utf-8")
     _, page = report(tmp_path, [train_line(s) for s in range(1, 41)] + EVALS, SUMMARY)
-    for figure in ("finished", "1.5321", "2.5000 → 1.7500", "−30.0%", "12.18 → 5.755", "3 skipped", "812.4",
-                   "1 h 02 min", "3.00 GiB", "256.0 MiB", "1M", "1.00% of all", "5,200", "5,010", "314",
-                   "120", "Rows dropped: empty answer", "360,412", "1,180,233", "9.8.7", "abc123",
-                   "old words", "new words", "lora:\n  rank: 16  # why <16>\n",
-                   tmp_path.name, "training step", "held-out"):
+    for figure in (
+        "finished",
+        "1.5321",
+        "2.5000 → 1.7500",
+        "−30.0%",
+        "12.18 → 5.755",
+        "3 skipped",
+        "812.4",
+        "1 h 02 min",
+        "3.00 GiB",
+        "256.0 MiB",
+        "1M",
+        "1.00% of all",
+        "5,200",
+        "5,010",
+        "314",
+        "120",
+        "Rows dropped: empty answer",
+        "360,412",
+        "1,180,233",
+        "9.8.7",
+        "abc123",
+        "old words",
+        "new words",
+        "lora:\n  rank: 16  # why <16>\n",
+        tmp_path.name,
+        "training step",
+        "held-out",
+    ):
         assert figure in page.text, figure
     charts = page.charts()
     assert set(charts) == set(CHARTS)
@@ -123,10 +164,19 @@ def test_text_from_the_run_is_escaped(tmp_path: Path) -> None:
     run = tmp_path / "a<b>&c"
     run.mkdir()
     (run / "config.yaml").write_text("name: </pre><i>x</i>\n", encoding="utf-8")
-    summary = {"status": evil, "device": evil, "rows": {"read": evil, "dropped": {evil: evil}},
-               "versions": {evil: evil}, "hashes": {evil: evil}, "steps": evil, "tokens": {"trained": evil},
-               "peak_memory_bytes": {"host": evil}, "trainable_params": evil, "train_loss": evil,
-               "samples": [{"prompt": evil, "before": evil, "after": evil}]}
+    summary = {
+        "status": evil,
+        "device": evil,
+        "rows": {"read": evil, "dropped": {evil: evil}},
+        "versions": {evil: evil},
+        "hashes": {evil: evil},
+        "steps": evil,
+        "tokens": {"trained": evil},
+        "peak_memory_bytes": {"host": evil},
+        "trainable_params": evil,
+        "train_loss": evil,
+        "samples": [{"prompt": evil, "before": evil, "after": evil}],
+    }
     markup, page = report(run, [train_line(1)], summary)
     assert not {"script", "img", "i", "b>"} & {tag for tag, _ in page.tags}
     assert "a<b>&c" in page.text and "</pre><i>x</i>" in page.text and "<script>alert('x')" in page.text
@@ -153,8 +203,7 @@ def test_a_run_of_only_bad_values_has_a_page(tmp_path: Path) -> None:
     assert set(page.charts()["Loss"]) == {"grid", "axis", "gap"}
 
 
-@pytest.mark.parametrize(
-    "summary", [None, [], {"rows": None, "samples": "no", "tokens": 3, "status": ["odd"]}])
+@pytest.mark.parametrize("summary", [None, [], {"rows": None, "samples": "no", "tokens": 3, "status": ["odd"]}])
 def test_an_empty_run_has_a_page(tmp_path: Path, summary: object) -> None:
     _, page = report(tmp_path, None, summary)
     assert page.charts() == {} and page.text.count("No values yet.") == len(CHARTS)
@@ -210,8 +259,10 @@ def test_a_long_run_is_thinned_but_keeps_its_spike(tmp_path: Path) -> None:
 
 def test_the_smoothed_line_follows_the_raw_one_more_calmly(tmp_path: Path) -> None:
     _, page = report(tmp_path, [train_line(s, loss=2.0 + s % 2) for s in range(1, 41)])
-    raw, smooth = ([float(y) for y in re.findall(r"[ML][\d.]+ ([\d.]+)", page.charts()["Loss"][kind])]
-                   for kind in ("train raw", "train"))
+    raw, smooth = (
+        [float(y) for y in re.findall(r"[ML][\d.]+ ([\d.]+)", page.charts()["Loss"][kind])]
+        for kind in ("train raw", "train")
+    )
     assert smooth[0] == raw[0]  # no pull towards zero at the start
     assert max(smooth[5:]) - min(smooth[5:]) < 0.7 * (max(raw) - min(raw))
     assert min(raw) < min(smooth[5:]) and max(smooth[5:]) < max(raw)

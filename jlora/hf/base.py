@@ -8,6 +8,7 @@ pickle, no remote code.
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -278,12 +279,14 @@ def hash_file(path: Path) -> str:
 
 def replace_folder(temporary: Path, final: Path) -> None:
     """Put a folder that was written whole in place of `final`, which may exist."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for file in temporary.iterdir():
+        file.chmod(0o666 & ~umask)  # safetensors writes files that only their owner may read
     if final.exists():
         old = final.with_name(final.name + ".old")
         os.replace(final, old)
         os.replace(temporary, final)
-        import shutil
-
         shutil.rmtree(old)
     else:
         os.replace(temporary, final)

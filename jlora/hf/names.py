@@ -50,8 +50,7 @@ class Entry:
 def name_table(cfg: LlamaConfig) -> dict[str, Entry]:
     """Hugging Face tensor name -> entry, for every tensor of the model."""
     table = {
-        OUTER[leaf]: Entry(leaf, None, weight.shape, weight.shape, False)
-        for leaf, weight in outer_weights(cfg).items()
+        OUTER[leaf]: Entry(leaf, None, weight.shape, weight.shape, False) for leaf, weight in outer_weights(cfg).items()
     }
     projections = projection_shapes(cfg)
     for layer in range(cfg.num_hidden_layers):

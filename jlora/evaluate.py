@@ -1,0 +1,83 @@
+"""`python -m jlora.evaluate`: mean loss over trained tokens and perplexity on held-out rows."""
+
+import argparse
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+
+from jlora import attention, cli, data
+from jlora.adapter import Adapter
+from jlora.config import DataSection
+from jlora.data import Dataset, Epochs
+from jlora.errors import DataError
+from jlora.generate import add_model_arguments, one_device_mesh, open_model
+from jlora.model import Decoder
+from jlora.sharding import named_sharding
+from jlora.step import Forward, make_eval_step
+
+
+class Evaluator:
+    """Mean loss of any base and adapter on one set of rows."""
+
+    def __init__(self, dataset: Dataset, cfg: DataSection, batch_size: int, forward: Forward, mesh: jax.sharding.Mesh):
+        self._batch_size, self._sharding = batch_size, named_sharding(mesh, ("act_batch", "act_seq"))
+        self._epochs = Epochs(dataset, cfg, batch_size, seed=None)
+        self._step = make_eval_step(forward)
+
+    def mean_loss(self, base: Decoder, adapter: Adapter) -> tuple[float, int]:
+        """Mean loss over trained tokens in nats, and their number."""
+        total, count = 0.0, 0.0
+        for batch in self._batches():
+            loss, tokens = self._step(base, adapter, jax.device_put(batch, self._sharding))
+            total, count = total + loss.item(), count + tokens.item()
+        return total / count, int(count)
+
+    def _batches(self) -> Iterable[dict[str, Any]]:
+        return data.batches(self._epochs, self._batch_size, last=self._epochs.num_batches(1))
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss), infinite where that does not fit a float."""
+    return math.exp(loss) if loss < 700.0 else math.inf
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="python -m jlora.evaluate", description="Loss and perplexity on rows.")
+    add_model_arguments(parser)
+    parser.add_argument("--data", required=True, help="rows: a file, folder or hub data set")
+    parser.add_argument("--max-length", type=int, help="tokens in a row of a batch; default: as the run did")
+    parser.add_argument("--train-on", choices=("response", "all"), help="tokens that count; default: as the run")
+    parser.add_argument("--on-bad-row", choices=("error", "skip"), help="default: as the run")
+    parser.add_argument("--batch-size", type=int, default=4, help="rows of a batch")
+    parser.add_argument("-q", "--quiet", action="store_true", help="nothing on stderr")
+    parser.add_argument("--json", action="store_true", help="one JSON object")
+    args = parser.parse_args()
+
+    def body() -> None:
+        mesh = one_device_mesh()
+        with jax.set_mesh(mesh):
+            pretrained, adapter, dtype, section = open_model(args, mesh)
+            changes = {"max_length": args.max_length, "train_on": args.train_on, "on_bad_row": args.on_bad_row}
+            section = section.model_copy(update={k: v for k, v in changes.items() if v is not None})
+            if section.max_length < 2 or args.batch_size < 1:
+                raise DataError("--max-length must be at least 2 and --batch-size at least 1")
+            dataset = data.tokenize(args.data, pretrained.tokenizer, section)
+            _, kernel = attention.choose("auto")
+            forward = Forward(kernel, "none", dtype)
+            evaluator = Evaluator(dataset, section, args.batch_size, forward, mesh)
+            loss, tokens = evaluator.mean_loss(pretrained.base, adapter)
+            rows = len(dataset.examples)
+            if args.json:
+                result = {"loss": loss, "perplexity": perplexity(loss), "tokens": tokens, "rows": rows}
+                cli.print_json(result | {"truncated": dataset.truncated, "dropped": dict(dataset.dropped)})
+            else:
+                print(f"loss {loss:.4f}  perplexity {perplexity(loss):.3f}  {tokens} tokens in {rows} rows")
+
+    cli.run(body)
+
+
+if __name__ == "__main__":
+    main()

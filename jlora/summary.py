@@ -1,0 +1,86 @@
+"""What a run says at its end: figures for summary.json and for people. Knows nothing of training."""
+
+import importlib.metadata
+import os
+import resource
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jlora.metrics import StepMeter, read_metrics
+
+
+def summarize(run_dir: Path, meter: StepMeter, compiled: Any) -> dict[str, Any]:
+    """The measured part of summary.json.
+
+    Args:
+      compiled: the compiled step, or None where no step was left to take.
+    """
+    return {
+        **final_losses(run_dir),
+        "tokens": {"total": meter.tokens_before + meter.tokens},
+        "tokens_per_second": meter.tokens_per_second(),
+        "peak_memory_bytes": peak_memory(compiled),
+        "device": f"{jax.devices()[0].device_kind} x {jax.device_count()}",
+        "versions": versions(),
+    }
+
+
+def final_losses(run_dir: Path) -> dict[str, float | None]:
+    """Last training loss, first and last held-out loss, from the log."""
+    lines = read_metrics(run_dir / "metrics.jsonl")
+    train_losses = [line["loss"] for line in lines if "loss" in line]
+    eval_losses = [line["eval_loss"] for line in lines if "eval_loss" in line]
+    return {
+        "train_loss": train_losses[-1] if train_losses else None,
+        "eval_loss_before": eval_losses[0] if eval_losses else None,
+        "eval_loss": eval_losses[-1] if eval_losses else None,
+    }
+
+
+def peak_memory(compiled: Any) -> dict[str, int | None]:
+    """Peak bytes of this process, of the device where it counts them, and of the compiled step."""
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    device = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+    analysis = compiled.memory_analysis() if compiled is not None else None
+    step = None
+    if analysis is not None:
+        step = analysis.argument_size_in_bytes + analysis.temp_size_in_bytes + analysis.output_size_in_bytes
+        step -= analysis.alias_size_in_bytes
+    return {"host": host, "device": device, "compiled_step": step}
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computes."""
+    names = ("jlora", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers")
+    found = {}
+    for name in names:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found | {"python": sys.version.split()[0]}
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    temporary = path.with_name(path.name + ".partial")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def print_summary(summary: dict[str, Any], output_dir: str) -> None:
+    """The end of a run, for people."""
+    if summary["status"] == "preempted":
+        print(f"stopped at step {summary['steps']}, saved; run the same command again to go on")
+        return
+    if summary["eval_loss"] is not None:
+        before, after = summary["eval_loss_before"], summary["eval_loss"]
+        print(f"held-out loss {before:.4f} -> {after:.4f} ({(after - before) / before:+.1%})")
+    rate, memory = summary["tokens_per_second"], summary["peak_memory_bytes"]
+    speed = f"{rate:,.0f} tokens/s, " if rate else ""
+    print(f"{summary['steps']} steps, {speed}peak host memory {memory['host'] / 2**30:.2f} GiB")
+    print(f"adapter: {summary['adapter']}" if summary["adapter"] else f"checkpoint: {output_dir}/checkpoints")
+    print(f"report: {output_dir}/report.html")

@@ -1,0 +1,29 @@
+"""What every test runs under: CPU, a persistent compilation cache, and strict arithmetic."""
+
+import os
+from pathlib import Path
+
+# Before JAX is imported, here or in a process that a test starts.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".pytest_cache" / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import jax
+import pytest
+import torch
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _no_signal_handlers_left(request: pytest.FixtureRequest):
+    """A run in this process takes SIGINT and SIGTERM; give them back."""
+    import signal
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
