@@ -7,12 +7,22 @@ import logging
 import os
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
-from jlora.errors import MemoryExceeded, UserError
+from jlora.errors import ConfigError, MemoryExceeded, UserError
 
 COMMANDS = ("train", "generate", "evaluate", "export", "config")
 PREEMPTED = 75
+# How XLA says it, on accelerators and on the CPU.
+OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "Out of memory")
+
+
+class Parser(argparse.ArgumentParser):
+    """Bad usage is one line on stderr, like every other error."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"error: {message}; see {self.prog} --help", file=sys.stderr)
+        sys.exit(ConfigError.exit_code)
 
 
 def run(command: Callable[[], int | None]) -> None:
@@ -30,20 +40,21 @@ def run(command: Callable[[], int | None]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     except Exception as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        if not isinstance(error, MemoryError) and not any(sign in str(error) for sign in OUT_OF_MEMORY):
             raise
-        wanted = str(error).splitlines()[0]
+        wanted = str(error).split("\n")[0]
         code = _fail(
             MemoryExceeded(
                 f"out of device memory ({wanted}); lower training.batch_size or data.max_length, raise "
-                "training.gradient_accumulation_steps, or set model.remat=full"
+                "training.gradient_accumulation_steps, or set model.remat=full (generate and evaluate: lower "
+                "--batch-size, --max-new-tokens or --max-length)"
             )
         )
     sys.exit(code)
 
 
 def _fail(error: UserError) -> int:
-    print(f"error: {error}", file=sys.stderr)
+    print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
     return error.exit_code
 
 
@@ -54,7 +65,7 @@ def print_json(value: Any) -> None:
 
 def main() -> None:
     """`jlora SUBCOMMAND ...` is `python -m jlora.SUBCOMMAND ...`."""
-    parser = argparse.ArgumentParser(prog="jlora", description="LoRA fine-tuning of Llama models in JAX.")
+    parser = Parser(prog="jlora", description="LoRA fine-tuning of Llama models in JAX.")
     parser.add_argument("command", choices=COMMANDS)
     parser.add_argument("arguments", nargs=argparse.REMAINDER)
     args = parser.parse_args(sys.argv[1:2])

@@ -6,6 +6,7 @@ model shapes (they come from the base's own config.json, see `jlora.hf`) or of w
 
 import argparse
 import difflib
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -18,6 +19,7 @@ ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 PROJECTIONS = ATTENTION_PROJECTIONS + MLP_PROJECTIONS
 
+NonEmpty = Annotated[str, Field(min_length=1)]
 NonNegative = Annotated[float, Field(ge=0.0)]
 Dtype = Literal["bfloat16", "float32"]
 Format = Literal["alpaca", "completion", "text", "messages"]
@@ -32,7 +34,7 @@ class Section(BaseModel):
 
 
 class ModelSection(Section):
-    path: str = Field(description="base model: a Hugging Face folder, a .gguf file or a hub name")
+    path: NonEmpty = Field(description="base model: a Hugging Face folder, a .gguf file or a hub name")
     tokenizer: str | None = Field(None, description="another folder for the tokenizer, where the base has none")
     dtype: Dtype = Field("bfloat16", description="base weights and matmuls; float32 for parity checks and CPUs")
     quantization: None = Field(None, description="quantised base; only null (none) in this version")
@@ -75,8 +77,8 @@ class LoraSection(Section):
 
 
 class DataSection(Section):
-    train: str = Field(description="json, jsonl, parquet or csv file, a folder of them, or a hub data set")
-    eval: str | Annotated[float, Field(gt=0.0, lt=1.0)] | None = Field(
+    train: NonEmpty = Field(description="json, jsonl, parquet or csv file, a folder of them, or a hub data set")
+    eval: NonEmpty | Annotated[float, Field(gt=0.0, lt=1.0)] | None = Field(
         None, description="held-out rows: another file or data set, or a fraction of train"
     )
     split: str = Field("train", description="split to read where the source is a hub data set")
@@ -91,7 +93,7 @@ class DataSection(Section):
     chat_template: str | None = Field(
         None, description="llama2, chatml or a .jinja file; null takes the tokenizer's own"
     )
-    max_length: Annotated[int, Field(ge=2)] = Field(1024, description="tokens in a row of a batch")
+    max_length: Annotated[int, Field(ge=2, le=2**20)] = Field(1024, description="tokens in a row of a batch")
     packing: bool = Field(True, description="several short rows in one row of a batch, isolated from each other")
     train_on: TrainOn = Field("response", description="which tokens the loss counts")
     on_bad_row: Literal["error", "skip"] = Field(
@@ -163,7 +165,9 @@ class Config(Section):
     training: TrainingSection = TrainingSection()
     optimizer: OptimizerSection = OptimizerSection()
     mesh: MeshSection = MeshSection()
-    output_dir: str = Field(description="run folder; holding a checkpoint of the same run, training goes on from it")
+    output_dir: NonEmpty = Field(
+        description="run folder; holding a checkpoint of the same run, training goes on from it"
+    )
 
     def dump_yaml(self) -> str:
         """The resolved configuration, every default filled in, as YAML."""
@@ -178,11 +182,11 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     """
     path = Path(path)
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = _parse_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{path}: can not be read ({error.strerror}); check --config") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"{path}: not valid YAML: {_one_line(error)}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: must hold keys such as model and data, not {type(tree).__name__}")
     for override in overrides:
@@ -190,7 +194,31 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(f"{path}: {_describe(error)}") from None
+        raise ConfigError(f"{path}: {describe(error)}") from None
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1, but `2e-4` is a number, as in YAML 1.2, and a key that stands twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        twice = next((key for key in keys if keys.count(key) > 1), None)
+        if twice is not None:
+            raise yaml.constructor.ConstructorError(None, None, f"key '{twice}' stands twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\.\d+|\d+(\.\d*)?)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def _parse_yaml(text: str) -> Any:
+    return yaml.load(text, _Loader)  # noqa: S506, a SafeLoader
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()).replace('in "<unicode string>", ', "at ")
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:
@@ -203,12 +231,12 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         if not isinstance(tree, dict):
             raise ConfigError(f"override '{override}': '{name}' is not a section")
     try:
-        tree[leaf] = yaml.safe_load(text)
+        tree[leaf] = _parse_yaml(text)
     except yaml.YAMLError as error:
-        raise ConfigError(f"override '{override}': {' '.join(str(error).split())}") from None
+        raise ConfigError(f"override '{override}': {_one_line(error)}") from None
 
 
-def _describe(error: ValidationError) -> str:
+def describe(error: ValidationError) -> str:
     """The first problem in one sentence; the number of others behind it."""
     problems = error.errors()
     first = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
@@ -241,8 +269,13 @@ def _describe(error: ValidationError) -> str:
         text = f"{key}: {first['ctx']['error']}"
     elif key == "model.quantization":
         text = f"model.quantization: '{first['input']}' is not available in this version; set it to null"
+    elif first["type"] == "model_type":
+        text = f"{key}: must hold keys of its own ({', '.join(section.model_fields)}), but it is {first['input']!r}"
     else:
-        text = f"{key}: {first['msg'][0].lower()}{first['msg'][1:]}, but it is {first['input']!r}"
+        # Each member of a union has its say.
+        says = [p["msg"] for p in problems if p["loc"][: len(names)] == first["loc"][: len(names)]]
+        wanted = " or ".join(dict.fromkeys(say.lower().removeprefix("input should be ") for say in says))
+        text = f"{key}: should be {wanted}, but it is {first['input']!r}"
     others = len(problems) - 1
     return text if not others or first["type"] != "extra_forbidden" else f"{text} ({others} more problems)"
 
@@ -262,8 +295,9 @@ def reference() -> str:
     top = [name for name, field in Config.model_fields.items() if not _is_section(field.annotation)]
     lines += ["", "## Top level", "", *_table({name: Config.model_fields[name] for name in top})]
     for name, field in Config.model_fields.items():
-        if _is_section(field.annotation):
-            lines += ["", f"## {name}", "", *_table(field.annotation.model_fields)]
+        section = field.annotation
+        if isinstance(section, type) and issubclass(section, Section):
+            lines += ["", f"## {name}", "", *_table(section.model_fields)]
     return "\n".join(lines) + "\n"
 
 

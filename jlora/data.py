@@ -6,6 +6,7 @@ Owns reading, validation, truncation, packing and order. Knows nothing of models
 import csv
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -77,7 +78,7 @@ def read_rows(source: str, split: str) -> Iterator[Row]:
     elif path.is_file():
         yield from _read_file(path, path.name)
     elif path.suffix in (".json", ".jsonl", ".csv", ".parquet") or source.startswith((".", "/", "~")):
-        raise DataError(f"{source}: no such file; check the data section of the config")
+        raise DataError(f"{source}: no such file; check the path")
     else:
         yield from _read_datasets(source, split, source)
 
@@ -97,10 +98,7 @@ def _read_file(path: Path, name: str) -> Iterator[Row]:
     try:
         match path.suffix:
             case ".csv":
-                with open(path, encoding="utf-8-sig", newline="") as stream:
-                    reader = csv.DictReader(stream)
-                    for value in reader:
-                        yield Row(f"{name}:{reader.line_num}", value)
+                yield from _read_csv(path, name)
             case ".parquet":
                 import pyarrow
                 import pyarrow.parquet
@@ -121,8 +119,26 @@ def _read_file(path: Path, name: str) -> Iterator[Row]:
                 raise DataError(f"{path}: files ending in '{suffix}' are not read; use json, jsonl, csv or parquet")
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not valid UTF-8 ({error.reason} at byte {error.start})") from None
-    except (OSError, csv.Error) as error:
+    except OSError as error:
         raise DataError(f"{path}: can not be read ({error})") from None
+
+
+def _read_csv(path: Path, name: str) -> Iterator[Row]:
+    """Rows by the header's names; the line is the one on which the row ends."""
+    csv.field_size_limit(MAX_LINE_BYTES)
+    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as stream:
+        reader = csv.DictReader(stream, strict=True)
+        try:
+            for value in reader:
+                where = f"{name}:{reader.line_num}"
+                if None in value:
+                    yield Row(where, BadRow("extra_fields", "the row has more fields than the header"))
+                elif any(re.search("[\ud800-\udfff]", field or "") for field in value.values()):
+                    yield Row(where, BadRow("invalid_utf8", "not valid UTF-8"))
+                else:
+                    yield Row(where, value)
+        except csv.Error as error:
+            raise DataError(f"{name}:{reader.line_num}: malformed CSV ({error})") from None
 
 
 def _is_json_array(path: Path) -> bool:
@@ -206,7 +222,7 @@ def tokenize(source: str, tokenizer: Tokenizer, cfg: DataSection) -> Dataset:
     num_bad = sum(dataset.dropped.values())
     if first_bad and cfg.on_bad_row == "error":
         others = f" ({num_bad - 1} more bad rows)" if num_bad > 1 else ""
-        raise DataError(f"{first_bad}{others}; mend it, or set data.on_bad_row=skip to drop such rows")
+        raise DataError(f"{first_bad}{others}; mend it, or drop such rows (data.on_bad_row=skip, or --on-bad-row skip)")
     if not dataset.examples:
         why = f"; all {num_bad} rows were dropped, the first at {first_bad}" if first_bad else ""
         raise DataError(f"{source}: holds no usable row{why}")

@@ -1,6 +1,5 @@
 """`python -m jlora.evaluate`: mean loss over trained tokens and perplexity on held-out rows."""
 
-import argparse
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -11,7 +10,7 @@ from jlora import attention, cli, data
 from jlora.adapter import Adapter
 from jlora.config import DataSection
 from jlora.data import Dataset, Epochs
-from jlora.errors import DataError
+from jlora.errors import ConfigError
 from jlora.generate import add_model_arguments, one_device_mesh, open_model
 from jlora.model import Decoder
 from jlora.sharding import named_sharding
@@ -45,7 +44,7 @@ def perplexity(loss: float) -> float:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m jlora.evaluate", description="Loss and perplexity on rows.")
+    parser = cli.Parser(prog="python -m jlora.evaluate", description="Loss and perplexity on rows.")
     add_model_arguments(parser)
     parser.add_argument("--data", required=True, help="rows: a file, folder or hub data set")
     parser.add_argument("--max-length", type=int, help="tokens in a row of a batch; default: as the run did")
@@ -57,13 +56,13 @@ def main() -> None:
     args = parser.parse_args()
 
     def body() -> None:
+        if args.batch_size < 1 or not (args.max_length is None or args.max_length >= 2):
+            raise ConfigError("--max-length must be at least 2 and --batch-size at least 1")
         mesh = one_device_mesh()
         with jax.set_mesh(mesh):
             pretrained, adapter, dtype, section = open_model(args, mesh)
             changes = {"max_length": args.max_length, "train_on": args.train_on, "on_bad_row": args.on_bad_row}
             section = section.model_copy(update={k: v for k, v in changes.items() if v is not None})
-            if section.max_length < 2 or args.batch_size < 1:
-                raise DataError("--max-length must be at least 2 and --batch-size at least 1")
             dataset = data.tokenize(args.data, pretrained.tokenizer, section)
             _, kernel = attention.choose("auto")
             forward = Forward(kernel, "none", dtype)

@@ -4,7 +4,6 @@ Every export proves itself before it is called done: what was written is read ba
 compared with the run's own.
 """
 
-import argparse
 import shutil
 import sys
 from functools import partial
@@ -121,7 +120,7 @@ def export(run_dir: Path, out: Path, step: int | None, merge: bool, dtype: str |
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m jlora.export", description="Export a run.")
+    parser = cli.Parser(prog="python -m jlora.export", description="Export a run.")
     parser.add_argument("--run", required=True, help="run folder")
     parser.add_argument("--step", type=int, help="checkpoint; default: the newest")
     parser.add_argument("--out", required=True, help="new folder to write")

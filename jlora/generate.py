@@ -6,6 +6,7 @@ every row has ended.
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from jaxtyping import Array, Float
 from jlora import attention, cli
 from jlora.adapter import Adapter
 from jlora.config import DataSection, MeshSection
-from jlora.data import read_rows
+from jlora.data import Row, read_rows
 from jlora.errors import ConfigError, DataError
 from jlora.model import Cache, Decoder, empty_cache
 from jlora.pretrained import Pretrained, load_pretrained, open_adapter, run_config
@@ -226,7 +227,7 @@ def open_model(args: argparse.Namespace, mesh: jax.sharding.Mesh) -> tuple[Pretr
         "prompt": args.prompt_style or (run.data.prompt if run else "stanford"),
         "chat_template": args.chat_template or (run.data.chat_template if run else None),
     }
-    section = (run.data if run else DataSection(train="")).model_copy(update=chosen)
+    section = (run.data if run else DataSection(train="-")).model_copy(update=chosen)
     dtype = jnp.dtype(args.dtype or (run.model.dtype if run else "bfloat16"))
     tokenizer = args.tokenizer or (run.model.tokenizer if run else None)
     pretrained = load_pretrained(args.base, tokenizer, section.chat_template, dtype, mesh)
@@ -238,32 +239,32 @@ def one_device_mesh() -> jax.sharding.Mesh:
     return make_mesh(MeshSection(data=1, fsdp=1, tensor=1), jax.devices()[:1])
 
 
-def read_prompts(args: argparse.Namespace, format: str) -> list[dict[str, Any]]:
+def read_prompts(args: argparse.Namespace, format: str) -> list[Row]:
     """Rows to answer: the one on the command line, or a file's."""
     if args.prompts:
         rows = []
         for row in read_rows(args.prompts, "train"):
             if isinstance(row.value, BadRow) or not isinstance(row.value, dict):
                 reason = row.value.message if isinstance(row.value, BadRow) else "not a JSON object"
-                raise DataError(f"{row.where}: {reason}")
-            rows.append(row.value)
+                raise DataError(f"{row.where}: {reason}; mend it")
+            rows.append(row)
         if not rows:
             raise DataError(f"{args.prompts}: holds no prompt")
         return rows
     if format == "messages":
-        return [{"messages": [{"role": "user", "content": args.prompt}]}]
-    return [{{"alpaca": "instruction", "completion": "prompt", "text": "text"}[format]: args.prompt}]
+        return [Row("--prompt", {"messages": [{"role": "user", "content": args.prompt}]})]
+    return [Row("--prompt", {{"alpaca": "instruction", "completion": "prompt", "text": "text"}[format]: args.prompt})]
 
 
 def answer_rows(args: argparse.Namespace, run: Any, section: DataSection, pretrained: Pretrained) -> None:
     """Answer prompts in batches and print them in order."""
-    rows = read_prompts(args, section.format)
-    encoded = []
-    for number, row in enumerate(rows, 1):
+    rows, encoded = [], []
+    for row in read_prompts(args, section.format):
+        rows.append(row.value)
         try:
-            encoded.append(encode_prompt(pretrained.tokenizer, row, format=section.format, prompt=section.prompt))
+            encoded.append(encode_prompt(pretrained.tokenizer, row.value, format=section.format, prompt=section.prompt))
         except BadRow as bad:
-            raise DataError(f"{args.prompts or '--prompt'}: row {number}: {bad.message}") from None
+            raise DataError(f"{row.where}: {bad.message} (format {section.format}); mend it, or set --format") from None
     for start in range(0, len(rows), args.batch_size):
         *_, texts = run(encoded[start : start + args.batch_size], seed=args.seed + start)
         for row, ids in zip(rows[start : start + args.batch_size], texts, strict=True):
@@ -283,18 +284,24 @@ def chat(args: argparse.Namespace, run: Any, section: DataSection, pretrained: P
     if single and section.format != "alpaca":
         raise ConfigError("--chat needs a chat template; the tokenizer has none, so set --chat-template")
     turns: list[dict[str, str]] = []
-    print("An empty line or Ctrl-D ends the chat.", file=sys.stderr)
+    if not args.quiet:
+        print("An empty line or Ctrl-D ends the chat.", file=sys.stderr)
     while True:
         try:
-            text = input("> ").strip()
+            text = input("> " if sys.stdin.isatty() else "").strip()
         except (EOFError, KeyboardInterrupt):
             break
+        except UnicodeDecodeError:
+            raise DataError("stdin: not valid UTF-8") from None
         if not text:
             break
         turns.append({"role": "user", "content": text})
         row = {"instruction": text} if single else {"messages": turns}
         format = "alpaca" if single else "messages"
-        ids = encode_prompt(pretrained.tokenizer, row, format=format, prompt=section.prompt)
+        try:
+            ids = encode_prompt(pretrained.tokenizer, row, format=format, prompt=section.prompt)
+        except BadRow as bad:
+            raise DataError(f"turn {len(turns)}: {bad.message}") from None
         shown = ""
         for texts in run([ids], seed=args.seed + len(turns)):
             whole = pretrained.tokenizer.decode(texts[0])
@@ -303,12 +310,15 @@ def chat(args: argparse.Namespace, run: Any, section: DataSection, pretrained: P
                 print(whole[len(shown) :], end="", flush=True)
                 shown = whole
         print(whole[len(shown) :] if whole.startswith(shown) else "")
-        turns.append({"role": "assistant", "content": whole})
+        if whole.strip():
+            turns.append({"role": "assistant", "content": whole})
+        else:  # a turn without an answer is no part of a conversation
+            turns.pop()
 
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m jlora.generate", description="Generate text.")
+    parser = cli.Parser(prog="python -m jlora.generate", description="Generate text.")
     add_model_arguments(parser)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt", help="text, or the instruction where the format is alpaca")
@@ -326,8 +336,12 @@ def main() -> None:
     def body() -> None:
         if args.max_new_tokens < 1 or args.batch_size < 1:
             raise ConfigError("--max-new-tokens and --batch-size must be at least 1")
-        if args.temperature < 0 or not 0 < args.top_p <= 1:
-            raise ConfigError("--temperature must not be negative, and --top-p lies in (0, 1]")
+        if not 0 <= args.temperature < math.inf or not 0 < args.top_p <= 1:
+            raise ConfigError("--temperature must be finite and not negative, and --top-p lies in (0, 1]")
+        if not 0 <= args.seed < 2**31:
+            raise ConfigError("--seed must be at least 0 and less than 2147483648")
+        if args.chat and args.json:
+            raise ConfigError("--json goes with --prompt or --prompts, not with --chat")
         if args.prompts and not Path(args.prompts).is_file():
             raise DataError(f"{args.prompts}: no such file")
         mesh = one_device_mesh()

@@ -194,7 +194,7 @@ class GGUFFile:
         backend.decoder = decoders.Sequence([*steps, decoders.Strip(" ", left=1)] if prefix else steps)
         return backend, True
 
-    def _bpe(self, tokens: list[str], merges: list[tuple[str, ...]], **options: Any) -> Tokenizer:
+    def _bpe(self, tokens: list[str], merges: list[tuple[str, str]], **options: Any) -> Tokenizer:
         try:
             return Tokenizer(BPE({t: i for i, t in enumerate(tokens)}, merges, **options))
         except Exception as error:  # tokenizers raises nothing narrower

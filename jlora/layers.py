@@ -27,7 +27,7 @@ def rms_norm(x: Float[Array, "B T D"], weight: Float[Array, " D"], eps: float) -
     """RMSNorm (arXiv:1910.07467), normalised in float32, scaled in the dtype of `x` as LlamaRMSNorm does."""
     x32 = x.astype(jnp.float32)
     inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
-    return weight.astype(x.dtype) * (x32 * inverse).astype(x.dtype)
+    return weight.astype(x.dtype)[None, None] * (x32 * inverse).astype(x.dtype)
 
 
 def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> np.ndarray:
@@ -56,7 +56,7 @@ def rotate(
 
     Angles and rotation in float32; result in the dtype of `x`.
     """
-    angles = positions.astype(jnp.float32)[:, :, None, None] * frequencies
+    angles = positions.astype(jnp.float32)[:, :, None, None] * frequencies[None, None, None]
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)

@@ -1,5 +1,6 @@
 """Where a run's numbers go: metrics.jsonl, TensorBoard, Weights & Biases and the progress line."""
 
+import importlib.util
 import json
 import math
 import os
@@ -57,11 +58,15 @@ class MetricsLog:
             self._wandb.finish()
 
 
+def require_wandb(project: str | None) -> None:
+    """Fail before the base is read, if runs are to be logged to Weights & Biases and it is not installed."""
+    if project and importlib.util.find_spec("wandb") is None:
+        raise ConfigError("training.wandb is set, but wandb is not installed; pip install wandb, or set it to null")
+
+
 def _start_wandb(project: str, run_dir: Path, config: dict[str, Any]) -> Any:
-    try:
-        import wandb
-    except ImportError:
-        raise ConfigError("training.wandb is set, but wandb is not installed; pip install wandb") from None
+    import wandb
+
     return wandb.init(project=project, dir=str(run_dir), config=config, resume="allow", id=run_dir.name)
 
 

@@ -98,6 +98,16 @@ def _checkpointed(function: Callable, remat: str) -> Callable:
 class Block(nnx.Module):
     """One layer, or all layers stacked: then every weight has a leading dim L."""
 
+    input_layernorm: nnx.Param
+    q_proj: nnx.Param
+    k_proj: nnx.Param
+    v_proj: nnx.Param
+    o_proj: nnx.Param
+    post_attention_layernorm: nnx.Param
+    gate_proj: nnx.Param
+    up_proj: nnx.Param
+    down_proj: nnx.Param
+
     def __init__(self, cfg: LlamaConfig, fill: Callable[[Weight], Array]):
         self.cfg = cfg
         for name, weight in block_weights(cfg).items():
@@ -167,6 +177,10 @@ def empty_cache(cfg: LlamaConfig, batch_size: int, num_slots: int, dtype: jnp.dt
 
 class Decoder(nnx.Module):
     """A Llama with its language-model head; logits match transformers' LlamaForCausalLM."""
+
+    embed_tokens: nnx.Param
+    norm: nnx.Param
+    lm_head: nnx.Param  # absent where the embedding is tied
 
     def __init__(self, cfg: LlamaConfig, fill: Callable[[Weight], Array]):
         """Args: fill makes each weight, stacked over layers, from its shape and logical axes."""
@@ -268,7 +282,7 @@ class Decoder(nnx.Module):
 
 def abstract_decoder(cfg: LlamaConfig, dtype: jnp.dtype) -> Decoder:
     """The module with shapes instead of arrays, every weight in `dtype`."""
-    return Decoder(cfg, lambda weight: jax.ShapeDtypeStruct(weight.shape, dtype))  # type: ignore[arg-type]
+    return jax.eval_shape(lambda: Decoder(cfg, lambda weight: jnp.zeros(weight.shape, dtype)))
 
 
 def count(decoder: Decoder) -> int:

@@ -6,9 +6,10 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import yaml
+from pydantic import ValidationError
 
 from jlora.adapter import Adapter
-from jlora.config import Config
+from jlora.config import Config, describe
 from jlora.errors import ModelError
 from jlora.hf.base import Source, load_base, open_source, parse_config, resolve
 from jlora.hf.peft import CONFIG, load_adapter
@@ -76,9 +77,11 @@ def run_config(folder: str | Path | None) -> Config | None:
         return None
     for candidate in (Path(folder), Path(folder).parent):
         file = candidate / "config.yaml"
-        if file.is_file():
+        if file.is_file() and (candidate == Path(folder) or (candidate / "checkpoints").is_dir()):
             try:
                 return Config.model_validate(yaml.safe_load(file.read_text(encoding="utf-8")))
+            except ValidationError as error:
+                raise ModelError(f"{file}: not the config of a run ({describe(error)})") from None
             except (ValueError, yaml.YAMLError) as error:
-                raise ModelError(f"{file}: not the config of a run ({str(error).splitlines()[0]})") from None
+                raise ModelError(f"{file}: not the config of a run ({' '.join(str(error).split())})") from None
     return None

@@ -269,11 +269,11 @@ def _from_sentencepiece(folder: Path, files: tuple[Path, ...]) -> Tokenizer:
         if token not in added and processor.id_to_piece(i) == token:
             added[token] = i
     bos, eos = tokens.get("bos_token"), tokens.get("eos_token")
-    if eos not in added:
+    if eos is None or eos not in added:
         raise ModelError(f"the tokenizer of {folder} names no eos_token that has an id")
     return Tokenizer(
         vocab_size=max(processor.vocab_size() - 1, *added.values()) + 1,
-        bos_id=added.get(bos), eos_id=added[eos], add_bos=bos in added and config.get("add_bos_token", True),
+        bos_id=added.get(bos or ""), eos_id=added[eos], add_bos=bos in added and config.get("add_bos_token", True),
         bos_token=bos, eos_token=eos, chat_template=template, files=files,
         vocabulary_hash=hashlib.sha256(content + json.dumps(sorted(added.items())).encode()).hexdigest(),
         backend=_SentencePiece(processor, added),
@@ -338,8 +338,9 @@ def encode_prompt(tokenizer: Tokenizer, row: dict[str, Any], *, format: str, pro
 
 def _encode(tokenizer: Tokenizer, text: str, chat: bool) -> list[int]:
     ids = tokenizer.encode(text)
-    if not chat and tokenizer.add_bos and ids[:1] != [tokenizer.bos_id]:
-        ids.insert(0, tokenizer.bos_id)
+    bos = tokenizer.bos_id if tokenizer.add_bos and not chat else None
+    if bos is not None and ids[:1] != [bos]:
+        ids.insert(0, bos)
     return ids
 
 
@@ -354,7 +355,7 @@ def _get(row: dict[str, Any], name: str, kind: type) -> Any:
         raise BadRow("missing_field", f'the field "{name}" is missing')
     if not isinstance(value, kind):
         raise BadRow("wrong_type", f'the field "{name}" is {type(value).__name__}, not {kind.__name__}')
-    if kind is str and re.search("[\ud800-\udfff]", value):
+    if isinstance(value, str) and re.search("[\ud800-\udfff]", value):
         raise BadRow("not_unicode", f'the field "{name}" holds half of a surrogate pair')
     return value
 
@@ -399,7 +400,8 @@ def _messages(row: dict[str, Any], format: str, *, answered: bool) -> list[dict[
     messages = [{key: _get(turn, key, str) for key in ("role", "content")} for turn in turns]
     if not messages:
         raise BadRow("empty_messages", 'the list "messages" is empty')
-    for role, content in (message.values() for message in messages):
+    for message in messages:
+        role, content = message["role"], message["content"]
         if role not in ("system", "user", "assistant"):
             raise BadRow("wrong_role", f'the role "{role}" is none of system, user and assistant')
         if role != "system" and not content.strip():

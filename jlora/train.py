@@ -4,8 +4,8 @@ Config -> mesh -> model -> data -> step -> loop -> adapter. A run folder that ho
 same run is gone on from.
 """
 
-import argparse
 import json
+import os
 import signal
 import sys
 import time
@@ -25,9 +25,9 @@ from jlora.errors import ConfigError, ModelError, NonFiniteError
 from jlora.evaluate import Evaluator, perplexity
 from jlora.hf.peft import load_adapter, read_adapter_config
 from jlora.identity import check_identity, run_identity
-from jlora.metrics import MetricsLog, ProgressLine, StepMeter
+from jlora.metrics import MetricsLog, ProgressLine, StepMeter, require_wandb
 from jlora.model import projection_shapes
-from jlora.pretrained import Pretrained, load_pretrained
+from jlora.pretrained import Pretrained, find_adapter, load_pretrained
 from jlora.report import write_report
 from jlora.sharding import make_mesh, named_sharding
 from jlora.step import Forward, TrainState, init_state, make_train_step
@@ -44,6 +44,8 @@ def train(cfg: Config, quiet: bool = False) -> dict[str, Any]:
     began = time.monotonic()
     mesh = make_mesh(cfg.mesh, jax.devices())
     check_batch_split(cfg, mesh)
+    require_wandb(cfg.training.wandb)
+    run_dir = make_run_dir(cfg)
     stop = catch_signals()
     with jax.set_mesh(mesh):
         # The base, the rows, and what is trained of the whole.
@@ -51,7 +53,7 @@ def train(cfg: Config, quiet: bool = False) -> dict[str, Any]:
         pretrained = load_pretrained(
             cfg.model.path, cfg.model.tokenizer, cfg.data.chat_template, param_dtype(cfg), mesh
         )
-        train_data, eval_data = read_data(cfg, pretrained)
+        train_data, eval_data = read_data(cfg, pretrained, quiet)
         epochs = Epochs(train_data, cfg.data, cfg.training.batch_size, cfg.training.seed)
         num_steps = cfg.training.max_steps or epochs.num_batches(cfg.training.epochs)
         params = {"adapter": make_adapter(cfg, pretrained), "base": pretrained.base}
@@ -62,7 +64,6 @@ def train(cfg: Config, quiet: bool = False) -> dict[str, Any]:
         del params
 
         # Where an earlier start of this run left off.
-        run_dir = make_run_dir(cfg)
         identity = run_identity(cfg, pretrained, train_data, eval_data)
         checkpoints = Checkpoints(run_dir / "checkpoints", cfg.training.keep_checkpoints)
         batches = data.batches(epochs, cfg.training.batch_size)
@@ -181,10 +182,10 @@ def param_dtype(cfg: Config) -> jnp.dtype:
     return jnp.dtype("float32" if cfg.method == "full" else cfg.model.dtype)
 
 
-def read_data(cfg: Config, pretrained: Pretrained) -> tuple[Dataset, Dataset | None]:
+def read_data(cfg: Config, pretrained: Pretrained, quiet: bool) -> tuple[Dataset, Dataset | None]:
     """Training rows, and held-out rows where the config has some."""
     limit = pretrained.source.config.get("max_position_embeddings")
-    if isinstance(limit, int) and cfg.data.max_length > limit:
+    if isinstance(limit, int) and cfg.data.max_length > limit and not quiet:
         print(
             f"warning: data.max_length={cfg.data.max_length} is beyond the base's {limit} positions",
             file=sys.stderr,
@@ -206,7 +207,7 @@ def make_adapter(cfg: Config, pretrained: Pretrained) -> Adapter:
     model = pretrained.base.cfg
     if cfg.lora.init_from is None:
         return init_adapter(cfg.lora, projection_shapes(model), model.num_hidden_layers, cfg.training.seed)
-    folder = Path(cfg.lora.init_from)
+    folder = find_adapter(cfg.lora.init_from)
     theirs = read_adapter_config(folder)
     for key, ours in (
         ("rank", cfg.lora.rank),
@@ -229,7 +230,9 @@ def make_run_dir(cfg: Config) -> Path:
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"output_dir {run_dir}: can not be made ({error.strerror})") from None
+        raise ConfigError(f"output_dir {run_dir}: can not be made ({error.strerror}); set another") from None
+    if not os.access(run_dir, os.W_OK):
+        raise ConfigError(f"output_dir {run_dir}: can not be written to; set another")
     return run_dir
 
 
@@ -277,7 +280,7 @@ def catch_signals() -> dict[str, int]:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m jlora.train", description="Fine-tune a Llama with LoRA.")
+    parser = cli.Parser(prog="python -m jlora.train", description="Fine-tune a Llama with LoRA.")
     parser.add_argument("--config", required=True, help="YAML file; see docs/config.md for its keys")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a dotted config key")
     parser.add_argument("-q", "--quiet", action="store_true", help="no progress")

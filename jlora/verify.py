@@ -96,9 +96,9 @@ def compare_with_peft(folder: Path, adapter: Adapter, pretrained: Pretrained) ->
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
     model.load_state_dict(state, assign=True)
     model.model.rotary_emb = type(model.model.rotary_emb)(model.config)  # its buffer was made on "meta"
-    model = PeftModel.from_pretrained(model, str(folder)).eval()
+    adapted = PeftModel.from_pretrained(model, str(folder)).eval()
     with torch.no_grad():
-        theirs = model(torch.from_numpy(probe_tokens(cfg.vocab_size)).long()).logits[0].float().numpy()
+        theirs = adapted(torch.from_numpy(probe_tokens(cfg.vocab_size)).long()).logits[0].float().numpy()
     _, kernel = attention.choose("auto")
     ours = probe_logits(pretrained.base, adapter, Forward(kernel, "none", jnp.dtype("float32")))
     return require_equal(folder, theirs, ours, tolerance=1e-4)

@@ -25,6 +25,7 @@ DEFAULT_OUT = Path(__file__).resolve().parent.parent / "data" / "product_reviews
 MOODS = ("positive", "neutral", "negative")
 TRAIN_VARIANTS = 2
 HELDOUT_VARIANTS = 1
+PROMPT_PRODUCTS = 2
 MIN_WORDS, MAX_WORDS = 25, 55
 MAX_TRIES = 2000
 
@@ -815,6 +816,7 @@ are released under the project's Apache-2.0 licence.
 - `heldout.jsonl`: {heldout_products} products, {heldout_variants} review in each mood. None of these products
   is in `train.jsonl`. {shared_products} of them are of a kind that is (another toaster, say), so remarks
   about a feature can recur; the other {new_products} are of {new_kinds} kinds that occur only here.
+- `prompts.jsonl`: instruction and input of {prompt_products} held-out products, which the quickstart shows.
 
 Because the reviews share their templates, a low loss on `heldout.jsonl` shows that a model has picked up this
 style. It says little about how well the model writes reviews in general.
@@ -860,11 +862,16 @@ def main() -> None:
         shared_products=len(heldout_products) - new_products,
         new_products=new_products,
         new_kinds=sum(kind.heldout_only for kind in KINDS),
+        prompt_products=PROMPT_PRODUCTS,
         seed=args.seed,
     )
     args.out.mkdir(parents=True, exist_ok=True)
     write_rows(args.out / "train.jsonl", train)
     write_rows(args.out / "heldout.jsonl", heldout)
+    shown = list(dict.fromkeys(row["input"] for row in heldout))[:PROMPT_PRODUCTS]
+    asked = [row for description in shown for row in heldout if row["input"] == description]
+    prompts = [{key: row[key] for key in ("instruction", "input")} for row in asked]
+    write_rows(args.out / "prompts.jsonl", prompts)
     (args.out / "README.md").write_bytes(readme.encode("ascii"))
     print(f"{len(train)} + {len(heldout)} rows, {mean_words:.1f} words per review, in {args.out}")
 

@@ -85,6 +85,17 @@ def make_rows(path: Path, count: int = 24) -> Path:
     return path
 
 
+def make_completions(path: Path, count: int = 24) -> Path:
+    """Short rows of format `completion`, of very unequal lengths, so that several fit in a packed row."""
+    words = ["blue", "tree", "a", "mountain", "so"] * count
+    rows = [
+        {"prompt": f"{word} {i}:", "completion": " " + " ".join([word] * (1 + i % 7))}
+        for i, word in zip(range(count), words, strict=False)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
 def write_config(path: Path, model: Path, train: Path, output_dir: Path, **sections: Any) -> Path:
     """A YAML config for a tiny float32 run; sections are merged over small defaults."""
     import yaml

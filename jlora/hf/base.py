@@ -7,6 +7,7 @@ pickle, no remote code.
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -38,6 +39,10 @@ ONLY_SUPPORTED: dict[str, tuple[Any, ...]] = {
     "partial_rotary_factor": (1, None),
     "quantization_config": (None,),
     "auto_map": (None,),
+}
+ROPE_FIELDS = {
+    *("rope_theta", "rope_type", "type", "factor"),
+    *("low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }
 
 
@@ -97,7 +102,7 @@ def open_safetensors(path: Path) -> Iterator[Any]:
         with safe_open(str(path), framework="np") as tensors:
             yield tensors
     except FileNotFoundError:
-        raise ModelError(f"{path}: missing; download the model again") from None
+        raise ModelError(f"{path}: missing; is {path.parent} whole? Get the file again") from None
     except (SafetensorError, OSError) as error:
         raise ModelError(
             f"{path}: not a whole safetensors file ({error}); it was cut short or damaged, get it again"
@@ -127,7 +132,7 @@ def resolve(path: str) -> Path:
     if local.exists():
         return local
     if path.count("/") != 1 or path.startswith((".", "/", "~")):
-        raise ModelError(f"{path}: no such folder or GGUF file; check model.path")
+        raise ModelError(f"{path}: no such folder or GGUF file, and not a hub name (OWNER/NAME); check the path")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
@@ -155,7 +160,8 @@ def parse_config(raw: dict[str, Any], where: str) -> LlamaConfig:
     """
     architectures = raw.get("architectures") or ["LlamaForCausalLM"]
     if architectures != ["LlamaForCausalLM"]:
-        raise ModelError(f"{where}: architecture {', '.join(architectures)} is not supported, only LlamaForCausalLM")
+        named = ", ".join(map(str, architectures)) if isinstance(architectures, list) else repr(architectures)
+        raise ModelError(f"{where}: architecture {named} is not supported, only LlamaForCausalLM")
     for field, allowed in ONLY_SUPPORTED.items():
         if raw.get(field) not in allowed and (field in raw or None not in allowed):
             raise ModelError(f"{where}: {field}={raw.get(field)!r} changes the numerics and is not supported")
@@ -168,20 +174,40 @@ def parse_config(raw: dict[str, Any], where: str) -> LlamaConfig:
         return value
 
     def real(value: Any, field: str) -> float:
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise ModelError(f"{where}: {field} must be a number, not {value!r}")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise ModelError(f"{where}: {field} must be a positive number, not {value!r}")
         return float(value)
 
     heads, hidden = integer("num_attention_heads"), integer("hidden_size")
-    rope = dict(raw.get("rope_parameters") or {})
-    theta = rope.pop("rope_theta", None) or raw.get("rope_theta") or 10000.0  # LlamaConfig's own default
-    scaling = dict(raw.get("rope_scaling") or rope)
-    kind = scaling.pop("rope_type", None) or scaling.pop("type", None) or "default"
+    scaling = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+    if not isinstance(scaling, dict):
+        raise ModelError(f"{where}: rope_scaling must be a JSON object, not {scaling!r}")
+    # The settings' own theta goes first, then the config's, then LlamaConfig's default.
+    thetas = (scaling.get("rope_theta"), raw.get("rope_theta"), 10000.0)
+    theta = next(value for value in thetas if value is not None)
+    kind = scaling.get("rope_type") or scaling.get("type") or "default"
     kv_heads, head_dim = integer("num_key_value_heads", heads), integer("head_dim", max(1, hidden // heads))
     if heads % kv_heads or head_dim % 2:
         raise ModelError(f"{where}: {heads} heads of {head_dim} with {kv_heads} key/value heads do not divide")
     if kind not in ("default", "linear", "llama3"):
         raise ModelError(f"{where}: rope_scaling of type '{kind}' is not supported; linear and llama3 are")
+    if unknown := sorted(set(scaling) - ROPE_FIELDS):
+        raise ModelError(f"{where}: rope_scaling.{unknown[0]} changes the numerics and is not supported")
+    rescaled = None
+    if kind != "default":
+        # Only llama3 reads what stands behind `factor`, and then it has no default but the context length.
+        rest = scaling if kind == "llama3" else {"low_freq_factor": 1.0, "high_freq_factor": 1.0}
+        context = rest.get("original_max_position_embeddings") or raw.get("max_position_embeddings") or 2048
+        rescaled = RopeScaling(
+            kind=kind,
+            factor=real(scaling.get("factor"), "rope_scaling.factor"),
+            low_freq_factor=real(rest.get("low_freq_factor"), "rope_scaling.low_freq_factor"),
+            high_freq_factor=real(rest.get("high_freq_factor"), "rope_scaling.high_freq_factor"),
+            original_max_position_embeddings=int(real(context, "rope_scaling.original_max_position_embeddings")),
+        )
+    tied = raw.get("tie_word_embeddings", False)
+    if not isinstance(tied, bool):
+        raise ModelError(f"{where}: tie_word_embeddings must be true or false, not {tied!r}")
     return LlamaConfig(
         vocab_size=integer("vocab_size"),
         hidden_size=hidden,
@@ -192,18 +218,8 @@ def parse_config(raw: dict[str, Any], where: str) -> LlamaConfig:
         head_dim=head_dim,
         rms_norm_eps=real(raw.get("rms_norm_eps", 1e-6), "rms_norm_eps"),
         rope_theta=real(theta, "rope_theta"),
-        rope_scaling=None
-        if kind == "default"
-        else RopeScaling(
-            kind=kind,
-            factor=real(scaling.get("factor"), "rope_scaling.factor"),
-            low_freq_factor=real(scaling.get("low_freq_factor", 1.0), "rope_scaling.low_freq_factor"),
-            high_freq_factor=real(scaling.get("high_freq_factor", 4.0), "rope_scaling.high_freq_factor"),
-            original_max_position_embeddings=int(
-                scaling.get("original_max_position_embeddings") or raw.get("max_position_embeddings") or 0
-            ),
-        ),
-        tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
+        rope_scaling=rescaled,
+        tie_word_embeddings=tied,
     )
 
 
@@ -285,6 +301,7 @@ def replace_folder(temporary: Path, final: Path) -> None:
         file.chmod(0o666 & ~umask)  # safetensors writes files that only their owner may read
     if final.exists():
         old = final.with_name(final.name + ".old")
+        shutil.rmtree(old, ignore_errors=True)  # left by a process that died between the two renames
         os.replace(final, old)
         os.replace(temporary, final)
         shutil.rmtree(old)

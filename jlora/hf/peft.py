@@ -4,6 +4,7 @@ PEFT keeps A as [R, in] and B as [out, R], one pair a layer.
 """
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from pydantic import ValidationError
 from safetensors.numpy import save_file
 
 from jlora.adapter import Adapter, Lora, scaling
-from jlora.config import PROJECTIONS, LoraSection
+from jlora.config import PROJECTIONS, LoraSection, describe
 from jlora.errors import ModelError
 from jlora.hf.base import open_safetensors, read_json, replace_folder
 from jlora.hf.names import BLOCK
@@ -22,11 +24,15 @@ from jlora.model import LlamaConfig, projection_shapes
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
+# Initialisations that leave the base as it is; others (pissa, olora, corda, loftq, ...) take their share
+# out of the base's weights, so that the adapter means nothing without those.
+INITS_OF_ADAPTER_ALONE = (True, False, None, "gaussian", "eva", "orthogonal")
+
 # Keys of PEFT's LoraConfig that jlora reads, or that say nothing about the adapter's maths.
-READ = ("peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora")
+READ = ("peft_type", "init_lora_weights", "r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora")
 SILENT = (
     *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
-    *("init_lora_weights", "megatron_core", "qalora_group_size", "exclude_modules", "layers_pattern"),
+    *("megatron_core", "qalora_group_size", "exclude_modules", "layers_pattern"),
     *("eva_config", "corda_config", "loftq_config", "lora_ga_config", "runtime_config"),
 )
 
@@ -47,6 +53,11 @@ def read_adapter_config(folder: Path) -> LoraSection:
     raw = read_json(where)
     if raw.get("peft_type") != "LORA":
         raise ModelError(f"{where}: peft_type is {raw.get('peft_type')!r}; only LORA adapters are read")
+    if raw.get("init_lora_weights") not in INITS_OF_ADAPTER_ALONE:
+        raise ModelError(
+            f"{where}: init_lora_weights={raw['init_lora_weights']!r} changed the base's weights too; convert the "
+            "adapter to plain LoRA (path_initial_model_for_weight_conversion of PEFT's save_pretrained)"
+        )
     for key, value in raw.items():
         neutral = value in (None, False, "none") or value == {} or value == []
         if key not in READ and key not in SILENT and not neutral:
@@ -62,7 +73,7 @@ def read_adapter_config(folder: Path) -> LoraSection:
             use_rslora=bool(raw.get("use_rslora")),
         )
     except (KeyError, TypeError, ValueError) as error:
-        reason = str(error).splitlines()[-1].strip() if str(error) else type(error).__name__
+        reason = describe(error) if isinstance(error, ValidationError) else repr(error)
         raise ModelError(f"{where}: not a usable LoRA configuration ({reason})") from None
 
 
@@ -88,10 +99,10 @@ def load_adapter(folder: Path, cfg: LlamaConfig, base_hash: str, dropout: float)
         )
     wanted: dict[str, tuple[int, int]] = {}
     for name in section.targets:
-        inputs, outputs = (int(np.prod(dims)) for dims in projection_shapes(cfg)[name])
+        width_in, width_out = (math.prod(dims) for dims in projection_shapes(cfg)[name])
         for layer in range(cfg.num_hidden_layers):
-            wanted[tensor_name(name, layer, "lora_A")] = (section.rank, inputs)
-            wanted[tensor_name(name, layer, "lora_B")] = (outputs, section.rank)
+            wanted[tensor_name(name, layer, "lora_A")] = (section.rank, width_in)
+            wanted[tensor_name(name, layer, "lora_B")] = (width_out, section.rank)
     problems = [f"{name} is missing" for name in wanted if name not in tensors]
     problems += [f"{name} is not known" for name in tensors if name not in wanted]
     problems += [

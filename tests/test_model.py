@@ -1,0 +1,397 @@
+"""The model against transformers, packing, rematerialisation, and decoding with a cache."""
+
+import dataclasses
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from parity import assert_close, hidden, logits, open_base, random_tokens, torch_logits
+from shared_data import SHARED, needs_data
+from tiny import LLAMA3_ROPE, OFF_DEFAULT, copy_folder, make_llama, make_tokenizer
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers.generation.logits_process import TemperatureLogitsWarper, TopPLogitsWarper
+
+from jlora import attention
+from jlora.adapter import init_adapter
+from jlora.config import LoraSection, ModelSection
+from jlora.generate import Sampling, generate, one_device_mesh, sample
+from jlora.hf.base import parse_config
+from jlora.hf.peft import load_adapter
+from jlora.model import LlamaConfig, block_weights, empty_cache, outer_weights, projection_shapes
+from jlora.pretrained import Pretrained, load_pretrained
+
+LINEAR_ROPE = {"rope_type": "linear", "factor": 2.5}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "grouped": {},
+    "multi_head_tied": {"num_key_value_heads": 6, "tie_word_embeddings": True},
+    "llama3_rope": {"rope_parameters": LLAMA3_ROPE | {"rope_theta": 523.0}},
+    "linear_rope_tied": {"rope_parameters": LINEAR_ROPE | {"rope_theta": 523.0}, "tie_word_embeddings": True},
+    "one_kv_head": {"num_key_value_heads": 1, "head_dim": 6},
+}
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory) -> tuple[Path, LlamaForCausalLM]:
+    """A folder with a tiny model with llama3 rope, and that model."""
+    folder = tmp_path_factory.mktemp("llama")
+    model = make_llama(folder, **CONFIGS["llama3_rope"])
+    make_tokenizer(folder)
+    return folder, model
+
+
+@pytest.fixture(scope="module")
+def base(llama):
+    return open_base(llama[0])[0]
+
+
+@pytest.fixture(scope="module")
+def adapter(base):
+    """An adapter on every projection whose B is not zero."""
+    cfg = LoraSection(rank=4, alpha=8, dropout=0.0, target_modules="all-linear")
+    fresh = init_adapter(cfg, projection_shapes(base.cfg), base.cfg.num_hidden_layers, seed=3)
+    draw = np.random.default_rng(0)
+    return {
+        name: dataclasses.replace(lora, lora_b=jnp.asarray(draw.normal(0, 0.1, lora.lora_b.shape), jnp.float32))
+        for name, lora in fresh.items()
+    }
+
+
+# Parity
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_logits_equal_transformers(name, tmp_path):
+    model = make_llama(tmp_path, **CONFIGS[name])
+    base, _ = open_base(tmp_path)
+    tokens = random_tokens(300)
+    assert_close(logits(base, {}, tokens), torch_logits(model, tokens), 1e-4)
+
+
+@pytest.mark.parametrize("layer", [0, 2])
+def test_block_equals_transformers(layer, llama, base):
+    """Unit-scale inputs; one layer, so that an error can not be washed out by the norm behind it."""
+    _, model = llama
+    x = np.random.default_rng(layer).normal(size=(2, 24, 48)).astype(np.float32)
+    positions = np.broadcast_to(np.arange(24, dtype=np.int32), (2, 24))
+    attend = partial(
+        attention.reference,
+        q_segments=jnp.ones_like(positions),
+        kv_segments=jnp.ones_like(positions),
+        q_positions=positions,
+        kv_positions=positions,
+    )
+
+    @jax.jit
+    def ours(stacked, x):
+        return jax.tree.map(lambda leaf: leaf[layer], stacked)(x, positions, attend, {}, None)
+
+    mask = torch.full((24, 24), -torch.inf).triu(1)[None, None]
+    with torch.no_grad():
+        rotary = model.model.rotary_emb(torch.from_numpy(x), torch.arange(24)[None])
+        theirs = model.model.layers[layer](torch.from_numpy(x), attention_mask=mask, position_embeddings=rotary)
+    assert_close(ours(base.layers, x), theirs, 1e-5)
+
+
+@needs_data
+def test_real_model():
+    reference = np.load(SHARED / "stories260K_reference.npz")
+    base, base_hash = open_base(SHARED / "stories260K")
+    tokens = reference["input_ids"][None].astype(np.int32)
+    assert_close(logits(base, {}, tokens)[0], reference["base_logits"], 1e-4)
+    adapter = load_adapter(SHARED / "stories260K_lora_reviews", base.cfg, base_hash, 0.0)
+    found = logits(base, adapter, tokens)[0]
+    assert_close(found, reference["lora_logits"], 1e-4)
+    assert np.abs(found - reference["base_logits"]).max() > 1e-2
+
+
+# Keys of config.json, each with another value; what stands behind it of LlamaConfig and RopeScaling.
+PERTURBED: dict[str, dict[str, Any]] = {
+    "rms_norm_eps": {"rms_norm_eps": 3e-2},
+    "rope_theta": {"rope_parameters": LLAMA3_ROPE | {"rope_theta": 900.0}},
+    "rope_scaling": {"rope_parameters": {"rope_type": "default", "rope_theta": 523.0}},
+    "kind": {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 523.0}},
+    "factor": {"rope_parameters": LLAMA3_ROPE | {"rope_theta": 523.0, "factor": 2.0}},
+    "low_freq_factor": {"rope_parameters": LLAMA3_ROPE | {"rope_theta": 523.0, "low_freq_factor": 2.0}},
+    "high_freq_factor": {"rope_parameters": LLAMA3_ROPE | {"rope_theta": 523.0, "high_freq_factor": 8.0}},
+    "original_max_position_embeddings": {
+        "rope_parameters": LLAMA3_ROPE | {"rope_theta": 523.0, "original_max_position_embeddings": 40}
+    },
+    "tie_word_embeddings": {"tie_word_embeddings": True},
+}
+
+
+def test_no_numerics_field_is_forgotten():
+    """Every field of the config is a dim of some weight, or is perturbed below."""
+    cfg = parse_config(OFF_DEFAULT | {"model_type": "llama", "rope_scaling": LLAMA3_ROPE}, "here")
+    fields = {field.name for field in dataclasses.fields(LlamaConfig)}
+    fields |= {field.name for field in dataclasses.fields(cfg.rope_scaling)}
+    for name in fields - set(PERTURBED):
+        # Heads also part in the numerics through the shape of the grouped queries; CONFIGS varies them.
+        changed = dataclasses.replace(cfg, **{name: getattr(cfg, name) + 2})
+        before, after = (
+            [(weight.shape, c.num_hidden_layers) for table in (block_weights(c), outer_weights(c)) for weight in table.values()]
+            for c in (cfg, changed)
+        )
+        assert before != after, name
+
+
+@pytest.mark.parametrize("field", PERTURBED)
+def test_every_field_matters(field, llama, base, tmp_path):
+    """A field of config.json that jlora drops would leave the logits; one that it misreads moves them elsewhere."""
+    folder = copy_folder(llama[0], tmp_path / "changed")
+    config = json.loads((folder / "config.json").read_text()) | PERTURBED[field]
+    (folder / "config.json").write_text(json.dumps(config))
+    tokens = random_tokens(300, rows=1)
+    changed = logits(open_base(folder)[0], {}, tokens)
+    assert np.abs(changed - logits(base, {}, tokens)).max() > 1e-2
+    if field == "tie_word_embeddings":  # transformers unties when it finds a head in the file
+        model = AutoModelForCausalLM.from_pretrained(llama[0])
+        model.lm_head.weight = model.model.embed_tokens.weight
+    else:
+        model = AutoModelForCausalLM.from_pretrained(folder)
+    assert_close(changed, torch_logits(model.eval(), tokens), 1e-4)
+
+
+# Rematerialisation
+
+
+def test_remat_policies_agree(base, adapter):
+    tokens = random_tokens(300)
+    positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
+    policies = get_args(ModelSection.model_fields["remat"].annotation)
+    assert "none" in policies and len(policies) >= 4
+    weights = jnp.asarray(np.random.default_rng(1).normal(size=(2, tokens.shape[1], 48)), jnp.float32) / tokens.size
+
+    def loss(adapter, remat):
+        return jnp.sum(hidden(base, adapter, tokens, positions, np.ones_like(tokens), remat) * weights)
+
+    found = {remat: jax.value_and_grad(loss)(adapter, remat) for remat in policies}
+    assert all(np.abs(leaf).max() > 1e-3 for leaf in jax.tree.leaves(found["none"][1]))
+    for remat in policies:
+        jax.tree.map(partial(np.testing.assert_allclose, rtol=0, atol=1e-6), found[remat], found["none"])
+
+
+def test_remat_policies_differ(base, adapter):
+    """A policy that is not wired up would pass the test above: what is saved for the backward pass must shrink."""
+    tokens = random_tokens(300)
+    positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
+
+    def saved(remat: str) -> int:
+        def forward(adapter):
+            return hidden(base, adapter, tokens, positions, np.ones_like(tokens), remat)
+
+        backward = jax.eval_shape(lambda a: jax.vjp(forward, a)[1], adapter)
+        return sum(leaf.size for leaf in jax.tree.leaves(backward))
+
+    sizes = [saved(remat) for remat in ("none", "dots", "attention", "full")]
+    assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == 4, sizes
+
+
+# Packing
+
+LENGTHS = ((5, 9, 4), (11, 3))  # of the sequences of two rows; what is left of ROW is padding
+ROW = 20
+
+
+def packed() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """tokens, positions and segments, [B ROW]; no token stands twice in a row."""
+    draw = np.random.default_rng(5)
+    tokens = np.stack([draw.permutation(300)[:ROW] for _ in LENGTHS]).astype(np.int32)
+    positions, segments = np.zeros_like(tokens), np.zeros_like(tokens)
+    for row, lengths in enumerate(LENGTHS):
+        start = 0
+        for segment, length in enumerate(lengths, 1):
+            positions[row, start : start + length] = np.arange(length)
+            segments[row, start : start + length] = segment
+            start += length
+    return tokens, positions, segments
+
+
+def test_packed_rows_equal_separate_ones(llama, base, adapter):
+    _, model = llama
+    tokens, positions, segments = packed()
+    for factors in ({}, adapter):
+        together = logits(base, factors, tokens, positions, segments)
+        for row, lengths in enumerate(LENGTHS):
+            ends = np.cumsum(lengths)
+            for start, end in zip(ends - lengths, ends, strict=True):
+                alone = np.zeros((2, ROW), np.int32)  # one compiled shape; causality hides the rest
+                alone[0, : end - start] = tokens[row, start:end]
+                separate = logits(base, factors, alone)[0, : end - start]
+                assert_close(together[row, start:end], separate, 1e-5)
+                if not factors:
+                    theirs = torch_logits(model, tokens[row : row + 1, start:end])[0]
+                    assert_close(together[row, start:end], theirs, 1e-4)
+
+
+def test_a_token_reaches_its_own_segment_and_no_earlier_position(base):
+    """By gradients: tokens of a row are distinct, so a row of the embedding's gradient is one position."""
+    tokens, positions, segments = packed()
+    direction = np.random.default_rng(6).normal(size=48).astype(np.float32)
+
+    @jax.jit
+    def reach(base, tokens, positions, segments):
+        def score(table, position):
+            base.embed_tokens.set_raw_value(table)
+            states = hidden(base, {}, tokens[None], positions[None], segments[None], "none")
+            return states[0, position] @ direction
+
+        gradients = jax.vmap(jax.grad(score), in_axes=(None, 0))(base.embed_tokens[...], jnp.arange(ROW))
+        return jnp.any(gradients != 0.0, axis=-1)  # [T, V]
+
+    graph = jax.tree.map(lambda leaf: leaf, base)
+    for row in range(len(LENGTHS)):
+        found = np.asarray(reach(graph, tokens[row], positions[row], segments[row]))
+        other = np.setdiff1d(np.arange(300), tokens[row])
+        assert not found[:, other].any()
+        same = segments[row][:, None] == segments[row][None, :]
+        expected = same & (positions[row][None, :] <= positions[row][:, None])
+        real = segments[row] > 0
+        np.testing.assert_array_equal(found[:, tokens[row]][real], expected[real])
+        assert not found[:, tokens[row]][~real][:, real].any()
+
+
+# Decoding
+
+
+def test_cached_equals_uncached(base, adapter):
+    """Left-padded rows of unequal lengths, prefilled in two pieces, then token by token."""
+    tokens = random_tokens(300, rows=2, length=12)
+    positions = np.stack([np.arange(12), np.arange(12) - 3]).astype(np.int32)
+    segments = (positions >= 0).astype(np.int32)
+    positions = np.maximum(positions, 0)
+    expected = hidden(base, adapter, tokens, positions, segments, "none")
+
+    @jax.jit
+    def step(cache, *piece):
+        return base.hidden_cached(*piece, cache, adapter=adapter, attention=attention.reference)
+
+    cache = empty_cache(base.cfg, 2, 15, jnp.dtype("float32"))
+    pieces, start = [], 0
+    for size in (4, 4, 1, 1, 1, 1):
+        window = slice(start, start + size)
+        states, cache = step(cache, tokens[:, window], positions[:, window], segments[:, window])
+        pieces.append(states)
+        start += size
+    found, real = np.concatenate(pieces, axis=1), segments > 0
+    np.testing.assert_allclose(found[real], np.asarray(expected)[real], rtol=0, atol=1e-5)
+    assert int(cache.used) == 12 and not np.asarray(cache.segments)[:, 12:].any()
+
+
+PROMPTS = [[1, 17, 230, 44, 5], [1, 9], [1, *range(40, 75)], [250]]
+NEW_TOKENS = 12
+
+
+@pytest.fixture(scope="module")
+def pretrained(llama) -> Pretrained:
+    return load_pretrained(str(llama[0]), None, None, jnp.dtype("float32"), one_device_mesh())
+
+
+def continuations(pretrained, prompts, sampling=Sampling(0.0, 1.0), seed=0) -> list[list[list[int]]]:  # noqa: B008
+    return list(
+        generate(
+            pretrained,
+            {},
+            prompts,
+            kernel=attention.reference,
+            dtype=jnp.dtype("float32"),
+            max_new_tokens=NEW_TOKENS,
+            sampling=sampling,
+            seed=seed,
+        )
+    )
+
+
+def greedy(model, prompt: list[int], eos: int | list[int]) -> list[int]:
+    """transformers' greedy continuation, without a stop token."""
+    stops = eos if isinstance(eos, list) else [eos]
+    ids = torch.tensor([prompt])
+    out = model.generate(
+        ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=NEW_TOKENS, eos_token_id=eos, pad_token_id=0
+    )
+    new = out[0, len(prompt) :].tolist()
+    return new[:-1] if new[-1] in stops else new
+
+
+def test_greedy_equals_transformers(llama, pretrained):
+    *parts, ours = continuations(pretrained, PROMPTS)
+    assert ours == [greedy(llama[1], prompt, 2) for prompt in PROMPTS]
+    assert [continuations(pretrained, [prompt])[-1][0] for prompt in PROMPTS] == ours
+    assert len({tuple(ids) for ids in ours}) == len(PROMPTS)
+    for part in parts:  # what is streamed only ever grows
+        assert all(whole[: len(ids)] == ids for ids, whole in zip(part, ours, strict=True))
+
+
+def test_stops_at_eos(llama, pretrained):
+    """Rows end at different tokens, one of them at once; the others go on undisturbed."""
+    free = continuations(pretrained, PROMPTS)[-1]
+    stops = [free[0][3], free[1][0]]
+    source = dataclasses.replace(pretrained, source=Configured(pretrained.source.config | {"eos_token_id": stops}))
+    ours = continuations(source, PROMPTS)[-1]
+    assert ours == [greedy(llama[1], prompt, [2, *stops]) for prompt in PROMPTS]
+    assert len(ours[0]) <= 3 and ours[1] == [] and max(map(len, ours)) > 3
+
+
+@dataclasses.dataclass
+class Configured:
+    """A source of which only the config is asked for."""
+
+    config: dict[str, Any]
+
+
+PROBABILITIES = np.array([0.05, 0.4, 0.1, 0.25, 0.2])
+DRAWS = 20_000
+
+
+def frequencies(sampling: Sampling, seed: int = 0) -> np.ndarray:
+    rows = jnp.asarray(np.tile(np.log(PROBABILITIES), (DRAWS, 1)), jnp.float32)
+    return np.bincount(sample(rows, jax.random.key(seed), sampling), minlength=5) / DRAWS
+
+
+@pytest.mark.parametrize(
+    ("sampling", "expected"),
+    [
+        (Sampling(0.0, 1.0), [0, 1, 0, 0, 0]),
+        (Sampling(1.0, 1.0), PROBABILITIES),
+        (Sampling(2.0, 1.0), PROBABILITIES**0.5),
+        (Sampling(0.5, 1.0), PROBABILITIES**2),
+        (Sampling(1.0, 0.6), [0, 0.4, 0, 0.25, 0]),
+        (Sampling(1.0, 0.7), [0, 0.4, 0, 0.25, 0.2]),
+        (Sampling(1.0, 0.01), [0, 1, 0, 0, 0]),
+        # The temperature comes first: squared, 0.4 and 0.25 have 0.82 of the mass.
+        (Sampling(0.5, 0.8), [0, 0.4**2, 0, 0.25**2, 0]),
+    ],
+)
+def test_sampling_frequencies(sampling, expected):
+    expected = np.asarray(expected) / np.sum(expected)
+    found = frequencies(sampling)
+    assert (found[expected == 0] == 0).all()
+    assert (np.abs(found - expected) <= 4.5 * np.sqrt(expected * (1 - expected) / DRAWS) + 1e-9).all(), found
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 0.3), (0.7, 0.9), (1.5, 0.5)])
+def test_nucleus_equals_transformers(temperature, top_p):
+    scores = torch.randn(6, 40, generator=torch.Generator().manual_seed(0)) * 2
+    warped = TopPLogitsWarper(top_p)(None, TemperatureLogitsWarper(temperature)(None, scores))
+    for row in range(6):
+        rows = jnp.tile(jnp.asarray(scores[row].numpy())[None], (4000, 1))
+        drawn = np.unique(sample(rows, jax.random.key(row), Sampling(temperature, top_p)))
+        allowed = np.flatnonzero(np.isfinite(warped[row].numpy()))
+        assert set(drawn) <= set(allowed)
+        likely = np.flatnonzero(torch.softmax(warped[row], 0).numpy() > 0.005)
+        assert set(likely) <= set(drawn)
+
+
+def test_sampling_depends_on_the_seed_alone(pretrained):
+    assert (frequencies(Sampling(1.0, 0.9), 1) == frequencies(Sampling(1.0, 0.9), 1)).all()
+    assert (frequencies(Sampling(1.0, 0.9), 1) != frequencies(Sampling(1.0, 0.9), 2)).any()
+    first, again, other = (continuations(pretrained, PROMPTS, Sampling(1.0, 0.95), seed)[-1] for seed in (1, 1, 2))
+    assert first == again and first != other
+    twins = continuations(pretrained, [PROMPTS[0]] * 2, Sampling(1.0, 1.0))[-1]
+    assert twins[0] != twins[1]  # rows draw independently
