@@ -4,6 +4,7 @@ Never holds the base. A state is stored as a flat dict from tree path to array, 
 checkpoint can be listed by name and does not depend on Python classes.
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,11 +33,17 @@ class Checkpoints:
 
     def __init__(self, folder: Path, keep: int, read_only: bool = False):
         """Args: keep: newest checkpoints kept, beside the one with the lowest held-out loss."""
-        best = BestN(get_metric_fn=lambda metrics: -metrics["eval_loss"], n=1)
+
+        def score(metrics: dict[str, float]) -> float:
+            return -metrics["eval_loss"]
+
+        # By themselves, BestN keeps all that was never evaluated, and no metric is written unless best_fn is set.
+        best = BestN(get_metric_fn=score, n=1, keep_checkpoints_without_metrics=False)
         self._manager = ocp.CheckpointManager(
             folder.absolute(),
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=AnyPreservationPolicy([LatestN(keep), best]),
+                best_fn=score,
                 cleanup_tmp_directories=not read_only,
                 read_only=read_only,
                 create=not read_only,
@@ -59,7 +66,7 @@ class Checkpoints:
                 data=ocp.args.JsonSave(data),
                 identity=ocp.args.JsonSave(identity),
             ),
-            metrics=None if eval_loss is None else {"eval_loss": eval_loss},
+            metrics=None if eval_loss is None or not math.isfinite(eval_loss) else {"eval_loss": eval_loss},
         )
 
     def identity(self, step: int) -> dict[str, Any]:

@@ -1,11 +1,13 @@
 """What the commands share: exit codes, and the console script `jlora SUBCOMMAND`."""
 
 import argparse
+import errno
 import importlib
 import json
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -13,6 +15,11 @@ from jlora.errors import ConfigError, MemoryExceeded, UserError
 
 COMMANDS = ("train", "generate", "evaluate", "export", "config")
 PREEMPTED = 75
+# What is wrong with the user's disk, not with us.
+FILE_ERRORS = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM),
+    *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST),
+)
 # How XLA says it, on accelerators and on the CPU.
 OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "Out of memory")
 
@@ -29,6 +36,11 @@ def run(command: Callable[[], int | None]) -> None:
     """Run a command's body and exit: a `UserError` becomes one line on stderr and its exit code."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax logs its every step
+    logging.getLogger("tensorboardX").setLevel(logging.ERROR)  # it warns of every loss that is not finite
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # what else fails once Orbax has met a damaged file
+    sys.unraisablehook = _unraisable
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")  # of libraries to their callers
     try:
         code = command() or 0
     except UserError as error:
@@ -39,6 +51,11 @@ def run(command: Callable[[], int | None]) -> None:
     except BrokenPipeError:  # the reader of our stdout (such as `head`) has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
+    except OSError as error:
+        if error.errno not in FILE_ERRORS:
+            raise
+        where = error.filename or "a file"
+        code = _fail(ConfigError(f"{where}: {error.strerror}; make room or way there, or write to another folder"))
     except Exception as error:
         if not isinstance(error, MemoryError) and not any(sign in str(error) for sign in OUT_OF_MEMORY):
             raise
@@ -51,6 +68,12 @@ def run(command: Callable[[], int | None]) -> None:
             )
         )
     sys.exit(code)
+
+
+def _unraisable(stray: Any) -> None:
+    """Once an array of a checkpoint is damaged, Orbax's reads of the others each fail on a closed event loop."""
+    if str(stray.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(stray)
 
 
 def _fail(error: UserError) -> int:
@@ -67,7 +90,11 @@ def main() -> None:
     """`jlora SUBCOMMAND ...` is `python -m jlora.SUBCOMMAND ...`."""
     parser = Parser(prog="jlora", description="LoRA fine-tuning of Llama models in JAX.")
     parser.add_argument("command", choices=COMMANDS)
-    parser.add_argument("arguments", nargs=argparse.REMAINDER)
+    parser.add_argument("arguments", nargs="*", default=[], help="see jlora COMMAND --help")
     args = parser.parse_args(sys.argv[1:2])
     sys.argv = [f"jlora {args.command}", *sys.argv[2:]]
     importlib.import_module(f"jlora.{args.command}").main()
+
+
+if __name__ == "__main__":
+    main()

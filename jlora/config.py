@@ -274,8 +274,9 @@ def describe(error: ValidationError) -> str:
     else:
         # Each member of a union has its say.
         says = [p["msg"] for p in problems if p["loc"][: len(names)] == first["loc"][: len(names)]]
-        wanted = " or ".join(dict.fromkeys(say.lower().removeprefix("input should be ") for say in says))
+        wanted = " or ".join(dict.fromkeys(say.removeprefix("Input should be ") for say in says))
         text = f"{key}: should be {wanted}, but it is {first['input']!r}"
+    text = text.removeprefix(": ")  # a problem of the whole has no key
     others = len(problems) - 1
     return text if not others or first["type"] != "extra_forbidden" else f"{text} ({others} more problems)"
 

@@ -7,6 +7,7 @@ import csv
 import hashlib
 import json
 import re
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -138,7 +139,7 @@ def _read_csv(path: Path, name: str) -> Iterator[Row]:
                 else:
                     yield Row(where, value)
         except csv.Error as error:
-            raise DataError(f"{name}:{reader.line_num}: malformed CSV ({error})") from None
+            raise DataError(f"{name}:{reader.reader.line_num}: malformed CSV ({error})") from None
 
 
 def _is_json_array(path: Path) -> bool:
@@ -299,18 +300,20 @@ class Epochs:
         self._lengths = [len(example.ids) for example in dataset.examples]
         self._starts = [0]
         self._rows: list[list[list[int]]] = []
+        self._lock = threading.Lock()
 
     def rows(self, epoch: int) -> list[list[int]]:
         """Example indices of each packed row of an epoch."""
-        while len(self._rows) <= epoch:
-            order = np.arange(len(self._lengths))
-            if self._seed is not None:
-                order = np.random.default_rng([self._seed, len(self._rows)]).permutation(order)
-            rows = pack(self._lengths, order, self._cfg.max_length, self._cfg.packing)
-            rows += [[]] * (-len(rows) % self._batch_size)
-            self._rows.append(rows)
-            self._starts.append(self._starts[-1] + len(rows))
-        return self._rows[epoch]
+        with self._lock:  # the iterator's threads ask at once, and each epoch is made once
+            while len(self._rows) <= epoch:
+                order = np.arange(len(self._lengths))
+                if self._seed is not None:
+                    order = np.random.default_rng([self._seed, len(self._rows)]).permutation(order)
+                rows = pack(self._lengths, order, self._cfg.max_length, self._cfg.packing)
+                rows += [[]] * (-len(rows) % self._batch_size)
+                self._rows.append(rows)
+                self._starts.append(self._starts[-1] + len(rows))
+            return self._rows[epoch]
 
     def num_batches(self, epochs: int) -> int:
         """Batches in the first `epochs` epochs."""

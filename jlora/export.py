@@ -4,6 +4,7 @@ Every export proves itself before it is called done: what was written is read ba
 compared with the run's own.
 """
 
+import os
 import shutil
 import sys
 from functools import partial
@@ -35,7 +36,8 @@ def restore(cfg: Config, run_dir: Path, step: int | None, pretrained: Pretrained
     checkpoints = Checkpoints(run_dir / "checkpoints", cfg.training.keep_checkpoints, read_only=True)
     steps = checkpoints.steps()
     if not steps or (step is not None and step not in steps):
-        raise ModelError(f"{run_dir}: holds no checkpoint of step {step or '(any)'}; it has {steps or 'none'}")
+        wanted = "checkpoint" if step is None else f"checkpoint of step {step}"
+        raise ModelError(f"{run_dir}: holds no {wanted}; it has {', '.join(map(str, steps)) or 'none'}")
     step = steps[-1] if step is None else step
     saved = checkpoints.identity(step)["hashes"]["base"]
     if saved != pretrained.base_hash:
@@ -94,7 +96,12 @@ def export(run_dir: Path, out: Path, step: int | None, merge: bool, dtype: str |
         raise ModelError(f"{run_dir}: not a run folder (it has no config.yaml)")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"--out {out}: exists and is not an empty folder; name a new one")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out {out}: {out.parent} can not be made ({error.strerror}); name another") from None
+    if not os.access(out.parent, os.W_OK):
+        raise ConfigError(f"--out {out}: {out.parent} can not be written to; name another")
     full = merge or cfg.method == "full"
     if peft and full:
         raise ConfigError("--verify loads an adapter in PEFT; leave --merge out")

@@ -54,15 +54,18 @@ def chunked_cross_entropy(
         x = jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2))
         return jnp.moveaxis(x.reshape(batch, num_chunks, chunk, *x.shape[2:]), 1, 0)
 
-    @jax.checkpoint
     def loss_of(h: Array, t: Array, w: Array) -> Array:
         logits = jnp.einsum("btd,vd->btv", h, head, preferred_element_type=jnp.float32)
         target_logit = jnp.take_along_axis(logits, t[:, :, None], axis=2)[:, :, 0]
         return jnp.sum((jax.nn.logsumexp(logits, axis=2) - target_logit) * w)
 
+    # Around the condition, not in its branch: what a branch saves, the head too, is saved anew for each chunk.
+    @jax.checkpoint
+    def loss_if_any(h: Array, t: Array, w: Array) -> Array:
+        return jax.lax.cond(w.any(), loss_of, lambda *_: jnp.zeros(()), h, t, w)
+
     def add(total: Array, scanned: tuple[Array, Array, Array]) -> tuple[Array, None]:
-        h, t, w = scanned
-        return total + jax.lax.cond(w.any(), loss_of, lambda *_: jnp.zeros(()), h, t, w), None
+        return total + loss_if_any(*scanned), None
 
     total, _ = jax.lax.scan(add, jnp.zeros(()), (chunks(hidden), chunks(targets), chunks(weights)))
     return total

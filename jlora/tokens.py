@@ -151,7 +151,9 @@ class Tokenizer:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         if self.chat_template is None:
-            raise ConfigError("no chat template: set chat_template to llama2, chatml or a .jinja file")
+            raise ConfigError(
+                "no chat template: set data.chat_template (--chat-template) to llama2, chatml or a .jinja file"
+            )
         try:
             texts, _ = render_jinja_template(
                 [messages], chat_template=self.chat_template, add_generation_prompt=add_generation_prompt,

@@ -53,7 +53,9 @@ def train(cfg: Config, quiet: bool = False) -> dict[str, Any]:
         pretrained = load_pretrained(
             cfg.model.path, cfg.model.tokenizer, cfg.data.chat_template, param_dtype(cfg), mesh
         )
-        train_data, eval_data = read_data(cfg, pretrained, quiet)
+        train_data, eval_data = read_data(cfg, pretrained)
+        if not quiet:
+            warn_of_length(cfg, pretrained)
         epochs = Epochs(train_data, cfg.data, cfg.training.batch_size, cfg.training.seed)
         num_steps = cfg.training.max_steps or epochs.num_batches(cfg.training.epochs)
         params = {"adapter": make_adapter(cfg, pretrained), "base": pretrained.base}
@@ -182,14 +184,8 @@ def param_dtype(cfg: Config) -> jnp.dtype:
     return jnp.dtype("float32" if cfg.method == "full" else cfg.model.dtype)
 
 
-def read_data(cfg: Config, pretrained: Pretrained, quiet: bool) -> tuple[Dataset, Dataset | None]:
+def read_data(cfg: Config, pretrained: Pretrained) -> tuple[Dataset, Dataset | None]:
     """Training rows, and held-out rows where the config has some."""
-    limit = pretrained.source.config.get("max_position_embeddings")
-    if isinstance(limit, int) and cfg.data.max_length > limit and not quiet:
-        print(
-            f"warning: data.max_length={cfg.data.max_length} is beyond the base's {limit} positions",
-            file=sys.stderr,
-        )
     train_data = data.tokenize(cfg.data.train, pretrained.tokenizer, cfg.data)
     match cfg.data.eval:
         case None:
@@ -198,6 +194,16 @@ def read_data(cfg: Config, pretrained: Pretrained, quiet: bool) -> tuple[Dataset
             return data.hold_out(train_data, fraction, cfg.training.seed)
         case source:
             return train_data, data.tokenize(source, pretrained.tokenizer, cfg.data)
+
+
+def warn_of_length(cfg: Config, pretrained: Pretrained) -> None:
+    """Rows longer than the base was made for train, but not well."""
+    limit = pretrained.source.config.get("max_position_embeddings")
+    if isinstance(limit, int) and cfg.data.max_length > limit:
+        print(
+            f"warning: data.max_length={cfg.data.max_length} is beyond the base's {limit} positions",
+            file=sys.stderr,
+        )
 
 
 def make_adapter(cfg: Config, pretrained: Pretrained) -> Adapter:

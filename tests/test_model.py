@@ -132,10 +132,9 @@ def test_no_numerics_field_is_forgotten():
     fields = {field.name for field in dataclasses.fields(LlamaConfig)}
     fields |= {field.name for field in dataclasses.fields(cfg.rope_scaling)}
     for name in fields - set(PERTURBED):
-        # Heads also part in the numerics through the shape of the grouped queries; CONFIGS varies them.
         changed = dataclasses.replace(cfg, **{name: getattr(cfg, name) + 2})
         before, after = (
-            [(weight.shape, c.num_hidden_layers) for table in (block_weights(c), outer_weights(c)) for weight in table.values()]
+            [c.num_hidden_layers, *(weight.shape for weight in (block_weights(c) | outer_weights(c)).values())]
             for c in (cfg, changed)
         )
         assert before != after, name
@@ -237,17 +236,15 @@ def test_a_token_reaches_its_own_segment_and_no_earlier_position(base):
 
     @jax.jit
     def reach(base, tokens, positions, segments):
-        def score(table, position):
-            base.embed_tokens.set_raw_value(table)
+        def score(base, position):
             states = hidden(base, {}, tokens[None], positions[None], segments[None], "none")
             return states[0, position] @ direction
 
-        gradients = jax.vmap(jax.grad(score), in_axes=(None, 0))(base.embed_tokens[...], jnp.arange(ROW))
-        return jnp.any(gradients != 0.0, axis=-1)  # [T, V]
+        gradients = jax.vmap(jax.grad(score), in_axes=(None, 0))(base, jnp.arange(ROW))
+        return jnp.any(gradients.embed_tokens[...] != 0.0, axis=-1)  # [T, V]
 
-    graph = jax.tree.map(lambda leaf: leaf, base)
     for row in range(len(LENGTHS)):
-        found = np.asarray(reach(graph, tokens[row], positions[row], segments[row]))
+        found = np.asarray(reach(base, tokens[row], positions[row], segments[row]))
         other = np.setdiff1d(np.arange(300), tokens[row])
         assert not found[:, other].any()
         same = segments[row][:, None] == segments[row][None, :]
@@ -313,7 +310,12 @@ def greedy(model, prompt: list[int], eos: int | list[int]) -> list[int]:
     stops = eos if isinstance(eos, list) else [eos]
     ids = torch.tensor([prompt])
     out = model.generate(
-        ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=NEW_TOKENS, eos_token_id=eos, pad_token_id=0
+        ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=False,
+        max_new_tokens=NEW_TOKENS,
+        eos_token_id=eos,
+        pad_token_id=0,
     )
     new = out[0, len(prompt) :].tolist()
     return new[:-1] if new[-1] in stops else new

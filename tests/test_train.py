@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import shutil
+from functools import cache
 from types import SimpleNamespace
 
 import jax
@@ -11,6 +13,7 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 import torch
+from jax.extend.core import jaxprs_in_params
 from safetensors.numpy import load_file
 from shared_data import SHARED, needs_data
 from tiny import make_completions, make_llama, make_tokenizer, write_config
@@ -26,7 +29,6 @@ from jlora.export import export
 from jlora.hf.peft import load_adapter, save_adapter
 from jlora.metrics import read_metrics
 from jlora.pretrained import load_pretrained
-from jlora.sharding import make_mesh
 from jlora.step import init_state, make_eval_step, make_train_step
 from jlora.train import make_adapter, make_forward, param_dtype, put_batch, read_data, train
 
@@ -44,22 +46,31 @@ def tiny(tmp_path_factory):
     return folder / "base", make_completions(folder / "rows.jsonl")
 
 
+def configure(folder, base, rows, sections):
+    overrides = [f"model.{key}={value}" for key, value in sections.pop("model", {}).items()]
+    return load_config(write_config(folder / "run.yaml", base, rows, folder / "run", **sections), overrides)
+
+
 def tiny_config(tiny, folder, **sections):
     sections["data"] = COMPLETIONS | sections.get("data", {})
-    return load_config(write_config(folder / "run.yaml", *tiny, folder / "run", **sections))
+    return configure(folder, *tiny, sections)
 
 
 def review_config(folder, **sections):
     sections["data"] = {"max_length": 256, "packing": False, "on_bad_row": "skip"} | sections.get("data", {})
-    return load_config(write_config(folder / "run.yaml", STORIES, REVIEWS, folder / "run", **sections))
+    return configure(folder, STORIES, REVIEWS, sections)
+
+
+@cache
+def open_base(path, dtype):
+    return load_pretrained(path, None, None, dtype, make_mesh_of_one())
 
 
 def open_run(cfg, num_steps=20):
     """What `train` puts together, to be stepped by hand."""
-    mesh = make_mesh(cfg.mesh, jax.devices())
-    jax.set_mesh(mesh)
+    mesh = make_mesh_of_one()
     forward = make_forward(cfg)
-    pretrained = load_pretrained(cfg.model.path, None, None, param_dtype(cfg), mesh)
+    pretrained = open_base(cfg.model.path, param_dtype(cfg))
     train_data, _ = read_data(cfg, pretrained)
     params = {"adapter": make_adapter(cfg, pretrained), "base": pretrained.base}
     labels = optim.labels(params, cfg.method)
@@ -185,7 +196,7 @@ def test_lora_curve_is_that_of_peft(tmp_path, record_property, targets):
         "optimizer": {"learning_rate": 2e-3, "warmup_steps": 4, "weight_decay": 0.01},
     }
     cfg = review_config(tmp_path, **sections)
-    pretrained = load_pretrained(str(STORIES), None, None, jnp.dtype("float32"), make_mesh_of_one())
+    pretrained = open_base(str(STORIES), jnp.dtype("float32"))
     fresh = cfg.model_copy(update={"lora": cfg.lora.model_copy(update={"init_from": None})})
     save_adapter(init, make_adapter(fresh, pretrained), cfg.lora, str(STORIES), pretrained.base_hash)
     theirs = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(STORIES), str(init), is_trainable=True)
@@ -194,7 +205,7 @@ def test_lora_curve_is_that_of_peft(tmp_path, record_property, targets):
     curve = torch_curve(theirs, cfg, examples_of_steps(cfg, pretrained, 20))
 
     lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
-    assert lines[19]["loss"] < lines[0]["loss"] - 0.2
+    assert np.mean([line["loss"] for line in lines[-5:]]) < np.mean([line["loss"] for line in lines[:5]]) - 0.05
     assert_same_curve(lines, curve, record_property)
     trained = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
     expected = {
@@ -209,14 +220,13 @@ def test_lora_curve_is_that_of_peft(tmp_path, record_property, targets):
 def test_full_fine_tuning_is_that_of_torch(tiny, tmp_path, record_property):
     sections = {"training": {"max_steps": 20, "save_every": 12}, "optimizer": {"learning_rate": 5e-4}}
     cfg = tiny_config(tiny, tmp_path, method="full", **sections)
-    mesh = make_mesh_of_one()
-    pretrained = load_pretrained(str(tiny[0]), None, None, jnp.dtype("float32"), mesh)
+    pretrained = open_base(str(tiny[0]), jnp.dtype("float32"))
     steps = examples_of_steps(cfg, pretrained, 20)
     assert max(len(examples) for examples in steps) > cfg.training.batch_size  # they are packed
 
     summary = train(cfg, quiet=True)
     run_dir = tmp_path / "run"
-    assert summary["frozen_params"] == 0 and summary["trained_params"] > 0
+    assert summary["frozen_params"] == 0 and summary["trainable_params"] > 0
     assert summary["adapter"] is None and not (run_dir / "adapter").exists()
     theirs = LlamaForCausalLM.from_pretrained(tiny[0]).train()
     lines = read_metrics(run_dir / "metrics.jsonl")
@@ -224,7 +234,7 @@ def test_full_fine_tuning_is_that_of_torch(tiny, tmp_path, record_property):
 
     # From the checkpoint of step 12 to the same end.
     first = state_digest(run_dir / "checkpoints" / "20")
-    remove_folder(run_dir / "checkpoints" / "20")
+    shutil.rmtree(run_dir / "checkpoints" / "20")
     train(cfg, quiet=True)
     assert state_digest(run_dir / "checkpoints" / "20") == first
     again = read_metrics(run_dir / "metrics.jsonl")
@@ -241,8 +251,8 @@ def test_full_fine_tuning_is_that_of_torch(tiny, tmp_path, record_property):
     found = {name: p.detach().numpy() for name, p in exported.named_parameters()}
     record_property("largest_weight_difference", largest(found, weights))
     restored = restore_raw(run_dir / "checkpoints" / "20")
-    np.testing.assert_array_equal(restored["trained/base/embed_tokens"], found["model.embed_tokens.weight"])
-    assert difference <= 1e-3  # of two trainings of 20 steps; the export itself is compared by `export`
+    np.testing.assert_array_equal(restored["trained/base/embed_tokens/value"], found["model.embed_tokens.weight"])
+    assert difference <= 1e-4
 
 
 def restore_raw(step_folder):
@@ -254,12 +264,6 @@ def restore_raw(step_folder):
 
 def state_digest(step_folder):
     return digest(restore_raw(step_folder))
-
-
-def remove_folder(folder):
-    import shutil
-
-    shutil.rmtree(folder)
 
 
 def test_accumulation_does_not_change_the_adapter(tiny, tmp_path, record_property):
@@ -293,7 +297,7 @@ def test_packing_changes_neither_loss_nor_gradients(tiny, tmp_path, record_prope
         lora = {"target_modules": "all-linear"}
         make = review_config if real else (lambda folder, **sections: tiny_config(tiny, folder, **sections))
         if real:
-            short = [line for line in REVIEWS.read_text(encoding="utf-8").splitlines() if len(line) < 190][:6]
+            short = sorted(REVIEWS.read_text(encoding="utf-8").splitlines(), key=len)[:6]
             (tmp_path / "short.jsonl").write_text("\n".join(short) + "\n", encoding="utf-8")
             section["train"] = str(tmp_path / "short.jsonl")
         run = open_run(make(tmp_path, data=section, lora=lora))
@@ -302,10 +306,11 @@ def test_packing_changes_neither_loss_nor_gradients(tiny, tmp_path, record_prope
         batch = {name: np.stack([row[name] for row in batch]) for name in batch[0]}
         adapter = with_random_b(run.state.trained["adapter"])
 
-        def loss(adapter, run=run, batch=batch):
-            return run.forward.loss(run.pretrained.base, adapter, batch, None)
+        def loss(adapter, base, batch, run=run):
+            return run.forward.loss(base, adapter, batch, None)
 
-        (total, count), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(adapter)
+        of_adapter = jax.jit(jax.value_and_grad(loss, has_aux=True))
+        (total, count), gradients = of_adapter(adapter, run.pretrained.base, batch)
         scaled = {name: np.asarray(leaf) / count for name, leaf in flatten(gradients).items()}
         found.append((len([row for row in rows if row]), float(total), int(count), scaled))
     (packed_rows, packed, count, gradients), (num_rows, loose, loose_count, loose_gradients) = found
@@ -323,7 +328,7 @@ def dot_shapes(jaxpr):
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":
             shapes |= {tuple(sorted(out.aval.shape)) for out in equation.outvars}
-        for inner in jax.core.jaxprs_in_params(equation.params):
+        for inner in jaxprs_in_params(equation.params):
             shapes |= dot_shapes(inner)
     return shapes
 
@@ -594,7 +599,7 @@ def test_init_from_goes_on_from_a_peft_adapter(reviews_run, tmp_path):
     for key, value in (("rank", 3), ("alpha", 5), ("target_modules", ["q_proj"]), ("use_rslora", True)):
         with pytest.raises(ModelError, match=f"set lora.{key}="):
             train(review_config(tmp_path, lora=lora | {key: value}), quiet=True)
-    with pytest.raises(ModelError, match="adapter_config.json"):
+    with pytest.raises(ModelError, match="neither a PEFT adapter folder"):
         train(review_config(tmp_path, lora=lora | {"init_from": str(tmp_path)}), quiet=True)
 
 

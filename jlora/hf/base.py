@@ -86,13 +86,17 @@ class SafetensorsFolder:
 
     def read(self, name: str) -> np.ndarray:
         """One tensor as it is stored; bfloat16 comes as ml_dtypes.bfloat16."""
-        with open_safetensors(self._files[name]) as tensors:
-            array = tensors.get_tensor(name)
-        if not jnp.issubdtype(array.dtype, jnp.floating) or array.dtype.itemsize < 2:
-            raise ModelError(
-                f"{self._files[name]}: tensor {name} is {array.dtype}; only 16, 32 and 64-bit floats are read"
-            )
-        return array
+        path = self._files[name]
+        with open_safetensors(path) as tensors:
+            return read_floats(tensors, name, path)
+
+
+def read_floats(tensors: Any, name: str, path: Path) -> np.ndarray:
+    """One tensor of an open safetensors file, which must hold floats; NumPy has no narrower ones."""
+    stored = tensors.get_slice(name).get_dtype()
+    if stored not in ("F16", "BF16", "F32", "F64"):
+        raise ModelError(f"{path}: tensor {name} is {stored}; only 16, 32 and 64-bit floats are read")
+    return tensors.get_tensor(name)
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from safetensors.numpy import save_file
 from jlora.adapter import Adapter, Lora, scaling
 from jlora.config import PROJECTIONS, LoraSection, describe
 from jlora.errors import ModelError
-from jlora.hf.base import open_safetensors, read_json, replace_folder
+from jlora.hf.base import open_safetensors, read_floats, read_json, replace_folder
 from jlora.hf.names import BLOCK
 from jlora.model import LlamaConfig, projection_shapes
 
@@ -64,6 +64,8 @@ def read_adapter_config(folder: Path) -> LoraSection:
             raise ModelError(f"{where}: option {key}={value!r} is not supported, so the adapter is not loaded")
     try:
         targets = raw["target_modules"]
+        if not isinstance(targets, str | list):
+            raise TypeError(f"target_modules is {targets!r}, not a list of names")
         named = [targets] if isinstance(targets, str) else [str(t).rpartition(".")[2] for t in targets]
         return LoraSection(
             rank=raw["r"],
@@ -90,7 +92,7 @@ def load_adapter(folder: Path, cfg: LlamaConfig, base_hash: str, dropout: float)
     section = read_adapter_config(folder)
     where = folder / WEIGHTS
     with open_safetensors(where) as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}
+        tensors = {name: read_floats(file, name, where) for name in file.keys()}
         trained_on = (file.metadata() or {}).get("jlora_base_sha256")
     if trained_on is not None and trained_on != base_hash:
         raise ModelError(

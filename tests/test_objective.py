@@ -1,0 +1,124 @@
+"""The chunked cross-entropy against PyTorch's, and that what is not trained costs and changes nothing."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from jlora import objective
+from jlora.objective import chunked_cross_entropy, next_token_loss
+
+VOCAB, WIDTH = 37, 12
+
+
+def inputs(rows: int, length: int, share: float, seed: int = 0):
+    """hidden, head, targets, weights; of the weights about `share` are 1."""
+    draw = np.random.default_rng(seed)
+    hidden = draw.normal(size=(rows, length, WIDTH)).astype(np.float32)
+    head = draw.normal(size=(VOCAB, WIDTH)).astype(np.float32)
+    targets = draw.integers(0, VOCAB, (rows, length)).astype(np.int32)
+    weights = (draw.random((rows, length)) < share).astype(np.float32)
+    return hidden, head, targets, weights
+
+
+def by_torch(hidden, head, targets, weights):
+    """Sum of the loss, and its gradients for hidden and head; untrained labels are ignored, as HF's -100."""
+    hidden, head = (torch.tensor(x, requires_grad=True) for x in (hidden, head))
+    labels = torch.tensor(np.where(weights > 0, targets, -100)).long()
+    loss = torch.nn.functional.cross_entropy((hidden @ head.T).flatten(0, 1), labels.flatten(), reduction="sum")
+    loss.backward()
+    return loss.detach().numpy(), (hidden.grad.numpy(), head.grad.numpy())
+
+
+def by_us(*args):
+    return jax.jit(jax.value_and_grad(lambda *a: chunked_cross_entropy(*a), argnums=(0, 1)))(*args)
+
+
+def assert_equal(found, expected) -> None:
+    """To 1e-5 of the largest element, for the value and each gradient."""
+    for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5 * max(np.abs(theirs).max(), 1e-3))
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 7, 64])
+@pytest.mark.parametrize(("length", "share"), [(21, 0.4), (16, 1.0), (3, 0.0)])
+def test_equals_torch(chunk, length, share, monkeypatch):
+    monkeypatch.setattr(objective, "CHUNK", chunk)
+    args = inputs(3, length, share, seed=chunk)
+    args[3][1] = 0.0  # one row has no trained token
+    assert_equal(by_us(*args), by_torch(*args))
+    loss, tokens = next_token_loss(lambda: jnp.asarray(args[0]), *map(jnp.asarray, args[1:]))
+    assert loss.dtype == tokens.dtype == jnp.float32
+    assert float(tokens) == args[3].sum()
+    np.testing.assert_allclose(loss, by_torch(*args)[0], rtol=1e-5)
+
+
+def test_default_chunk_and_large_logits():
+    """Longer than a chunk; logits of some hundreds, where a softmax without care overflows."""
+    hidden, head, targets, weights = inputs(2, objective.CHUNK + 13, 0.7)
+    args = (hidden * 40, head, targets, weights)
+    assert np.abs(hidden * 40 @ head.T).max() > 200
+    assert_equal(by_us(*args), by_torch(*args))
+
+
+def test_weights_scale_each_token(monkeypatch):
+    monkeypatch.setattr(objective, "CHUNK", 4)
+    hidden, head, targets, _ = inputs(2, 9, 1.0)
+    weights = np.random.default_rng(1).random((2, 9)).astype(np.float32) * 2
+    logs = torch.log_softmax(torch.tensor(hidden @ head.T), dim=-1).numpy()
+    each = -np.take_along_axis(logs, targets[:, :, None], 2)[:, :, 0]
+    np.testing.assert_allclose(chunked_cross_entropy(hidden, head, targets, weights), (each * weights).sum(), rtol=1e-5)
+
+
+def test_bfloat16_hidden_gives_a_float32_loss():
+    """Logits add up in float32: far closer to the exact loss of the rounded inputs than bfloat16 is fine."""
+    hidden, head, targets, weights = inputs(2, 16, 0.7)
+    rounded = [np.asarray(jnp.asarray(x, jnp.bfloat16), np.float32) for x in (hidden, head)]
+    loss = chunked_cross_entropy(jnp.asarray(hidden, jnp.bfloat16), jnp.asarray(head), targets, weights)
+    assert loss.dtype == jnp.float32
+    np.testing.assert_allclose(loss, by_torch(*rounded, targets, weights)[0], rtol=1e-5)
+
+
+def test_chunks_without_trained_tokens_are_not_computed(monkeypatch):
+    """Trained tokens move to the front of their row, so 3 and 5 of 12 need two chunks of 4, not three.
+
+    What lands in the third may be anything, even NaN, and neither loss nor gradient sees it. What fills
+    up a chunk that is computed does pass through the head: there NaN would show.
+    """
+    monkeypatch.setattr(objective, "CHUNK", 4)
+    hidden, head, targets, _ = inputs(2, 12, 1.0)
+    weights = np.zeros((2, 12), np.float32)
+    weights[0, [2, 7, 11]] = 1.0
+    weights[1, [0, 1, 6, 8, 9]] = 1.0
+    expected = by_torch(hidden, head, targets, weights)
+    poisoned = hidden.copy()
+    for row in range(2):
+        order = np.argsort(weights[row] == 0, kind="stable")
+        poisoned[row, order[8:]] = np.nan
+    loss, (to_hidden, to_head) = by_us(poisoned, head, targets, weights)
+    assert_equal((loss, (to_hidden, to_head)), expected)
+    assert not np.asarray(to_hidden)[weights == 0].any()
+    everywhere = np.where(weights[:, :, None] == 0, np.nan, hidden)
+    assert np.isnan(by_us(everywhere, head, targets, weights)[0])
+
+
+@pytest.mark.parametrize("wanted", [0, (0, 1)])
+def test_memory_does_not_grow_with_the_number_of_chunks(wanted, monkeypatch):
+    """Neither the logits nor the head are held once a chunk: either is many times what is added here."""
+    monkeypatch.setattr(objective, "CHUNK", 8)
+    rows, vocab = 2, 4096
+
+    def temporary(length: int) -> int:
+        shapes = [
+            jax.ShapeDtypeStruct((rows, length, WIDTH), jnp.float32),
+            jax.ShapeDtypeStruct((vocab, WIDTH), jnp.float32),
+            jax.ShapeDtypeStruct((rows, length), jnp.int32),
+            jax.ShapeDtypeStruct((rows, length), jnp.float32),
+        ]
+        gradient = jax.jit(jax.grad(lambda *args: chunked_cross_entropy(*args), argnums=wanted))
+        return gradient.lower(*shapes).compile().memory_analysis().temp_size_in_bytes
+
+    few, many = temporary(64), temporary(256)  # 8 and 32 chunks
+    assert many - few < vocab * WIDTH * 4
+    assert many < rows * 256 * vocab * 4 / 4
