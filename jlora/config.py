@@ -4,7 +4,6 @@ Owns every default, each exactly once, and the line that documents it. Knows not
 model shapes (they come from the base's own config.json, see `jlora.hf`) or of what a key causes.
 """
 
-import argparse
 import difflib
 import re
 from pathlib import Path
@@ -323,7 +322,9 @@ def yaml_scalar(value: Any) -> str:
 
 def main() -> None:
     """Print the configuration reference."""
-    argparse.ArgumentParser(prog="python -m jlora.config", description=reference.__doc__).parse_args()
+    from jlora.cli import Parser  # here alone: nothing else of a config is a command
+
+    Parser(prog="python -m jlora.config", description=reference.__doc__).parse_args()
     print(reference(), end="")
 
 

@@ -327,6 +327,15 @@ class Epochs:
             epoch += 1
         return epoch + (row - self._starts[epoch]) / len(self.rows(epoch))
 
+    def tokens_at(self, batch: int) -> int:
+        """How many tokens the first `batch` batches hold, padding left out."""
+        total, rows_left, epoch = 0, batch * self._batch_size, 0
+        while rows_left > 0:
+            rows = self.rows(epoch)[:rows_left]
+            total += sum(self._lengths[i] for row in rows for i in row)
+            rows_left, epoch = rows_left - len(rows), epoch + 1
+        return total
+
     def __len__(self) -> int:
         return 2**40  # epochs follow each other without end; the trainer knows when to stop
 

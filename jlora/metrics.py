@@ -30,7 +30,6 @@ class MetricsLog:
         """Args: resume_step: lines of later steps, written before a crash, are dropped."""
         self._path = run_dir / "metrics.jsonl"
         kept = [line for line in read_metrics(self._path) if line["step"] <= resume_step] if resume_step else []
-        self.tokens_before = max((line.get("tokens", 0) for line in kept), default=0)
         temporary = self._path.with_suffix(".partial")
         temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
         os.replace(temporary, self._path)
@@ -137,9 +136,17 @@ class StepMeter:
     the host.
     """
 
-    def __init__(self, log: MetricsLog, progress: ProgressLine, epochs: Epochs, cfg: TrainingSection, num_steps: int):
+    def __init__(
+        self,
+        log: MetricsLog,
+        progress: ProgressLine,
+        epochs: Epochs,
+        cfg: TrainingSection,
+        start: int,
+        num_steps: int,
+    ):
         self.tokens = 0  # not padding, since this process started
-        self.tokens_before = log.tokens_before
+        self.tokens_before = epochs.tokens_at(start)
         self._log, self._progress, self._epochs, self._cfg, self._num_steps = log, progress, epochs, cfg, num_steps
         self._pending: tuple[int, dict[str, jax.Array], int] | None = None
         self._logged_tokens = 0

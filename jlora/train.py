@@ -79,7 +79,7 @@ def train(cfg: Config, quiet: bool = False) -> dict[str, Any]:
 
         log = MetricsLog(run_dir, start, cfg.training.wandb, cfg.model_dump())
         progress = ProgressLine(num_steps, start, quiet)
-        meter = StepMeter(log, progress, epochs, cfg.training, num_steps)
+        meter = StepMeter(log, progress, epochs, cfg.training, start, num_steps)
         announce(progress, cfg, pretrained, state, train_data, num_steps, start)
         evaluator = None
         if eval_data is not None:

@@ -1,6 +1,7 @@
 """Base models on disk: every spelling that is read, every refusal, and full checkpoints written back."""
 
 import json
+import os
 import shutil
 import weakref
 from collections.abc import Callable
@@ -24,7 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from jlora.errors import ModelError
 from jlora.generate import one_device_mesh
 from jlora.hf import merged
-from jlora.hf.base import check_names, load_base, open_source, parse_config, resolve
+from jlora.hf.base import check_names, load_base, open_source, parse_config, replace_folder, resolve
 from jlora.hf.merged import save_checkpoint, trained_tensor
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -425,3 +426,17 @@ def test_failure_leaves_no_checkpoint(single, tmp_path):
     with pytest.raises(ZeroDivisionError):
         save(lambda name, entry: np.zeros(1) if entry.layer is None else 1 / 0)
     assert not (tmp_path / "to").exists()
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027])
+def test_files_have_the_usual_mode(umask, tmp_path):
+    """Some versions of safetensors write files that only their owner may read."""
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / WEIGHTS).touch(0o600)
+    old = os.umask(umask)
+    try:
+        replace_folder(tmp_path / "new", tmp_path / "final")
+        assert os.umask(umask) == umask
+    finally:
+        os.umask(old)
+    assert (tmp_path / "final" / WEIGHTS).stat().st_mode & 0o777 == 0o666 & ~umask

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from pydantic import ValidationError
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from jlora.adapter import Adapter, Lora, scaling
 from jlora.config import PROJECTIONS, LoraSection, describe
@@ -135,6 +135,14 @@ def load_adapter(folder: Path, cfg: LlamaConfig, base_hash: str, dropout: float)
     return adapter
 
 
+def serialize(tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> bytes:
+    """A safetensors file, the same bytes every time: the library writes metadata in an order of chance."""
+    file = save(tensors, metadata)
+    end = 8 + int.from_bytes(file[:8], "little")
+    header = json.loads(file[8:end]) | {"__metadata__": metadata}
+    return file[:8] + json.dumps(header, separators=(",", ":")).encode().ljust(end - 8) + file[end:]
+
+
 def save_adapter(folder: Path, adapter: Adapter, section: LoraSection, base: str, base_hash: str) -> None:
     """Write a PEFT folder, whole or not at all; tensors in float32.
 
@@ -173,6 +181,6 @@ def save_adapter(folder: Path, adapter: Adapter, section: LoraSection, base: str
     temporary = folder.with_name(folder.name + ".partial")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt", "jlora_base_sha256": base_hash})
+    (temporary / WEIGHTS).write_bytes(serialize(tensors, {"format": "pt", "jlora_base_sha256": base_hash}))
     (temporary / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     replace_folder(temporary, folder)
