@@ -130,7 +130,7 @@ class TrainingSection(Section):
 class OptimizerSection(Section):
     name: Literal["adamw", "adafactor", "lion", "sgd"] = Field("adamw", description="optimizer")
     learning_rate: Annotated[float, Field(gt=0.0)] = Field(2e-4, description="peak learning rate")
-    weight_decay: NonNegative = Field(0.0, description="decoupled weight decay")
+    weight_decay: NonNegative = Field(0.0, description="weight decay, decoupled; with sgd added to the gradient")
     b1: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(0.9, description="first-moment decay; momentum of sgd")
     b2: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(0.999, description="second-moment decay (adamw, lion)")
     eps: Annotated[float, Field(gt=0.0)] = Field(1e-8, description="added to AdamW's denominator")

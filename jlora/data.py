@@ -19,7 +19,8 @@ import numpy as np
 
 from jlora.config import DataSection
 from jlora.errors import DataError
-from jlora.tokens import BadRow, Example, Tokenizer, encode_row
+from jlora.prompts import BadRow, Example, encode_row
+from jlora.tokens import Tokenizer
 
 MAX_LINE_BYTES = 64 * 2**20
 

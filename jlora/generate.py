@@ -26,8 +26,8 @@ from jlora.data import Row, read_rows
 from jlora.errors import ConfigError, DataError
 from jlora.model import Cache, Decoder, empty_cache
 from jlora.pretrained import Pretrained, load_pretrained, open_adapter, run_config
+from jlora.prompts import BadRow, encode_prompt
 from jlora.sharding import make_mesh
-from jlora.tokens import BadRow, encode_prompt
 
 # Prompts are padded to multiples of this, so that few lengths are ever compiled.
 LENGTH_STEP = 32

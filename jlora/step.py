@@ -113,7 +113,7 @@ def make_train_step(
         (loss, tokens, gradients), _ = jax.lax.scan(accumulate, zeros, (batch, parts))
         count = jnp.maximum(tokens, 1.0)
         loss, gradients = loss / count, jax.tree.map(lambda g: g / count, gradients)
-        norm = optax.global_norm(gradients)
+        norm = optax.tree.norm(gradients)
 
         # The optimizer knows the whole tree. Frozen leaves stand in for gradients that do not exist;
         # their label discards them, and the compiler drops the zeros made in their place.

@@ -1,8 +1,6 @@
-"""Tokenizer, prompt formats and chat templates: a row of data becomes token ids and a loss mask.
+"""Tokenizers and chat templates: text to token ids and back, exactly as the model's own library does.
 
-Knows nothing of files of rows, batches, packing or the model. One mechanism serves every format:
-the row becomes one text and the character spans of it that are trained; the text is tokenised once,
-and a token is trained when it lies between the token counts of the text up to the span's two ends.
+Knows nothing of rows, formats or loss masks.
 """
 
 import hashlib
@@ -11,7 +9,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -21,20 +19,6 @@ if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
     from tokenizers import Tokenizer as FastTokenizer
     from transformers import PreTrainedTokenizerFast
-
-FORMATS = ("alpaca", "completion", "text", "messages")
-
-# Stanford Alpaca's prompts (tatsu-lab/stanford_alpaca, train.py), which models know to the byte.
-STANFORD_WITH_INPUT = (
-    "Below is an instruction that describes a task, paired with an input that provides further context. "
-    "Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
-)
-STANFORD_WITHOUT_INPUT = (
-    "Below is an instruction that describes a task. "
-    "Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Response:"
-)
 
 CHAT_TEMPLATES = {
     # Renders what the template of Meta's Llama-2-chat models renders: BOS and EOS around each pair of turns,
@@ -61,22 +45,6 @@ _FILES = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json", "chat_template.jinja",
 )  # fmt: skip
-
-
-class BadRow(Exception):
-    """A row that cannot be used; `message` is one clause, to which the reader adds file and line."""
-
-    def __init__(self, reason: str, message: str):
-        super().__init__(message)
-        self.reason = reason
-        self.message = message
-
-
-class Example(NamedTuple):
-    """One row. `trained[i]`: the loss counts predicting token i, so `trained[0]` is always false."""
-
-    ids: np.ndarray  # int32 [n]
-    trained: np.ndarray  # bool [n]
 
 
 @dataclass(frozen=True)
@@ -155,7 +123,7 @@ class Tokenizer:
                 "no chat template: set data.chat_template (--chat-template) to llama2, chatml or a .jinja file"
             )
         try:
-            texts, _ = render_jinja_template(
+            rendered = render_jinja_template(
                 [messages], chat_template=self.chat_template, add_generation_prompt=add_generation_prompt,
                 bos_token=self.bos_token or "", eos_token=self.eos_token,
             )  # fmt: skip
@@ -163,7 +131,7 @@ class Tokenizer:
             raise ConfigError(f"chat template, line {error.lineno}: {error.message}") from error
         except Exception as error:  # a template is a program: any error can come out of it
             raise DataError(f"the chat template refuses the messages: {error}") from error
-        return texts[0]
+        return rendered[0][0]
 
 
 def load_tokenizer(path: str | Path, chat_template: str | None) -> Tokenizer:
@@ -287,150 +255,3 @@ def _read_json(file: Path) -> dict[str, Any]:
         return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     except ValueError as error:
         raise ModelError(f"{file} is not JSON: {error}") from error
-
-
-def encode_row(tokenizer: Tokenizer, row: dict[str, Any], *, format: str, prompt: str, train_on: str) -> Example:
-    """The tokens of a whole row, not truncated, and which of them are trained.
-
-    `format` is one of FORMATS; `prompt` ("stanford" or "chat") matters to alpaca rows only; `train_on` is
-    "response" or "all". Text that goes through no chat template gets EOS and, where the tokenizer adds it,
-    BOS, unless it has them already; EOS is trained like the rest of the response. A token across the
-    border of prompt and response counts to the prompt, as in Stanford Alpaca's train.py, Axolotl and TRL.
-
-    Raises BadRow, and ConfigError if a chat template is needed and there is none.
-    """
-    chat = _is_chat(format, prompt)
-    if chat:
-        messages = _messages(row, format, answered=True)
-        text = _render(tokenizer, messages, add_generation_prompt=False)
-        spans = _assistant_spans(tokenizer, messages, text) if train_on == "response" else [(0, len(text))]
-    else:
-        head = _head(row, format)
-        text = head + _response(row, format)
-        spans = [(len(head) if train_on == "response" else 0, len(text))]
-    ids = _encode(tokenizer, text, chat)
-    trained = np.zeros(len(ids), dtype=bool)
-    for start, end in spans:
-        first, last = (len(_encode(tokenizer, text[:n], chat)) for n in (start, end))
-        trained[first:last] = True
-    if not chat and ids[-1] != tokenizer.eos_id:
-        ids.append(tokenizer.eos_id)
-        trained = np.append(trained, True)
-    trained[0] = False
-    if not trained.any():
-        raise BadRow("no_trained_token", "no token of it would be trained")
-    return Example(np.asarray(ids, dtype=np.int32), trained)
-
-
-def encode_prompt(tokenizer: Tokenizer, row: dict[str, Any], *, format: str, prompt: str) -> list[int]:
-    """The ids generation starts from: the untrained prefix of `encode_row`; the row needs no response.
-
-    As long as that prefix and equal to it, but for last tokens that in `encode_row` took up the start of the
-    response. A conversation that ends with a user's turn is all prompt, and so is a `text` row.
-
-    Raises BadRow, and ConfigError if a chat template is needed and there is none.
-    """
-    if not _is_chat(format, prompt):
-        return _encode(tokenizer, (_response if format == "text" else _head)(row, format), chat=False)
-    messages = _messages(row, format, answered=False)
-    roles = [message["role"] for message in messages]
-    context = messages[: roles.index("assistant")] if roles[-1] == "assistant" else messages
-    return _encode(tokenizer, _render(tokenizer, context, add_generation_prompt=True), chat=True)
-
-
-def _encode(tokenizer: Tokenizer, text: str, chat: bool) -> list[int]:
-    ids = tokenizer.encode(text)
-    bos = tokenizer.bos_id if tokenizer.add_bos and not chat else None
-    if bos is not None and ids[:1] != [bos]:
-        ids.insert(0, bos)
-    return ids
-
-
-def _is_chat(format: str, prompt: str) -> bool:
-    return format == "messages" or (format == "alpaca" and prompt == "chat")
-
-
-def _get(row: dict[str, Any], name: str, kind: type) -> Any:
-    """A field of a row, or of a message in it."""
-    value = row.get(name) if isinstance(row, dict) else None
-    if value is None:
-        raise BadRow("missing_field", f'the field "{name}" is missing')
-    if not isinstance(value, kind):
-        raise BadRow("wrong_type", f'the field "{name}" is {type(value).__name__}, not {kind.__name__}')
-    if isinstance(value, str) and re.search("[\ud800-\udfff]", value):
-        raise BadRow("not_unicode", f'the field "{name}" holds half of a surrogate pair')
-    return value
-
-
-def _instruction(row: dict[str, Any]) -> tuple[str, str]:
-    """Instruction and input of an alpaca row; an input that is missing or blank is empty."""
-    instruction = _get(row, "instruction", str)
-    given = "" if row.get("input") is None else _get(row, "input", str)
-    if not (instruction + given).strip():
-        raise BadRow("empty_prompt", "instruction and input are both empty")
-    return instruction, given if given.strip() else ""
-
-
-def _head(row: dict[str, Any], format: str) -> str:
-    """What comes before the response, of a row that goes through no chat template."""
-    if format == "text":
-        return ""
-    if format == "alpaca":
-        instruction, given = _instruction(row)
-        template = STANFORD_WITH_INPUT if given else STANFORD_WITHOUT_INPUT
-        return template.format(instruction=instruction, input=given)
-    head = _get(row, "prompt", str)
-    if not head.strip():
-        raise BadRow("empty_prompt", 'the field "prompt" is empty')
-    return head
-
-
-def _response(row: dict[str, Any], format: str) -> str:
-    name = {"alpaca": "output", "completion": "completion", "text": "text"}[format]
-    response = _get(row, name, str)
-    if not response.strip():
-        raise BadRow("empty_response", f'the field "{name}" is empty')
-    return response
-
-
-def _messages(row: dict[str, Any], format: str, *, answered: bool) -> list[dict[str, str]]:
-    """The conversation of a row, checked; `answered`: it must have the response."""
-    if format == "alpaca":
-        user = {"role": "user", "content": "\n\n".join(filter(None, _instruction(row)))}
-        return [user, {"role": "assistant", "content": _response(row, format)}] if answered else [user]
-    turns = _get(row, "messages", list)
-    messages = [{key: _get(turn, key, str) for key in ("role", "content")} for turn in turns]
-    if not messages:
-        raise BadRow("empty_messages", 'the list "messages" is empty')
-    for message in messages:
-        role, content = message["role"], message["content"]
-        if role not in ("system", "user", "assistant"):
-            raise BadRow("wrong_role", f'the role "{role}" is none of system, user and assistant')
-        if role != "system" and not content.strip():
-            reason = "empty_response" if role == "assistant" else "empty_prompt"
-            raise BadRow(reason, f"a turn of the {role} is empty")
-    if answered and all(message["role"] != "assistant" for message in messages):
-        raise BadRow("no_assistant_turn", "no turn is the assistant's")
-    return messages
-
-
-def _render(tokenizer: Tokenizer, messages: list[dict[str, str]], *, add_generation_prompt: bool) -> str:
-    try:
-        return tokenizer.render(messages, add_generation_prompt=add_generation_prompt)
-    except DataError as error:
-        raise BadRow("template_error", str(error)) from error
-
-
-def _assistant_spans(tokenizer: Tokenizer, messages: list[dict[str, str]], text: str) -> list[tuple[int, int]]:
-    """The characters of `text`, the rendered conversation, that the assistant would have generated."""
-    spans = []
-    for i in (i for i, message in enumerate(messages) if message["role"] == "assistant"):
-        before = _render(tokenizer, messages[:i], add_generation_prompt=True)
-        after = _render(tokenizer, messages[: i + 1], add_generation_prompt=False)
-        if not (text.startswith(after) and after.startswith(before)):
-            message = "the chat template writes turns differently once others follow, so none can be located"
-            raise BadRow("unstable_template", message)
-        # Whitespace after EOS belongs to the template: generation has stopped before it.
-        bare = after.rstrip()
-        spans.append((len(before), len(bare if bare.endswith(tokenizer.eos_token) else after)))
-    return spans

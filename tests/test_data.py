@@ -13,7 +13,8 @@ from jlora import data
 from jlora.config import DataSection
 from jlora.data import Dataset, Epochs, batches, hold_out, pack, pack_row, read_rows, tokenize
 from jlora.errors import DataError
-from jlora.tokens import BadRow, Example, load_tokenizer
+from jlora.prompts import BadRow, Example
+from jlora.tokens import load_tokenizer
 
 ROWS = [{"prompt": f"{i}:", "completion": "x" * (1 + i % 5), "id": i} for i in range(7)]
 GOOD = json.dumps(ROWS[0]).encode()

@@ -393,7 +393,7 @@ def test_nucleus_equals_transformers(temperature, top_p):
 def test_sampling_depends_on_the_seed_alone(pretrained):
     assert (frequencies(Sampling(1.0, 0.9), 1) == frequencies(Sampling(1.0, 0.9), 1)).all()
     assert (frequencies(Sampling(1.0, 0.9), 1) != frequencies(Sampling(1.0, 0.9), 2)).any()
-    first, again, other = (continuations(pretrained, PROMPTS, Sampling(1.0, 0.95), seed)[-1] for seed in (1, 1, 2))
+    twins = [PROMPTS[2]] * len(PROMPTS)
+    first, again, other = (continuations(pretrained, twins, Sampling(1.0, 0.95), seed)[-1] for seed in (1, 1, 2))
     assert first == again and first != other
-    twins = continuations(pretrained, [PROMPTS[0]] * 2, Sampling(1.0, 1.0))[-1]
-    assert twins[0] != twins[1]  # rows draw independently
+    assert len(set(map(tuple, first))) == len(twins)  # rows draw independently

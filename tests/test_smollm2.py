@@ -17,8 +17,8 @@ from jlora.attention import reference
 from jlora.generate import Sampling, generate, one_device_mesh
 from jlora.hf.names import name_table
 from jlora.pretrained import load_pretrained, open_adapter
+from jlora.prompts import encode_prompt
 from jlora.step import Forward
-from jlora.tokens import encode_prompt
 from jlora.verify import probe_logits, probe_tokens
 
 ROOT = Path(__file__).parent.parent

@@ -11,7 +11,8 @@ import pytest
 from shared_data import SHARED, needs_data, read_rows
 
 from jlora.errors import ConfigError, DataError, ModelError
-from jlora.tokens import CHAT_TEMPLATES, BadRow, encode_prompt, encode_row, load_tokenizer
+from jlora.prompts import BadRow, encode_prompt, encode_row
+from jlora.tokens import CHAT_TEMPLATES, load_tokenizer
 
 pytestmark = needs_data
 

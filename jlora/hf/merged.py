@@ -14,6 +14,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from jlora.adapter import Adapter
+from jlora.errors import ModelError
 from jlora.hf.base import Source, replace_folder
 from jlora.hf.names import Entry, name_table, to_hf
 from jlora.model import Decoder, LlamaConfig
@@ -54,6 +55,9 @@ def save_checkpoint(
     Args:
       tensor: Hugging Face name and table entry -> array in the file's layout.
       dtype: bfloat16, float16 or float32, of the tensors written.
+
+    Raises:
+      ModelError: a tensor is not finite in `dtype`.
     """
     temporary = folder.with_name(folder.name + ".partial")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -67,7 +71,10 @@ def save_checkpoint(
         shards[-1] = {}
 
     for name, entry in name_table(cfg).items():
-        array = np.ascontiguousarray(tensor(name, entry).astype(DTYPES[dtype]))
+        with np.errstate(over="ignore"):
+            array = np.ascontiguousarray(tensor(name, entry).astype(DTYPES[dtype]))
+        if not np.isfinite(array).all():
+            raise ModelError(f"{folder}: tensor {name} does not fit {dtype}; export with --dtype bfloat16 or float32")
         if sizes[-1] and sizes[-1] + array.nbytes > SHARD_BYTES:
             flush()
             shards.append({})
