@@ -5,6 +5,7 @@ import errno
 import importlib
 import json
 import logging
+import math
 import os
 import sys
 import warnings
@@ -12,6 +13,11 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from jlora.errors import ConfigError, MemoryExceeded, UserError
+
+# Before transformers is imported: it reports at every start that PyTorch is not there, which it need not be.
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+# Before JAX asks for its devices: three quarters of a GPU, its default, is less than a run that fits may need.
+os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
 
 COMMANDS = ("train", "generate", "evaluate", "export", "config")
 PREEMPTED = 75
@@ -81,9 +87,15 @@ def _fail(error: UserError) -> int:
     return error.exit_code
 
 
+def strict_json(value: dict[str, Any]) -> str:
+    """One line of JSON; a figure that is not finite, for which JSON has no word, becomes null."""
+    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in value.items()}
+    return json.dumps(finite, ensure_ascii=False, allow_nan=False)
+
+
 def print_json(value: Any) -> None:
     """One JSON object on stdout."""
-    print(json.dumps(value, ensure_ascii=False), flush=True)
+    print(strict_json(value), flush=True)
 
 
 def main() -> None:

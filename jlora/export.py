@@ -24,7 +24,7 @@ from jlora.gguf import GGUFFile
 from jlora.hf.base import load_base, open_source
 from jlora.hf.merged import merged_tensor, save_checkpoint, trained_tensor
 from jlora.model import Decoder, projection_shapes
-from jlora.pretrained import Pretrained, load_pretrained, run_config
+from jlora.pretrained import Pretrained, load_pretrained, open_pretrained, run_config
 from jlora.step import Forward, init_state
 
 # Largest difference of logits, relative to their largest, between a run and its merged checkpoint.
@@ -111,7 +111,8 @@ def export(run_dir: Path, out: Path, step: int | None, merge: bool, dtype: str |
     mesh = one_device_mesh()
     with jax.set_mesh(mesh):
         stored = jnp.dtype("float32" if full else cfg.model.dtype)
-        pretrained = load_pretrained(cfg.model.path, cfg.model.tokenizer, cfg.data.chat_template, stored, mesh)
+        opened = open_pretrained(cfg.model.path, cfg.model.tokenizer, cfg.data.chat_template)
+        pretrained = load_pretrained(opened, stored, mesh)
         step, adapter, base = restore(cfg, run_dir, step, pretrained)
         result = {"step": step, "out": str(out), "kind": "full" if full else "adapter"}
         if full:

@@ -25,7 +25,7 @@ from jlora.config import DataSection, MeshSection
 from jlora.data import Row, read_rows
 from jlora.errors import ConfigError, DataError
 from jlora.model import Cache, Decoder, empty_cache
-from jlora.pretrained import Pretrained, load_pretrained, open_adapter, run_config
+from jlora.pretrained import Pretrained, load_pretrained, open_adapter, open_pretrained, run_config
 from jlora.prompts import BadRow, encode_prompt
 from jlora.sharding import make_mesh
 
@@ -230,7 +230,7 @@ def open_model(args: argparse.Namespace, mesh: jax.sharding.Mesh) -> tuple[Pretr
     section = (run.data if run else DataSection(train="-")).model_copy(update=chosen)
     dtype = jnp.dtype(args.dtype or (run.model.dtype if run else "bfloat16"))
     tokenizer = args.tokenizer or (run.model.tokenizer if run else None)
-    pretrained = load_pretrained(args.base, tokenizer, section.chat_template, dtype, mesh)
+    pretrained = load_pretrained(open_pretrained(args.base, tokenizer, section.chat_template), dtype, mesh)
     return pretrained, open_adapter(args.adapter, pretrained), dtype, section
 
 

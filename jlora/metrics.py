@@ -15,6 +15,7 @@ import jax
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from jlora.cli import strict_json
 from jlora.config import TrainingSection
 from jlora.data import Epochs
 from jlora.errors import ConfigError, NonFiniteError
@@ -41,7 +42,7 @@ class MetricsLog:
 
     def write(self, line: dict[str, Any]) -> None:
         """Log one object; `step` is its x value."""
-        self._stream.write(json.dumps(line) + "\n")
+        self._stream.write(strict_json(line) + "\n")
         self._stream.flush()
         numbers = {k: v for k, v in line.items() if k != "step" and isinstance(v, int | float)}
         for name, value in numbers.items():

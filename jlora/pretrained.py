@@ -21,6 +21,21 @@ SMALLEST_VOCAB_SHARE = 0.75
 
 
 @dataclass(frozen=True)
+class Opened:
+    """A base with its tokenizer, found to fit each other; no weight is read yet.
+
+    Attributes:
+      name: the base as the user gave it.
+      path: where it lies.
+    """
+
+    name: str
+    path: Path
+    source: Source
+    tokenizer: Tokenizer
+
+
+@dataclass(frozen=True)
 class Pretrained:
     """A base on the devices, with what it came from."""
 
@@ -31,10 +46,8 @@ class Pretrained:
     tokenizer: Tokenizer
 
 
-def load_pretrained(
-    path: str, tokenizer_path: str | None, chat_template: str | None, dtype: jnp.dtype, mesh: jax.sharding.Mesh
-) -> Pretrained:
-    """Open base and tokenizer, and check that they fit before any weight is read.
+def open_pretrained(path: str, tokenizer_path: str | None, chat_template: str | None) -> Opened:
+    """Open base and tokenizer.
 
     Raises:
       ModelError: see `jlora.hf.base`; or the tokenizer has ids beyond the embedding, or far too few.
@@ -48,8 +61,17 @@ def load_pretrained(
             f"{tokenizer_path or path}: the tokenizer has {tokenizer.vocab_size} tokens, but the model "
             f"{path} has {vocab_size}; give the tokenizer that belongs to the model (model.tokenizer)"
         )
-    base, base_hash = load_base(source, path, dtype, mesh)
-    return Pretrained(local, source, base, base_hash, tokenizer)
+    return Opened(path, local, source, tokenizer)
+
+
+def load_pretrained(opened: Opened, dtype: jnp.dtype, mesh: jax.sharding.Mesh) -> Pretrained:
+    """Read the weights.
+
+    Raises:
+      ModelError: see `jlora.hf.base.load_base`.
+    """
+    base, base_hash = load_base(opened.source, opened.name, dtype, mesh)
+    return Pretrained(opened.path, opened.source, base, base_hash, opened.tokenizer)
 
 
 def find_adapter(folder: str) -> Path:

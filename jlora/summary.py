@@ -1,6 +1,7 @@
 """What a run says at its end: figures for summary.json and for people. Knows nothing of training."""
 
 import importlib.metadata
+import json
 import os
 import resource
 import sys
@@ -26,6 +27,21 @@ def summarize(run_dir: Path, meter: StepMeter, compiled: Any) -> dict[str, Any]:
         "device": f"{jax.devices()[0].device_kind} x {jax.device_count()}",
         "versions": versions(),
     }
+
+
+def finished_summary(run_dir: Path) -> dict[str, Any] | None:
+    """The summary of a run that ended well and whose adapter is still there; None of any other."""
+    try:
+        summary = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    if not isinstance(summary, dict) or summary.get("status") != "finished":
+        return None
+    if summary["adapter"] is None:
+        return summary
+    # The folder is put in place whole, so one file stands for it; the run may have been moved since.
+    present = (run_dir / "adapter" / "adapter_config.json").is_file()
+    return summary | {"adapter": str(run_dir / "adapter")} if present else None
 
 
 def final_losses(run_dir: Path) -> dict[str, float | None]:
@@ -76,8 +92,8 @@ def print_summary(summary: dict[str, Any], output_dir: str) -> None:
     if summary["status"] == "preempted":
         print(f"stopped at step {summary['steps']}, saved; run the same command again to go on")
         return
-    if summary["eval_loss"] is not None:
-        before, after = summary["eval_loss_before"], summary["eval_loss"]
+    before, after = summary["eval_loss_before"], summary["eval_loss"]
+    if before is not None and after is not None:
         print(f"held-out loss {before:.4f} -> {after:.4f} ({(after - before) / before:+.1%})")
     rate, memory = summary["tokens_per_second"], summary["peak_memory_bytes"]
     speed = f"{rate:,.0f} tokens/s, " if rate else ""

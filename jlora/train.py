@@ -27,11 +27,12 @@ from jlora.hf.peft import load_adapter, read_adapter_config
 from jlora.identity import check_identity, run_identity
 from jlora.metrics import MetricsLog, ProgressLine, StepMeter, require_wandb
 from jlora.model import projection_shapes
-from jlora.pretrained import Pretrained, find_adapter, load_pretrained
+from jlora.pretrained import Opened, Pretrained, find_adapter, load_pretrained, open_pretrained
 from jlora.report import write_report
 from jlora.sharding import make_mesh, named_sharding
 from jlora.step import Forward, TrainState, init_state, make_train_step
-from jlora.summary import print_summary, summarize, write_text
+from jlora.summary import finished_summary, print_summary, summarize, write_text
+from jlora.tokens import Tokenizer
 from jlora.verify import export_adapter
 
 
@@ -50,12 +51,11 @@ def train(cfg: Config, quiet: bool = False) -> dict[str, Any]:
     with jax.set_mesh(mesh):
         # The base, the rows, and what is trained of the whole.
         forward = make_forward(cfg)
-        pretrained = load_pretrained(
-            cfg.model.path, cfg.model.tokenizer, cfg.data.chat_template, param_dtype(cfg), mesh
-        )
-        train_data, eval_data = read_data(cfg, pretrained)
+        opened = open_pretrained(cfg.model.path, cfg.model.tokenizer, cfg.data.chat_template)
         if not quiet:
-            warn_of_length(cfg, pretrained)
+            warn_of_length(cfg, opened)
+        train_data, eval_data = read_data(cfg, opened.tokenizer)
+        pretrained = load_pretrained(opened, param_dtype(cfg), mesh)
         epochs = Epochs(train_data, cfg.data, cfg.training.batch_size, cfg.training.seed)
         num_steps = cfg.training.max_steps or epochs.num_batches(cfg.training.epochs)
         params = {"adapter": make_adapter(cfg, pretrained), "base": pretrained.base}
@@ -72,6 +72,12 @@ def train(cfg: Config, quiet: bool = False) -> dict[str, Any]:
         start = max(checkpoints.steps(), default=0)
         if start:
             check_identity(run_dir, checkpoints.identity(start), identity)
+            done = finished_summary(run_dir) if start == num_steps else None
+            if done is not None:
+                if not quiet:
+                    print(f"{run_dir}: this run is finished; nothing is left to do", file=sys.stderr)
+                checkpoints.close()
+                return done
             restored = checkpoints.restore(start, state)
             state = restored.state
             batches.set_state(restored.data)
@@ -184,21 +190,21 @@ def param_dtype(cfg: Config) -> jnp.dtype:
     return jnp.dtype("float32" if cfg.method == "full" else cfg.model.dtype)
 
 
-def read_data(cfg: Config, pretrained: Pretrained) -> tuple[Dataset, Dataset | None]:
+def read_data(cfg: Config, tokenizer: Tokenizer) -> tuple[Dataset, Dataset | None]:
     """Training rows, and held-out rows where the config has some."""
-    train_data = data.tokenize(cfg.data.train, pretrained.tokenizer, cfg.data)
+    train_data = data.tokenize(cfg.data.train, tokenizer, cfg.data)
     match cfg.data.eval:
         case None:
             return train_data, None
         case float(fraction):
             return data.hold_out(train_data, fraction, cfg.training.seed)
         case source:
-            return train_data, data.tokenize(source, pretrained.tokenizer, cfg.data)
+            return train_data, data.tokenize(source, tokenizer, cfg.data)
 
 
-def warn_of_length(cfg: Config, pretrained: Pretrained) -> None:
+def warn_of_length(cfg: Config, opened: Opened) -> None:
     """Rows longer than the base was made for train, but not well."""
-    limit = pretrained.source.config.get("max_position_embeddings")
+    limit = opened.source.config.get("max_position_embeddings")
     if isinstance(limit, int) and cfg.data.max_length > limit:
         print(
             f"warning: data.max_length={cfg.data.max_length} is beyond the base's {limit} positions",

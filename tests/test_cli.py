@@ -205,15 +205,13 @@ def test_run_that_is_done_is_done_again_at_once(world, here, tmp_path):
     arguments = ("train", "--config", world / "config.yaml", f"output_dir={tmp_path}/run")
     code, out, err = here(*arguments)
     assert code == 0
-    for words in (str(world / "base"), "24 of 24 rows", "4 steps, going on from step 4"):
-        assert words in err, words
+    assert f"{tmp_path}/run: this run is finished" in err
     for words in ("held-out loss", f"adapter: {tmp_path}/run/adapter", f"report: {tmp_path}/run/report.html"):
         assert words in out, words
     code, out, err = here(*arguments, "--json", "-q")
     assert (code, err) == (0, "")
     summary, before = json.loads(out), json.loads((world / "stdout").read_text())
-    for key in ("status", "steps", "rows", "hashes", "tokens", "train_loss", "eval_loss"):
-        assert summary[key] == before[key], key
+    assert summary == before | {"adapter": f"{tmp_path}/run/adapter"}
 
 
 # Evaluate
@@ -696,6 +694,7 @@ def test_damaged_checkpoint_as_a_program(world, tmp_path):
     """Orbax's threads have much to say then, and none of it may reach the user."""
     run = tmp_path / "run"
     shutil.copytree(world / "run", run)
+    (run / "summary.json").unlink()  # as if it had been stopped before its end
     for file in (run / "checkpoints" / "4" / "state" / "d").iterdir():
         file.write_bytes(bytes(file.stat().st_size))
     done = shell("train", "--config", world / "config.yaml", f"output_dir={run}", "-q")

@@ -1,6 +1,5 @@
 """`jlora.gguf` on files written by the `gguf` package, with tensors as llama.cpp's converter has them."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ import pytest
 from gguf import GGMLQuantizationType as Type
 from gguf import GGUFWriter, TokenType
 from gguf.quants import dequantize, quantize
+from shared_data import SMOLLM2, needs_smollm2
 from tokenizers.pre_tokenizers import ByteLevel
 
 from jlora.errors import ModelError
@@ -440,9 +440,9 @@ def test_refused_tokenizers(path: Path, tokenizer: dict[str, Any], words: list[s
     refused(path, *words, tokenizer=True)
 
 
-@pytest.mark.skipif("JLORA_SMOLLM2_GGUF" not in os.environ, reason="JLORA_SMOLLM2_GGUF names no file")
+@needs_smollm2
 def test_smollm2_135m_instruct() -> None:
-    file = GGUFFile(Path(os.environ["JLORA_SMOLLM2_GGUF"]))
+    file = GGUFFile(SMOLLM2)
     config = file.config
     sizes = [config[f"num_{what}"] for what in ("hidden_layers", "attention_heads", "key_value_heads")]
     assert sizes == [30, 9, 3] and config["rope_theta"] == 100000.0 and config["tie_word_embeddings"]

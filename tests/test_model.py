@@ -24,7 +24,7 @@ from jlora.generate import Sampling, generate, one_device_mesh, sample
 from jlora.hf.base import parse_config
 from jlora.hf.peft import load_adapter
 from jlora.model import LlamaConfig, block_weights, empty_cache, outer_weights, projection_shapes
-from jlora.pretrained import Pretrained, load_pretrained
+from jlora.pretrained import Pretrained, load_pretrained, open_pretrained
 
 LINEAR_ROPE = {"rope_type": "linear", "factor": 2.5}
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -287,7 +287,7 @@ NEW_TOKENS = 12
 
 @pytest.fixture(scope="module")
 def pretrained(llama) -> Pretrained:
-    return load_pretrained(str(llama[0]), None, None, jnp.dtype("float32"), one_device_mesh())
+    return load_pretrained(open_pretrained(str(llama[0]), None, None), jnp.dtype("float32"), one_device_mesh())
 
 
 def continuations(pretrained, prompts, sampling=Sampling(0.0, 1.0), seed=0) -> list[list[list[int]]]:  # noqa: B008

@@ -1,7 +1,6 @@
 """The quickstart's base, a real chat model of 135M parameters, from its GGUF file to an adapter in PEFT."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,28 +10,28 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
+from shared_data import SMOLLM2, needs_smollm2
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from jlora.attention import reference
 from jlora.generate import Sampling, generate, one_device_mesh
 from jlora.hf.names import name_table
-from jlora.pretrained import load_pretrained, open_adapter
+from jlora.pretrained import load_pretrained, open_adapter, open_pretrained
 from jlora.prompts import encode_prompt
 from jlora.step import Forward
 from jlora.verify import probe_logits, probe_tokens
 
 ROOT = Path(__file__).parent.parent
-GGUF = Path(os.environ.get("JLORA_SMOLLM2_GGUF", ROOT / "build" / "SmolLM2-135M-Instruct.Q4_1.gguf"))
 PROMPTS = ROOT / "data" / "product_reviews" / "prompts.jsonl"
 
-pytestmark = pytest.mark.skipif(not GGUF.is_file(), reason="the base is not here; scripts/fetch_base brings it")
+pytestmark = needs_smollm2
 
 
 @pytest.fixture(scope="module")
 def pretrained():
     mesh = one_device_mesh()
     with jax.set_mesh(mesh):
-        yield load_pretrained(str(GGUF), None, None, jax.numpy.float32, mesh)
+        yield load_pretrained(open_pretrained(str(SMOLLM2), None, None), jax.numpy.float32, mesh)
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +48,7 @@ def torch_model(pretrained):
 def train(output_dir: Path, *overrides: str) -> dict:
     """A run of the quickstart's config; its summary."""
     command = [sys.executable, "-m", "jlora.train", "--config", "configs/quickstart.yaml", "--json", "-q"]
-    command += [f"model.path={GGUF}", f"output_dir={output_dir}", *overrides]
+    command += [f"model.path={SMOLLM2}", f"output_dir={output_dir}", *overrides]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     return json.loads(done.stdout)
 

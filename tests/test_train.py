@@ -29,7 +29,7 @@ from jlora.errors import ModelError, NonFiniteError
 from jlora.export import export
 from jlora.hf.peft import load_adapter, save_adapter
 from jlora.metrics import read_metrics
-from jlora.pretrained import load_pretrained
+from jlora.pretrained import load_pretrained, open_pretrained
 from jlora.step import init_state, make_eval_step, make_train_step
 from jlora.train import make_adapter, make_forward, param_dtype, put_batch, read_data, train
 
@@ -64,7 +64,7 @@ def review_config(folder, **sections):
 
 @cache
 def open_base(path, dtype):
-    return load_pretrained(path, None, None, dtype, make_mesh_of_one())
+    return load_pretrained(open_pretrained(path, None, None), dtype, make_mesh_of_one())
 
 
 def open_run(cfg, num_steps=20):
@@ -72,7 +72,7 @@ def open_run(cfg, num_steps=20):
     mesh = make_mesh_of_one()
     forward = make_forward(cfg)
     pretrained = open_base(cfg.model.path, param_dtype(cfg))
-    train_data, _ = read_data(cfg, pretrained)
+    train_data, _ = read_data(cfg, pretrained.tokenizer)
     params = {"adapter": make_adapter(cfg, pretrained), "base": pretrained.base}
     labels = optim.labels(params, cfg.method)
     optimizer = optim.make_optimizer(cfg.optimizer, num_steps, labels)
@@ -122,7 +122,7 @@ def digest(tree):
 
 def examples_of_steps(cfg, pretrained, num_steps):
     """The examples of each step, unpacked."""
-    train_data, _ = read_data(cfg, pretrained)
+    train_data, _ = read_data(cfg, pretrained.tokenizer)
     size = cfg.training.batch_size
     epochs = Epochs(train_data, cfg.data, size, cfg.training.seed)
     rows, epoch = [], 0
