@@ -25,13 +25,15 @@ from jlora.hf.base import load_base, open_source
 from jlora.hf.merged import merged_tensor, save_checkpoint, trained_tensor
 from jlora.model import Decoder, projection_shapes
 from jlora.pretrained import Pretrained, load_pretrained, open_pretrained, run_config
-from jlora.step import Forward, init_state
+from jlora.step import Forward, init_state, place_adapter
 
 # Largest difference of logits, relative to their largest, between a run and its merged checkpoint.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
 
 
-def restore(cfg: Config, run_dir: Path, step: int | None, pretrained: Pretrained) -> tuple[int, Adapter, Decoder]:
+def restore(
+    cfg: Config, run_dir: Path, step: int | None, pretrained: Pretrained, mesh: jax.sharding.Mesh
+) -> tuple[int, Adapter, Decoder]:
     """Step, adapter and base of a checkpoint (the newest without `step`); one of the two is the run's own."""
     checkpoints = Checkpoints(run_dir / "checkpoints", cfg.training.keep_checkpoints, read_only=True)
     steps = checkpoints.steps()
@@ -49,9 +51,10 @@ def restore(cfg: Config, run_dir: Path, step: int | None, pretrained: Pretrained
     adapter: Adapter = {}
     if cfg.method == "lora":
         adapter = init_adapter(cfg.lora, projection_shapes(model), model.num_hidden_layers, cfg.training.seed)
+        adapter = place_adapter(adapter, model, mesh)
     params = {"adapter": adapter, "base": pretrained.base}
     labels = optim.labels(params, cfg.method)
-    state = init_state(params, optim.make_optimizer(cfg.optimizer, 1, labels), cfg)
+    state = init_state(params, optim.make_optimizer(cfg.optimizer, 1, labels), cfg, mesh)
     trained = checkpoints.restore(step, state).state.trained
     checkpoints.close()
     _, frozen = optim.partition(params, labels)
@@ -113,7 +116,7 @@ def export(run_dir: Path, out: Path, step: int | None, merge: bool, dtype: str |
         stored = jnp.dtype("float32" if full else cfg.model.dtype)
         opened = open_pretrained(cfg.model.path, cfg.model.tokenizer, cfg.data.chat_template)
         pretrained = load_pretrained(opened, stored, mesh)
-        step, adapter, base = restore(cfg, run_dir, step, pretrained)
+        step, adapter, base = restore(cfg, run_dir, step, pretrained, mesh)
         result = {"step": step, "out": str(out), "kind": "full" if full else "adapter"}
         if full:
             chosen = dtype or cfg.model.dtype

@@ -80,6 +80,15 @@ def projection_shapes(cfg: LlamaConfig) -> dict[str, tuple[tuple[int, ...], tupl
     }
 
 
+def adapter_axes(cfg: LlamaConfig) -> dict[str, tuple[tuple[str, ...], tuple[str, ...]]]:
+    """Projection name -> logical axes of its stacked factors A and B: those of the weight, cut at the rank."""
+    weights, axes = block_weights(cfg), {}
+    for name, (inputs, _) in projection_shapes(cfg).items():
+        ins, outs = weights[name].axes[: len(inputs)], weights[name].axes[len(inputs) :]
+        axes[name] = (("layers", *ins, "rank"), ("layers", "rank", *outs))
+    return axes
+
+
 def _checkpointed(function: Callable, remat: str) -> Callable:
     """`function` under the rematerialisation policy of config key `model.remat`."""
     policies = jax.checkpoint_policies

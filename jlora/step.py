@@ -11,14 +11,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.tree_util import keystr, tree_leaves_with_path, tree_map_with_path
 from jaxtyping import Array, Float, Int
 
 from jlora import optim
 from jlora.adapter import Adapter
 from jlora.attention import Attention
 from jlora.config import Config
-from jlora.model import Decoder
+from jlora.model import Decoder, LlamaConfig, adapter_axes
 from jlora.objective import next_token_loss
+from jlora.sharding import named_sharding
 
 Tree = Any
 
@@ -73,17 +75,76 @@ class Forward:
         return next_token_loss(hidden, base.head, batch["targets"], batch["weights"])
 
 
-def init_state(params: dict[str, Tree], optimizer: optax.GradientTransformation, cfg: Config) -> TrainState:
-    """The state before the first step.
+def place_adapter(adapter: Adapter, cfg: LlamaConfig, mesh: jax.sharding.Mesh) -> Adapter:
+    """The adapter laid out over `mesh` like the weights it belongs to; abstract in, abstract out."""
+    axes = adapter_axes(cfg)
+
+    def place(array: Array, dims: tuple[str, ...]) -> Array:
+        sharding = named_sharding(mesh, dims)
+        if isinstance(array, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)  # type: ignore[return-value]
+        return jax.device_put(array, sharding)
+
+    return {
+        name: replace(lora, lora_a=place(lora.lora_a, axes[name][0]), lora_b=place(lora.lora_b, axes[name][1]))
+        for name, lora in adapter.items()
+    }
+
+
+def state_shardings(
+    params: dict[str, Tree], optimizer: optax.GradientTransformation, cfg: Config, mesh: jax.sharding.Mesh
+) -> TrainState:
+    """Where each leaf of the state lies: trained leaves where they are, optimizer moments with their parameter.
+
+    Args:
+      params: as for `init_state`, arrays or shapes that have a sharding.
+    """
+    state = jax.eval_shape(lambda p: _new_state(p, optimizer.init(p), cfg), params)
+    trained, _ = optim.partition(params, optim.labels(params, cfg.method))
+    placed = {keystr(path): leaf for path, leaf in tree_leaves_with_path(trained)}
+    everywhere = named_sharding(mesh, ())
+
+    def sharding_of(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.sharding.Sharding:
+        name = keystr(path)
+        # A moment's path ends with the path of the parameter whose shape it has.
+        matches = (p.sharding for end, p in placed.items() if name.endswith(end) and p.shape == leaf.shape)
+        return next(matches, everywhere)
+
+    return tree_map_with_path(sharding_of, state)
+
+
+def init_state(
+    params: dict[str, Tree], optimizer: optax.GradientTransformation, cfg: Config, mesh: jax.sharding.Mesh
+) -> TrainState:
+    """The state before the first step, laid out over `mesh`.
 
     Args:
       params: {"adapter": Adapter, "base": Decoder}, all of it; the optimizer looks at the labels.
     """
+    shardings = state_shardings(params, optimizer, cfg, mesh)
+    # Made in place: a moment as large as a sharded model never exists on one device.
+    opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(params)
+    return jax.device_put(_new_state(params, opt_state, cfg), shardings)
+
+
+def abstract_state(
+    params: dict[str, Tree], optimizer: optax.GradientTransformation, cfg: Config, mesh: jax.sharding.Mesh
+) -> TrainState:
+    """Shapes and shardings of the state, for compilation without arrays."""
+    state = jax.eval_shape(lambda p: _new_state(p, optimizer.init(p), cfg), params)
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        state,
+        state_shardings(params, optimizer, cfg, mesh),
+    )
+
+
+def _new_state(params: dict[str, Tree], opt_state: optax.OptState, cfg: Config) -> TrainState:
     trained, _ = optim.partition(params, optim.labels(params, cfg.method))
     key = jax.random.key_data(jax.random.key(cfg.training.seed))
     # Two arrays, not one twice: the step donates its state, and a buffer can be given away only once.
     step, skipped = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
-    return TrainState(step, skipped, trained, optimizer.init(params), key)
+    return TrainState(step, skipped, trained, opt_state, key)
 
 
 def make_train_step(

@@ -30,7 +30,7 @@ from jlora.model import projection_shapes
 from jlora.pretrained import Opened, Pretrained, find_adapter, load_pretrained, open_pretrained
 from jlora.report import write_report
 from jlora.sharding import make_mesh, named_sharding
-from jlora.step import Forward, TrainState, init_state, make_train_step
+from jlora.step import Forward, TrainState, init_state, make_train_step, place_adapter
 from jlora.summary import finished_summary, print_summary, summarize, write_text
 from jlora.tokens import Tokenizer
 from jlora.verify import export_adapter
@@ -58,12 +58,13 @@ def train(cfg: Config, quiet: bool = False) -> dict[str, Any]:
         pretrained = load_pretrained(opened, param_dtype(cfg), mesh)
         epochs = Epochs(train_data, cfg.data, cfg.training.batch_size, cfg.training.seed)
         num_steps = cfg.training.max_steps or epochs.num_batches(cfg.training.epochs)
-        params = {"adapter": make_adapter(cfg, pretrained), "base": pretrained.base}
+        adapter = place_adapter(make_adapter(cfg, pretrained), pretrained.base.cfg, mesh)
+        params = {"adapter": adapter, "base": pretrained.base}
         labels = optim.labels(params, cfg.method)
         optimizer = optim.make_optimizer(cfg.optimizer, num_steps, labels)
-        state = init_state(params, optimizer, cfg)
+        state = init_state(params, optimizer, cfg, mesh)
         _, frozen = optim.partition(params, labels)
-        del params
+        del params, adapter
 
         # Where an earlier start of this run left off.
         identity = run_identity(cfg, pretrained, train_data, eval_data)

@@ -30,7 +30,7 @@ from jlora.export import export
 from jlora.hf.peft import load_adapter, save_adapter
 from jlora.metrics import read_metrics
 from jlora.pretrained import load_pretrained, open_pretrained
-from jlora.step import init_state, make_eval_step, make_train_step
+from jlora.step import init_state, make_eval_step, make_train_step, place_adapter
 from jlora.train import make_adapter, make_forward, param_dtype, put_batch, read_data, train
 
 STORIES = SHARED / "stories260K"
@@ -73,7 +73,8 @@ def open_run(cfg, num_steps=20):
     forward = make_forward(cfg)
     pretrained = open_base(cfg.model.path, param_dtype(cfg))
     train_data, _ = read_data(cfg, pretrained.tokenizer)
-    params = {"adapter": make_adapter(cfg, pretrained), "base": pretrained.base}
+    adapter = place_adapter(make_adapter(cfg, pretrained), pretrained.base.cfg, mesh)
+    params = {"adapter": adapter, "base": pretrained.base}
     labels = optim.labels(params, cfg.method)
     optimizer = optim.make_optimizer(cfg.optimizer, num_steps, labels)
     _, frozen = optim.partition(params, labels)
@@ -84,7 +85,7 @@ def open_run(cfg, num_steps=20):
         pretrained=pretrained,
         train_data=train_data,
         epochs=Epochs(train_data, cfg.data, cfg.training.batch_size, cfg.training.seed),
-        state=init_state(params, optimizer, cfg),
+        state=init_state(params, optimizer, cfg, mesh),
         frozen=frozen,
         step=make_train_step(cfg, forward, optimizer, optim.learning_rate(cfg.optimizer, num_steps)),
     )
