@@ -19,7 +19,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 # Before JAX asks for its devices: three quarters of a GPU, its default, is less than a run that fits may need.
 os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
 
-COMMANDS = ("train", "generate", "evaluate", "export", "config")
+COMMANDS = ("train", "plan", "generate", "evaluate", "export", "config")
 PREEMPTED = 75
 # What is wrong with the user's disk, not with us.
 FILE_ERRORS = (

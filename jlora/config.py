@@ -33,6 +33,8 @@ class Section(BaseModel):
 
 
 class ModelSection(Section):
+    """The base model and how it is run."""
+
     path: NonEmpty = Field(description="base model: a Hugging Face folder, a .gguf file or a hub name")
     tokenizer: str | None = Field(None, description="another folder for the tokenizer, where the base has none")
     dtype: Dtype = Field("bfloat16", description="base weights and matmuls; float32 for parity checks and CPUs")
@@ -46,6 +48,8 @@ class ModelSection(Section):
 
 
 class LoraSection(Section):
+    """The adapter."""
+
     rank: PositiveInt = Field(16, description="rank R of the A/B factors")
     alpha: Annotated[float, Field(gt=0.0)] = Field(32.0, description="the product BA is scaled by alpha / rank")
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
@@ -76,6 +80,8 @@ class LoraSection(Section):
 
 
 class DataSection(Section):
+    """Rows, and how they become batches."""
+
     train: NonEmpty = Field(description="json, jsonl, parquet or csv file, a folder of them, or a hub data set")
     eval: NonEmpty | Annotated[float, Field(gt=0.0, lt=1.0)] | None = Field(
         None, description="held-out rows: another file or data set, or a fraction of train"
@@ -101,6 +107,8 @@ class DataSection(Section):
 
 
 class TrainingSection(Section):
+    """The loop."""
+
     batch_size: PositiveInt = Field(8, description="rows of a batch in one optimizer step, over all devices")
     gradient_accumulation_steps: PositiveInt = Field(
         1, description="parts that a batch is split into to save memory; the result is the same"
@@ -128,6 +136,8 @@ class TrainingSection(Section):
 
 
 class OptimizerSection(Section):
+    """The update rule."""
+
     name: Literal["adamw", "adafactor", "lion", "sgd"] = Field("adamw", description="optimizer")
     learning_rate: Annotated[float, Field(gt=0.0)] = Field(2e-4, description="peak learning rate")
     weight_decay: NonNegative = Field(0.0, description="weight decay, decoupled; with sgd added to the gradient")
@@ -144,6 +154,8 @@ class OptimizerSection(Section):
 
 
 class MeshSection(Section):
+    """How devices share the work."""
+
     data: int = Field(1, description="devices over which batches are split, weights copied")
     fsdp: int = Field(-1, description="devices over which batches and weights are split; -1: the rest")
     tensor: int = Field(1, description="devices over which heads and mlp are split")
@@ -157,6 +169,8 @@ class MeshSection(Section):
 
 
 class Config(Section):
+    """A whole run."""
+
     model: ModelSection
     method: Literal["lora", "full"] = Field("lora", description="train adapters, or every weight of the base")
     lora: LoraSection = LoraSection()

@@ -5,6 +5,7 @@ own answer for one device; FLOPs are counted over the step's jaxpr; time follows
 """
 
 import argparse
+import math
 import re
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax.extend import core
 
 from jlora import attention, cli, data, optim
@@ -31,14 +33,6 @@ from jlora.topology import KNOWN, Target, compiling_for, prepare
 from jlora.topology import resolve as resolve_topology
 from jlora.train import check_batch_split, make_forward, param_dtype
 
-LLAMA2 = {
-    "vocab_size": 32000,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 10000.0,
-    "rope_scaling": None,
-    "head_dim": 128,
-    "tie_word_embeddings": False,
-}
 # Named shapes, for a plan without any file of the model.
 SHAPES = {
     "llama2-7b": (4096, 11008, 32, 32, 32),
@@ -54,21 +48,25 @@ def model_shape(path: str) -> LlamaConfig:
         return parse_config(open_source(resolve(path)).config, path)
     hidden, mlp, layers, heads, kv_heads = SHAPES[path]
     return LlamaConfig(
+        vocab_size=32000,
         hidden_size=hidden,
         intermediate_size=mlp,
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
-        **LLAMA2,
+        head_dim=128,
+        rms_norm_eps=1e-5,
+        rope_theta=10000.0,
+        rope_scaling=None,
+        tie_word_embeddings=False,
     )
 
 
 def place_base(base: Decoder, mesh: jax.sharding.Mesh) -> Decoder:
     """The abstract base laid out over `mesh`, as `jlora.hf.base.load_base` lays out the real one."""
-    for owner, names in ((base, ("embed_tokens", "norm", "lm_head")), (base.layers, vars(base.layers))):
-        for name in names:
-            param = getattr(owner, name, None)
-            if hasattr(param, "axes"):
+    for owner in (base, base.layers):
+        for param in vars(owner).values():
+            if isinstance(param, nnx.Param):
                 shape = param.get_raw_value()
                 sharding = named_sharding(mesh, param.axes)
                 param.set_raw_value(jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding))
@@ -109,11 +107,9 @@ def count_flops(jaxpr: core.Jaxpr) -> float:
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":
             (contracted, _), _ = equation.params["dimension_numbers"]
-            left = equation.invars[0].aval.shape
-            size = 1
-            for dim in contracted:
-                size *= left[dim]
-            total += 2.0 * size * equation.outvars[0].aval.size
+            left: Any = equation.invars[0].aval
+            out: Any = equation.outvars[0].aval
+            total += 2.0 * math.prod(left.shape[dim] for dim in contracted) * out.size
             continue
         inner = [count_flops(sub) for sub in _subjaxprs(equation.params)]
         if equation.primitive.name == "cond":
@@ -138,11 +134,7 @@ def bytes_per_device(tree: Any) -> int:
     """What the leaves of a tree take on one device."""
     total = 0
     for leaf in jax.tree.leaves(tree):
-        shape = leaf.sharding.shard_shape(leaf.shape)
-        size = 1
-        for dim in shape:
-            size *= dim
-        total += size * leaf.dtype.itemsize
+        total += math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
     return total
 
 
@@ -181,7 +173,7 @@ def plan(cfg: Config, target: Target) -> dict[str, Any]:
         with compiling_for(target):
             try:
                 compiled = jax.jit(step, donate_argnums=0).lower(state, frozen, batch).compile()
-                memory = compiled.memory_analysis()
+                memory: Any = compiled.memory_analysis()
                 arguments_bytes, temp = memory.argument_size_in_bytes, memory.temp_size_in_bytes
                 peak = getattr(memory, "peak_memory_in_bytes", 0) or (
                     arguments_bytes + temp + memory.output_size_in_bytes - memory.alias_size_in_bytes

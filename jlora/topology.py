@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import jax
 from jax.experimental import topologies
@@ -164,11 +165,10 @@ def compiling_for(target: Target) -> Iterator[None]:
         return
     from jax._src import xla_bridge
 
-    originals = xla_bridge.expand_platform_alias, xla_bridge.canonicalize_platform
-    expand, canonicalize = originals
-    xla_bridge.expand_platform_alias = lambda name: ["cuda"] if name == "gpu" else expand(name)
-    xla_bridge.canonicalize_platform = lambda name: "cuda" if name == "gpu" else canonicalize(name)
-    try:
+    expand, canonicalize = xla_bridge.expand_platform_alias, xla_bridge.canonicalize_platform
+    aliased = {
+        "expand_platform_alias": lambda platform: ["cuda"] if platform == "gpu" else expand(platform),
+        "canonicalize_platform": lambda platform: "cuda" if platform == "gpu" else canonicalize(platform),
+    }
+    with mock.patch.multiple(xla_bridge, **aliased):
         yield
-    finally:
-        xla_bridge.expand_platform_alias, xla_bridge.canonicalize_platform = originals

@@ -1,0 +1,170 @@
+"""The planner: the real step compiled from shapes, its counts against arithmetic, and its refusals."""
+
+import argparse
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+from tiny import make_llama, make_rows, make_tokenizer, write_config
+
+from jlora import attention
+from jlora.config import load_config
+from jlora.plan import SHAPES, abstract_step, add_time, count_flops, model_shape, naive
+from jlora.sharding import make_mesh
+from jlora.step import Forward
+from jlora.topology import GPUS, TPUS, Target, resolve
+
+CONTRACT = {
+    *("topology", "devices", "fits", "capacity_bytes", "peak_bytes", "argument_bytes", "temp_bytes", "base_bytes"),
+    *("adapter_bytes", "optimizer_bytes", "flops_per_step", "tokens_per_step", "trainable_params", "frozen_params"),
+    *("compile_seconds", "seconds_per_epoch_at", "cost_usd_at", "naive"),
+}
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("plan")
+    # Head counts and widths that divide over two tensor and four fsdp devices.
+    make_llama(folder / "base", num_attention_heads=4, head_dim=12)
+    make_tokenizer(folder / "base")
+    make_rows(folder / "rows.jsonl")
+    return write_config(folder / "c.yaml", folder / "base", folder / "rows.jsonl", folder / "run")
+
+
+def plan(config: Path, *arguments: str) -> subprocess.CompletedProcess:
+    """A real `python -m jlora.plan`: what it sets up for absent hardware must not reach other tests."""
+    command = [sys.executable, "-m", "jlora.plan", "--config", str(config), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"XLA_FLAGS": ""})
+
+
+def test_json_holds_the_contract_and_the_arithmetic(config):
+    overrides = (
+        "mesh.tensor=2",
+        "training.batch_size=8",
+        "data.max_length=800",
+        "--price",
+        "2.5",
+        "--tokens-per-second",
+        "100",
+    )
+    done = plan(config, "--topology", "cpu:8", "--json", *overrides)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result.keys() >= CONTRACT
+    assert result["devices"] == 8 and result["mesh"] == {"data": 1, "fsdp": 4, "tensor": 2} and result["fits"]
+    assert result["tokens_per_step"] == 8 * 800
+    # Two moments in float32 for each trained parameter, laid out like it, and two counters.
+    assert result["optimizer_bytes"] == pytest.approx(2 * result["adapter_bytes"], abs=16)
+    held = sum(result[f"{name}_bytes"] for name in ("base", "adapter", "optimizer", "batch"))
+    assert result["argument_bytes"] == pytest.approx(held, rel=0.01)
+    # Split over 8 devices, but for norms and factors that have only one of the two axes.
+    total = 4 * result["frozen_params"]
+    assert total / 8 <= result["base_bytes"] < total / 8 * 1.2
+    assert result["data"]["rows"] == 24 and result["data"]["packed"] < result["data"]["padded"]
+    for name in ("packed", "padded"):
+        (seconds,), (cost,) = (result[k][name].values() for k in ("seconds_per_epoch_at", "cost_usd_at"))
+        assert seconds == pytest.approx(result["data"][name] * 8 * 800 / (100 * 8))
+        assert cost == pytest.approx(seconds / 3600 * 8 * 2.5)
+
+
+def test_table_for_people(config):
+    done = plan(config, "--topology", "cpu:1")
+    assert done.returncode == 0 and done.stderr == ""
+    for words in ("cpu:1: fits", "capacity", "full fine-tuning would take", "FLOPs"):
+        assert words in done.stdout, words
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["--topology", "gpu:h1000:2"], 2, ["unknown topology 'gpu:h1000:2'", "h100-80gb", "v5p"]),
+        (["--topology", "cpu:0"], 2, ["unknown topology"]),
+        (["--topology", "cpu:8", "mesh.tensor=3"], 2, ["does not cover 8 devices"]),
+        (["--topology", "cpu:8"], 2, ["can not be split over 8"]),
+        ([], 2, ["--topology"]),
+        (["--topology", "cpu:1", "model.path=llama2-70b"], 5, ["does not fit by", "GiB"]),
+    ],
+)
+def test_refusals(config, arguments, code, words):
+    done = plan(config, *arguments, "-q")
+    assert done.returncode == code and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
+    for word in words:
+        assert word in done.stderr, word
+
+
+def test_topology_list():
+    command = [sys.executable, "-m", "jlora.plan", "--topology", "list"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0
+    for name in (*GPUS, *TPUS):
+        assert name in done.stdout
+
+
+def flops_per_token_and_parameter(config: Path, *overrides: str) -> float:
+    cfg = load_config(config, ["model.path=llama2-7b", "data.max_length=512", "training.batch_size=1", *overrides])
+    model = model_shape("llama2-7b")
+    mesh = make_mesh(cfg.mesh, jax.devices()[:1])
+    forward = Forward(attention.reference, cfg.model.remat, jax.numpy.dtype("bfloat16"))
+    with jax.set_mesh(mesh):
+        step, arguments, params = abstract_step(cfg, model, mesh, forward)
+        flops = count_flops(jax.make_jaxpr(step)(*arguments).jaxpr)
+    num_params = sum(leaf.size for leaf in jax.tree.leaves(params["base"]))
+    return flops / 512 / num_params
+
+
+def test_lora_makes_no_gradient_of_the_base(config):
+    """4 N a token: forward and activation gradients; the weights' own gradients would make it 6 N."""
+    assert 3.9 < flops_per_token_and_parameter(config, "model.remat=none") < 4.6
+    # Recomputing a layer stops short of its last product, whose result nothing needs.
+    assert 5.4 < flops_per_token_and_parameter(config, "model.remat=full") < 6.4
+    assert 5.9 < flops_per_token_and_parameter(config, "model.remat=none", "method=full") < 6.8
+
+
+def test_flops_are_the_compilers_where_it_can_count(config):
+    """XLA counts a loop's body once, so one layer and one chunk are compared."""
+    cfg = load_config(config, ["data.max_length=128", "training.batch_size=4"])
+    model = type(m := model_shape(cfg.model.path))(**vars(m) | {"num_hidden_layers": 1})
+    mesh = make_mesh(cfg.mesh, jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        forward = Forward(attention.reference, "none", jax.numpy.dtype("float32"))
+        step, arguments, _ = abstract_step(cfg, model, mesh, forward)
+        ours = count_flops(jax.make_jaxpr(step)(*arguments).jaxpr)
+        theirs = jax.jit(step).lower(*arguments).compile().cost_analysis()["flops"]
+    # XLA counts elementwise work too, which is not small at this width.
+    assert ours < theirs < 1.6 * ours
+
+
+def test_naive_column_of_70b():
+    model = model_shape("llama2-70b")
+    hidden, mlp, layers, heads, kv_heads = SHAPES["llama2-70b"]
+    assert (model.hidden_size, model.num_key_value_heads, model.head_dim) == (hidden, kv_heads, hidden // heads)
+    figures = naive(68_976_648_192)
+    assert round(figures["total_min"] / 1e9) == 414 and round(figures["total"] / 1e9) == 828
+
+
+def test_the_lectures_sum():
+    """200 million tokens at 400 tokens a second on each of 7 GPUs take about 20 hours."""
+    args = argparse.Namespace(tokens=200e6, tokens_per_second=400.0, utilization=[], price=None)
+    result = {"devices": 7, "tokens_per_step": 7 * 4096, "flops_per_step": 1.0}
+    add_time(result, None, Target("gpu:a100-80gb:7", "gpu", [], 0, 312e12), None, args)
+    (hours,) = (seconds / 3600 for seconds in result["seconds_per_epoch_at"]["given"].values())
+    assert hours == pytest.approx(19.84, abs=0.01)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="the TPU compiler is installed")
+def test_a_missing_compiler_is_named():
+    with pytest.raises(Exception, match=r"pip install 'jlora\[tpu\]'"):
+        resolve("tpu:v5e:2x4")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("jax_cuda12_plugin") is None, reason="needs the extra cuda12")
+def test_7b_on_an_absent_h100(config):
+    overrides = ("model.path=llama2-7b", "model.remat=full", "model.dtype=bfloat16", "data.max_length=4096")
+    done = plan(config, "--topology", "gpu:h100-80gb:1", "--json", "training.batch_size=1", *overrides)
+    assert done.returncode == 0, done.stderr
+    assert 13 * 2**30 < json.loads(done.stdout)["peak_bytes"] < 22 * 2**30
