@@ -166,7 +166,7 @@ def compiling_for(target: Target) -> Iterator[None]:
     from jax._src import xla_bridge
 
     expand, canonicalize = xla_bridge.expand_platform_alias, xla_bridge.canonicalize_platform
-    aliased = {
+    aliased: dict[str, Any] = {
         "expand_platform_alias": lambda platform: ["cuda"] if platform == "gpu" else expand(platform),
         "canonicalize_platform": lambda platform: "cuda" if platform == "gpu" else canonicalize(platform),
     }
