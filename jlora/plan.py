@@ -29,7 +29,7 @@ from jlora.model import Decoder, LlamaConfig, abstract_decoder, projection_shape
 from jlora.pretrained import open_pretrained
 from jlora.sharding import make_mesh, named_sharding
 from jlora.step import Forward, abstract_state, make_train_step, place_adapter
-from jlora.topology import KNOWN, Target, compiling_for, prepare
+from jlora.topology import KNOWN, Target, compiler_logs_off, compiling_for, prepare
 from jlora.topology import resolve as resolve_topology
 from jlora.train import check_batch_split, make_forward, param_dtype
 
@@ -179,8 +179,8 @@ def plan(cfg: Config, target: Target) -> dict[str, Any]:
                     arguments_bytes + temp + memory.output_size_in_bytes - memory.alias_size_in_bytes
                 )
             except jax.errors.JaxRuntimeError as error:
-                peak = _wanted_bytes(str(error))
                 arguments_bytes, temp = bytes_per_device((state, frozen, batch)), None
+                peak = _wanted_bytes(str(error), arguments_bytes)
     tokens = cfg.training.batch_size * cfg.data.max_length
     trained = sum(leaf.size for leaf in jax.tree.leaves(state.trained))
     total = sum(leaf.size for leaf in jax.tree.leaves(params))
@@ -207,12 +207,14 @@ def plan(cfg: Config, target: Target) -> dict[str, Any]:
     }
 
 
-def _wanted_bytes(message: str) -> int:
+def _wanted_bytes(message: str, arguments: int) -> int:
     """Bytes that a program which does not fit would use, from the TPU compiler's refusal."""
-    used = re.search(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm", message)
-    if used is None:
-        raise MemoryExceeded(f"the compiler refused the step: {message.splitlines()[0]}")
-    return int(float(used[1]) * 1024 ** ("KMGT".index(used[2]) + 1))
+    used = re.search(r"Used ([\d.]+)([KMGT]) of", message)
+    temporaries = re.search(r"HLO temporaries \(([\d.]+)([KMGT])\)", message)
+    for found, more in ((used, 0), (temporaries, arguments)):
+        if found is not None:
+            return more + int(float(found[1]) * 1024 ** ("KMGT".index(found[2]) + 1))
+    raise MemoryExceeded(f"the compiler refused the step: {message.splitlines()[0]}")
 
 
 def naive(num_params: int) -> dict[str, int]:
@@ -319,8 +321,9 @@ def main() -> None:
         if len(args.topology) > 1:
             return each_in_its_own_process(args)
         prepare()
-        target = resolve_topology(args.topology[0])
-        result = plan(cfg, target)
+        with compiler_logs_off():
+            target = resolve_topology(args.topology[0])
+            result = plan(cfg, target)
         add_time(result, cfg, target, None if args.tokens else count_data(cfg), args)
         if args.json:
             cli.print_json(result)

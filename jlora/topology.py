@@ -6,6 +6,7 @@ CUDA compilers come with the extras `tpu` and `cuda12`; no device of the kind is
 
 import importlib.util
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -88,6 +89,7 @@ def prepare() -> None:
     """Environment of a process that compiles for absent devices; before JAX first asks for its own."""
     jax.config.update("jax_platforms", "cpu")
     os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # no metadata server to ask for the slice
+    os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # nothing is run, so another process may compile too
     os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"  # no driver to compare versions with
     # Autotuning times kernels on the device, which is not there.
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0".strip()
@@ -152,6 +154,20 @@ dnn_version_info {{ major: 9 minor: 8 }}
 runtime_version {{ major: 12 minor: 9 }}
 device_description_str: "{name}"
 """
+
+
+@contextmanager
+def compiler_logs_off() -> Iterator[None]:
+    """Nothing on stderr meanwhile: the compilers write there of devices they miss, past Python and its settings."""
+    sys.stderr.flush()
+    saved, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(nowhere)
 
 
 @contextmanager
