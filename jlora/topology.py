@@ -58,7 +58,7 @@ GPUS = {
 }
 # Generation -> HBM bytes that the compiler hands out per device, and the published bfloat16 peak per device.
 TPUS = {
-    "v4": (int(31.25 * GIB), 275e12),
+    "v4": (int(15.25 * GIB), 137.5e12),  # a device is one of a chip's two cores
     "v5e": (int(15.75 * GIB), 197e12),
     "v5p": (int(95.74 * GIB), 459e12),
     "v6e": (int(31.25 * GIB), 918e12),

@@ -1,0 +1,81 @@
+"""An export that does not compute what the run does is refused, and does not stay."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import make_llama, make_tokenizer
+
+from jlora import verify
+from jlora.adapter import init_adapter
+from jlora.attention import reference
+from jlora.config import LoraSection
+from jlora.errors import ModelError
+from jlora.generate import one_device_mesh
+from jlora.model import projection_shapes
+from jlora.pretrained import load_pretrained, open_pretrained
+from jlora.step import Forward
+
+FORWARD = Forward(reference, "none", jnp.dtype("float32"))
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    make_llama(folder)
+    make_tokenizer(folder)
+    return load_pretrained(open_pretrained(str(folder), None, None), jnp.dtype("float32"), one_device_mesh())
+
+
+@pytest.fixture
+def adapter(pretrained):
+    section, model = LoraSection(rank=4, alpha=8.0), pretrained.base.cfg
+    adapter = init_adapter(section, projection_shapes(model), model.num_hidden_layers, 0)
+    grow = {name: dataclasses.replace(lora, lora_b=jnp.full_like(lora.lora_b, 0.02)) for name, lora in adapter.items()}
+    return section, grow
+
+
+def test_a_true_export_passes_and_stays(pretrained, adapter, tmp_path):
+    section, factors = adapter
+    difference = verify.export_adapter(tmp_path / "out", factors, section, "base", pretrained, FORWARD)
+    assert difference == 0.0 and (tmp_path / "out" / "adapter_model.safetensors").is_file()
+    assert verify.compare_with_peft(tmp_path / "out", factors, pretrained) < 1e-5
+
+
+def test_a_wrong_export_is_refused_and_removed(pretrained, adapter, tmp_path, monkeypatch):
+    section, factors = adapter
+    honest = verify.load_adapter
+
+    def off_by_a_little(*args, **kwargs):
+        return jax.tree.map(lambda x: x * 1.001, honest(*args, **kwargs))
+
+    monkeypatch.setattr(verify, "load_adapter", off_by_a_little)
+    with pytest.raises(ModelError, match="logits that differ"):
+        verify.export_adapter(tmp_path / "out", factors, section, "base", pretrained, FORWARD)
+    assert not (tmp_path / "out").exists()
+
+
+def test_peft_disagreeing_is_refused(pretrained, adapter, tmp_path):
+    section, factors = adapter
+    verify.export_adapter(tmp_path / "out", factors, section, "base", pretrained, FORWARD)
+    other = jax.tree.map(lambda x: x * 1.1, factors)
+    with pytest.raises(ModelError, match="logits that differ"):
+        verify.compare_with_peft(tmp_path / "out", other, pretrained)
+    assert not (tmp_path / "out").exists()
+
+
+def test_one_wrong_row_of_the_vocabulary_is_seen():
+    """The mean hides nothing that matters: one token of 50,000 with another's logits is past the tolerance."""
+    expected = np.random.default_rng(0).normal(size=(verify.PROBE_LENGTH, 50_000)).astype(np.float32)
+    found = expected.copy()
+    found[:, 7] = found[:, 8]
+    with pytest.raises(ModelError):
+        verify.require_equal("out", expected, found, tolerance=1e-4)
+    assert verify.require_equal("out", expected, expected, tolerance=0.0) == 0.0
+
+
+def test_logits_that_are_not_finite_are_refused():
+    with pytest.raises(ModelError, match="not finite"):
+        verify.require_equal("out", np.ones((2, 2)), np.array([[1.0, np.nan], [1, 1]]), tolerance=1.0)
