@@ -35,7 +35,9 @@ class Section(BaseModel):
 class ModelSection(Section):
     """The base model and how it is run."""
 
-    path: NonEmpty = Field(description="base model: a Hugging Face folder, a .gguf file or a hub name")
+    path: NonEmpty = Field(
+        description="base model: a Hugging Face folder, a .gguf file or a hub name; for plan also llama2-7b, -13b, -70b"
+    )
     tokenizer: str | None = Field(None, description="another folder for the tokenizer, where the base has none")
     dtype: Dtype = Field("bfloat16", description="base weights and matmuls; float32 for parity checks and CPUs")
     quantization: None = Field(None, description="quantised base; only null (none) in this version")
