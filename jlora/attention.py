@@ -1,13 +1,28 @@
-"""Attention over packed rows: one signature, one reference; kernels join here.
+"""Attention over packed rows: one signature, one reference, and the kernels that take its place.
+
+`cudnn` runs on GPUs, `splash` on TPUs; neither ever holds the scores. Both ask more of a row than the
+reference does: queries and keys are the same tokens, the tokens of a segment stand together in the order
+of their positions, and no row has more than MAX_SEGMENTS segments beside its padding. Rows of `jlora.data`
+are so; the steps of decoding are not.
 
 Knows nothing of projections, rotary embedding or caches.
 """
 
+import math
+from collections.abc import Callable
+from functools import partial
 from typing import Protocol
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
+
+from jlora.config import MAX_SEGMENTS
+from jlora.errors import ConfigError
+from jlora.sharding import partition_spec
+
+MAX_SPLASH_BLOCK = 512
 
 
 class Attention(Protocol):
@@ -50,7 +65,186 @@ def reference(
     return jnp.einsum("bkgts,bskh->btkgh", weights, v).reshape(q.shape)
 
 
-def choose(name: str) -> tuple[str, Attention]:
-    """The implementation for a config's `model.attention`, and its name for the log."""
-    del name  # "auto" and "reference" are the same until a kernel joins
-    return "reference", reference
+def _per_device(
+    kernel: Callable[..., Array], q: Array, k: Array, v: Array, segments: Int[Array, "B T"]
+) -> Float[Array, "B T N H"]:
+    """`kernel` of each device's own rows and heads: no partitioner can look into it.
+
+    Raises:
+      ConfigError: the heads do not divide over the mesh in force.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return kernel(q, k, v, segments)
+    for name, heads in (("attention", q.shape[2]), ("key/value", k.shape[2])):
+        if heads % mesh.shape["tensor"]:
+            raise ConfigError(
+                f"mesh.tensor={mesh.shape['tensor']} does not divide the {heads} {name} heads; "
+                f"set it to a divisor of {heads}, or model.attention=reference"
+            )
+    by_head = partition_spec(("act_batch", None, "act_heads", None))
+    by_kv_head = partition_spec(("act_batch", None, "act_kv_heads", None))
+    by_row = PartitionSpec(by_head[0])
+    specs = (by_head, by_kv_head, by_kv_head, by_row)
+    # Only the kernels' types are in the way of check_vma: they do not say over which axes their outputs vary.
+    return jax.shard_map(kernel, in_specs=specs, out_specs=by_head, check_vma=False)(q, k, v, segments)
+
+
+def splash(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    q_segments: Int[Array, "B T"],
+    kv_segments: Int[Array, "B S"],
+    q_positions: Int[Array, "B T"],
+    kv_positions: Int[Array, "B S"],
+) -> Float[Array, "B T N H"]:
+    """Flash attention in Pallas for TPUs, with segment ids. Grouped queries as they are."""
+    del kv_segments, q_positions, kv_positions  # the same tokens, in order
+    return _per_device(partial(_splash_rows, interpret=False), q, k, v, q_segments)
+
+
+def _splash_rows(q: Array, k: Array, v: Array, segments: Array, interpret: bool) -> Array:
+    """The kernel over the rows of one device; `interpret` runs it anywhere, slowly."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    length, num_heads, head_dim = q.shape[1:]
+    block = math.gcd(length, MAX_SPLASH_BLOCK)
+    blocks = kernels.BlockSizes(
+        block_q=block,
+        block_kv=block,
+        block_q_dkv=block,
+        block_kv_dkv=block,
+        block_q_dq=block,
+        block_kv_dq=block,
+    )
+    kernel = kernels.make_splash_mha(
+        mask=masks.MultiHeadMask([masks.CausalMask((length, length))] * num_heads),
+        block_sizes=blocks,
+        head_shards=1,
+        q_seq_shards=1,
+        interpret=interpret,
+    )
+
+    def row(q: Array, k: Array, v: Array, segments: Array) -> Array:
+        by_head = (jnp.moveaxis(x, 1, 0) for x in (q * head_dim**-0.5, k, v))
+        return jnp.moveaxis(kernel(*by_head, segment_ids=kernels.SegmentIds(segments, segments)), 0, 1)
+
+    return jax.vmap(row)(q, k, v, segments).astype(q.dtype)
+
+
+def segment_bounds(segments: Int[Array, "B T"], num: int) -> tuple[Int[Array, "B num"], Int[Array, "B num"]]:
+    """Offset and length of every run of equal segment ids, padding too; -1 after the last of the row's runs."""
+    length = segments.shape[1]
+    before = jnp.pad(segments[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
+    starts = jnp.where(segments != before, jnp.arange(length, dtype=jnp.int32)[None], length)
+    starts = jnp.sort(starts, axis=1)[:, : num + 1]
+    starts = jnp.pad(starts, ((0, 0), (0, num + 1 - starts.shape[1])), constant_values=length)
+    offsets, ends = starts[:, :-1], starts[:, 1:]
+    unused = offsets == length
+    return jnp.where(unused, -1, offsets), jnp.where(unused, -1, ends - offsets)
+
+
+def cudnn(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    q_segments: Int[Array, "B T"],
+    kv_segments: Int[Array, "B S"],
+    q_positions: Int[Array, "B T"],
+    kv_positions: Int[Array, "B S"],
+) -> Float[Array, "B T N H"]:
+    """Flash attention of cuDNN for GPUs from Hopper on, told where each segment of a row begins.
+
+    The padding is one more segment, so that its outputs are defined too.
+    """
+    del kv_segments, q_positions, kv_positions  # the same tokens, in order
+    return _per_device(_cudnn_rows, q, k, v, q_segments)
+
+
+def _cudnn_rows(q: Array, k: Array, v: Array, segments: Array) -> Array:
+    # jax.nn.dot_product_attention does not hand offsets on.
+    from jax._src.cudnn.fused_attention_stablehlo import MaskType, dot_product_attention
+
+    # cuDNN takes offsets in elements. JAX counts those of the keys with the number of query heads, so
+    # grouped keys would be read from the wrong place (`_fix_seqlen_offsets`, JAX 0.10.2): repeat them.
+    groups = q.shape[2] // k.shape[2]
+    k, v = (jnp.repeat(x, groups, axis=2) for x in (k, v))
+    if q.size >= 2**31:
+        raise ConfigError("a device's share of a batch is too large for cuDNN attention; use more micro-batches")
+    starts, lengths = segment_bounds(segments, MAX_SEGMENTS + 1)
+    offsets = jnp.pad(starts, ((0, 0), (0, 1)), constant_values=-1)
+    return dot_product_attention(
+        q,
+        k,
+        v,
+        q_seqlen=lengths,
+        kv_seqlen=lengths,
+        q_offsets=offsets,
+        kv_offsets=offsets,
+        scale=q.shape[3] ** -0.5,
+        mask_type=MaskType.PADDING_CAUSAL,
+    )
+
+
+def cudnn_masked(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    q_segments: Int[Array, "B T"],
+    kv_segments: Int[Array, "B S"],
+    q_positions: Int[Array, "B T"],
+    kv_positions: Int[Array, "B S"],
+) -> Float[Array, "B T N H"]:
+    """Flash attention of cuDNN for GPUs before Hopper, which know no packed rows: with a mask of [B T S]."""
+    del kv_segments, q_positions, kv_positions  # the same tokens, in order
+    return _per_device(_cudnn_masked_rows, q, k, v, q_segments)
+
+
+def _cudnn_masked_rows(q: Array, k: Array, v: Array, segments: Array) -> Array:
+    mask = (segments[:, :, None] == segments[:, None, :])[:, None]
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True, implementation="cudnn")
+
+
+def choose(name: str, device: jax.Device, head_dim: int, length: int, dtype: jnp.dtype) -> tuple[str, Attention]:
+    """The implementation for a config's `model.attention`, and its name for the log.
+
+    Args:
+      device: one of those that the run is for, here or absent.
+
+    Raises:
+      ConfigError: the implementation asked for by name does not run there, or not on these shapes.
+    """
+    platform, is_gpu = device.platform, device.platform in ("gpu", "cuda")
+    wanted = "cudnn" if is_gpu else "splash" if platform == "tpu" else "reference"
+    asked = wanted if name == "auto" else name
+    if asked == "reference":
+        return "reference", reference
+    if asked == "cudnn":
+        needs = {
+            "a GPU": is_gpu,
+            "model.dtype bfloat16 or float16": dtype in (jnp.bfloat16, jnp.float16),
+            "a head dim that is a multiple of 8 and at most 128": head_dim % 8 == 0 and head_dim <= 128,
+            "a length that is a multiple of 64": length % 64 == 0,
+        }
+        packs = not is_gpu or float(device.compute_capability) >= 9.0
+        kernel: Attention = cudnn if packs else cudnn_masked
+        shown = "cudnn" if packs else "cudnn with a mask (packed rows need compute capability 9.0)"
+    else:
+        needs = {
+            "a TPU": platform == "tpu",
+            "a head dim of 64 or a multiple of 128": head_dim == 64 or head_dim % 128 == 0,
+            "a length that is a multiple of 128": length % 128 == 0,
+        }
+        kernel, shown = splash, "splash"
+    lacking = [need for need, met in needs.items() if not met]
+    if not lacking:
+        return shown, kernel
+    here = f"{platform}, {jnp.dtype(dtype).name}, head dim {head_dim}, length {length}"
+    if name == "auto":
+        return f"reference, because {asked} needs {' and '.join(lacking)} (here {here})", reference
+    working = " or ".join(dict.fromkeys(["auto", *([wanted] if wanted != asked else []), "reference"]))
+    raise ConfigError(
+        f"model.attention={asked} needs {' and '.join(lacking)} (here {here}); set model.attention to {working}"
+    )

@@ -17,6 +17,8 @@ from jlora.errors import ConfigError
 ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 PROJECTIONS = ATTENTION_PROJECTIONS + MLP_PROJECTIONS
+# Examples in a packed row, at most: attention kernels on GPUs are compiled for a fixed number.
+MAX_SEGMENTS = 64
 
 NonEmpty = Annotated[str, Field(min_length=1)]
 NonNegative = Annotated[float, Field(ge=0.0)]
@@ -41,7 +43,9 @@ class ModelSection(Section):
     tokenizer: str | None = Field(None, description="another folder for the tokenizer, where the base has none")
     dtype: Dtype = Field("bfloat16", description="base weights and matmuls; float32 for parity checks and CPUs")
     quantization: None = Field(None, description="quantised base; only null (none) in this version")
-    attention: Literal["auto", "reference"] = Field("auto", description="attention kernel")
+    attention: Literal["auto", "reference", "cudnn", "splash"] = Field(
+        "auto", description="attention: plain (reference), cuDNN on GPUs, splash on TPUs, or what fits (auto)"
+    )
     remat: Literal["none", "dots", "attention", "full"] = Field(
         "full",
         description="what the backward pass recomputes: nothing, all but matmul results (dots), all but "

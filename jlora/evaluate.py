@@ -21,7 +21,7 @@ class Evaluator:
     """Mean loss of any base and adapter on one set of rows."""
 
     def __init__(self, dataset: Dataset, cfg: DataSection, batch_size: int, forward: Forward, mesh: jax.sharding.Mesh):
-        self._batch_size, self._sharding = batch_size, named_sharding(mesh, ("act_batch", "act_seq"))
+        self._batch_size, self._sharding = batch_size, named_sharding(mesh, ("act_batch", None))
         self._epochs = Epochs(dataset, cfg, batch_size, seed=None)
         self._step = make_eval_step(forward)
 
@@ -64,7 +64,8 @@ def main() -> None:
             changes = {"max_length": args.max_length, "train_on": args.train_on, "on_bad_row": args.on_bad_row}
             section = section.model_copy(update={k: v for k, v in changes.items() if v is not None})
             dataset = data.tokenize(args.data, pretrained.tokenizer, section)
-            _, kernel = attention.choose("auto")
+            device, head_dim = mesh.devices.flat[0], pretrained.base.cfg.head_dim
+            _, kernel = attention.choose("auto", device, head_dim, section.max_length, dtype)
             forward = Forward(kernel, "none", dtype)
             evaluator = Evaluator(dataset, section, args.batch_size, forward, mesh)
             loss, tokens = evaluator.mean_loss(pretrained.base, adapter)

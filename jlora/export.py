@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jlora import attention, cli, optim, verify
+from jlora import cli, optim, verify
 from jlora.adapter import Adapter, init_adapter
 from jlora.checkpoint import Checkpoints
 from jlora.config import Config
@@ -25,7 +25,10 @@ from jlora.hf.base import load_base, open_source
 from jlora.hf.merged import merged_tensor, save_checkpoint, trained_tensor
 from jlora.model import Decoder, projection_shapes
 from jlora.pretrained import Pretrained, load_pretrained, open_pretrained, run_config
-from jlora.step import Forward, init_state, place_adapter
+from jlora.step import init_state, place_adapter
+
+# The proof is in float32, where rounding can not hide a mistake.
+PROOF_DTYPE = jnp.dtype("float32")
 
 # Difference of logits that rounding to a dtype may make (see `verify.require_equal`).
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
@@ -63,7 +66,7 @@ def restore(
 
 
 def export_full(
-    folder: Path, dtype: str, pretrained: Pretrained, base: Decoder, adapter: Adapter, method: str, forward: Forward
+    folder: Path, dtype: str, pretrained: Pretrained, base: Decoder, adapter: Adapter, method: str
 ) -> float:
     """Write a full checkpoint, read it back, compare logits; returns their relative difference."""
     source = pretrained.source
@@ -72,10 +75,10 @@ def export_full(
         return trained_tensor(base, entry) if method == "full" else merged_tensor(source, entry, name, adapter)
 
     save_checkpoint(folder, base.cfg, tensor, source.config, dtype, partial(add_tokenizer, pretrained))
-    expected = verify.probe_logits(base, adapter, forward)
+    expected = verify.probe_logits(base, adapter, PROOF_DTYPE)
     with verify.removed_if_wrong(folder):
-        written, _ = load_base(open_source(folder), str(folder), jnp.dtype("float32"), one_device_mesh())
-        return verify.require_equal(folder, expected, verify.probe_logits(written, {}, forward), TOLERANCE[dtype])
+        written, _ = load_base(open_source(folder), str(folder), PROOF_DTYPE, one_device_mesh())
+        return verify.require_equal(folder, expected, verify.probe_logits(written, {}, PROOF_DTYPE), TOLERANCE[dtype])
 
 
 def add_tokenizer(pretrained: Pretrained, folder: Path) -> None:
@@ -108,9 +111,6 @@ def export(run_dir: Path, out: Path, step: int | None, merge: bool, dtype: str |
     full = merge or cfg.method == "full"
     if peft and full:
         raise ConfigError("--verify loads an adapter in PEFT; leave --merge out")
-    _, kernel = attention.choose(cfg.model.attention)
-    # The proof is in float32, where rounding can not hide a mistake.
-    forward = Forward(kernel, "none", jnp.dtype("float32"))
     mesh = one_device_mesh()
     with jax.set_mesh(mesh):
         stored = jnp.dtype("float32" if full else cfg.model.dtype)
@@ -120,9 +120,9 @@ def export(run_dir: Path, out: Path, step: int | None, merge: bool, dtype: str |
         result = {"step": step, "out": str(out), "kind": "full" if full else "adapter"}
         if full:
             chosen = dtype or cfg.model.dtype
-            difference = export_full(out, chosen, pretrained, base, adapter, cfg.method, forward)
+            difference = export_full(out, chosen, pretrained, base, adapter, cfg.method)
             return result | {"dtype": chosen, "logits_relative_difference": difference}
-        difference = verify.export_adapter(out, adapter, cfg.lora, cfg.model.path, pretrained, forward)
+        difference = verify.export_adapter(out, adapter, cfg.lora, cfg.model.path, pretrained, PROOF_DTYPE)
         result["logits_relative_difference"] = difference
         if peft:
             result["peft_relative_difference"] = verify.compare_with_peft(out, adapter, pretrained)

@@ -349,12 +349,11 @@ def main() -> None:
             pretrained, adapter, dtype, section = open_model(args, mesh)
             if not args.quiet and not args.json:
                 print(f"format {section.format}, prompt style {section.prompt}", file=sys.stderr)
-            _, kernel = attention.choose("auto")
             run = partial(
                 generate,
                 pretrained,
                 adapter,
-                kernel=kernel,
+                kernel=attention.reference,  # of few queries and many keys; kernels want as many of both
                 dtype=dtype,
                 max_new_tokens=args.max_new_tokens,
                 sampling=Sampling(args.temperature, args.top_p),

@@ -23,10 +23,11 @@ from jlora.config import Config, load_config
 from jlora.data import Dataset, Epochs
 from jlora.errors import ConfigError, ModelError, NonFiniteError
 from jlora.evaluate import Evaluator, perplexity
+from jlora.hf.base import parse_config
 from jlora.hf.peft import load_adapter, read_adapter_config
 from jlora.identity import check_identity, run_identity
 from jlora.metrics import MetricsLog, ProgressLine, StepMeter, require_wandb
-from jlora.model import projection_shapes
+from jlora.model import LlamaConfig, projection_shapes
 from jlora.pretrained import Opened, Pretrained, find_adapter, load_pretrained, open_pretrained
 from jlora.report import write_report
 from jlora.sharding import make_mesh, named_sharding
@@ -50,8 +51,8 @@ def train(cfg: Config, quiet: bool = False) -> dict[str, Any]:
     stop = catch_signals()
     with jax.set_mesh(mesh):
         # The base, the rows, and what is trained of the whole.
-        forward = make_forward(cfg)
         opened = open_pretrained(cfg.model.path, cfg.model.tokenizer, cfg.data.chat_template)
+        kernel, forward = make_forward(cfg, parse_config(opened.source.config, opened.name), mesh)
         if not quiet:
             warn_of_length(cfg, opened)
         train_data, eval_data = read_data(cfg, opened.tokenizer)
@@ -87,7 +88,7 @@ def train(cfg: Config, quiet: bool = False) -> dict[str, Any]:
         log = MetricsLog(run_dir, start, cfg.training.wandb, cfg.model_dump())
         progress = ProgressLine(num_steps, start, quiet)
         meter = StepMeter(log, progress, epochs, cfg.training, start, num_steps)
-        announce(progress, cfg, pretrained, state, train_data, num_steps, start)
+        announce(progress, cfg, kernel, pretrained, state, train_data, num_steps, start)
         evaluator = None
         if eval_data is not None:
             rows = cfg.training.batch_size // cfg.training.gradient_accumulation_steps
@@ -139,7 +140,7 @@ def train(cfg: Config, quiet: bool = False) -> dict[str, Any]:
         finished = step == num_steps
         if finished and cfg.method == "lora":
             adapter = optim.combine(state.trained, frozen)["adapter"]
-            export_adapter(run_dir / "adapter", adapter, cfg.lora, cfg.model.path, pretrained, forward)
+            export_adapter(run_dir / "adapter", adapter, cfg.lora, cfg.model.path, pretrained, forward.dtype)
         summary = {
             "status": "finished" if finished else "preempted",
             "steps": step,
@@ -180,10 +181,11 @@ def check_batch_split(cfg: Config, mesh: jax.sharding.Mesh) -> None:
         )
 
 
-def make_forward(cfg: Config) -> Forward:
-    """The static choices of the forward pass."""
-    _, kernel = attention.choose(cfg.model.attention)
-    return Forward(kernel, cfg.model.remat, jnp.dtype(cfg.model.dtype))
+def make_forward(cfg: Config, model: LlamaConfig, mesh: jax.sharding.Mesh) -> tuple[str, Forward]:
+    """The static choices of the forward pass, and what attention runs, for the log."""
+    dtype, device = jnp.dtype(cfg.model.dtype), mesh.devices.flat[0]
+    shown, kernel = attention.choose(cfg.model.attention, device, model.head_dim, cfg.data.max_length, dtype)
+    return shown, Forward(kernel, cfg.model.remat, dtype)
 
 
 def param_dtype(cfg: Config) -> jnp.dtype:
@@ -251,7 +253,7 @@ def make_run_dir(cfg: Config) -> Path:
 
 def put_batch(batch: dict[str, np.ndarray], parts: int, mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
     """[B T] on the host -> [A, B / A, T] on the devices."""
-    sharding = named_sharding(mesh, (None, "act_batch", "act_seq"))
+    sharding = named_sharding(mesh, (None, "act_batch", None))
     split = {name: array.reshape(parts, -1, array.shape[-1]) for name, array in batch.items()}
     return jax.device_put(split, sharding)
 
@@ -259,6 +261,7 @@ def put_batch(batch: dict[str, np.ndarray], parts: int, mesh: jax.sharding.Mesh)
 def announce(
     progress: ProgressLine,
     cfg: Config,
+    kernel: str,
     pretrained: Pretrained,
     state: TrainState,
     dataset: Dataset,
@@ -270,7 +273,6 @@ def announce(
     total = sum(leaf.size for leaf in jax.tree.leaves(pretrained.base))
     dropped = f", dropped {dict(dataset.dropped)}" if dataset.dropped else ""
     cut = f", {dataset.truncated} cut at {cfg.data.max_length} tokens" if dataset.truncated else ""
-    kernel, _ = attention.choose(cfg.model.attention)
     progress.say(f"base {cfg.model.path}: {total:,} parameters, {trained:,} trained; attention {kernel}")
     progress.say(f"data {cfg.data.train}: {len(dataset.examples)} of {dataset.read} rows{dropped}{cut}")
     progress.say(f"{num_steps} steps" + (f", going on from step {start}" if start else ""))

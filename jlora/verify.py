@@ -17,7 +17,6 @@ from jlora.hf.names import name_table
 from jlora.hf.peft import load_adapter, save_adapter
 from jlora.model import Decoder
 from jlora.pretrained import Pretrained
-from jlora.step import Forward
 
 PROBE_LENGTH = 32
 
@@ -27,7 +26,7 @@ def probe_tokens(vocab_size: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, vocab_size, (1, PROBE_LENGTH), dtype=np.int32)
 
 
-def probe_logits(base: Decoder, adapter: Adapter, forward: Forward) -> np.ndarray:
+def probe_logits(base: Decoder, adapter: Adapter, dtype: jnp.dtype) -> np.ndarray:
     """Logits of base and adapter on the probe, [T V] float32."""
     tokens = probe_tokens(base.cfg.vocab_size)
     positions = np.arange(PROBE_LENGTH, dtype=np.int32)[None]
@@ -41,9 +40,9 @@ def probe_logits(base: Decoder, adapter: Adapter, forward: Forward) -> np.ndarra
             jnp.asarray(segments),
             adapter=adapter,
             dropout_key=None,
-            attention=forward.attention,
+            attention=attention.reference,
             remat="none",
-            dtype=forward.dtype,
+            dtype=dtype,
         )
         return base.logits(hidden)[0]
 
@@ -82,14 +81,14 @@ def removed_if_wrong(folder: Path) -> Iterator[None]:
 
 
 def export_adapter(
-    folder: Path, adapter: Adapter, section: LoraSection, base_name: str, pretrained: Pretrained, forward: Forward
+    folder: Path, adapter: Adapter, section: LoraSection, base_name: str, pretrained: Pretrained, dtype: jnp.dtype
 ) -> float:
     """Write a PEFT folder, then read it back and compare its logits; returns their relative difference."""
     with removed_if_wrong(folder):
         save_adapter(folder, adapter, section, base_name, pretrained.base_hash)
         reread = load_adapter(folder, pretrained.base.cfg, pretrained.base_hash, section.dropout)
-        expected = probe_logits(pretrained.base, adapter, forward)
-        return require_equal(folder, expected, probe_logits(pretrained.base, reread, forward), tolerance=1e-6)
+        expected = probe_logits(pretrained.base, adapter, dtype)
+        return require_equal(folder, expected, probe_logits(pretrained.base, reread, dtype), tolerance=1e-6)
 
 
 def compare_with_peft(folder: Path, adapter: Adapter, pretrained: Pretrained) -> float:
@@ -117,7 +116,6 @@ def compare_with_peft(folder: Path, adapter: Adapter, pretrained: Pretrained) ->
     adapted = PeftModel.from_pretrained(model, str(folder)).eval()
     with torch.no_grad():
         theirs = adapted(torch.from_numpy(probe_tokens(cfg.vocab_size)).long()).logits[0].float().numpy()
-    _, kernel = attention.choose("auto")
-    ours = probe_logits(pretrained.base, adapter, Forward(kernel, "none", jnp.dtype("float32")))
+    ours = probe_logits(pretrained.base, adapter, jnp.dtype("float32"))
     with removed_if_wrong(folder):
         return require_equal(folder, theirs, ours, tolerance=1e-4)

@@ -18,7 +18,6 @@ from jlora.generate import Sampling, generate, one_device_mesh
 from jlora.hf.names import name_table
 from jlora.pretrained import load_pretrained, open_adapter, open_pretrained
 from jlora.prompts import encode_prompt
-from jlora.step import Forward
 from jlora.verify import probe_logits, probe_tokens
 
 ROOT = Path(__file__).parent.parent
@@ -81,7 +80,7 @@ def test_logits_equal_transformers_on_the_dequantised_weights(pretrained, torch_
     tokens = probe_tokens(pretrained.base.cfg.vocab_size)
     with torch.no_grad():
         expected = torch_model(torch.from_numpy(tokens).long()).logits[0].numpy()
-    found = probe_logits(pretrained.base, {}, Forward(reference, "none", jax.numpy.dtype("float32")))
+    found = probe_logits(pretrained.base, {}, jax.numpy.dtype("float32"))
     # Its hidden states reach 22,000, where float32 itself is good to 1e-3, so the logits are compared relative to
     # their own size; float64 puts transformers' own float32 logits off by nearly as much as ours.
     assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()

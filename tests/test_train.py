@@ -70,8 +70,8 @@ def open_base(path, dtype):
 def open_run(cfg, num_steps=20):
     """What `train` puts together, to be stepped by hand."""
     mesh = make_mesh_of_one()
-    forward = make_forward(cfg)
     pretrained = open_base(cfg.model.path, param_dtype(cfg))
+    _, forward = make_forward(cfg, pretrained.base.cfg, mesh)
     train_data, _ = read_data(cfg, pretrained.tokenizer)
     adapter = place_adapter(make_adapter(cfg, pretrained), pretrained.base.cfg, mesh)
     params = {"adapter": adapter, "base": pretrained.base}
