@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jlora.sharding import constrain
+
 CHUNK = 256
 
 
@@ -39,6 +41,7 @@ def chunked_cross_entropy(
     computed: prompts and padding cost no pass through the head. The backward pass recomputes a
     chunk's logits.
     """
+    hidden = constrain(hidden, "act_batch", None, "act_embed")  # whole rows: they are put in another order
     order = jnp.argsort(weights == 0.0, axis=1, stable=True)
     hidden = jnp.take_along_axis(hidden, order[:, :, None], axis=1)
     targets = jnp.take_along_axis(targets, order, axis=1)
@@ -56,6 +59,7 @@ def chunked_cross_entropy(
 
     def loss_of(h: Array, t: Array, w: Array) -> Array:
         logits = jnp.einsum("btd,vd->btv", h, head, preferred_element_type=jnp.float32)
+        logits = constrain(logits, "act_batch", None, "act_vocab")
         target_logit = jnp.take_along_axis(logits, t[:, :, None], axis=2)[:, :, 0]
         return jnp.sum((jax.nn.logsumexp(logits, axis=2) - target_logit) * w)
 

@@ -24,7 +24,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "rank": None,
     # activations
     "act_batch": ("data", "fsdp"),
-    "act_seq": None,
+    "act_seq": "tensor",  # of the residual stream; within a layer heads or mlp take the axis
     "act_embed": None,
     "act_heads": "tensor",
     "act_kv_heads": "tensor",
