@@ -1,0 +1,122 @@
+"""A run over eight devices is the run over one: the same losses, whatever the mesh.
+
+The eight are CPU devices of a process of their own, since the number is fixed when JAX starts.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+from shared_data import SHARED, needs_data
+from tiny import make_completions, make_llama, make_tokenizer, write_config
+
+from jlora.config import load_config
+from jlora.metrics import read_metrics
+from jlora.train import train
+
+ROOT = Path(__file__).parents[1]
+MESHES = {"data=8": (8, 1, 1), "fsdp=8": (1, 8, 1), "fsdp=4 tensor=2": (1, 4, 2), "2x2x2": (2, 2, 2)}
+
+# One process for all meshes: most of the time of a small run is starting.
+RUNS = """
+import json, sys
+from jlora.config import load_config
+from jlora.train import train
+config, meshes = sys.argv[1], json.loads(sys.argv[2])
+for folder, sizes in meshes.items():
+    overrides = [f"mesh.{axis}={size}" for axis, size in zip(("data", "fsdp", "tensor"), sizes)]
+    train(load_config(config, [*overrides, "model.remat=full", f"output_dir={folder}"]), quiet=True)
+"""
+
+SPLASH = """
+import numpy as np, jax, jax.numpy as jnp
+from functools import partial
+from jlora import attention
+from jlora.config import MeshSection
+from jlora.errors import ConfigError
+from jlora.sharding import make_mesh
+attention.MAX_SPLASH_BLOCK = 128
+rng = np.random.default_rng(0)
+q, k, v = (jnp.asarray(rng.standard_normal((4, 256, n, 64)), jnp.float32) for n in (4, 2, 2))
+segments = jnp.asarray(np.sort(rng.integers(1, 4, (4, 256)), axis=1), jnp.int32)
+positions = jnp.arange(256)[None].repeat(4, 0)
+def grads(attend):
+    return jax.jit(jax.grad(lambda *qkv: jnp.sin(attend(*qkv)).sum(), argnums=(0, 1, 2)))(q, k, v)
+rows = dict(q_segments=segments, kv_segments=segments, q_positions=positions, kv_positions=positions)
+expected = grads(partial(attention.reference, **rows))
+splash = partial(
+    attention._per_device, partial(attention._splash_rows, interpret=True), segments=segments
+)
+with jax.set_mesh(make_mesh(MeshSection(data=2, fsdp=2, tensor=2), jax.devices())):
+    for found, right in zip(grads(splash), expected):
+        np.testing.assert_allclose(np.asarray(found), np.asarray(right), atol=1e-4)
+with jax.set_mesh(make_mesh(MeshSection(data=1, fsdp=2, tensor=4), jax.devices())):
+    try:
+        grads(splash)
+    except ConfigError as error:
+        print(error)
+"""
+
+
+def run_on_eight(code, *args):
+    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code, *args], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
+def losses(run_dir):
+    """Loss, gradient norm and held-out loss of every step."""
+    lines = read_metrics(run_dir / "metrics.jsonl")
+    curves = {key: [line[key] for line in lines if key in line] for key in ("loss", "grad_norm", "eval_loss")}
+    assert all(curves.values())
+    return curves
+
+
+def require_the_same_curves(folder, config, meshes):
+    """Train on one device here and on every mesh there; the same losses to 1e-5."""
+    train(load_config(config, ["model.remat=full", f"output_dir={folder / 'one'}"]), quiet=True)
+    expected = losses(folder / "one")
+    folders = {name: str(folder / name.replace(" ", "_")) for name in meshes}
+    run_on_eight(RUNS, str(config), json.dumps({folders[name]: sizes for name, sizes in meshes.items()}))
+    for name, run_dir in folders.items():
+        for key, curve in losses(Path(run_dir)).items():
+            np.testing.assert_allclose(curve, expected[key], rtol=1e-5, err_msg=f"{name}: {key}")
+
+
+def test_tiny_model(tmp_path):
+    make_llama(tmp_path / "base")
+    make_tokenizer(tmp_path / "base")
+    rows = make_completions(tmp_path / "rows.jsonl", 48)
+    config = write_config(
+        tmp_path / "run.yaml",
+        tmp_path / "base",
+        rows,
+        tmp_path / "run",
+        lora={"target_modules": "all-linear", "dropout": 0.1},
+        data={"format": "completion", "max_length": 64, "eval": str(rows)},
+        training={"batch_size": 16, "gradient_accumulation_steps": 2, "max_steps": 6},
+    )
+    require_the_same_curves(tmp_path, config, MESHES)
+
+
+@needs_data
+def test_a_real_model_of_260_thousand_parameters(tmp_path):
+    reviews = SHARED / "reviews" / "sephora_reviews.jsonl"
+    config = write_config(
+        tmp_path / "run.yaml",
+        SHARED / "stories260K",
+        reviews,
+        tmp_path / "run",
+        data={"max_length": 256, "on_bad_row": "skip", "eval": 0.1},
+        training={"batch_size": 8, "max_steps": 10},
+    )
+    require_the_same_curves(tmp_path, config, {"2x2x2": (2, 2, 2)})
+
+
+def test_splash_over_a_mesh():
+    """Rows over data and fsdp, heads over tensor; refused where the key/value heads do not divide."""
+    assert "mesh.tensor=4 does not divide the 2 key/value heads" in run_on_eight(SPLASH)
