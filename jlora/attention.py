@@ -1,9 +1,8 @@
 """Attention over packed rows: one signature, one reference, and the kernels that take its place.
 
 `cudnn` runs on GPUs, `splash` on TPUs; neither ever holds the scores. Both ask more of a row than the
-reference does: queries and keys are the same tokens, the tokens of a segment stand together in the order
-of their positions, and no row has more than MAX_SEGMENTS segments beside its padding. Rows of `jlora.data`
-are so; the steps of decoding are not.
+reference does: queries and keys are the same tokens, and those of a segment stand together in the order of
+their positions. Rows of `jlora.data` are so; the steps of decoding are not.
 
 Knows nothing of projections, rotary embedding or caches.
 """
@@ -18,7 +17,6 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from jlora.config import MAX_SEGMENTS
 from jlora.errors import ConfigError
 from jlora.sharding import partition_spec
 
@@ -134,18 +132,6 @@ def _splash_rows(q: Array, k: Array, v: Array, segments: Array, interpret: bool)
     return jax.vmap(row)(q, k, v, segments).astype(q.dtype)
 
 
-def segment_bounds(segments: Int[Array, "B T"], num: int) -> tuple[Int[Array, "B num"], Int[Array, "B num"]]:
-    """Offset and length of every run of equal segment ids, padding too; -1 after the last of the row's runs."""
-    length = segments.shape[1]
-    before = jnp.pad(segments[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
-    starts = jnp.where(segments != before, jnp.arange(length, dtype=jnp.int32)[None], length)
-    starts = jnp.sort(starts, axis=1)[:, : num + 1]
-    starts = jnp.pad(starts, ((0, 0), (0, num + 1 - starts.shape[1])), constant_values=length)
-    offsets, ends = starts[:, :-1], starts[:, 1:]
-    unused = offsets == length
-    return jnp.where(unused, -1, offsets), jnp.where(unused, -1, ends - offsets)
-
-
 def cudnn(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
@@ -155,54 +141,17 @@ def cudnn(
     q_positions: Int[Array, "B T"],
     kv_positions: Int[Array, "B S"],
 ) -> Float[Array, "B T N H"]:
-    """Flash attention of cuDNN for GPUs from Hopper on, told where each segment of a row begins.
+    """Flash attention of cuDNN for GPUs, with the segments as a mask of [B T S].
 
-    The padding is one more segment, so that its outputs are defined too.
+    Not with cuDNN's own packed layout, which wants a fixed number of segments in a row: it runs from Hopper
+    on only, and its backward pass takes a float32 workspace of as many times [B N T H] (4 GiB for 64 segments
+    of 32 heads at 4096 tokens), which no compiled peak shows.
     """
     del kv_segments, q_positions, kv_positions  # the same tokens, in order
     return _per_device(_cudnn_rows, q, k, v, q_segments)
 
 
 def _cudnn_rows(q: Array, k: Array, v: Array, segments: Array) -> Array:
-    # jax.nn.dot_product_attention does not hand offsets on.
-    from jax._src.cudnn.fused_attention_stablehlo import MaskType, dot_product_attention
-
-    # cuDNN takes offsets in elements. JAX counts those of the keys with the number of query heads, so
-    # grouped keys would be read from the wrong place (`_fix_seqlen_offsets`, JAX 0.10.2): repeat them.
-    groups = q.shape[2] // k.shape[2]
-    k, v = (jnp.repeat(x, groups, axis=2) for x in (k, v))
-    if q.size >= 2**31:
-        raise ConfigError("a device's share of a batch is too large for cuDNN attention; use more micro-batches")
-    starts, lengths = segment_bounds(segments, MAX_SEGMENTS + 1)
-    offsets = jnp.pad(starts, ((0, 0), (0, 1)), constant_values=-1)
-    return dot_product_attention(
-        q,
-        k,
-        v,
-        q_seqlen=lengths,
-        kv_seqlen=lengths,
-        q_offsets=offsets,
-        kv_offsets=offsets,
-        scale=q.shape[3] ** -0.5,
-        mask_type=MaskType.PADDING_CAUSAL,
-    )
-
-
-def cudnn_masked(
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K H"],
-    q_segments: Int[Array, "B T"],
-    kv_segments: Int[Array, "B S"],
-    q_positions: Int[Array, "B T"],
-    kv_positions: Int[Array, "B S"],
-) -> Float[Array, "B T N H"]:
-    """Flash attention of cuDNN for GPUs before Hopper, which know no packed rows: with a mask of [B T S]."""
-    del kv_segments, q_positions, kv_positions  # the same tokens, in order
-    return _per_device(_cudnn_masked_rows, q, k, v, q_segments)
-
-
-def _cudnn_masked_rows(q: Array, k: Array, v: Array, segments: Array) -> Array:
     mask = (segments[:, :, None] == segments[:, None, :])[:, None]
     return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True, implementation="cudnn")
 
@@ -228,19 +177,17 @@ def choose(name: str, device: jax.Device, head_dim: int, length: int, dtype: jnp
             "a head dim that is a multiple of 8 and at most 128": head_dim % 8 == 0 and head_dim <= 128,
             "a length that is a multiple of 64": length % 64 == 0,
         }
-        packs = not is_gpu or float(device.compute_capability) >= 9.0
-        kernel: Attention = cudnn if packs else cudnn_masked
-        shown = "cudnn" if packs else "cudnn with a mask (packed rows need compute capability 9.0)"
+        kernel: Attention = cudnn
     else:
         needs = {
             "a TPU": platform == "tpu",
             "a head dim of 64 or a multiple of 128": head_dim == 64 or head_dim % 128 == 0,
             "a length that is a multiple of 128": length % 128 == 0,
         }
-        kernel, shown = splash, "splash"
+        kernel = splash
     lacking = [need for need, met in needs.items() if not met]
     if not lacking:
-        return shown, kernel
+        return asked, kernel
     here = f"{platform}, {jnp.dtype(dtype).name}, head dim {head_dim}, length {length}"
     if name == "auto":
         return f"reference, because {asked} needs {' and '.join(lacking)} (here {here})", reference

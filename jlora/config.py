@@ -17,8 +17,6 @@ from jlora.errors import ConfigError
 ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 PROJECTIONS = ATTENTION_PROJECTIONS + MLP_PROJECTIONS
-# Examples in a packed row, at most: attention kernels on GPUs are compiled for a fixed number.
-MAX_SEGMENTS = 64
 
 NonEmpty = Annotated[str, Field(min_length=1)]
 NonNegative = Annotated[float, Field(ge=0.0)]

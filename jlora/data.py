@@ -17,7 +17,7 @@ from typing import Any, TypedDict
 import grain
 import numpy as np
 
-from jlora.config import MAX_SEGMENTS, DataSection
+from jlora.config import DataSection
 from jlora.errors import DataError
 from jlora.prompts import BadRow, Example, encode_row
 from jlora.tokens import Tokenizer
@@ -268,8 +268,8 @@ def hold_out(dataset: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dat
 def pack(lengths: list[int], order: np.ndarray, max_length: int, packing: bool) -> list[list[int]]:
     """Assign examples to rows of `max_length` tokens, in the given order.
 
-    Each goes into the fullest row that still has room (best fit), so short and long examples mix; a row
-    holds at most MAX_SEGMENTS. Without packing each has a row of its own.
+    Each goes into the fullest row that still has room (best fit), so short and long examples mix;
+    without packing each has a row of its own.
     """
     if not packing:
         return [[int(i)] for i in order]
@@ -284,8 +284,7 @@ def pack(lengths: list[int], order: np.ndarray, max_length: int, packing: bool) 
         else:
             row = by_room[room].pop(0)
         rows[row].append(i)
-        if len(rows[row]) < MAX_SEGMENTS:
-            by_room[room - length].append(row)
+        by_room[room - length].append(row)
     return rows
 
 

@@ -10,7 +10,7 @@ import pytest
 from tiny import make_tokenizer
 
 from jlora import data
-from jlora.config import MAX_SEGMENTS, DataSection
+from jlora.config import DataSection
 from jlora.data import Dataset, Epochs, batches, hold_out, pack, pack_row, read_rows, tokenize
 from jlora.errors import DataError
 from jlora.prompts import BadRow, Example
@@ -399,15 +399,6 @@ def test_pack_takes_the_fullest_row_that_has_room():
     assert pack([6, 6, 4, 4], np.arange(4), 10, packing=True) == [[0, 2], [1, 3]]
     # The order given counts, not that of the lengths.
     assert pack([7, 5, 3, 4, 2], np.array([4, 3, 2, 1, 0]), 10, packing=True) == [[4, 3, 2], [1], [0]]
-
-
-def test_pack_puts_no_more_examples_into_a_row_than_the_kernels_are_compiled_for():
-    lengths = [1] * (2 * MAX_SEGMENTS + 5)
-    rows = pack(lengths, np.arange(len(lengths)), 4096, packing=True)
-    assert [len(row) for row in rows] == [MAX_SEGMENTS, MAX_SEGMENTS, 5]
-    # A row that is full of examples leaves the others as they were.
-    rows = pack([2000, *lengths], np.arange(len(lengths) + 1), 4096, packing=True)
-    assert [len(row) for row in rows] == [MAX_SEGMENTS, MAX_SEGMENTS, 6] and rows[0][0] == 0
 
 
 def test_pack_off_gives_each_example_its_row():
