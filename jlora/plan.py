@@ -91,7 +91,7 @@ def abstract_step(
     _, frozen = optim.partition(params, labels)
     parts = cfg.training.gradient_accumulation_steps
     shape = (parts, cfg.training.batch_size // parts, cfg.data.max_length)
-    sharding = named_sharding(mesh, (None, "act_batch", "act_seq"))
+    sharding = named_sharding(mesh, (None, "act_batch", None))
     dtypes = {"weights": jnp.float32}
     batch = {
         name: jax.ShapeDtypeStruct(shape, dtypes.get(name, jnp.int32), sharding=sharding)
@@ -162,7 +162,7 @@ def plan(cfg: Config, target: Target) -> dict[str, Any]:
     mesh = make_mesh(cfg.mesh, target.devices)
     check_batch_split(cfg, mesh)
     model = model_shape(cfg.model.path)
-    forward = make_forward(cfg)
+    kernel, forward = make_forward(cfg, model, mesh)
     with jax.set_mesh(mesh):
         step, (state, frozen, batch), params = abstract_step(cfg, model, mesh, forward)
         # Kernels hide their products, so FLOPs are counted over the reference attention.
@@ -189,6 +189,7 @@ def plan(cfg: Config, target: Target) -> dict[str, Any]:
         "topology": target.spec,
         "devices": len(target.devices),
         "mesh": dict(mesh.shape),
+        "attention": kernel,
         "fits": peak <= target.capacity,
         "capacity_bytes": target.capacity,
         "peak_bytes": peak,
@@ -285,7 +286,7 @@ def print_plan(result: dict[str, Any]) -> None:
     console.print(
         f"{result['trainable_params']:,} trained of {result['frozen_params'] + result['trainable_params']:,} "
         f"parameters; {result['flops_per_step']:.3g} FLOPs and {result['tokens_per_step']:,} tokens a step; "
-        f"compiled in {result['compile_seconds']:.0f} s"
+        f"attention {result['attention']}; compiled in {result['compile_seconds']:.0f} s"
     )
     for name, times in result["seconds_per_epoch_at"].items():
         for at, value in times.items():

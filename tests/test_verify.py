@@ -10,15 +10,13 @@ from tiny import make_llama, make_tokenizer
 
 from jlora import verify
 from jlora.adapter import init_adapter
-from jlora.attention import reference
 from jlora.config import LoraSection
 from jlora.errors import ModelError
 from jlora.generate import one_device_mesh
 from jlora.model import projection_shapes
 from jlora.pretrained import load_pretrained, open_pretrained
-from jlora.step import Forward
 
-FORWARD = Forward(reference, "none", jnp.dtype("float32"))
+FLOAT32 = jnp.dtype("float32")
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +24,7 @@ def pretrained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("base")
     make_llama(folder)
     make_tokenizer(folder)
-    return load_pretrained(open_pretrained(str(folder), None, None), jnp.dtype("float32"), one_device_mesh())
+    return load_pretrained(open_pretrained(str(folder), None, None), FLOAT32, one_device_mesh())
 
 
 @pytest.fixture
@@ -39,7 +37,7 @@ def adapter(pretrained):
 
 def test_a_true_export_passes_and_stays(pretrained, adapter, tmp_path):
     section, factors = adapter
-    difference = verify.export_adapter(tmp_path / "out", factors, section, "base", pretrained, FORWARD)
+    difference = verify.export_adapter(tmp_path / "out", factors, section, "base", pretrained, FLOAT32)
     assert difference == 0.0 and (tmp_path / "out" / "adapter_model.safetensors").is_file()
     assert verify.compare_with_peft(tmp_path / "out", factors, pretrained) < 1e-5
 
@@ -53,13 +51,13 @@ def test_a_wrong_export_is_refused_and_removed(pretrained, adapter, tmp_path, mo
 
     monkeypatch.setattr(verify, "load_adapter", off_by_a_little)
     with pytest.raises(ModelError, match="logits that differ"):
-        verify.export_adapter(tmp_path / "out", factors, section, "base", pretrained, FORWARD)
+        verify.export_adapter(tmp_path / "out", factors, section, "base", pretrained, FLOAT32)
     assert not (tmp_path / "out").exists()
 
 
 def test_peft_disagreeing_is_refused(pretrained, adapter, tmp_path):
     section, factors = adapter
-    verify.export_adapter(tmp_path / "out", factors, section, "base", pretrained, FORWARD)
+    verify.export_adapter(tmp_path / "out", factors, section, "base", pretrained, FLOAT32)
     other = jax.tree.map(lambda x: x * 1.1, factors)
     with pytest.raises(ModelError, match="logits that differ"):
         verify.compare_with_peft(tmp_path / "out", other, pretrained)
