@@ -45,7 +45,7 @@ def perplexity(loss: float) -> float:
 def main() -> None:
     """Command line."""
     parser = cli.Parser(prog="python -m jlora.evaluate", description="Loss and perplexity on rows.")
-    add_model_arguments(parser)
+    add_model_arguments(parser, DataSection.model_fields["format"].default)
     parser.add_argument("--data", required=True, help="rows: a file, folder or hub data set")
     parser.add_argument("--max-length", type=int, help="tokens in a row of a batch; default: as the run did")
     parser.add_argument("--train-on", choices=("response", "all"), help="tokens that count; default: as the run")

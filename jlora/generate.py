@@ -202,8 +202,9 @@ def _until_stop(ids: list[int], stops: list[int]) -> list[int]:
     return ids[: next((i for i, token in enumerate(ids) if token in stops), len(ids))]
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of every command that runs a base with an adapter."""
+def add_model_arguments(parser: argparse.ArgumentParser, format: str) -> None:
+    """The arguments of every command that runs a base with an adapter; `format` is how it reads rows by itself."""
+    parser.set_defaults(own_format=format)
     parser.add_argument("--base", required=True, help="Hugging Face folder, .gguf file or hub name")
     parser.add_argument("--adapter", help="run folder or PEFT LoRA folder")
     parser.add_argument("--tokenizer", help="another folder for the tokenizer")
@@ -212,7 +213,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--format",
         choices=("alpaca", "completion", "text", "messages"),
-        help="how rows are read; default: as the adapter's run did",
+        help=f"how rows are read; default: as the adapter's run did, else {format}",
     )
     parser.add_argument(
         "--prompt-style", choices=("stanford", "chat"), help="how alpaca rows are written; default: as the run did"
@@ -223,7 +224,7 @@ def open_model(args: argparse.Namespace, mesh: jax.sharding.Mesh) -> tuple[Pretr
     """Base, adapter, dtype and row format from the arguments, then from the adapter's run, then defaults."""
     run = run_config(args.adapter)
     chosen = {
-        "format": args.format or (run.data.format if run else "completion"),
+        "format": args.format or (run.data.format if run else args.own_format),
         "prompt": args.prompt_style or (run.data.prompt if run else "stanford"),
         "chat_template": args.chat_template or (run.data.chat_template if run else None),
     }
@@ -319,7 +320,7 @@ def chat(args: argparse.Namespace, run: Any, section: DataSection, pretrained: P
 def main() -> None:
     """Command line."""
     parser = cli.Parser(prog="python -m jlora.generate", description="Generate text.")
-    add_model_arguments(parser)
+    add_model_arguments(parser, "completion")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt", help="text, or the instruction where the format is alpaca")
     what.add_argument("--prompts", metavar="FILE", help="rows to answer, in the format of the training data")

@@ -235,7 +235,7 @@ def test_evaluate_gives_the_final_loss_of_the_run(world):
 
 def test_evaluate_without_the_adapter_gives_the_loss_before(world, here):
     code, out, err = here(
-        *("evaluate", "--base", world / "base", "--data", world / "eval.jsonl", "--format", "alpaca"),
+        *("evaluate", "--base", world / "base", "--data", world / "eval.jsonl"),  # alpaca, the config's default
         *("--dtype", "float32", "--max-length", 320, "--json", "-q"),
     )
     assert (code, err) == (0, "")
