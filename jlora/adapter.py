@@ -102,8 +102,3 @@ def project(
 def layer_keys(dropout_key: PRNGKeyArray, name: str) -> PRNGKeyArray:
     """The dropout key of one projection of one layer, from the layer's key."""
     return jax.random.fold_in(dropout_key, PROJECTIONS.index(name))
-
-
-def count(adapter: Adapter) -> int:
-    """Number of parameters."""
-    return sum(leaf.size for leaf in jax.tree.leaves(adapter))

@@ -17,7 +17,8 @@ from jlora.errors import ConfigError, MemoryExceeded, UserError
 # Before transformers is imported: it reports at every start that PyTorch is not there, which it need not be.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 # Before JAX asks for its devices: three quarters of a GPU, its default, is less than a run that fits may need.
-os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
+GPU_MEMORY_FRACTION = 0.95
+os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(GPU_MEMORY_FRACTION))
 
 COMMANDS = ("train", "plan", "generate", "evaluate", "export", "config")
 PREEMPTED = 75

@@ -26,7 +26,7 @@ from jlora.data import Row, read_rows
 from jlora.errors import ConfigError, DataError
 from jlora.model import Cache, Decoder, empty_cache
 from jlora.pretrained import Pretrained, load_pretrained, open_adapter, open_pretrained, run_config
-from jlora.prompts import BadRow, encode_prompt
+from jlora.prompts import FORMATS, BadRow, encode_prompt
 from jlora.sharding import make_mesh
 
 # Prompts are padded to multiples of this, so that few lengths are ever compiled.
@@ -212,7 +212,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, format: str) -> None:
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="of weights and matmuls")
     parser.add_argument(
         "--format",
-        choices=("alpaca", "completion", "text", "messages"),
+        choices=FORMATS,
         help=f"how rows are read; default: as the adapter's run did, else {format}",
     )
     parser.add_argument(

@@ -292,8 +292,3 @@ class Decoder(nnx.Module):
 def abstract_decoder(cfg: LlamaConfig, dtype: jnp.dtype) -> Decoder:
     """The module with shapes instead of arrays, every weight in `dtype`."""
     return jax.eval_shape(lambda: Decoder(cfg, lambda weight: jnp.zeros(weight.shape, dtype)))
-
-
-def count(decoder: Decoder) -> int:
-    """Number of parameters."""
-    return sum(leaf.size for leaf in jax.tree.leaves(decoder))

@@ -28,7 +28,7 @@ from jlora.hf.base import open_source, parse_config, resolve
 from jlora.model import Decoder, LlamaConfig, abstract_decoder, projection_shapes
 from jlora.pretrained import open_pretrained
 from jlora.sharding import make_mesh, named_sharding
-from jlora.step import Forward, abstract_state, make_train_step, place_adapter
+from jlora.step import Forward, abstract_state, count_parameters, make_train_step, place_adapter
 from jlora.topology import KNOWN, Target, compiler_logs_off, compiling_for, prepare
 from jlora.topology import resolve as resolve_topology
 from jlora.train import check_batch_split, make_forward, param_dtype
@@ -167,8 +167,8 @@ def plan(cfg: Config, target: Target) -> dict[str, Any]:
         step, (state, frozen, batch), params = abstract_step(cfg, model, mesh, forward)
         # Kernels hide their products, so FLOPs are counted over the reference attention.
         counted = Forward(attention.reference, forward.remat, forward.dtype)
-        counted_step, arguments, _ = abstract_step(cfg, model, mesh, counted)
-        flops = count_flops(jax.make_jaxpr(counted_step)(*arguments).jaxpr)
+        counted_step, _, _ = abstract_step(cfg, model, mesh, counted)
+        flops = count_flops(jax.make_jaxpr(counted_step)(state, frozen, batch).jaxpr)
         began = time.monotonic()
         with compiling_for(target):
             try:
@@ -182,9 +182,9 @@ def plan(cfg: Config, target: Target) -> dict[str, Any]:
                 arguments_bytes, temp = bytes_per_device((state, frozen, batch)), None
                 peak = _wanted_bytes(str(error), arguments_bytes)
     tokens = cfg.training.batch_size * cfg.data.max_length
-    trained = sum(leaf.size for leaf in jax.tree.leaves(state.trained))
-    total = sum(leaf.size for leaf in jax.tree.leaves(params))
-    num_base = sum(leaf.size for leaf in jax.tree.leaves(params["base"]))
+    trained = count_parameters(state.trained)
+    total = count_parameters(params)
+    num_base = count_parameters(params["base"])
     return {
         "topology": target.spec,
         "devices": len(target.devices),

@@ -25,6 +25,11 @@ from jlora.sharding import named_sharding
 Tree = Any
 
 
+def count_parameters(tree: Tree) -> int:
+    """Number of elements of all leaves, arrays or shapes."""
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
 @dataclass(frozen=True)
 class TrainState:
     """Everything that a step changes.

@@ -16,10 +16,8 @@ from unittest import mock
 import jax
 from jax.experimental import topologies
 
+from jlora.cli import GPU_MEMORY_FRACTION
 from jlora.errors import ConfigError
-
-# The share of a GPU's memory that jlora lets JAX have (XLA_PYTHON_CLIENT_MEM_FRACTION, see jlora.cli).
-GPU_MEMORY_FRACTION = 0.95
 
 
 @dataclass(frozen=True)

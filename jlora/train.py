@@ -31,7 +31,7 @@ from jlora.model import LlamaConfig, projection_shapes
 from jlora.pretrained import Opened, Pretrained, find_adapter, load_pretrained, open_pretrained
 from jlora.report import write_report
 from jlora.sharding import make_mesh, named_sharding
-from jlora.step import Forward, TrainState, init_state, make_train_step, place_adapter
+from jlora.step import Forward, TrainState, count_parameters, init_state, make_train_step, place_adapter
 from jlora.summary import finished_summary, print_summary, summarize, write_text
 from jlora.tokens import Tokenizer
 from jlora.verify import export_adapter
@@ -153,8 +153,8 @@ def train(cfg: Config, quiet: bool = False) -> dict[str, Any]:
                 "truncated": train_data.truncated,
                 "eval": len(eval_data.examples) if eval_data else 0,
             },
-            "trainable_params": sum(leaf.size for leaf in jax.tree.leaves(state.trained)),
-            "frozen_params": sum(leaf.size for leaf in jax.tree.leaves(frozen)),
+            "trainable_params": count_parameters(state.trained),
+            "frozen_params": count_parameters(frozen),
             "hashes": identity["hashes"],
             "adapter": str(run_dir / "adapter") if finished and cfg.method == "lora" else None,
             "wall_seconds": time.monotonic() - began,
@@ -269,8 +269,8 @@ def announce(
     start: int,
 ) -> None:
     """What is about to happen, in three lines."""
-    trained = sum(leaf.size for leaf in jax.tree.leaves(state.trained))
-    total = sum(leaf.size for leaf in jax.tree.leaves(pretrained.base))
+    trained = count_parameters(state.trained)
+    total = count_parameters(pretrained.base)
     dropped = f", dropped {dict(dataset.dropped)}" if dataset.dropped else ""
     cut = f", {dataset.truncated} cut at {cfg.data.max_length} tokens" if dataset.truncated else ""
     progress.say(f"base {cfg.model.path}: {total:,} parameters, {trained:,} trained; attention {kernel}")

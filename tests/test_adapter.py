@@ -19,13 +19,14 @@ from shared_data import SHARED, needs_data
 from tiny import copy_folder, make_llama
 from transformers import LlamaForCausalLM
 
-from jlora.adapter import Adapter, Lora, count, init_adapter, project, scaling
+from jlora.adapter import Adapter, Lora, init_adapter, project, scaling
 from jlora.config import ATTENTION_PROJECTIONS, PROJECTIONS, LoraSection
 from jlora.errors import ModelError
 from jlora.hf.base import open_source
 from jlora.hf.merged import merged_tensor, save_checkpoint
 from jlora.hf.peft import CONFIG, WEIGHTS, load_adapter, save_adapter
 from jlora.model import projection_shapes
+from jlora.step import count_parameters
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +93,9 @@ def test_init_follows_peft(base, llama):
         theirs = [p for key, p in model.named_parameters() if f"{name}.lora_A" in key]
         largest = max(p.detach().abs().max().item() for p in theirs)
         assert abs(largest / float(jnp.abs(lora.lora_a).max()) - 1) < 0.02
-    assert count(fresh(base, rank=64)) == sum(p.numel() for key, p in model.named_parameters() if "lora_" in key)
+    assert count_parameters(fresh(base, rank=64)) == sum(
+        p.numel() for key, p in model.named_parameters() if "lora_" in key
+    )
 
 
 def test_init_depends_on_seed_and_name_alone(base):

@@ -291,12 +291,6 @@ def load_base(source: Source, where: str, dtype: jnp.dtype, mesh: jax.sharding.M
     return decoder, digest.hexdigest()
 
 
-def hash_file(path: Path) -> str:
-    """SHA-256 of a file's bytes."""
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 def replace_folder(temporary: Path, final: Path) -> None:
     """Put a folder that was written whole in place of `final`, which may exist."""
     umask = os.umask(0)
