@@ -8,11 +8,13 @@ import logging
 import math
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from jlora.errors import ConfigError, MemoryExceeded, UserError
+from jlora import distributed
+from jlora.errors import ConfigError, HostLost, MemoryExceeded, UserError
 
 # Before transformers is imported: it reports at every start that PyTorch is not there, which it need not be.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -48,44 +50,55 @@ def run(command: Callable[[], int | None]) -> None:
     sys.unraisablehook = _unraisable
     if not sys.warnoptions:
         warnings.simplefilter("ignore")  # of libraries to their callers
+    code, sentence = 0, ""
     try:
         code = command() or 0
-    except UserError as error:
-        code = _fail(error)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 130
     except BrokenPipeError:  # the reader of our stdout (such as `head`) has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
-    except OSError as error:
-        if error.errno not in FILE_ERRORS:
-            raise
-        where = error.filename or "a file"
-        code = _fail(ConfigError(f"{where}: {error.strerror}; make room or way there, or write to another folder"))
     except Exception as error:
-        if not isinstance(error, MemoryError) and not any(sign in str(error) for sign in OUT_OF_MEMORY):
-            raise
-        wanted = str(error).split("\n")[0]
-        code = _fail(
-            MemoryExceeded(
-                f"out of device memory ({wanted}); lower training.batch_size or data.max_length, raise "
-                "training.gradient_accumulation_steps, or set model.remat=full (generate and evaluate: lower "
-                "--batch-size, --max-new-tokens or --max-length)"
-            )
-        )
+        known = explain(error)
+        if known is None:
+            if not distributed.several():
+                raise
+            traceback.print_exc()
+        code = known.exit_code if known else 1
+        sentence = " ".join(str(known or error).splitlines())
+        if known:
+            print(f"error: {sentence}", file=sys.stderr)
+    if distributed.several() and code not in (0, PREEMPTED):
+        distributed.end(code, sentence)
     sys.exit(code)
+
+
+def explain(error: Exception) -> UserError | None:
+    """The sentence for an error that users can cause; None for a bug of ours."""
+    if isinstance(error, UserError):
+        return error
+    if isinstance(error, OSError) and error.errno in FILE_ERRORS:
+        where = error.filename or "a file"
+        return ConfigError(f"{where}: {error.strerror}; make room or way there, or write to another folder")
+    first = str(error).split("\n")[0]
+    if isinstance(error, MemoryError) or any(sign in str(error) for sign in OUT_OF_MEMORY):
+        return MemoryExceeded(
+            f"out of device memory ({first}); lower training.batch_size or data.max_length, raise "
+            "training.gradient_accumulation_steps, or set model.remat=full (generate and evaluate: lower "
+            "--batch-size, --max-new-tokens or --max-length)"
+        )
+    if distributed.is_lost_peer(error):
+        return HostLost(
+            f"another process of the job was lost ({first}); see its log, then run the same command again to go on "
+            "from the last checkpoint"
+        )
+    return None
 
 
 def _unraisable(stray: Any) -> None:
     """Once an array of a checkpoint is damaged, Orbax's reads of the others each fail on a closed event loop."""
     if str(stray.exc_value) != "Event loop is closed":
         sys.__unraisablehook__(stray)
-
-
-def _fail(error: UserError) -> int:
-    print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
-    return error.exit_code
 
 
 def strict_json(value: dict[str, Any]) -> str:

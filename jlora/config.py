@@ -172,6 +172,31 @@ class MeshSection(Section):
         return self
 
 
+class DistributedSection(Section):
+    """Several processes as one job. Left alone, SLURM, TPU pods, Kubernetes and Open MPI are detected."""
+
+    coordinator: str | None = Field(None, description="host:port of process 0; null: detected, or one process alone")
+    num_processes: PositiveInt | None = Field(None, description="processes of the job")
+    process_id: Annotated[int, Field(ge=0)] | None = Field(
+        None, description="number of this process, from 0; the one key in which the hosts of a job differ"
+    )
+    start_timeout: PositiveInt = Field(300, description="seconds in which all processes must have started")
+    host_timeout: PositiveInt = Field(100, description="seconds after which a silent process ends the job")
+    step_timeout: PositiveInt = Field(
+        1800, description="seconds without a finished step after which a job of several processes ends"
+    )
+
+    @model_validator(mode="after")
+    def _all_or_none(self) -> "DistributedSection":
+        if len({self.coordinator is None, self.num_processes is None, self.process_id is None}) > 1:
+            raise ValueError("set coordinator, num_processes and process_id, or none of them")
+        if self.coordinator is not None and not self.coordinator.rpartition(":")[2].isdigit():
+            raise ValueError(f"coordinator must be host:port, not '{self.coordinator}'")
+        if self.process_id is not None and self.num_processes is not None and self.process_id >= self.num_processes:
+            raise ValueError(f"process_id {self.process_id} must be below num_processes {self.num_processes}")
+        return self
+
+
 class Config(Section):
     """A whole run."""
 
@@ -182,6 +207,7 @@ class Config(Section):
     training: TrainingSection = TrainingSection()
     optimizer: OptimizerSection = OptimizerSection()
     mesh: MeshSection = MeshSection()
+    distributed: DistributedSection = DistributedSection()
     output_dir: NonEmpty = Field(
         description="run folder; holding a checkpoint of the same run, training goes on from it"
     )

@@ -1,18 +1,13 @@
-"""Rows on disk -> tokenised examples -> packed rows -> batches, with a position that can be saved.
+"""Rows -> tokenised examples -> packed rows -> batches, with a position that can be saved.
 
-Owns reading, validation, truncation, packing and order. Knows nothing of models or devices.
+Owns validation, truncation, packing and order. Knows nothing of models or devices.
 """
 
-import csv
 import hashlib
-import json
-import re
 import threading
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, TypedDict
+from typing import TypedDict
 
 import grain
 import numpy as np
@@ -20,9 +15,8 @@ import numpy as np
 from jlora.config import DataSection
 from jlora.errors import DataError
 from jlora.prompts import BadRow, Example, encode_row
+from jlora.rows import Row, read_rows
 from jlora.tokens import Tokenizer
-
-MAX_LINE_BYTES = 64 * 2**20
 
 
 class Batch(TypedDict):
@@ -37,14 +31,6 @@ class Batch(TypedDict):
     weights: np.ndarray
     segments: np.ndarray
     positions: np.ndarray
-
-
-@dataclass(frozen=True)
-class Row:
-    """One row and where it stands, such as `train.jsonl:12`."""
-
-    where: str
-    value: Any
 
 
 @dataclass
@@ -63,139 +49,6 @@ class Dataset:
     truncated: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
     digest: str = ""
-
-
-def read_rows(source: str, split: str) -> Iterator[Row]:
-    """Rows of a json, jsonl, csv or parquet file, a folder of such files, or a hub data set.
-
-    JSON and JSONL are read line by line here, not through `datasets`, which reports neither the line
-    of a malformed row nor rows of unequal keys.
-
-    Raises:
-      DataError: missing, unreadable or malformed file, with file and line.
-    """
-    path = Path(source)
-    if path.is_dir():
-        yield from _read_folder(path, split)
-    elif path.is_file():
-        yield from _read_file(path, path.name)
-    elif path.suffix in (".json", ".jsonl", ".csv", ".parquet") or source.startswith((".", "/", "~")):
-        raise DataError(f"{source}: no such file; check the path")
-    else:
-        yield from _read_datasets(source, split, source)
-
-
-def _read_folder(path: Path, split: str) -> Iterator[Row]:
-    if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
-        yield from _read_datasets(str(path), split, path.name)
-        return
-    files = sorted(f for f in path.iterdir() if f.suffix in (".json", ".jsonl", ".csv", ".parquet"))
-    if not files:
-        raise DataError(f"{path}: holds no json, jsonl, csv or parquet file")
-    for file in files:
-        yield from _read_file(file, f"{path.name}/{file.name}")
-
-
-def _read_file(path: Path, name: str) -> Iterator[Row]:
-    try:
-        match path.suffix:
-            case ".csv":
-                yield from _read_csv(path, name)
-            case ".parquet":
-                import pyarrow
-                import pyarrow.parquet
-
-                try:
-                    number = 0
-                    for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
-                        for value in batch.to_pylist():
-                            number += 1
-                            yield Row(f"{name}: row {number}", value)
-                except pyarrow.ArrowException as error:
-                    raise DataError(f"{path}: not a whole parquet file ({error})") from None
-            case ".json" if _is_json_array(path):
-                yield from _read_json_array(path, name)
-            case ".json" | ".jsonl":
-                yield from _read_lines(path, name)
-            case suffix:
-                raise DataError(f"{path}: files ending in '{suffix}' are not read; use json, jsonl, csv or parquet")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not valid UTF-8 ({error.reason} at byte {error.start})") from None
-    except OSError as error:
-        raise DataError(f"{path}: can not be read ({error})") from None
-
-
-def _read_csv(path: Path, name: str) -> Iterator[Row]:
-    """Rows by the header's names; the line is the one on which the row ends."""
-    csv.field_size_limit(MAX_LINE_BYTES)
-    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as stream:
-        reader = csv.DictReader(stream, strict=True)
-        try:
-            for value in reader:
-                where = f"{name}:{reader.line_num}"
-                if None in value:
-                    yield Row(where, BadRow("extra_fields", "the row has more fields than the header"))
-                elif any(re.search("[\ud800-\udfff]", field or "") for field in value.values()):
-                    yield Row(where, BadRow("invalid_utf8", "not valid UTF-8"))
-                else:
-                    yield Row(where, value)
-        except csv.Error as error:
-            raise DataError(f"{name}:{reader.reader.line_num}: malformed CSV ({error})") from None
-
-
-def _is_json_array(path: Path) -> bool:
-    with open(path, "rb") as stream:
-        return stream.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
-
-
-def _read_json_array(path: Path, name: str) -> Iterator[Row]:
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (json.JSONDecodeError, RecursionError) as error:
-        where = f"{name}:{error.lineno}" if isinstance(error, json.JSONDecodeError) else name
-        raise DataError(f"{where}: malformed JSON ({error})") from None
-    for number, value in enumerate(rows, 1):
-        yield Row(f"{name}: row {number}", value)
-
-
-def _read_lines(path: Path, name: str) -> Iterator[Row]:
-    with open(path, "rb") as stream:
-        number = 0
-        while line := stream.readline(MAX_LINE_BYTES + 1):
-            number += 1
-            where = f"{name}:{number}"
-            if len(line) > MAX_LINE_BYTES:
-                raise DataError(f"{where}: the line is longer than {MAX_LINE_BYTES >> 20} MiB; is this JSONL?")
-            if number == 1:
-                line = line.removeprefix(b"\xef\xbb\xbf")
-            if not line.strip():
-                continue
-            try:
-                yield Row(where, json.loads(line.decode("utf-8")))
-            except UnicodeDecodeError as error:
-                yield Row(where, BadRow("invalid_utf8", f"not valid UTF-8 at byte {error.start} of the line"))
-            except json.JSONDecodeError as error:
-                yield Row(where, BadRow("malformed_json", f"malformed JSON at column {error.colno}: {error.msg}"))
-            except RecursionError:
-                yield Row(where, BadRow("malformed_json", "JSON nested too deep"))
-
-
-def _read_datasets(source: str, split: str, name: str) -> Iterator[Row]:
-    import datasets
-
-    datasets.disable_progress_bars()
-    try:
-        if Path(source).is_dir():
-            loaded = datasets.load_from_disk(source)
-            if isinstance(loaded, datasets.DatasetDict):
-                loaded = loaded[split]
-        else:
-            loaded = datasets.load_dataset(source, split=split)
-    except Exception as error:  # datasets raises dozens of types for a name it can not load
-        reason = " ".join(str(error).split())[:200]
-        raise DataError(f"{source}: no such file, and not a data set that can be loaded ({reason})") from None
-    for number, value in enumerate(loaded, 1):
-        yield Row(f"{name}: row {number}", value)
 
 
 def tokenize(source: str, tokenizer: Tokenizer, cfg: DataSection) -> Dataset:
@@ -337,15 +190,22 @@ class Epochs:
             rows_left, epoch = rows_left - len(rows), epoch + 1
         return total
 
+    def tokens_in(self, batch: int) -> int:
+        """How many tokens one batch holds, padding left out."""
+        rows = range(batch * self._batch_size, (batch + 1) * self._batch_size)
+        return sum(self._lengths[i] for row in rows for i in self._members(row))
+
     def __len__(self) -> int:
         return 2**40  # epochs follow each other without end; the trainer knows when to stop
 
     def __getitem__(self, index: int) -> Batch:
+        return pack_row([self._dataset.examples[i] for i in self._members(index)], self._cfg.max_length)
+
+    def _members(self, index: int) -> list[int]:
         epoch = 0
         while self._starts[epoch] + len(self.rows(epoch)) <= index:
             epoch += 1
-        members = self.rows(epoch)[index - self._starts[epoch]]
-        return pack_row([self._dataset.examples[i] for i in members], self._cfg.max_length)
+        return self.rows(epoch)[index - self._starts[epoch]]
 
 
 def pack_row(examples: list[Example], length: int) -> Batch:
@@ -369,14 +229,34 @@ def pack_row(examples: list[Example], length: int) -> Batch:
     return row
 
 
-def batches(epochs: Epochs, batch_size: int, last: int | None = None) -> grain.DatasetIterator:
-    """Iterator over batches [B T]; `get_state` and `set_state` save and restore its position.
+@dataclass(frozen=True)
+class _Rows:
+    """The rows of each batch that this process needs, one after another."""
+
+    epochs: Epochs
+    batch_size: int
+    rows: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.epochs) // self.batch_size * len(self.rows)
+
+    def __getitem__(self, index: int) -> Batch:
+        batch, row = divmod(index, len(self.rows))
+        return self.epochs[batch * self.batch_size + int(self.rows[row])]
+
+
+def batches(
+    epochs: Epochs, batch_size: int, rows: np.ndarray | None = None, last: int | None = None
+) -> grain.DatasetIterator:
+    """Iterator over batches [B T]; `get_state` and `set_state` save and restore its position, counted in batches.
 
     Args:
+      rows: which rows of a batch are made, ascending; None makes all. The others belong to other processes.
       last: number of batches; None goes on without end.
     """
-    rows = grain.MapDataset.source(epochs)
+    wanted = np.arange(batch_size) if rows is None else rows
+    source = grain.MapDataset.source(_Rows(epochs, batch_size, wanted))
     if last is not None:
-        rows = rows[: last * batch_size]
-    options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=2 * batch_size)
-    return iter(rows.batch(batch_size, drop_remainder=True).to_iter_dataset(options))
+        source = source[: last * len(wanted)]
+    options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=2 * len(wanted))
+    return iter(source.batch(len(wanted), drop_remainder=True).to_iter_dataset(options))

@@ -39,3 +39,9 @@ class NonFiniteError(UserError):
     """Loss or gradients were not finite more often than the configured limit."""
 
     exit_code = 6
+
+
+class HostLost(UserError):
+    """Another process of the job was lost, or none makes steps any more."""
+
+    exit_code = 7

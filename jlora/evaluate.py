@@ -1,7 +1,7 @@
 """`python -m jlora.evaluate`: mean loss over trained tokens and perplexity on held-out rows."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -13,7 +13,7 @@ from jlora.data import Dataset, Epochs
 from jlora.errors import ConfigError
 from jlora.generate import add_model_arguments, one_device_mesh, open_model
 from jlora.model import Decoder
-from jlora.sharding import named_sharding
+from jlora.sharding import local_rows, place_rows
 from jlora.step import Forward, make_eval_step
 
 
@@ -21,20 +21,25 @@ class Evaluator:
     """Mean loss of any base and adapter on one set of rows."""
 
     def __init__(self, dataset: Dataset, cfg: DataSection, batch_size: int, forward: Forward, mesh: jax.sharding.Mesh):
-        self._batch_size, self._sharding = batch_size, named_sharding(mesh, ("act_batch", None))
+        self._batch_size, self._mesh = batch_size, mesh
         self._epochs = Epochs(dataset, cfg, batch_size, seed=None)
         self._step = make_eval_step(forward)
 
-    def mean_loss(self, base: Decoder, adapter: Adapter) -> tuple[float, int]:
-        """Mean loss over trained tokens in nats, and their number."""
+    def mean_loss(
+        self, base: Decoder, adapter: Adapter, on_batch: Callable[[], None] = lambda: None
+    ) -> tuple[float, int]:
+        """Mean loss over trained tokens in nats, and their number; `on_batch` is called after every batch."""
         total, count = 0.0, 0.0
         for batch in self._batches():
-            loss, tokens = self._step(base, adapter, jax.device_put(batch, self._sharding))
+            on_devices = {name: place_rows(array, self._batch_size, self._mesh) for name, array in batch.items()}
+            loss, tokens = self._step(base, adapter, on_devices)
             total, count = total + loss.item(), count + tokens.item()
+            on_batch()
         return total / count, int(count)
 
     def _batches(self) -> Iterable[dict[str, Any]]:
-        return data.batches(self._epochs, self._batch_size, last=self._epochs.num_batches(1))
+        rows = local_rows(self._mesh, self._batch_size)
+        return data.batches(self._epochs, self._batch_size, rows, last=self._epochs.num_batches(1))
 
 
 def perplexity(loss: float) -> float:

@@ -122,7 +122,7 @@ def export(run_dir: Path, out: Path, step: int | None, merge: bool, dtype: str |
             chosen = dtype or cfg.model.dtype
             difference = export_full(out, chosen, pretrained, base, adapter, cfg.method)
             return result | {"dtype": chosen, "logits_relative_difference": difference}
-        difference = verify.export_adapter(out, adapter, cfg.lora, cfg.model.path, pretrained, PROOF_DTYPE)
+        difference = verify.export_adapter(out, adapter, cfg.lora, cfg.model.path, pretrained, PROOF_DTYPE, mesh)
         result["logits_relative_difference"] = difference
         if peft:
             result["peft_relative_difference"] = verify.compare_with_peft(out, adapter, pretrained)

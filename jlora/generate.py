@@ -22,11 +22,11 @@ from jaxtyping import Array, Float
 from jlora import attention, cli
 from jlora.adapter import Adapter
 from jlora.config import DataSection, MeshSection
-from jlora.data import Row, read_rows
 from jlora.errors import ConfigError, DataError
 from jlora.model import Cache, Decoder, empty_cache
 from jlora.pretrained import Pretrained, load_pretrained, open_adapter, open_pretrained, run_config
 from jlora.prompts import FORMATS, BadRow, encode_prompt
+from jlora.rows import Row, read_rows
 from jlora.sharding import make_mesh
 
 # Prompts are padded to multiples of this, so that few lengths are ever compiled.

@@ -18,13 +18,17 @@ FREE_KEYS = {
     "training.max_nonfinite_steps",
     "training.wandb",
 }
+# Where a run is computed changes nothing but the order in which devices add numbers.
+FREE_SECTIONS = ("mesh.", "distributed.")
 
 
 def run_identity(cfg: Config, pretrained: Pretrained, train_data: Dataset, eval_data: Dataset | None) -> dict[str, Any]:
     """What must be the same when a run is gone on with."""
     flat = flatten_config(cfg.model_dump(mode="json"))
     return {
-        "config": {key: value for key, value in flat.items() if key not in FREE_KEYS},
+        "config": {
+            key: value for key, value in flat.items() if key not in FREE_KEYS and not key.startswith(FREE_SECTIONS)
+        },
         "hashes": {
             "base": pretrained.base_hash,
             "tokenizer": pretrained.tokenizer.digest,

@@ -27,8 +27,11 @@ PLAIN_LINE_SECONDS = 10.0
 class MetricsLog:
     """Appends one JSON object a logged step, and mirrors its numbers to TensorBoard and W&B."""
 
-    def __init__(self, run_dir: Path, resume_step: int, wandb_project: str | None, config: dict[str, Any]):
-        """Args: resume_step: lines of later steps, written before a crash, are dropped."""
+    def __init__(self, run_dir: Path, resume_step: int, wandb_project: str | None, config: dict[str, Any], main: bool):
+        """Args: resume_step: lines of later steps, written before a crash, are dropped. main: False writes nothing."""
+        self._main = main
+        if not main:
+            return
         self._path = run_dir / "metrics.jsonl"
         kept = [line for line in read_metrics(self._path) if line["step"] <= resume_step] if resume_step else []
         temporary = self._path.with_suffix(".partial")
@@ -42,6 +45,8 @@ class MetricsLog:
 
     def write(self, line: dict[str, Any]) -> None:
         """Log one object; `step` is its x value."""
+        if not self._main:
+            return
         self._stream.write(strict_json(line) + "\n")
         self._stream.flush()
         numbers = {k: v for k, v in line.items() if k != "step" and isinstance(v, int | float)}
@@ -52,6 +57,8 @@ class MetricsLog:
 
     def close(self) -> None:
         """Flush everything."""
+        if not self._main:
+            return
         self._stream.close()
         self._tensorboard.close()
         if self._wandb is not None:

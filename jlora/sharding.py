@@ -3,12 +3,16 @@
 Knows nothing of the model: callers name the axes of their arrays.
 """
 
+from typing import Any
+
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jlora.config import MeshSection
 from jlora.errors import ConfigError
+
+Tree = Any
 
 MESH_AXES = ("data", "fsdp", "tensor")
 
@@ -69,3 +73,35 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, partition_spec(axes))
+
+
+def place(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    """An array that every process holds whole, laid out; no process sends another anything."""
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+
+def gather(tree: Tree) -> Tree:
+    """Arrays of any layout as NumPy arrays, whole, in every process; one that is sharded over processes is sent."""
+    whole = jax.jit(lambda leaf: leaf, out_shardings=named_sharding(jax.sharding.get_mesh(), ()))
+    return jax.tree.map(lambda leaf: np.asarray(whole(leaf)), tree)
+
+
+def local_rows(mesh: Mesh, num_rows: int) -> np.ndarray:
+    """Rows, ascending, of a batch of `num_rows` that devices of this process hold."""
+    shards = named_sharding(mesh, ("act_batch",)).addressable_devices_indices_map((num_rows,))
+    return np.unique(np.concatenate([np.arange(num_rows)[index] for index in shards.values()]))
+
+
+def place_rows(local: np.ndarray, num_rows: int, mesh: Mesh) -> jax.Array:
+    """The batch [..., num_rows, T] over all processes, from this one's `local_rows` of it [..., rows, T]."""
+    rows = local_rows(mesh, num_rows)
+    assert local.shape[-2] == len(rows)
+    leading = (None,) * (local.ndim - 2)
+
+    def shard(index: Any) -> np.ndarray:
+        wanted = np.arange(num_rows)[index[-2]]
+        first = int(np.searchsorted(rows, wanted[0]))
+        return local[..., first : first + len(wanted), :]
+
+    shape = (*local.shape[:-2], num_rows, local.shape[-1])
+    return jax.make_array_from_callback(shape, named_sharding(mesh, (*leading, "act_batch", None)), shard)

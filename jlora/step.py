@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.tree_util import keystr, tree_leaves_with_path, tree_map_with_path
 from jaxtyping import Array, Float, Int
@@ -20,7 +21,7 @@ from jlora.attention import Attention
 from jlora.config import Config
 from jlora.model import Decoder, LlamaConfig, adapter_axes
 from jlora.objective import next_token_loss
-from jlora.sharding import named_sharding
+from jlora.sharding import named_sharding, place
 
 Tree = Any
 
@@ -84,14 +85,14 @@ def place_adapter(adapter: Adapter, cfg: LlamaConfig, mesh: jax.sharding.Mesh) -
     """The adapter laid out over `mesh` like the weights it belongs to; abstract in, abstract out."""
     axes = adapter_axes(cfg)
 
-    def place(array: Array, dims: tuple[str, ...]) -> Array:
+    def lay_out(array: Array, dims: tuple[str, ...]) -> Array:
         sharding = named_sharding(mesh, dims)
         if isinstance(array, jax.ShapeDtypeStruct):
             return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)  # type: ignore[return-value]
-        return jax.device_put(array, sharding)
+        return place(np.asarray(array), sharding)
 
     return {
-        name: replace(lora, lora_a=place(lora.lora_a, axes[name][0]), lora_b=place(lora.lora_b, axes[name][1]))
+        name: replace(lora, lora_a=lay_out(lora.lora_a, axes[name][0]), lora_b=lay_out(lora.lora_b, axes[name][1]))
         for name, lora in adapter.items()
     }
 
@@ -129,7 +130,11 @@ def init_state(
     shardings = state_shardings(params, optimizer, cfg, mesh)
     # Made in place: a moment as large as a sharded model never exists on one device.
     opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(params)
-    return jax.device_put(_new_state(params, opt_state, cfg), shardings)
+    state = _new_state(params, opt_state, cfg)
+    counts = {
+        name: place(np.asarray(getattr(state, name)), getattr(shardings, name)) for name in ("step", "skipped", "key")
+    }
+    return replace(state, **counts)
 
 
 def abstract_state(

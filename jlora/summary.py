@@ -59,7 +59,7 @@ def final_losses(run_dir: Path) -> dict[str, float | None]:
 def peak_memory(compiled: Any) -> dict[str, int | None]:
     """Peak bytes of this process, of the device where it counts them, and of the compiled step."""
     host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    device = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+    device = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
     analysis = compiled.memory_analysis() if compiled is not None else None
     step = None
     if analysis is not None:

@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,23 +17,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jlora import attention, cli, data, optim
+from jlora import attention, cli, data, distributed, optim
 from jlora.adapter import Adapter, init_adapter
 from jlora.checkpoint import Checkpoints
 from jlora.config import Config, load_config
 from jlora.data import Dataset, Epochs
-from jlora.errors import ConfigError, ModelError, NonFiniteError
+from jlora.errors import ConfigError, DataError, ModelError, NonFiniteError
 from jlora.evaluate import Evaluator, perplexity
 from jlora.hf.base import parse_config
 from jlora.hf.peft import load_adapter, read_adapter_config
-from jlora.identity import check_identity, run_identity
+from jlora.identity import check_identity, flatten_config, run_identity
 from jlora.metrics import MetricsLog, ProgressLine, StepMeter, require_wandb
 from jlora.model import LlamaConfig, projection_shapes
 from jlora.pretrained import Opened, Pretrained, find_adapter, load_pretrained, open_pretrained
 from jlora.report import write_report
-from jlora.sharding import make_mesh, named_sharding
+from jlora.sharding import local_rows, make_mesh, place_rows
 from jlora.step import Forward, TrainState, count_parameters, init_state, make_train_step, place_adapter
-from jlora.summary import finished_summary, print_summary, summarize, write_text
+from jlora.summary import finished_summary, print_summary, summarize, versions, write_text
 from jlora.tokens import Tokenizer
 from jlora.verify import export_adapter
 
@@ -44,11 +45,16 @@ def train(cfg: Config, quiet: bool = False) -> dict[str, Any]:
       UserError: see `jlora.errors`; what was saved before stays whole.
     """
     began = time.monotonic()
+    distributed.start(cfg.distributed)
     mesh = make_mesh(cfg.mesh, jax.devices())
     check_batch_split(cfg, mesh)
     require_wandb(cfg.training.wandb)
     run_dir = make_run_dir(cfg)
-    stop = catch_signals()
+    require_one_job(cfg, run_dir)
+    stop_after = catch_signals()
+    watch = distributed.Watch(cfg.distributed.step_timeout)
+    main = distributed.is_main()
+    quiet = quiet or not main
     with jax.set_mesh(mesh):
         # The base, the rows, and what is trained of the whole.
         opened = open_pretrained(cfg.model.path, cfg.model.tokenizer, cfg.data.chat_template)
@@ -56,6 +62,8 @@ def train(cfg: Config, quiet: bool = False) -> dict[str, Any]:
         if not quiet:
             warn_of_length(cfg, opened)
         train_data, eval_data = read_data(cfg, opened.tokenizer)
+        digests = {"data": train_data.digest, "eval": eval_data.digest if eval_data else None}
+        distributed.require_agreement("data", DataError, digests)
         pretrained = load_pretrained(opened, param_dtype(cfg), mesh)
         epochs = Epochs(train_data, cfg.data, cfg.training.batch_size, cfg.training.seed)
         num_steps = cfg.training.max_steps or epochs.num_batches(cfg.training.epochs)
@@ -70,7 +78,7 @@ def train(cfg: Config, quiet: bool = False) -> dict[str, Any]:
         # Where an earlier start of this run left off.
         identity = run_identity(cfg, pretrained, train_data, eval_data)
         checkpoints = Checkpoints(run_dir / "checkpoints", cfg.training.keep_checkpoints)
-        batches = data.batches(epochs, cfg.training.batch_size)
+        batches = data.batches(epochs, cfg.training.batch_size, batch_rows(cfg, mesh))
         start = max(checkpoints.steps(), default=0)
         if start:
             check_identity(run_dir, checkpoints.identity(start), identity)
@@ -83,9 +91,10 @@ def train(cfg: Config, quiet: bool = False) -> dict[str, Any]:
             restored = checkpoints.restore(start, state)
             state = restored.state
             batches.set_state(restored.data)
-        write_text(run_dir / "config.yaml", cfg.dump_yaml())
+        if main:
+            write_text(run_dir / "config.yaml", cfg.dump_yaml())
 
-        log = MetricsLog(run_dir, start, cfg.training.wandb, cfg.model_dump())
+        log = MetricsLog(run_dir, start, cfg.training.wandb, cfg.model_dump(), main)
         progress = ProgressLine(num_steps, start, quiet)
         meter = StepMeter(log, progress, epochs, cfg.training, start, num_steps)
         announce(progress, cfg, kernel, pretrained, state, train_data, num_steps, start)
@@ -100,19 +109,18 @@ def train(cfg: Config, quiet: bool = False) -> dict[str, Any]:
                 return None
             with meter.paused():
                 now = optim.combine(state.trained, frozen)
-                loss, count = evaluator.mean_loss(now["base"], now["adapter"])
+                loss, count = evaluator.mean_loss(now["base"], now["adapter"], lambda: watch.beat(step))
             line = {"eval_loss": loss, "eval_perplexity": perplexity(loss), "eval_tokens": count}
             log.write({"step": step, **line})
             progress.say(f"step {step}: held-out loss {loss:.4f}, perplexity {perplexity(loss):.2f}")
             return loss
 
-        step, compiled = start, None
+        step, stopped, compiled = start, False, None
         try:
             if start == 0:
                 evaluate(0)
-            while step < num_steps and not (stop["signal"] and step > start):
-                batch = next(batches)
-                on_device = put_batch(batch, cfg.training.gradient_accumulation_steps, mesh)
+            while step < num_steps and not stopped:
+                on_device = put_batch(next(batches), cfg, mesh)
                 if compiled is None:
                     progress.say("compiling the training step")
                     step_fn = make_train_step(cfg, forward, optimizer, optim.learning_rate(cfg.optimizer, num_steps))
@@ -120,10 +128,11 @@ def train(cfg: Config, quiet: bool = False) -> dict[str, Any]:
                     meter.start()
                 state, metrics = compiled(state, frozen, on_device)
                 step += 1
-                meter.took(step, metrics, int((batch["segments"] > 0).sum()))
-                last = step == num_steps
+                meter.took(step, metrics, epochs.tokens_in(step - 1))
+                watch.beat(step)
+                last, stopped = step == num_steps, stop_after(step)
                 eval_loss = evaluate(step) if last or due(cfg.training.eval_every, step) else None
-                if last or stop["signal"] or due(cfg.training.save_every, step):
+                if last or stopped or due(cfg.training.save_every, step):
                     meter.settle()  # a run past its limit of non-finite steps ends here, unsaved
                     checkpoints.save(step, state, batches.get_state(), identity, eval_loss)
             meter.settle()
@@ -140,7 +149,7 @@ def train(cfg: Config, quiet: bool = False) -> dict[str, Any]:
         finished = step == num_steps
         if finished and cfg.method == "lora":
             adapter = optim.combine(state.trained, frozen)["adapter"]
-            export_adapter(run_dir / "adapter", adapter, cfg.lora, cfg.model.path, pretrained, forward.dtype)
+            export_adapter(run_dir / "adapter", adapter, cfg.lora, cfg.model.path, pretrained, forward.dtype, mesh)
         summary = {
             "status": "finished" if finished else "preempted",
             "steps": step,
@@ -160,8 +169,9 @@ def train(cfg: Config, quiet: bool = False) -> dict[str, Any]:
             "wall_seconds": time.monotonic() - began,
             **summarize(run_dir, meter, compiled),
         }
-    write_text(run_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
-    write_report(run_dir)
+    if main:
+        write_text(run_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
+        write_report(run_dir)
     return summary
 
 
@@ -251,11 +261,28 @@ def make_run_dir(cfg: Config) -> Path:
     return run_dir
 
 
-def put_batch(batch: dict[str, np.ndarray], parts: int, mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
-    """[B T] on the host -> [A, B / A, T] on the devices."""
-    sharding = named_sharding(mesh, (None, "act_batch", None))
+def require_one_job(cfg: Config, run_dir: Path) -> None:
+    """All processes of a job run the same config with the same libraries into the same folder."""
+    keys = flatten_config(cfg.model_dump(mode="json"))
+    del keys["distributed.process_id"]
+    kind = {"device": jax.local_devices()[0].device_kind}
+    distributed.require_agreement("config", ConfigError, keys | versions() | kind)
+    distributed.require_shared_folder(run_dir)
+
+
+def batch_rows(cfg: Config, mesh: jax.sharding.Mesh) -> np.ndarray:
+    """Rows of a batch that this process makes: of each micro-batch those that its devices hold."""
+    parts = cfg.training.gradient_accumulation_steps
+    size = cfg.training.batch_size // parts
+    return np.concatenate([part * size + local_rows(mesh, size) for part in range(parts)])
+
+
+def put_batch(batch: dict[str, np.ndarray], cfg: Config, mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
+    """This process's rows of a batch [B T] -> [A, B / A, T] on all devices."""
+    parts = cfg.training.gradient_accumulation_steps
+    size = cfg.training.batch_size // parts
     split = {name: array.reshape(parts, -1, array.shape[-1]) for name, array in batch.items()}
-    return jax.device_put(split, sharding)
+    return {name: place_rows(array, size, mesh) for name, array in split.items()}
 
 
 def announce(
@@ -278,19 +305,27 @@ def announce(
     progress.say(f"{num_steps} steps" + (f", going on from step {start}" if start else ""))
 
 
-def catch_signals() -> dict[str, int]:
-    """SIGTERM and SIGINT ask the loop to finish its step, save and exit 75; a second one changes nothing."""
-    stop = {"signal": 0}
+def catch_signals() -> Callable[[int], bool]:
+    """Whether the loop is to end after a step: SIGTERM and SIGINT ask it to finish the step, save and exit 75.
+
+    A second signal changes nothing. The processes of a job agree on the step, whoever got the signal.
+    """
+    received = []
 
     def handler(number: int, frame: Any) -> None:
-        stop["signal"] = number
+        received.append(number)
 
+    def to_jax(number: int, frame: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    # In a job JAX itself listens for SIGTERM, to bring it to all processes.
+    handlers = {signal.SIGINT: to_jax} if distributed.several() else {signal.SIGTERM: handler, signal.SIGINT: handler}
     try:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, handler)
+        for number, action in handlers.items():
+            signal.signal(number, action)
     except ValueError:  # not in the main thread: a caller's program owns the signals
         pass
-    return stop
+    return distributed.stop_agreed if distributed.several() else lambda step: bool(received)
 
 
 def main() -> None:
@@ -303,11 +338,16 @@ def main() -> None:
     args = parser.parse_intermixed_args()
 
     def body() -> int:
-        summary = train(load_config(args.config, args.overrides), args.quiet)
-        if args.json:
+        cfg = load_config(args.config, args.overrides)
+        if distributed.expected(cfg.distributed):
+            distributed.supervise()
+        summary = train(cfg, args.quiet)
+        if not distributed.is_main():
+            pass
+        elif args.json:
             cli.print_json(summary)
         elif not args.quiet:
-            print_summary(summary, load_config(args.config, args.overrides).output_dir)
+            print_summary(summary, cfg.output_dir)
         return cli.PREEMPTED if summary["status"] == "preempted" else 0
 
     cli.run(body)

@@ -12,11 +12,14 @@ import numpy as np
 from jlora import attention
 from jlora.adapter import Adapter
 from jlora.config import LoraSection
+from jlora.distributed import is_main, wait_for_all
 from jlora.errors import ConfigError, ModelError
 from jlora.hf.names import name_table
 from jlora.hf.peft import load_adapter, save_adapter
 from jlora.model import Decoder
 from jlora.pretrained import Pretrained
+from jlora.sharding import constrain, gather
+from jlora.step import place_adapter
 
 PROBE_LENGTH = 32
 
@@ -44,7 +47,7 @@ def probe_logits(base: Decoder, adapter: Adapter, dtype: jnp.dtype) -> np.ndarra
             remat="none",
             dtype=dtype,
         )
-        return base.logits(hidden)[0]
+        return constrain(base.logits(hidden)[0], None, None)
 
     return np.asarray(logits(base, adapter))
 
@@ -81,12 +84,25 @@ def removed_if_wrong(folder: Path) -> Iterator[None]:
 
 
 def export_adapter(
-    folder: Path, adapter: Adapter, section: LoraSection, base_name: str, pretrained: Pretrained, dtype: jnp.dtype
+    folder: Path,
+    adapter: Adapter,
+    section: LoraSection,
+    base_name: str,
+    pretrained: Pretrained,
+    dtype: jnp.dtype,
+    mesh: jax.sharding.Mesh,
 ) -> float:
-    """Write a PEFT folder, then read it back and compare its logits; returns their relative difference."""
+    """Write a PEFT folder, then read it back and compare its logits; returns their relative difference.
+
+    In a job of several processes the first writes, and all read.
+    """
     with removed_if_wrong(folder):
-        save_adapter(folder, adapter, section, base_name, pretrained.base_hash)
-        reread = load_adapter(folder, pretrained.base.cfg, pretrained.base_hash, section.dropout)
+        whole = gather(adapter)
+        if is_main():
+            save_adapter(folder, whole, section, base_name, pretrained.base_hash)
+        wait_for_all("exported")
+        cfg = pretrained.base.cfg
+        reread = place_adapter(load_adapter(folder, cfg, pretrained.base_hash, section.dropout), cfg, mesh)
         expected = probe_logits(pretrained.base, adapter, dtype)
         return require_equal(folder, expected, probe_logits(pretrained.base, reread, dtype), tolerance=1e-6)
 

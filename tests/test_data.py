@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 from tiny import make_tokenizer
 
+import jlora.rows
 from jlora import data
 from jlora.config import DataSection
-from jlora.data import Dataset, Epochs, batches, hold_out, pack, pack_row, read_rows, tokenize
+from jlora.data import Dataset, Epochs, batches, hold_out, pack, pack_row, tokenize
 from jlora.errors import DataError
 from jlora.prompts import BadRow, Example
+from jlora.rows import read_rows
 from jlora.tokens import load_tokenizer
 
 ROWS = [{"prompt": f"{i}:", "completion": "x" * (1 + i % 5), "id": i} for i in range(7)]
@@ -274,7 +276,7 @@ def test_bad_row_of_an_array_and_of_parquet(tmp_path, tokenizer):
 
 
 def test_line_that_is_no_line(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "MAX_LINE_BYTES", 1 << 10)
+    monkeypatch.setattr(jlora.rows, "MAX_LINE_BYTES", 1 << 10)
     path = write(tmp_path / "rows.jsonl", GOOD + b"\n" + b'{"prompt": "' + b"x" * 2000 + b'"}\n')
     with pytest.raises(DataError, match=r"rows\.jsonl:2: the line is longer"):
         values(path)

@@ -1,0 +1,315 @@
+"""Several processes as one job: joining, agreeing, stopping together, and noticing who is lost.
+
+JAX's own runtime does the joining and the heartbeats. Where it gives up it aborts the process from C++, so a
+process of a job has a parent that outlives it and says what happened. Knows nothing of models or training.
+"""
+
+import ctypes
+import faulthandler
+import glob
+import importlib.util
+import json
+import mmap
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jax
+from jax._src.distributed import global_state  # its key-value store has no public name
+from jax.experimental import multihost_utils
+
+from jlora.config import DistributedSection
+from jlora.errors import ConfigError, HostLost, UserError
+
+POLL_SECONDS = 1.0
+# How the collectives of CPUs and GPUs say that a peer is gone.
+LOST_PEER = ("Gloo", "NCCL", "coordination service", "heartbeat", "Connection closed by peer", "Socket closed")
+
+_board: mmap.mmap | None = None  # where this process stands, for the parent that outlives it
+
+
+def detected() -> bool:
+    """Whether a scheduler started several processes that JAX can join by itself.
+
+    SLURM and Open MPI say how many there are. On TPU VMs and Kubernetes only JAX's own look at the
+    metadata tells, so being there counts.
+    """
+    env = os.environ
+    if "SLURM_STEP_NODELIST" in env and "SLURM_PROCID" in env:
+        return int(env.get("SLURM_NTASKS", "1")) > 1
+    if "OMPI_COMM_WORLD_SIZE" in env:
+        return int(env["OMPI_COMM_WORLD_SIZE"]) > 1
+    if importlib.util.find_spec("libtpu") and (glob.glob("/dev/accel*") or glob.glob("/dev/vfio/*")):
+        return "TPU_SKIP_MDS_QUERY" not in env or "," in env.get("TPU_WORKER_HOSTNAMES", "")
+    in_job = "KUBERNETES_SERVICE_HOST" in env and "JOB_COMPLETION_INDEX" in env
+    return in_job and importlib.util.find_spec("kubernetes") is not None
+
+
+def expected(cfg: DistributedSection) -> bool:
+    """Whether this process is one of several."""
+    return cfg.num_processes > 1 if cfg.num_processes is not None else detected()
+
+
+def supervise() -> None:
+    """Go on in a child process; its parent waits, passes signals on, and explains an end that Python did not see."""
+    global _board
+    _board = mmap.mmap(-1, 4096)
+    child = os.fork()
+    if child == 0:
+        if sys.platform == "linux":  # PR_SET_PDEATHSIG: whoever kills the parent kills both
+            ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+        return
+
+    def pass_on(number: int, frame: Any) -> None:
+        os.kill(child, number)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, pass_on)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if code < 0:
+        stood = _board[:].rstrip(b"\0").decode() or "at its start"
+        name = signal.Signals(-code).name
+        why = {
+            signal.SIGABRT: "another process of the job was lost, or could not be reached in time",
+            signal.SIGKILL: "somebody killed it, or the host ran out of memory",
+        }.get(signal.Signals(-code), "it crashed")
+        print(
+            f"error: {socket.gethostname()}: ended by {name} {stood}: {why}; see the logs of all processes, then "
+            "run the same command again to go on from the last checkpoint",
+            file=sys.stderr,
+        )
+        code = HostLost.exit_code
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def stands(text: str) -> None:
+    """Leave word of where this process stands, such as `after step 17`."""
+    if _board is not None:
+        _board[:] = text.encode()[:4096].ljust(4096, b"\0")
+
+
+def start(cfg: DistributedSection) -> None:
+    """Join the job, if this process is one of several; before JAX is first asked for devices.
+
+    Raises:
+      ConfigError: the coordinator's port is taken, or JAX refuses to join.
+    """
+    if not expected(cfg) or jax.distributed.is_initialized():
+        return
+    where = cfg.coordinator or "the address that the scheduler gives"
+    stands(f"while joining the job at {where} (all processes must start within {cfg.start_timeout} s)")
+    if cfg.coordinator is not None and cfg.process_id == 0:
+        _require_free_port(int(cfg.coordinator.rpartition(":")[2]))
+    try:
+        jax.distributed.initialize(
+            cfg.coordinator,
+            cfg.num_processes,
+            cfg.process_id,
+            local_device_ids=_slurm_gpus(),
+            cluster_detection_method="deactivate" if cfg.coordinator else None,
+            initialization_timeout=cfg.start_timeout,
+            heartbeat_timeout_seconds=cfg.host_timeout,
+            shutdown_timeout_seconds=cfg.host_timeout,
+        )
+    except (ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(
+            f"can not join the job at {where} ({reason}); set distributed.coordinator, num_processes and process_id"
+        ) from None
+    stands("while reading model and data")
+
+
+def _require_free_port(port: int) -> None:
+    # gRPC would share the port with another job's coordinator (SO_REUSEPORT), and mix up the two jobs.
+    with socket.socket() as probe:
+        try:
+            probe.bind(("", port))
+        except OSError as error:
+            raise ConfigError(
+                f"distributed.coordinator: port {port} can not be used on {socket.gethostname()} ({error.strerror}); "
+                "choose a free one, the same for all processes"
+            ) from None
+
+
+def _slurm_gpus() -> list[int] | None:
+    """All GPUs of the node where SLURM runs one task a node; JAX would take one GPU a task and leave the rest."""
+    tasks, gpus = os.environ.get("SLURM_STEP_TASKS_PER_NODE", ""), os.environ.get("SLURM_GPUS_ON_NODE", "")
+    if tasks.split("(")[0] == "1" and gpus.isdigit():
+        return list(range(int(gpus)))
+    return None
+
+
+def is_main() -> bool:
+    """Whether this process writes what the job writes once."""
+    return jax.process_index() == 0
+
+
+def several() -> bool:
+    """Whether the job has other processes."""
+    return global_state.client is not None and global_state.num_processes > 1
+
+
+def _client() -> Any:
+    return global_state.client
+
+
+def wait_for_all(name: str, seconds: float = 24 * 3600.0) -> None:
+    """Until every process has come to the point of that name; each name counts once."""
+    if several():
+        _client().wait_at_barrier(f"jlora/{name}", int(seconds * 1000))
+
+
+def stop_agreed(step: int) -> bool:
+    """Whether all processes stop after this step, since one of them was told to (SIGTERM); asked every step."""
+    return multihost_utils.reached_preemption_sync_point(step)
+
+
+def require_agreement(stage: str, error: type[UserError], items: dict[str, Any]) -> None:
+    """Refuse to start where a process has another config, library, data or base than process 0.
+
+    Args:
+      stage: a name for this comparison. error: what to raise.
+      items: name -> what must be the same, such as a version or a hash.
+
+    Raises:
+      error: naming this host and what differs; the other processes end with the same sentence.
+    """
+    if not several():
+        return
+    client, key = _client(), f"jlora/agree/{stage}"
+    if is_main():
+        client.key_value_set(key, json.dumps({"host": socket.gethostname(), "items": items}))
+    else:
+        first = json.loads(client.blocking_key_value_get(key, 24 * 3600 * 1000))
+        mine = json.loads(json.dumps(items))
+        names = sorted(first["items"].keys() | mine.keys())
+        differences = [
+            f"{name} is {_short(mine.get(name))} here, {_short(first['items'].get(name))} there"
+            for name in names
+            if mine.get(name) != first["items"].get(name)
+        ]
+        if differences:
+            raise error(
+                f"{_me()} differs from process 0 ({first['host']}): {'; '.join(differences)}; give all hosts the same"
+            )
+    wait_for_all(f"agreed/{stage}")
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def require_shared_folder(folder: Path) -> None:
+    """Refuse an output folder that the processes do not share: each would save its own part of a checkpoint.
+
+    Raises:
+      ConfigError: naming the host that does not see what process 0 wrote there.
+    """
+    if not several():
+        return
+    mark = folder / ".shared"
+    if is_main():
+        mark.write_text(str(os.getpid()), encoding="utf-8")
+    wait_for_all("shared/written")
+    deadline = time.monotonic() + 30.0  # network file systems may be that late
+    while not mark.exists():
+        if time.monotonic() > deadline:
+            raise ConfigError(f"output_dir {folder}: {_me()} does not see it as process 0 does; use a shared folder")
+        time.sleep(0.1)
+    wait_for_all("shared/seen")
+    if is_main():
+        mark.unlink()
+
+
+def _me() -> str:
+    return f"process {jax.process_index()} ({socket.gethostname()})"
+
+
+def is_lost_peer(error: Exception) -> bool:
+    """Whether an error of a computation means that another process is gone.
+
+    If that one has left word of why, this process ends here with its sentence.
+    """
+    lost = several() and isinstance(error, jax.errors.JaxRuntimeError) and any(s in str(error) for s in LOST_PEER)
+    if lost:
+        time.sleep(3 * POLL_SECONDS)  # `Watch` looks meanwhile
+    return lost
+
+
+def end(code: int, sentence: str) -> NoReturn:
+    """End this process of a job at once, and tell the others why, who would wait for it otherwise."""
+    try:
+        _client().key_value_set(f"jlora/failed/{jax.process_index()}", json.dumps([code, sentence]))
+    except jax.errors.JaxRuntimeError:  # process 0 is gone already
+        pass
+    if is_main():
+        time.sleep(3 * POLL_SECONDS)  # the store that they read ends with this process
+    _leave(code)
+
+
+def _leave(code: int) -> NoReturn:
+    # Not sys.exit: JAX would wait at its end for the processes that still wait for this one.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+class Watch(threading.Thread):
+    """Ends this process when another has failed, or when no step is finished any more; idle in a job of one."""
+
+    def __init__(self, step_timeout: int):
+        """Args: step_timeout: seconds from one `beat` to the next that are too many."""
+        super().__init__(name="watch", daemon=True)
+        self._step_timeout, self._step, self._beat = step_timeout, 0, time.monotonic()
+        if several():
+            self.start()
+
+    def beat(self, step: int) -> None:
+        """The job is alive, and this many steps are done."""
+        self._step, self._beat = step, time.monotonic()
+        stands(f"after step {step}")
+        if several():
+            # Of the interpreter's C code, so that it works even where a thread never lets go of Python's lock.
+            faulthandler.dump_traceback_later(self._step_timeout + 60, exit=True)
+
+    def run(self) -> None:
+        """The thread's loop."""
+        client = _client()
+        while True:
+            time.sleep(POLL_SECONDS)
+            try:
+                client.key_value_set(f"jlora/step/{jax.process_index()}", str(self._step), allow_overwrite=True)
+                failures = client.key_value_dir_get("jlora/failed/")
+                entries = client.key_value_dir_get("jlora/step/")
+            except jax.errors.JaxRuntimeError:  # process 0 is gone, and JAX ends this process for it
+                continue
+            steps = {int(key.rpartition("/")[2]): int(step) for key, step in entries}
+            if failures:
+                key, text = failures[0]
+                code, sentence = json.loads(text)
+                print(f"error: process {key.rpartition('/')[2]} of the job failed: {sentence}", file=sys.stderr)
+                _leave(code)
+            if time.monotonic() - self._beat > self._step_timeout:
+                faulthandler.dump_traceback(sys.stderr, all_threads=True)
+                sentence = (
+                    f"{_me()}: no step was finished for {self._step_timeout} s (distributed.step_timeout); "
+                    f"{_stragglers(steps)}; where each thread stands is above; run the same command again to go on "
+                    "from the last checkpoint"
+                )
+                print(f"error: {sentence}", file=sys.stderr)
+                end(HostLost.exit_code, sentence)
+
+
+def _stragglers(steps: dict[int, int]) -> str:
+    least = min(steps.values())
+    behind = [str(process) for process, step in sorted(steps.items()) if step == least]
+    if len(behind) == len(steps):
+        return f"all processes stand after step {least}"
+    return f"process {', '.join(behind)} stands after step {least}, the others after step {max(steps.values())}"
