@@ -9,6 +9,7 @@ import faulthandler
 import glob
 import importlib.util
 import json
+import math
 import mmap
 import os
 import signal
@@ -27,6 +28,7 @@ from jlora.config import DistributedSection
 from jlora.errors import ConfigError, HostLost, UserError
 
 POLL_SECONDS = 1.0
+SHARED_SECONDS = 30.0  # as late as network file systems may be
 # How the collectives of CPUs and GPUs say that a peer is gone.
 LOST_PEER = ("Gloo", "NCCL", "coordination service", "heartbeat", "Connection closed by peer", "Socket closed")
 
@@ -123,6 +125,7 @@ def start(cfg: DistributedSection) -> None:
             f"can not join the job at {where} ({reason}); set distributed.coordinator, num_processes and process_id"
         ) from None
     stands("while reading model and data")
+    _keep_stdout()
 
 
 def _require_free_port(port: int) -> None:
@@ -135,6 +138,14 @@ def _require_free_port(port: int) -> None:
                 f"distributed.coordinator: port {port} can not be used on {socket.gethostname()} ({error.strerror}); "
                 "choose a free one, the same for all processes"
             ) from None
+
+
+def _keep_stdout() -> None:
+    # Gloo, the collectives of CPUs, reports its connections on stdout, which is for results.
+    sys.stdout.flush()
+    results = os.dup(1)
+    os.dup2(2, 1)
+    sys.stdout = os.fdopen(results, "w", encoding=sys.stdout.encoding)
 
 
 def _slurm_gpus() -> list[int] | None:
@@ -218,7 +229,7 @@ def require_shared_folder(folder: Path) -> None:
     if is_main():
         mark.write_text(str(os.getpid()), encoding="utf-8")
     wait_for_all("shared/written")
-    deadline = time.monotonic() + 30.0  # network file systems may be that late
+    deadline = time.monotonic() + SHARED_SECONDS
     while not mark.exists():
         if time.monotonic() > deadline:
             raise ConfigError(f"output_dir {folder}: {_me()} does not see it as process 0 does; use a shared folder")
@@ -265,9 +276,9 @@ class Watch(threading.Thread):
     """Ends this process when another has failed, or when no step is finished any more; idle in a job of one."""
 
     def __init__(self, step_timeout: int):
-        """Args: step_timeout: seconds from one `beat` to the next that are too many."""
+        """Args: step_timeout: seconds from one `beat` to the next that are too many; none before the first."""
         super().__init__(name="watch", daemon=True)
-        self._step_timeout, self._step, self._beat = step_timeout, 0, time.monotonic()
+        self._step_timeout, self._step, self._beat = step_timeout, 0, math.inf
         if several():
             self.start()
 
@@ -294,6 +305,8 @@ class Watch(threading.Thread):
             if failures:
                 key, text = failures[0]
                 code, sentence = json.loads(text)
+                if code == HostLost.exit_code:  # was it this one that it waited for?
+                    faulthandler.dump_traceback(sys.stderr, all_threads=True)
                 print(f"error: process {key.rpartition('/')[2]} of the job failed: {sentence}", file=sys.stderr)
                 _leave(code)
             if time.monotonic() - self._beat > self._step_timeout:

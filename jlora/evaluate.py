@@ -31,7 +31,7 @@ class Evaluator:
         """Mean loss over trained tokens in nats, and their number; `on_batch` is called after every batch."""
         total, count = 0.0, 0.0
         for batch in self._batches():
-            on_devices = {name: place_rows(array, self._batch_size, self._mesh) for name, array in batch.items()}
+            on_devices = {name: place_rows(array, self._mesh) for name, array in batch.items()}
             loss, tokens = self._step(base, adapter, on_devices)
             total, count = total + loss.item(), count + tokens.item()
             on_batch()

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jlora.config import MeshSection
@@ -52,7 +53,12 @@ def make_mesh(cfg: MeshSection, devices: list[jax.Device]) -> Mesh:
             f"mesh data={cfg.data} fsdp={cfg.fsdp} tensor={cfg.tensor} does not cover {len(devices)} "
             "devices; the sizes must multiply to that number (one may be -1, the rest)"
         )
-    return Mesh(np.asarray(devices).reshape(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+    if devices[0].platform == "tpu" and all(device.core_on_chip == 0 for device in devices):
+        # Neighbours in an axis are neighbours in the torus, tensor's first of all: it talks most.
+        grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    else:
+        grid = np.asarray(devices).reshape(sizes)
+    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def partition_spec(axes: tuple[str | None, ...]) -> PartitionSpec:
@@ -92,10 +98,11 @@ def local_rows(mesh: Mesh, num_rows: int) -> np.ndarray:
     return np.unique(np.concatenate([np.arange(num_rows)[index] for index in shards.values()]))
 
 
-def place_rows(local: np.ndarray, num_rows: int, mesh: Mesh) -> jax.Array:
-    """The batch [..., num_rows, T] over all processes, from this one's `local_rows` of it [..., rows, T]."""
+def place_rows(local: np.ndarray, mesh: Mesh) -> jax.Array:
+    """The batch [..., B, T] over all processes, from this one's `local_rows` of it [..., rows, T]."""
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    num_rows = local.shape[-2] // len(local_rows(mesh, shards)) * shards
     rows = local_rows(mesh, num_rows)
-    assert local.shape[-2] == len(rows)
     leading = (None,) * (local.ndim - 2)
 
     def shard(index: Any) -> np.ndarray:

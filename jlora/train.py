@@ -50,9 +50,9 @@ def train(cfg: Config, quiet: bool = False) -> dict[str, Any]:
     check_batch_split(cfg, mesh)
     require_wandb(cfg.training.wandb)
     run_dir = make_run_dir(cfg)
+    watch = distributed.Watch(cfg.distributed.step_timeout)
     require_one_job(cfg, run_dir)
     stop_after = catch_signals()
-    watch = distributed.Watch(cfg.distributed.step_timeout)
     main = distributed.is_main()
     quiet = quiet or not main
     with jax.set_mesh(mesh):
@@ -116,11 +116,12 @@ def train(cfg: Config, quiet: bool = False) -> dict[str, Any]:
             return loss
 
         step, stopped, compiled = start, False, None
+        watch.beat(start)
         try:
             if start == 0:
                 evaluate(0)
             while step < num_steps and not stopped:
-                on_device = put_batch(next(batches), cfg, mesh)
+                on_device = put_batch(next(batches), cfg.training.gradient_accumulation_steps, mesh)
                 if compiled is None:
                     progress.say("compiling the training step")
                     step_fn = make_train_step(cfg, forward, optimizer, optim.learning_rate(cfg.optimizer, num_steps))
@@ -277,12 +278,10 @@ def batch_rows(cfg: Config, mesh: jax.sharding.Mesh) -> np.ndarray:
     return np.concatenate([part * size + local_rows(mesh, size) for part in range(parts)])
 
 
-def put_batch(batch: dict[str, np.ndarray], cfg: Config, mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
+def put_batch(batch: dict[str, np.ndarray], parts: int, mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
     """This process's rows of a batch [B T] -> [A, B / A, T] on all devices."""
-    parts = cfg.training.gradient_accumulation_steps
-    size = cfg.training.batch_size // parts
     split = {name: array.reshape(parts, -1, array.shape[-1]) for name, array in batch.items()}
-    return {name: place_rows(array, size, mesh) for name, array in split.items()}
+    return {name: place_rows(array, mesh) for name, array in split.items()}
 
 
 def announce(

@@ -484,7 +484,7 @@ def test_last_batch_is_filled_with_empty_rows(batch_size):
 def test_batches_have_one_shape_and_hold_every_token_once_an_epoch():
     one = epochs(batch_size=4)
     last = one.num_batches(2)
-    found = list(batches(one, 4, last))
+    found = list(batches(one, 4, last=last))
     assert len(found) == last
     assert {array.shape for batch in found for array in batch.values()} == {(4, 32)}
     per_epoch = one.num_batches(1)
