@@ -12,6 +12,7 @@ import json
 import math
 import mmap
 import os
+import re
 import signal
 import socket
 import sys
@@ -38,16 +39,21 @@ _board: mmap.mmap | None = None  # where this process stands, for the parent tha
 def detected() -> bool:
     """Whether a scheduler started several processes that JAX can join by itself.
 
-    SLURM and Open MPI say how many there are. On TPU VMs and Kubernetes only JAX's own look at the
-    metadata tells, so being there counts.
+    Asked in JAX's order: Open MPI, SLURM, TPU hosts on GKE, TPU VMs, Kubernetes. On a TPU VM and on Kubernetes
+    only JAX's own look at the metadata tells how many there are, so being there counts.
     """
     env = os.environ
-    if "SLURM_STEP_NODELIST" in env and "SLURM_PROCID" in env:
-        return int(env.get("SLURM_NTASKS", "1")) > 1
     if "OMPI_COMM_WORLD_SIZE" in env:
         return int(env["OMPI_COMM_WORLD_SIZE"]) > 1
+    if "SLURM_STEP_NODELIST" in env and "SLURM_PROCID" in env:
+        # An interactive shell is one task, and inherits its allocation's SLURM_NTASKS.
+        return int(env.get("SLURM_STEP_NUM_TASKS") or env.get("SLURM_NTASKS", "1")) > 1
     if importlib.util.find_spec("libtpu") and (glob.glob("/dev/accel*") or glob.glob("/dev/vfio/*")):
-        return "TPU_SKIP_MDS_QUERY" not in env or "," in env.get("TPU_WORKER_HOSTNAMES", "")
+        hosts = env.get("TPU_PROCESS_ADDRESSES", env.get("TPU_WORKER_HOSTNAMES"))
+        if hosts is not None:
+            return len(hosts.split(",")) * int(env.get("MEGASCALE_NUM_SLICES", "1")) > 1
+        if "TPU_SKIP_MDS_QUERY" not in env:  # JAX sets it too, where it sees no TPU
+            return True
     in_job = "KUBERNETES_SERVICE_HOST" in env and "JOB_COMPLETION_INDEX" in env
     return in_job and importlib.util.find_spec("kubernetes") is not None
 
@@ -113,13 +119,13 @@ def start(cfg: DistributedSection) -> None:
             cfg.coordinator,
             cfg.num_processes,
             cfg.process_id,
-            local_device_ids=_slurm_gpus(),
+            local_device_ids=None if cfg.coordinator else _slurm_gpus(),
             cluster_detection_method="deactivate" if cfg.coordinator else None,
             initialization_timeout=cfg.start_timeout,
             heartbeat_timeout_seconds=cfg.host_timeout,
             shutdown_timeout_seconds=cfg.host_timeout,
         )
-    except (ValueError, RuntimeError) as error:
+    except Exception as error:  # JAX asks metadata servers and Kubernetes, whose libraries have errors of their own
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(
             f"can not join the job at {where} ({reason}); set distributed.coordinator, num_processes and process_id"
@@ -149,11 +155,18 @@ def _keep_stdout() -> None:
 
 
 def _slurm_gpus() -> list[int] | None:
-    """All GPUs of the node where SLURM runs one task a node; JAX would take one GPU a task and leave the rest."""
-    tasks, gpus = os.environ.get("SLURM_STEP_TASKS_PER_NODE", ""), os.environ.get("SLURM_GPUS_ON_NODE", "")
-    if tasks.split("(")[0] == "1" and gpus.isdigit():
-        return list(range(int(gpus)))
-    return None
+    """The GPUs of this SLURM task, counted among those that it sees; None leaves the choice to JAX.
+
+    JAX takes the one GPU of the task's number on its node. That is wrong for a task that has its node alone, and
+    where SLURM shows every task only its own GPUs (--gpus-per-task).
+    """
+    env = os.environ
+    if "OMPI_COMM_WORLD_SIZE" in env:  # mpirun's own step is one task a node
+        return None
+    on_node = int(env.get("SLURM_GPUS_ON_NODE", "0"))
+    seen = len([gpu for gpu in env.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu]) or on_node
+    alone = re.fullmatch(r"1(\(x\d+\))?", env.get("SLURM_STEP_TASKS_PER_NODE", ""))
+    return list(range(seen)) if seen and (alone or seen == 1 or seen < on_node) else None
 
 
 def is_main() -> bool:
