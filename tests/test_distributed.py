@@ -184,9 +184,15 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(material, alone, 
 
 
 def test_a_stuck_process_is_noticed_and_named(material, tmp_path):
+    # The first step compiles, for longer than this test wants to wait for the third.
     stuck = """
 import sys, time
 import jlora.train
+beat = jlora.train.distributed.Watch.beat
+def soon(self, step):
+    self._step_timeout = 8 if step >= 2 else 600
+    beat(self, step)
+jlora.train.distributed.Watch.beat = soon
 put_batch, calls = jlora.train.put_batch, []
 def hang(*args):
     calls.append(1)
@@ -201,13 +207,13 @@ jlora.train.main()
         material / "run.yaml",
         2,
         1,
-        *(f"output_dir={run_dir}", "mesh.fsdp=2", "-q", "distributed.step_timeout=25", "data.eval=null"),
+        *(f"output_dir={run_dir}", "mesh.fsdp=2", "-q", "data.eval=null"),
         code=stuck,
     )
     codes, errors = job.end(120)
     assert codes == [7, 7]
     assert any("in hang" in text and "most recent call first" in text for text in errors)
-    assert any("no step was finished for 25 s" in last_error(text) for text in errors)
+    assert any("no step was finished for 8 s" in last_error(text) for text in errors)
     assert any(re.search("process 1 stands after step 2, the others after step 3", last_error(text)) for text in errors)
 
 
