@@ -242,7 +242,7 @@ SIZES = [{"fsdp": 1}, {"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}]
 
 def test_memory_is_bounded(tmp_path):
     write_llama(tmp_path / "small", 256, 2, 512)
-    total, largest = write_llama(tmp_path / "base", 768, 8)
+    total, largest = write_llama(tmp_path / "base", 1024, 4)
     for sizes in SIZES:
         found = measured(tmp_path / "base", tmp_path / "small", sizes, largest)
         assert found["devices"] >= total
@@ -315,7 +315,7 @@ def test_file_cut_after_it_was_opened(single, tmp_path):
         os.truncate(file, file.stat().st_size // 2)
         with pytest.raises(ModelError, match="changed while it was being read"):
             for name in source.shapes:
-                source.part(name, (0, 1), (0, 1))
+                source.read(name)
 
 
 # The quick identity
