@@ -26,8 +26,9 @@ from jlora.model import Decoder, LlamaConfig, abstract_decoder, projection_shape
 from jlora.sharding import named_sharding
 
 # Weights of one block, over all devices of this process. Beside the devices' buffers the host holds a block and
-# its copies on the way (put, turned), and what malloc keeps of those that were: about twenty blocks were measured.
-BLOCK_WEIGHTS = 2 * 2**20
+# its copies on the way (put, turned), and what malloc keeps of those that were: twenty to forty blocks
+# were measured.
+BLOCK_WEIGHTS = 2**20
 HASH_BYTES = 4 * 2**20
 
 # The one axis of a mesh of this process's devices. A buffer over it is the devices' own shards, end to end.
