@@ -21,7 +21,8 @@ from jlora.config import Config
 from jlora.errors import ConfigError, ModelError
 from jlora.generate import one_device_mesh
 from jlora.gguf import GGUFFile
-from jlora.hf.base import load_base, open_source
+from jlora.hf.base import open_source
+from jlora.hf.load import load_base
 from jlora.hf.merged import merged_tensor, save_checkpoint, trained_tensor
 from jlora.model import Decoder, projection_shapes
 from jlora.pretrained import Pretrained, load_pretrained, open_pretrained, run_config

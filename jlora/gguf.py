@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from gguf import MODEL_ARCH, GGMLQuantizationType, GGUFReader, TokenType
+from gguf import GGML_QUANT_SIZES, MODEL_ARCH, GGMLQuantizationType, GGUFReader, TokenType
 from gguf.quants import dequantize
 from gguf.tensor_mapping import get_tensor_name_map
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
@@ -80,6 +80,8 @@ class GGUFFile:
             float32 if that is a quantised one. `rope_scaling` is None or of type "linear".
         shapes: Hugging Face tensor name -> shape, as in the model's state dict; linear weights are
             (out, in). "lm_head.weight" is there only if the embeddings are not tied.
+        dtypes: Hugging Face tensor name -> name of its type in the file, such as "Q4_1".
+        sizes: Hugging Face tensor name -> bytes in the file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -93,6 +95,9 @@ class GGUFFile:
             raise self._error("is one part of a split model", "join the parts with llama-gguf-split --merge")
         self.config = self._read_config()
         self.shapes, self._gguf_names = self._map_tensors()
+        tensors = {name: self._tensors[stored] for name, stored in self._gguf_names.items()}
+        self.dtypes = {name: tensor.tensor_type.name for name, tensor in tensors.items()}
+        self.sizes = {name: int(tensor.n_bytes) for name, tensor in tensors.items()}
 
     def read(self, name: str) -> np.ndarray:
         """Tensor `name` (a key of `shapes`; KeyError if not) as a new float32 array of that shape.
@@ -100,13 +105,38 @@ class GGUFFile:
         q_proj and k_proj come in the layout of transformers' `LlamaForCausalLM` (rotation of the two
         halves of a head), which undoes the converter's `LlamaModel.permute` (rotation of neighbours).
         """
+        shape = self.shapes[name]
+        weight = self.part(name, (0, shape[0] if len(shape) == 2 else 1), (0, shape[-1])).reshape(shape)
+        # A float32 tensor is still a read-only view of the mapped file here.
+        return weight if weight.flags.writeable else np.array(weight)
+
+    def part(self, name: str, rows: tuple[int, int], columns: tuple[int, int]) -> np.ndarray:
+        """Rows and columns, each [start, stop), of tensor `name` in float32; a vector is one row.
+
+        Reads and dequantises only the quantisation blocks that they lie in. Rows of q_proj and k_proj must be
+        whole heads. The file is mapped anew each time: what was read is let go with the array, whereas the
+        reader's own map would keep it in memory.
+        """
         tensor = self._tensors[self._gguf_names[name]]
-        weight = dequantize(tensor.data, tensor.tensor_type)
+        per_block, block_bytes = GGML_QUANT_SIZES[tensor.tensor_type]
+        data = tensor.data.reshape(-1, tensor.data.shape[-1])
+        first, last = columns[0] // per_block, -(-columns[1] // per_block)
+        items = block_bytes // data.itemsize
+        start, stop = (row * data.shape[1] * data.itemsize for row in rows)
+        mapped = self.stored(name, start, stop).view(data.dtype).reshape(-1, data.shape[1])
+        weight = dequantize(mapped[:, first * items : last * items], tensor.tensor_type)
         if name.endswith(("q_proj.weight", "k_proj.weight")):
             half = self.config["head_dim"] // 2
             weight = weight.reshape(-1, half, 2, weight.shape[-1]).swapaxes(1, 2).reshape(weight.shape)
-        # A float32 tensor is still a read-only view of the mapped file here.
-        return weight if weight.flags.writeable else np.array(weight)
+        return weight[:, columns[0] - first * per_block : columns[1] - first * per_block]
+
+    def stored(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Bytes [start, stop) of tensor `name` as the file has them, uint8; a read-only view of the mapped file."""
+        offset = self._tensors[self._gguf_names[name]].data_offset + start
+        try:
+            return np.memmap(self.path, np.uint8, "r", offset, (stop - start,))
+        except (OSError, ValueError) as error:
+            raise self._error(f"changed while it was being read ({error})", "run again") from None
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """The tokenizer that tokenizer.ggml.* describes, with its special tokens and chat template.

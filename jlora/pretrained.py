@@ -11,7 +11,8 @@ from pydantic import ValidationError
 from jlora.adapter import Adapter
 from jlora.config import Config, describe
 from jlora.errors import ModelError
-from jlora.hf.base import Source, load_base, open_source, parse_config, resolve
+from jlora.hf.base import Source, open_source, parse_config, resolve
+from jlora.hf.load import load_base
 from jlora.hf.peft import CONFIG, load_adapter
 from jlora.model import Decoder
 from jlora.tokens import Tokenizer, load_tokenizer
@@ -68,7 +69,7 @@ def load_pretrained(opened: Opened, dtype: jnp.dtype, mesh: jax.sharding.Mesh) -
     """Read the weights.
 
     Raises:
-      ModelError: see `jlora.hf.base.load_base`.
+      ModelError: see `jlora.hf.load.load_base`.
     """
     base, base_hash = load_base(opened.source, opened.name, dtype, mesh)
     return Pretrained(opened.path, opened.source, base, base_hash, opened.tokenizer)

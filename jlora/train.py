@@ -24,7 +24,7 @@ from jlora.config import Config, load_config
 from jlora.data import Dataset, Epochs
 from jlora.errors import ConfigError, DataError, ModelError, NonFiniteError
 from jlora.evaluate import Evaluator, perplexity
-from jlora.hf.base import parse_config
+from jlora.hf.base import base_fingerprint, parse_config
 from jlora.hf.peft import load_adapter, read_adapter_config
 from jlora.identity import check_identity, flatten_config, run_identity
 from jlora.metrics import MetricsLog, ProgressLine, StepMeter, require_wandb
@@ -61,6 +61,8 @@ def train(cfg: Config, quiet: bool = False) -> dict[str, Any]:
         kernel, forward = make_forward(cfg, parse_config(opened.source.config, opened.name), mesh)
         if not quiet:
             warn_of_length(cfg, opened)
+        loaded = {"base": base_fingerprint(opened.source), "tokenizer": opened.tokenizer.digest}
+        distributed.require_agreement("base", ModelError, loaded)
         train_data, eval_data = read_data(cfg, opened.tokenizer)
         digests = {"data": train_data.digest, "eval": eval_data.digest if eval_data else None}
         distributed.require_agreement("data", DataError, digests)

@@ -11,7 +11,8 @@ import torch
 from jlora import attention
 from jlora.adapter import Adapter
 from jlora.generate import one_device_mesh
-from jlora.hf.base import load_base, open_source
+from jlora.hf.base import open_source
+from jlora.hf.load import load_base
 from jlora.model import Decoder
 
 LENGTH = 24

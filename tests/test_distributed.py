@@ -222,6 +222,7 @@ jlora.train.main()
     [
         ("config", 2, "optimizer.learning_rate is 0.5 here, 0.005 there"),
         ("data", 3, "data is "),
+        ("base", 4, "base is "),
         ("library", 2, 'optax is "0.0.1" here'),
         ("folder", 2, "does not see it as process 0 does"),
         ("bad row", 3, "rows.jsonl:3"),
@@ -238,6 +239,10 @@ def test_a_host_that_differs_is_refused_by_all(material, tmp_path, name, code, w
     match name:
         case "config":
             own = [[], ["optimizer.learning_rate=0.5"]]
+        case "base":
+            for folder, seed in zip(folders, (0, 1), strict=True):
+                make_llama(folder / "base", seed=seed, num_attention_heads=4, head_dim=12)
+                make_tokenizer(folder / "base")
         case "data":
             (folders[1] / "rows.jsonl").write_text(rows.replace("a", "e", 1), encoding="utf-8")
         case "bad row":
@@ -253,6 +258,7 @@ def test_a_host_that_differs_is_refused_by_all(material, tmp_path, name, code, w
         case "folder":
             output, body = Path("run"), f"import jlora.distributed as d; d.SHARED_SECONDS = 2.0; {TRAIN}"
     overrides = (f"output_dir={output}", "data.train=rows.jsonl", "mesh.fsdp=2", "-q")
+    overrides += ("model.path=base",) if name == "base" else ()
     job = Job(material / "run.yaml", 2, 1, *overrides, own=own, folders=folders, code=body)
     codes, errors = job.end(90)
     assert codes == [code, code], errors

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import weakref
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -23,9 +22,8 @@ from tiny import LLAMA3_ROPE, copy_folder, make_llama
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from jlora.errors import ModelError
-from jlora.generate import one_device_mesh
 from jlora.hf import merged
-from jlora.hf.base import check_names, load_base, open_source, parse_config, replace_folder, resolve
+from jlora.hf.base import check_names, open_source, parse_config, replace_folder, resolve
 from jlora.hf.merged import save_checkpoint, trained_tensor
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -148,27 +146,6 @@ def test_redundant_tensors_are_ignored(tmp_path):
     (tied, tied_hash), (redundant, redundant_hash) = open_base(tmp_path / "tied"), open_base(more)
     assert_same(tied, redundant)
     assert tied_hash == redundant_hash
-
-
-def test_loading_holds_two_tensors_at_most(single):
-    """The one being written and the one being read; never a second copy of the model."""
-    source = open_source(single)
-    alive: list[weakref.ref] = []
-    peak = 0
-
-    class Watched:
-        config, shapes = source.config, source.shapes
-
-        def read(self, name: str) -> np.ndarray:
-            nonlocal peak
-            array = source.read(name).astype(np.float64)  # so that no array on the device can share its memory
-            alive.append(weakref.ref(array))
-            peak = max(peak, sum(ref() is not None for ref in alive))
-            return array
-
-    jax.block_until_ready(jax.tree.leaves(load_base(Watched(), "here", jnp.dtype("bfloat16"), one_device_mesh())[0]))
-    assert len(alive) == len(source.shapes) == 30
-    assert peak <= 2
 
 
 # What is refused

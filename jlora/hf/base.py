@@ -1,8 +1,7 @@
-"""Reads a base model (Hugging Face safetensors folder or GGUF file) into a `Decoder`.
+"""A base model on disk: a Hugging Face safetensors folder, or a GGUF file, and what its config says.
 
-Tensor by tensor: each is read, written into its place of the stacked leaf on the devices and let
-go, so the host never holds a second copy of the model. Reads safetensors, GGUF and JSON only: no
-pickle, no remote code.
+Reads headers, and of the weights only what it is asked for; `load.py` brings them to the devices. Reads
+safetensors, GGUF and JSON only: no pickle, no remote code.
 """
 
 import hashlib
@@ -12,12 +11,10 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-import jax
-import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
@@ -25,8 +22,7 @@ from jlora.errors import ModelError
 from jlora.gguf import GGUFFile
 from jlora.hf.names import Entry, name_table
 from jlora.layers import RopeScaling
-from jlora.model import Decoder, LlamaConfig, abstract_decoder
-from jlora.sharding import named_sharding
+from jlora.model import LlamaConfig
 
 # Fields of a Llama config that change the numerics, with the values that jlora computes. What
 # LlamaForCausalLM of transformers does not read can not change its numerics and is not looked at.
@@ -46,19 +42,57 @@ ROPE_FIELDS = {
 }
 
 
+# The stored types that are read, by safetensors' names.
+FLOATS: dict[str, np.dtype] = {
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F32": np.dtype(np.float32),
+    "F64": np.dtype(np.float64),
+}
+
+# How much of each tensor `base_fingerprint` looks at.
+NUM_SAMPLES, SAMPLE_BYTES = 8, 4096
+
+
 class Source(Protocol):
-    """A base on disk: Hugging Face tensor names, shapes and one reader, whatever the file format."""
+    """A base on disk: Hugging Face tensor names and shapes, whatever the file format, and three readers.
+
+    Attributes:
+      config: as config.json has it.
+      shapes, dtypes, sizes: tensor name -> shape, the stored type's name in the format, stored bytes.
+    """
 
     config: dict[str, Any]
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]: ...
 
-    def read(self, name: str) -> np.ndarray: ...
+    @property
+    def dtypes(self) -> dict[str, str]: ...
+
+    @property
+    def sizes(self) -> dict[str, int]: ...
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor whole, as a new array of floats."""
+        ...
+
+    def part(self, name: str, rows: tuple[int, int], columns: tuple[int, int]) -> np.ndarray:
+        """Rows and columns, each [start, stop), of one tensor; a vector is one row. Reads no more than that."""
+        ...
+
+    def stored(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Bytes [start, stop) of one tensor as they lie in the file, uint8."""
+        ...
 
 
 class SafetensorsFolder:
-    """A folder with config.json and safetensors, single or sharded with an index."""
+    """A folder with config.json and safetensors, single or sharded with an index.
+
+    The safetensors library opens and validates each file. The weights do not come through it: it maps the
+    file and copies out of the map, which is two copies of a tensor in memory at once. Here the rows that are
+    asked for are mapped, and unmapped when the caller lets the array go.
+    """
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -75,27 +109,63 @@ class SafetensorsFolder:
             hint = "convert it to safetensors" if any(folder.glob("*.bin")) else "download the model again"
             raise ModelError(f"{folder}: holds no model.safetensors and no index of shards; {hint}")
         self.shapes: dict[str, tuple[int, ...]] = {}
-        self._files: dict[str, Path] = {}
+        self.dtypes: dict[str, str] = {}
+        self.sizes: dict[str, int] = {}
+        self._places: dict[str, tuple[Path, int]] = {}
         for file in files:
             if Path(file).name != file:
                 raise ModelError(f"{index}: names '{file}', which lies outside the folder; it is refused")
-            with open_safetensors(folder / file) as tensors:
-                for name in tensors.keys():
-                    self.shapes[name] = tuple(tensors.get_slice(name).get_shape())
-                    self._files[name] = folder / file
+            self._read_header(folder / file)
+
+    def _read_header(self, path: Path) -> None:
+        with open_safetensors(path), path.open("rb") as file:  # the first refuses offsets that do not fit
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(size))
+        for name, tensor in header.items():
+            if name != "__metadata__":
+                start, stop = tensor["data_offsets"]
+                self.shapes[name] = tuple(tensor["shape"])
+                self.dtypes[name] = tensor["dtype"]
+                self.sizes[name] = stop - start
+                self._places[name] = path, 8 + size + start
 
     def read(self, name: str) -> np.ndarray:
         """One tensor as it is stored; bfloat16 comes as ml_dtypes.bfloat16."""
-        path = self._files[name]
-        with open_safetensors(path) as tensors:
-            return read_floats(tensors, name, path)
+        shape = self.shapes[name]
+        rows, columns = shape if len(shape) == 2 else (1, math.prod(shape))
+        return np.array(self.part(name, (0, rows), (0, columns))).reshape(shape)
+
+    def part(self, name: str, rows: tuple[int, int], columns: tuple[int, int]) -> np.ndarray:
+        """A read-only view of the mapped file, [rows columns]; only the pages that it is read on are loaded."""
+        path, offset = self._places[name]
+        dtype, width = floats(self.dtypes[name], name, path), self.shapes[name][-1]
+        mapped = map_file(path, dtype, offset + rows[0] * width * dtype.itemsize, (rows[1] - rows[0], width))
+        return mapped[:, slice(*columns)]
+
+    def stored(self, name: str, start: int, stop: int) -> np.ndarray:
+        """A read-only view of the mapped file."""
+        path, offset = self._places[name]
+        return map_file(path, np.dtype(np.uint8), offset + start, (stop - start,))
+
+
+def map_file(path: Path, dtype: np.dtype, offset: int, shape: tuple[int, ...]) -> np.ndarray:
+    """Read-only view of a region of a file that was whole when its header was read."""
+    try:
+        return np.memmap(path, dtype, "r", offset, shape)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path}: changed while it was being read ({error}); run again") from None
+
+
+def floats(stored: str, name: str, path: Path) -> np.dtype:
+    """The dtype of a stored type, which must be of floats; NumPy has no narrower ones."""
+    if stored not in FLOATS:
+        raise ModelError(f"{path}: tensor {name} is {stored}; only 16, 32 and 64-bit floats are read")
+    return FLOATS[stored]
 
 
 def read_floats(tensors: Any, name: str, path: Path) -> np.ndarray:
-    """One tensor of an open safetensors file, which must hold floats; NumPy has no narrower ones."""
-    stored = tensors.get_slice(name).get_dtype()
-    if stored not in ("F16", "BF16", "F32", "F64"):
-        raise ModelError(f"{path}: tensor {name} is {stored}; only 16, 32 and 64-bit floats are read")
+    """One tensor of an open safetensors file, which must hold floats."""
+    floats(tensors.get_slice(name).get_dtype(), name, path)
     return tensors.get_tensor(name)
 
 
@@ -256,39 +326,20 @@ def check_names(cfg: LlamaConfig, shapes: dict[str, tuple[int, ...]], where: str
     return table
 
 
-@partial(jax.jit, static_argnames=("shape", "transposed"), donate_argnums=0)
-def _write(buffer: jax.Array, array: jax.Array, layer: jax.Array, shape: tuple[int, ...], transposed: bool):
-    array = (array.T if transposed else array).reshape(shape).astype(buffer.dtype)
-    if buffer.ndim == len(shape):
-        return array
-    return jax.lax.dynamic_update_index_in_dim(buffer, array, layer, 0)
+def base_fingerprint(source: Source) -> str:
+    """A quick identity of a base, by which hosts find out that they see the same one, as SHA-256 in hex.
 
-
-def load_base(source: Source, where: str, dtype: jnp.dtype, mesh: jax.sharding.Mesh) -> tuple[Decoder, str]:
-    """The model in `dtype`, laid out over `mesh`, and the SHA-256 of its tensors as stored.
-
-    Raises:
-      ModelError: what `parse_config` and `check_names` refuse, a damaged file, a non-finite weight.
+    Covers the config and every tensor's name, stored type, shape and up to 8 evenly spaced blocks of 4 KiB:
+    another seed, revision or type shows; a change of a few weights may not (`load_base` hashes them all).
     """
-    cfg = parse_config(source.config, where)
-    table = check_names(cfg, source.shapes, where)
-    decoder = abstract_decoder(cfg, dtype)
-    digest = hashlib.sha256()
-    for name, entry in table.items():
-        owner = decoder if entry.layer is None else decoder.layers
-        param = getattr(owner, entry.leaf)
-        buffer = param.get_raw_value()
-        if isinstance(buffer, jax.ShapeDtypeStruct):
-            zeros = partial(jnp.zeros, buffer.shape, buffer.dtype)
-            buffer = jax.jit(zeros, out_shardings=named_sharding(mesh, param.axes))()
-        array = source.read(name)
-        if not np.isfinite(array).all():
-            raise ModelError(f"{where}: tensor {name} holds NaN or infinity; the file is damaged")
-        digest.update(f"{name} {array.dtype} {array.shape} ".encode())
-        digest.update(np.ascontiguousarray(array).view(np.uint8).data)
-        layer = jnp.asarray(entry.layer or 0)
-        param.set_raw_value(_write(buffer, array, layer, entry.shape, entry.transposed))
-    return decoder, digest.hexdigest()
+    digest = hashlib.sha256(json.dumps(source.config, sort_keys=True).encode())
+    for name in sorted(source.shapes):
+        digest.update(f"{name} {source.dtypes[name]} {source.shapes[name]} ".encode())
+        size = source.sizes[name]
+        last = max(0, size - SAMPLE_BYTES)
+        for start in sorted({last * sample // (NUM_SAMPLES - 1) for sample in range(NUM_SAMPLES)}) if size else ():
+            digest.update(source.stored(name, start, min(start + SAMPLE_BYTES, size)).data)
+    return digest.hexdigest()
 
 
 def replace_folder(temporary: Path, final: Path) -> None:

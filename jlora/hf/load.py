@@ -1,0 +1,283 @@
+"""Brings a base from disk to the devices of a mesh, with bounded host memory.
+
+Each process reads only the slices that its devices hold, in blocks of a few megabytes, and writes them into
+the devices' own buffers; the arrays over the whole mesh are put together at the end. Nothing is sent between
+processes but the tensors' digests.
+"""
+
+import hashlib
+import math
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jlora.errors import ConfigError, ModelError
+from jlora.hf.base import Source, check_names, parse_config
+from jlora.hf.names import Entry
+from jlora.model import Decoder, LlamaConfig, abstract_decoder, projection_shapes
+from jlora.sharding import named_sharding
+
+# Weights of one block, over all devices of this process. Beside the devices' buffers the host holds a block and
+# its copies on the way (put, turned), and what malloc keeps of those that were: twenty to forty blocks
+# were measured.
+BLOCK_WEIGHTS = 2**20
+HASH_BYTES = 4 * 2**20
+
+# The one axis of a mesh of this process's devices. A buffer over it is the devices' own shards, end to end.
+DEVICE = PartitionSpec("device")
+
+Range = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Share:
+    """What the devices of this process hold of one tensor, in the file's layout.
+
+    Attributes:
+      regions: rows and columns of each device, each [start, stop); a vector is one row. All of one size.
+      unit: rows that must stay together, since they are one index of the leaf's dim `axis`.
+      axis: dim of the leaf, stacked where it is, that the rows run along.
+    """
+
+    regions: tuple[tuple[Range, Range], ...]
+    unit: int
+    axis: int
+
+    def blocks(self) -> tuple[int, list[int]]:
+        """Rows a block, and where blocks start, counted from each device's first row.
+
+        All blocks have one size, so that one compiled function writes them all; the last may overlap the one
+        before it.
+        """
+        (first, last), (left, right) = self.regions[0]
+        units = (last - first) // self.unit
+        unit_weights = self.unit * (right - left) * len(self.regions)
+        count = math.ceil(units / max(1, BLOCK_WEIGHTS // unit_weights))
+        size = math.ceil(units / count)
+        starts = [min(start, units - size) for start in range(0, units, size)]
+        return size * self.unit, [start * self.unit for start in starts]
+
+
+def _joined(cut: tuple[slice, ...], dims: tuple[int, ...]) -> Range:
+    """The range that slices take once their dims are joined into one; only the first may be split."""
+    assert all(one.indices(dim) == (0, dim, 1) for one, dim in zip(cut[1:], dims[1:], strict=True)), (cut, dims)
+    if not dims:
+        return 0, 1
+    inner = math.prod(dims[1:])
+    start, stop, _ = cut[0].indices(dims[0])
+    return start * inner, stop * inner
+
+
+def share_of(cfg: LlamaConfig, entry: Entry, sharding: NamedSharding, shape: tuple[int, ...]) -> Share:
+    """The share of this process in the tensor of `entry`, whose leaf has `shape`, over layers where stacked."""
+    stacked = len(shape) - len(entry.shape)
+    # A projection has its input dims first, which are the file's columns. A table has its rows first.
+    split = len(projection_shapes(cfg)[entry.leaf][0]) if entry.transposed else len(entry.shape) - 1
+    regions = []
+    indices = sharding.addressable_devices_indices_map(shape)
+    for device in sharding.mesh.local_devices:
+        cut = (indices[device] or ())[stacked:]
+        head, tail = _joined(cut[:split], entry.shape[:split]), _joined(cut[split:], entry.shape[split:])
+        regions.append((tail, head) if entry.transposed else (head, tail))
+    unit = math.prod(entry.shape[split + 1 :]) if entry.transposed else 1
+    return Share(tuple(regions), unit, stacked + (split if entry.transposed else 0))
+
+
+# The next two run on all devices of this process, each on its own shard and with nothing between them: one
+# program, compiled once and not once for each device.
+
+
+@partial(jax.jit, static_argnames=("mesh", "shape", "dtype", "carrier", "transposed"))
+def _turn(
+    pieces: jax.Array, *, mesh: Mesh, shape: tuple[int, ...], dtype: jnp.dtype, carrier: jnp.dtype, transposed: bool
+) -> tuple[jax.Array, jax.Array]:
+    """Each device's piece of the file as a block of the leaf, of `shape`; and whether it is finite, [devices] bool."""
+
+    def turn(piece: jax.Array) -> tuple[jax.Array, jax.Array]:
+        # Checked here, since NumPy takes longer for it in 16 bits than all the rest.
+        finite = jnp.isfinite(piece).all()[None]
+        block = (piece.T if transposed else piece).reshape(shape).astype(dtype)
+        return block if carrier == dtype else jax.lax.bitcast_convert_type(block, carrier), finite
+
+    return jax.shard_map(turn, mesh=mesh, in_specs=DEVICE, out_specs=(DEVICE, DEVICE))(pieces)
+
+
+@partial(jax.jit, static_argnames="mesh", donate_argnums=0)
+def _write(buffers: jax.Array, blocks: jax.Array, start: jax.Array, *, mesh: Mesh) -> jax.Array:
+    """Each device's block at index `start` of its buffer."""
+
+    def write(buffer: jax.Array, block: jax.Array, start: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_slice(buffer, block, tuple(start))
+
+    specs = (DEVICE, DEVICE, PartitionSpec())
+    return jax.shard_map(write, mesh=mesh, in_specs=specs, out_specs=DEVICE)(buffers, blocks, start)
+
+
+def _pieces(source: Source, name: str, share: Share, size: int, start: int) -> Iterator[np.ndarray]:
+    """Rows [start, start + size) of each device's share, each row of the file read once for all of them."""
+    wanted: dict[Range, list[Range]] = {}
+    for (first, _), columns in share.regions:
+        wanted.setdefault((first + start, first + start + size), []).append(columns)
+    hulls = {rows: (min(c[0] for c in columns), max(c[1] for c in columns)) for rows, columns in wanted.items()}
+    read = {rows: source.part(name, rows, hull) for rows, hull in hulls.items()}
+    cut: dict[tuple[Range, Range], np.ndarray] = {}
+    for (first, _), (left, right) in share.regions:
+        rows = first + start, first + start + size
+        if (rows, (left, right)) not in cut:
+            piece = read[rows][:, left - hulls[rows][0] : right - hulls[rows][0]]
+            cut[rows, (left, right)] = np.require(piece, requirements=["C", "A"])  # a header may be of odd length
+        yield cut[rows, (left, right)]
+
+
+def _load_tensor(source: Source, name: str, entry: Entry, share: Share, leaf: "Leaf", local: Mesh) -> bool:
+    """Writes the tensor into the leaf's buffers; whether all of it that was read is finite."""
+    spread = NamedSharding(local, DEVICE)
+    shape = list(spread.shard_shape(leaf.buffers.shape))
+    start = np.zeros(len(shape), np.int32)
+    if entry.layer is not None:
+        shape[0], start[0] = 1, entry.layer
+    shape[share.axis] = -1
+    size, offsets = share.blocks()
+    finite = True
+    for offset in offsets:
+        pieces = list(_pieces(source, name, share, size, offset))
+        put = jax.device_put(pieces, list(local.devices))
+        whole = (len(pieces) * pieces[0].shape[0], pieces[0].shape[1])
+        blocks, checked = _turn(
+            jax.make_array_from_single_device_arrays(whole, spread, put),
+            mesh=local,
+            shape=tuple(shape),
+            dtype=leaf.dtype,
+            carrier=leaf.buffers.dtype,
+            transposed=entry.transposed,
+        )
+        start[share.axis] = offset // share.unit
+        # Waits, so that blocks can not pile up on their way.
+        leaf.buffers = jax.block_until_ready(_write(leaf.buffers, blocks, start.copy(), mesh=local))
+        finite &= bool(np.asarray(checked).all())
+    return finite
+
+
+def stored_digest(source: Source, name: str) -> bytes:
+    """SHA-256 of one tensor as it is stored."""
+    digest, size = hashlib.sha256(), source.sizes[name]
+    for start in range(0, size, HASH_BYTES):
+        digest.update(source.stored(name, start, min(start + HASH_BYTES, size)).data)
+    return digest.digest()
+
+
+@dataclass
+class Leaf:
+    """One leaf of the decoder on its way to the devices.
+
+    Attributes:
+      shape: over the whole mesh.
+      dtype: of the finished leaf.
+      buffers: this process's shards of it, end to end along dim 0, over the mesh of this process's devices. On
+        CPUs those of 16 bits are uint16, since XLA for CPUs writes into a bfloat16 buffer by converting all of it
+        to float32 and back.
+    """
+
+    param: nnx.Param
+    shape: tuple[int, ...]
+    dtype: jnp.dtype
+    sharding: NamedSharding
+    buffers: jax.Array
+
+    @classmethod
+    def empty(cls, param: nnx.Param, mesh: Mesh, local: Mesh, where: str) -> "Leaf":
+        """Zeros for an abstract `param`; ConfigError where `mesh` does not divide it."""
+        abstract = param.get_raw_value()
+        sharding = named_sharding(mesh, param.axes)
+        try:
+            shard = sharding.shard_shape(abstract.shape)
+        except ValueError:
+            sizes = ", ".join(f"mesh.{axis}={size}" for axis, size in mesh.shape.items() if size > 1)
+            raise ConfigError(
+                f"{where}: {sizes} does not divide its weight of {' x '.join(map(str, abstract.shape))} "
+                f"({', '.join(param.axes)}); choose sizes that divide the model's"
+            ) from None
+        dtype = jnp.dtype(abstract.dtype)
+        on_cpu = local.devices.flat[0].platform == "cpu"
+        carrier = jnp.dtype("uint16") if on_cpu and dtype.itemsize == 2 else dtype
+        zeros = partial(jnp.zeros, (local.size * shard[0], *shard[1:]), carrier)
+        buffers = jax.jit(zeros, out_shardings=NamedSharding(local, DEVICE))()
+        return cls(param, abstract.shape, dtype, sharding, buffers)
+
+    def finish(self) -> None:
+        """Gives the param its array over the whole mesh; nothing is copied."""
+        shards = [shard.data for shard in self.buffers.addressable_shards]
+        if self.buffers.dtype != self.dtype:  # a CPU's: the same memory by its right name
+            shards = [jax.device_put(np.asarray(shard).view(self.dtype), shard.device) for shard in shards]
+        self.param.set_raw_value(jax.make_array_from_single_device_arrays(self.shape, self.sharding, shards))
+
+
+def _agreed(rows: np.ndarray) -> np.ndarray:
+    """Of every process's digest and failure flag by tensor, [tensors 33] uint8: the owner's digest, any flag."""
+    gathered = np.asarray(multihost_utils.process_allgather(rows))
+    tensors = np.arange(len(rows))
+    agreed = gathered[tensors % len(gathered), tensors]
+    agreed[:, 32] = gathered[:, :, 32].max(0)
+    return agreed
+
+
+def load_base(source: Source, where: str, dtype: jnp.dtype, mesh: Mesh) -> tuple[Decoder, str]:
+    """The model in `dtype`, laid out over `mesh`, and the SHA-256 of its tensors as stored, in hex.
+
+    The hash covers, in the name table's order, each tensor's name, stored type, shape and the SHA-256 of its
+    stored bytes, so it depends neither on the mesh nor on the processes. Of P processes each hashes every P-th
+    tensor, and they exchange the digests; all of them must call this. With the devices of a mesh in one process
+    nothing is exchanged.
+
+    Raises:
+      ConfigError: the mesh does not divide a weight.
+      ModelError: what `parse_config` and `check_names` refuse, a damaged file, a non-finite weight; in every
+        process, if one of them meets it.
+    """
+    cfg = parse_config(source.config, where)
+    table = check_names(cfg, source.shapes, where)
+    decoder = abstract_decoder(cfg, dtype)
+    local = Mesh(np.asarray(mesh.local_devices), ("device",))
+    processes, process = (jax.process_count(), jax.process_index()) if mesh.is_multi_process else (1, 0)
+    digests = np.zeros((len(table), 33), np.uint8)  # and a flag: refused
+    failure: ModelError | None = None
+    leaves: dict[str, Leaf] = {}
+    with jax.set_mesh(local), ThreadPoolExecutor(1) as hasher:
+        for number, (name, entry) in enumerate(table.items()):
+            if entry.leaf not in leaves:
+                owner = decoder if entry.layer is None else decoder.layers
+                leaves[entry.leaf] = Leaf.empty(getattr(owner, entry.leaf), mesh, local, where)
+            leaf = leaves[entry.leaf]
+            try:
+                # Meanwhile: the file is read from disk once for both, and hashing takes as long as the rest.
+                digest = hasher.submit(stored_digest, source, name) if number % processes == process else None
+                share = share_of(cfg, entry, leaf.sharding, leaf.shape)
+                finite = _load_tensor(source, name, entry, share, leaf, local)
+                if digest is not None:
+                    digests[number, :32] = np.frombuffer(digest.result(), np.uint8)
+                if not finite:
+                    raise ModelError(f"{where}: tensor {name} holds NaN or infinity; the file is damaged")
+            except ModelError as error:
+                digests[number, 32], failure = 1, error
+                break
+    if processes > 1:
+        digests = _agreed(digests)
+    if failure is not None:
+        raise failure
+    for name, flag in zip(table, digests[:, 32], strict=True):
+        if flag:
+            raise ModelError(f"{where}: tensor {name} was refused by another process; its message says why")
+    for leaf in leaves.values():
+        leaf.finish()
+    content = hashlib.sha256()
+    for name, row in zip(table, digests, strict=True):
+        content.update(f"{name} {source.dtypes[name]} {source.shapes[name]} ".encode() + row[:32].tobytes())
+    return decoder, content.hexdigest()
