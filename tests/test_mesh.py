@@ -86,10 +86,14 @@ def losses(run_dir):
 
 
 def drift(run_dir, reference):
-    """Largest difference of two adapters, as a share of the largest entry of its tensor."""
+    """Norm of the difference of two adapters over that of the adapter, the worst tensor's.
+
+    Not the largest single entry: where a gradient is next to nothing, Adam makes a whole step of its rounding.
+    """
     found, expected = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (run_dir, reference))
     assert found.keys() == expected.keys()
-    return max(float(np.abs(found[name] - right).max() / np.abs(right).max()) for name, right in expected.items())
+    norm = np.linalg.norm
+    return max(float(norm(found[name] - right) / norm(right)) for name, right in expected.items())
 
 
 def require_the_same_runs(folder, config, meshes):
@@ -102,7 +106,7 @@ def require_the_same_runs(folder, config, meshes):
         for key, curve in losses(Path(run_dir)).items():
             np.testing.assert_allclose(curve, expected[key], rtol=1e-5, err_msg=f"{name}: {key}")
         adapters = drift(Path(run_dir), folder / "one")
-        print(f"{name}: the adapter drifts by {adapters:.1e} of its largest entry")
+        print(f"{name}: the adapter drifts by {adapters:.1e} of its norm")
         assert adapters < 1e-4
 
 
@@ -130,7 +134,7 @@ def test_a_real_model_of_260_thousand_parameters(tmp_path):
         SHARED / "stories260K",
         reviews,
         tmp_path / "run",
-        data={"max_length": 128, "on_bad_row": "skip", "eval": 0.1},
+        data={"max_length": 256, "on_bad_row": "skip", "eval": 0.1},
         training={"batch_size": 8, "max_steps": 6},
     )
     require_the_same_runs(tmp_path, config, MESHES)
