@@ -225,7 +225,7 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     """
     path = Path(path)
     try:
-        tree = _parse_yaml(path.read_text(encoding="utf-8"))
+        tree = parse_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{path}: can not be read ({error.strerror}); check --config") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -256,7 +256,8 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _parse_yaml(text: str) -> Any:
+def parse_yaml(text: str) -> Any:
+    """YAML text as plain values, by the rules of a config: `2e-4` is a number, a key stands once."""
     return yaml.load(text, _Loader)  # noqa: S506, a SafeLoader
 
 
@@ -274,7 +275,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         if not isinstance(tree, dict):
             raise ConfigError(f"override '{override}': '{name}' is not a section")
     try:
-        tree[leaf] = _parse_yaml(text)
+        tree[leaf] = parse_yaml(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"override '{override}': {_one_line(error)}") from None
 

@@ -1,69 +1,107 @@
 """Hardware that need not be there: device names, what a device holds, and compile-only devices for it.
 
-A SPEC is `tpu:v5p:2x2x1` (generation and slice), `gpu:h100-80gb:2` (card and number) or `cpu:8`. The TPU and
-CUDA compilers come with the extras `tpu` and `cuda12`; no device of the kind is needed.
+A SPEC is `tpu:v5p:2x2x1` (generation and slice), `gpu:h100-80gb:2` (card and number), `gpu:CARD.yaml:2` (a card
+that a file describes) or `cpu:8`. The TPU and CUDA compilers come with the extras `tpu` and `cuda12`; no device of
+the kind is needed.
 """
 
 import importlib.util
+import math
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import jax
+import pydantic
+import yaml
 from jax.experimental import topologies
+from pydantic import ConfigDict, PositiveFloat, PositiveInt, TypeAdapter, ValidationError
 
 from jlora.cli import GPU_MEMORY_FRACTION
+from jlora.config import parse_yaml
 from jlora.errors import ConfigError
 
 
-@dataclass(frozen=True)
+@pydantic.dataclasses.dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
 class Gpu:
-    """What XLA's GPU compiler is told of a card, and its published dense bfloat16 peak (float16 for the T4).
+    """What XLA's GPU compiler is told of a card, and its published peaks.
 
     Attributes:
+      capability: CUDA compute capability, such as (9, 0).
+      cores: streaming multiprocessors. fpus, threads: of one of them, float32 units and resident threads.
       memory: bytes as the driver reports them.
-      bandwidth: bytes a second. clock: GHz. l2, shared, optin: bytes of L2, and of shared memory a core and a block.
+      bandwidth: of the memory, bytes a second. clock: GHz.
+      l2, shared, optin: bytes of L2, and of shared memory a core and a block.
+      peak_flops: dense bfloat16 (float16 for the T4), a second.
+      link_bandwidth: bytes a second that a card can send to others of its host: NVLink, or PCI Express.
     """
 
-    capability: tuple[int, int]
-    cores: int
-    fpus: int
-    threads: int
-    memory: int
-    bandwidth: int
-    l2: int
-    clock: float
-    shared: int
-    optin: int
-    peak_flops: float
+    capability: tuple[PositiveInt, int]
+    cores: PositiveInt
+    fpus: PositiveInt
+    threads: PositiveInt
+    memory: PositiveInt
+    bandwidth: PositiveInt
+    l2: PositiveInt
+    clock: PositiveFloat
+    shared: PositiveInt
+    optin: PositiveInt
+    peak_flops: PositiveFloat
+    link_bandwidth: PositiveFloat
 
 
 GIB = 2**30
+_A100 = dict(capability=(8, 0), cores=108, fpus=64, threads=2048, l2=41943040, clock=1.41, shared=167936, optin=166912)
+_H100 = dict(capability=(9, 0), cores=132, fpus=128, threads=2048, l2=52428800, clock=1.98, shared=233472, optin=232448)
+_ADA = dict(capability=(8, 9), fpus=128, threads=1536, clock=2.52, shared=102400, optin=101376)
+_TURING = dict(capability=(7, 5), fpus=64, threads=1024, clock=1.59, shared=65536, optin=65536)
+
+
+def _gpu(chip: dict[str, Any], memory: float, bandwidth: float, peak: float, link: float, **more: int) -> Gpu:
+    figures = {"memory": int(memory), "bandwidth": int(bandwidth), "peak_flops": peak, "link_bandwidth": link}
+    return Gpu(**(chip | figures | more))
+
+
 GPUS = {
-    "a100-40gb": Gpu((8, 0), 108, 64, 2048, 42331013120, 1555200000000, 41943040, 1.41, 167936, 166912, 312e12),
-    "a100-80gb": Gpu((8, 0), 108, 64, 2048, 85100068864, 2039040000000, 41943040, 1.41, 167936, 166912, 312e12),
-    "h100-80gb": Gpu((9, 0), 132, 128, 2048, 84929347584, 3352320000000, 52428800, 1.98, 233472, 232448, 989e12),
-    "h200-141gb": Gpu((9, 0), 132, 128, 2048, 151397597184, 4800000000000, 52428800, 1.98, 233472, 232448, 989e12),
-    "l40s-48gb": Gpu((8, 9), 142, 128, 1536, int(44.39 * GIB), 864000000000, 100663296, 2.52, 102400, 101376, 362e12),
-    "rtx4090-24gb": Gpu(
-        (8, 9), 128, 128, 1536, int(23.64 * GIB), 1008000000000, 75497472, 2.52, 102400, 101376, 165e12
-    ),
-    "t4-16gb": Gpu((7, 5), 40, 64, 1024, int(14.56 * GIB), 320000000000, 4194304, 1.59, 65536, 65536, 65e12),
+    "a100-40gb": _gpu(_A100, 42331013120, 1555.2e9, 312e12, 300e9),
+    "a100-80gb": _gpu(_A100, 85100068864, 2039.04e9, 312e12, 300e9),
+    "h100-80gb": _gpu(_H100, 84929347584, 3352.32e9, 989e12, 450e9),
+    "h200-141gb": _gpu(_H100, 151397597184, 4800e9, 989e12, 450e9),
+    "l40s-48gb": _gpu(_ADA, 44.39 * GIB, 864e9, 362e12, 32e9, cores=142, l2=100663296),
+    "rtx4090-24gb": _gpu(_ADA, 23.64 * GIB, 1008e9, 165e12, 32e9, cores=128, l2=75497472),
+    "t4-16gb": _gpu(_TURING, 14.56 * GIB, 320e9, 65e12, 16e9, cores=40, l2=4194304),
 }
-# Generation -> HBM bytes that the compiler hands out per device, and the published bfloat16 peak per device.
+
+
+@dataclass(frozen=True)
+class Tpu:
+    """Published figures of a TPU generation, per device.
+
+    Attributes:
+      memory: HBM bytes that the compiler hands out. bandwidth: of HBM, bytes a second.
+      peak_flops: bfloat16, a second. link_bandwidth: bytes a second sent over all links to other chips.
+    """
+
+    memory: int
+    peak_flops: float
+    bandwidth: float
+    link_bandwidth: float
+
+
 TPUS = {
-    "v4": (int(15.25 * GIB), 137.5e12),  # a device is one of a chip's two cores
-    "v5e": (int(15.75 * GIB), 197e12),
-    "v5p": (int(95.74 * GIB), 459e12),
-    "v6e": (int(31.25 * GIB), 918e12),
+    "v4": Tpu(int(15.25 * GIB), 137.5e12, 614e9, 150e9),  # a device is one of a chip's two cores
+    "v5e": Tpu(int(15.75 * GIB), 197e12, 819e9, 200e9),
+    "v5p": Tpu(int(95.74 * GIB), 459e12, 2765e9, 600e9),
+    "v6e": Tpu(int(31.25 * GIB), 918e12, 1640e9, 400e9),
 }
 KNOWN = (
     f"tpu:GENERATION:SLICE with {', '.join(TPUS)} (such as tpu:v5p:2x2x1), gpu:CARD:COUNT with "
-    f"{', '.join(GPUS)} (such as gpu:h100-80gb:2), cpu:COUNT"
+    f"{', '.join(GPUS)} (such as gpu:h100-80gb:2) or a file (gpu:CARD.yaml:2, see docs/planner.md), cpu:COUNT"
 )
 
 
@@ -73,14 +111,18 @@ class Target:
 
     Attributes:
       capacity: bytes a device that a program may use.
-      peak_flops: published dense peak of a device, a second; None for CPUs.
+      peak_flops: published dense peak of a device, a second; None for CPUs, like the two after it.
+      bandwidth: bytes a second between a device and its memory.
+      link_bandwidth: bytes a second that a device sends to others.
     """
 
     spec: str
     platform: str
     devices: list[Any]
     capacity: int
-    peak_flops: float | None
+    peak_flops: float | None = None
+    bandwidth: float | None = None
+    link_bandwidth: float | None = None
 
 
 def prepare() -> None:
@@ -100,23 +142,77 @@ def resolve(spec: str) -> Target:
       ConfigError: an unknown name, or the compiler for it is not installed.
     """
     kind, _, rest = spec.partition(":")
-    name, _, size = rest.partition(":")
-    if kind == "cpu" and name.isdigit() and int(name) > 0 and not size:
-        jax.config.update("jax_num_cpu_devices", int(name))
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // int(name)
-        return Target(spec, "cpu", jax.devices("cpu"), memory, None)
+    name, _, size = rest.rpartition(":")
+    if kind == "cpu" and not name and size.isdigit() and int(size) > 0:
+        jax.config.update("jax_num_cpu_devices", int(size))
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // int(size)
+        return Target(spec, "cpu", jax.devices("cpu"), memory)
     if kind == "tpu" and name in TPUS and size:
         _require("libtpu", "tpu")
-        capacity, peak = TPUS[name]
-        return Target(spec, "tpu", _tpu_devices(spec, name, size), capacity, peak)
-    if kind == "gpu" and name in GPUS and size.isdigit() and int(size) > 0:
+        tpu, devices = TPUS[name], _tpu_devices(spec, name, size)
+        return Target(spec, "tpu", devices, tpu.memory, tpu.peak_flops, tpu.bandwidth, tpu.link_bandwidth)
+    described = name.endswith((".yaml", ".yml"))
+    if kind == "gpu" and (name in GPUS or described) and size.isdigit() and int(size) > 0:
+        gpu = read_gpu(Path(name)) if described else GPUS[name]
         _require("jax_cuda12_plugin", "cuda12")
-        gpu = GPUS[name]
         topology = topologies.get_topology_desc(
-            platform="cuda", target_config=_target_config(gpu, name), topology=f"1x1x{size}"
+            platform="cuda", target_config=_target_config(gpu, Path(name).stem), topology=f"1x1x{size}"
         )
-        return Target(spec, "gpu", list(topology.devices), int(gpu.memory * GPU_MEMORY_FRACTION), gpu.peak_flops)
+        capacity = int(gpu.memory * GPU_MEMORY_FRACTION)
+        devices = list(topology.devices)
+        return Target(spec, "gpu", devices, capacity, gpu.peak_flops, gpu.bandwidth, gpu.link_bandwidth)
     raise ConfigError(f"unknown topology '{spec}'; known are {KNOWN}")
+
+
+# Slices that Cloud offers, by the number of dims of a generation's torus.
+SLICES = {
+    2: ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
+    3: ("1x1x1", "2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8"),
+}
+
+
+def larger(target: Target) -> Iterator[Target]:
+    """More devices of the same kind, smallest number first; none for CPUs, which share one memory."""
+    kind, _, rest = target.spec.partition(":")
+    name, _, size = rest.rpartition(":")
+    if kind == "gpu":
+        for exponent in range(8):
+            if 2**exponent > len(target.devices):
+                yield resolve(f"gpu:{name}:{2**exponent}")
+    if kind == "tpu":
+        chips = math.prod(map(int, size.split("x")))
+        for slice_ in SLICES[size.count("x") + 1]:
+            if math.prod(map(int, slice_.split("x"))) > chips:
+                yield resolve(f"tpu:{name}:{slice_}")
+
+
+def read_gpu(path: Path) -> Gpu:
+    """A card described by a YAML file whose keys are the attributes of `Gpu`.
+
+    Raises:
+      ConfigError: the file can not be read, or a key is unknown, missing or of a wrong value.
+    """
+    try:
+        tree = parse_yaml(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: can not be read ({error.strerror}); check --topology") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    try:
+        return TypeAdapter(Gpu).validate_python(tree)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        key, known = ".".join(map(str, problem["loc"])), ", ".join(Gpu.__dataclass_fields__)
+        match problem["type"]:
+            case "missing":
+                says = f"key '{key}' is missing; a card has {known}"
+            case "unexpected_keyword_argument":
+                says = f"unknown key '{key}'; a card has {known}"
+            case "dataclass_type":
+                says = f"must hold keys; a card has {known}"
+            case _:
+                says = f"{key}: {problem['msg'][0].lower()}{problem['msg'][1:]}, but it is {problem['input']!r}"
+        raise ConfigError(f"{path}: {says}") from None
 
 
 def _require(module: str, extra: str) -> None:

@@ -22,6 +22,7 @@ from jlora.adapter import Adapter, init_adapter
 from jlora.checkpoint import Checkpoints
 from jlora.config import Config, load_config
 from jlora.data import Dataset, Epochs
+from jlora.divides import check_divides
 from jlora.errors import ConfigError, DataError, ModelError, NonFiniteError
 from jlora.evaluate import Evaluator, perplexity
 from jlora.hf.base import base_fingerprint, parse_config
@@ -58,7 +59,9 @@ def train(cfg: Config, quiet: bool = False) -> dict[str, Any]:
     with jax.set_mesh(mesh):
         # The base, the rows, and what is trained of the whole.
         opened = open_pretrained(cfg.model.path, cfg.model.tokenizer, cfg.data.chat_template)
-        kernel, forward = make_forward(cfg, parse_config(opened.source.config, opened.name), mesh)
+        model = parse_config(opened.source.config, opened.name)
+        check_divides(model, mesh, cfg)
+        kernel, forward = make_forward(cfg, model, mesh)
         if not quiet:
             warn_of_length(cfg, opened)
         loaded = {"base": base_fingerprint(opened.source), "tokenizer": opened.tokenizer.digest}

@@ -1,6 +1,5 @@
 """The planner: the real step compiled from shapes, its counts against arithmetic, and its refusals."""
 
-import argparse
 import importlib.util
 import json
 import os
@@ -13,11 +12,12 @@ import pytest
 from tiny import make_llama, make_rows, make_tokenizer, write_config
 
 from jlora import attention
+from jlora.compiled import SHAPES, abstract_step, model_shape, naive
 from jlora.config import load_config
-from jlora.plan import SHAPES, abstract_step, add_time, count_flops, model_shape, naive
+from jlora.counts import count_flops
 from jlora.sharding import make_mesh
 from jlora.step import Forward
-from jlora.topology import GPUS, TPUS, Target, resolve
+from jlora.topology import GPUS, TPUS, resolve
 
 CONTRACT = {
     *("topology", "devices", "fits", "capacity_bytes", "peak_bytes", "argument_bytes", "temp_bytes", "base_bytes"),
@@ -85,6 +85,10 @@ def test_table_for_people(config):
         (["--topology", "gpu:h1000:2"], 2, ["unknown topology 'gpu:h1000:2'", "h100-80gb", "v5p"]),
         (["--topology", "cpu:0"], 2, ["unknown topology"]),
         (["--topology", "cpu:8", "mesh.tensor=3"], 2, ["does not cover 8 devices"]),
+        (["--topology", "gpu:absent.yaml:2"], 2, ["absent.yaml: can not be read"]),
+        (["--topology", "cpu:1", "--search", "--compilations", "0"], 2, ["--compilations"]),
+        (["--topology", "cpu:1", "--plot", "a.nonsense"], 2, ["a.nonsense", ".png"]),
+        (["--topology", "cpu:3", "mesh.tensor=3"], 2, ["mesh.tensor=3 does not divide", "1 or 2 would"]),
         (["--topology", "cpu:8"], 2, ["can not be split over 8"]),
         ([], 2, ["--topology"]),
         (["--topology", "cpu:1", "model.path=llama2-70b"], 5, ["does not fit by", "GiB"]),
@@ -147,13 +151,33 @@ def test_naive_column_of_70b():
     assert round(figures["total_min"] / 1e9) == 414 and round(figures["total"] / 1e9) == 828
 
 
-def test_the_lectures_sum():
-    """200 million tokens at 400 tokens a second on each of 7 GPUs take about 20 hours."""
-    args = argparse.Namespace(tokens=200e6, tokens_per_second=400.0, utilization=[], price=None)
-    result = {"devices": 7, "tokens_per_step": 7 * 4096, "flops_per_step": 1.0}
-    add_time(result, None, Target("gpu:a100-80gb:7", "gpu", [], 0, 312e12), None, args)
+def test_the_lectures_sum(config):
+    """200 million tokens at 400 tokens a second on each of 7 devices take about 20 hours, from the command line."""
+    speed = ("--tokens", "200e6", "--tokens-per-second", "400", "--price", "2")
+    done = plan(config, "--topology", "cpu:7", "training.batch_size=7", "mesh.data=7", "mesh.fsdp=1", *speed, "--json")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
     (hours,) = (seconds / 3600 for seconds in result["seconds_per_epoch_at"]["given"].values())
-    assert hours == pytest.approx(19.84, abs=0.01)
+    assert hours == pytest.approx(200e6 / (400 * 7) / 3600) and 19.5 < hours < 20.5
+    assert result["cost_usd_at"]["given"]["400 tokens/s/device"] == pytest.approx(hours * 7 * 2)
+    assert result["epoch_tokens"]["given"] == 200e6
+
+
+def test_time_and_cost_are_a_table_of_the_users_own_rows(config):
+    done = plan(config, "--topology", "cpu:1", "--price", "2.5", "--tokens-per-second", "100")
+    assert done.returncode == 0, done.stderr
+    as_json = json.loads(
+        plan(config, "--topology", "cpu:1", "--price", "2.5", "--tokens-per-second", "100", "--json").stdout
+    )
+    counts = as_json["data"]
+    for name in ("packed", "padded"):
+        (line,) = (line for line in done.stdout.splitlines() if f" {name} " in line)
+        tokens, speed, hours, dollars = (cell.strip() for cell in line.split("│")[2:6])
+        assert tokens == f"{counts[name + '_tokens']:,}" == f"{counts[name] * 4 * 320:,}"
+        assert speed == "100 tokens/s/device"
+        assert hours == f"{counts[name + '_tokens'] / 100 / 3600:,.2f}"
+        assert dollars == f"{counts[name + '_tokens'] / 100 / 3600 * 2.5:,.2f}"
+    assert f"{counts['rows']} rows" in done.stdout and counts["packed_tokens"] < counts["padded_tokens"]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="the TPU compiler is installed")

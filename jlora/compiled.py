@@ -1,0 +1,240 @@
+"""The training step compiled from shapes: what one device of a target would hold, compute and send.
+
+The same mesh, state and step function as `jlora.train`. Memory is the compiler's own answer for one device, FLOPs
+are counted over the step's jaxpr, and bytes sent over the compiled program's text. Executables come from the
+compiler each time, never from JAX's persistent cache: see `fresh`.
+"""
+
+import math
+import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jlora import attention, optim
+from jlora.adapter import init_adapter
+from jlora.config import Config
+from jlora.counts import collective_bytes, count_flops
+from jlora.divides import check_divides
+from jlora.errors import MemoryExceeded
+from jlora.hf.base import open_source, parse_config, resolve
+from jlora.model import Decoder, LlamaConfig, abstract_decoder, projection_shapes
+from jlora.roofline import estimate
+from jlora.sharding import make_mesh, named_sharding
+from jlora.step import Forward, abstract_state, count_parameters, make_train_step, place_adapter
+from jlora.topology import Target, compiling_for
+from jlora.train import check_batch_split, make_forward, param_dtype
+
+# Named shapes, for a plan without any file of the model.
+SHAPES = {
+    "llama2-7b": (4096, 11008, 32, 32, 32),
+    "llama2-13b": (5120, 13824, 40, 40, 40),
+    "llama2-70b": (8192, 28672, 80, 64, 8),
+}
+
+
+def model_shape(path: str) -> LlamaConfig:
+    """Shape of a named size, or of the base at `path`; no weight is read."""
+    if path not in SHAPES:
+        return parse_config(open_source(resolve(path)).config, path)
+    hidden, mlp, layers, heads, kv_heads = SHAPES[path]
+    return LlamaConfig(
+        vocab_size=32000,
+        hidden_size=hidden,
+        intermediate_size=mlp,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=128,
+        rms_norm_eps=1e-5,
+        rope_theta=10000.0,
+        rope_scaling=None,
+        tie_word_embeddings=False,
+    )
+
+
+def place_base(base: Decoder, mesh: jax.sharding.Mesh) -> Decoder:
+    """The abstract base laid out over `mesh`, as `jlora.hf.base.load_base` lays out the real one."""
+    for owner in (base, base.layers):
+        for param in vars(owner).values():
+            if isinstance(param, nnx.Param):
+                shape = param.get_raw_value()
+                sharding = named_sharding(mesh, param.axes)
+                param.set_raw_value(jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding))
+    return base
+
+
+def abstract_step(
+    cfg: Config, model: LlamaConfig, mesh: jax.sharding.Mesh, forward: Forward
+) -> tuple[Any, tuple[Any, Any, Any], dict[str, Any]]:
+    """The step, its arguments (state, frozen leaves, batch) as shapes, and {"adapter", "base"}."""
+    base = place_base(abstract_decoder(model, param_dtype(cfg)), mesh)
+    adapter = {}
+    if cfg.method == "lora":
+        make = partial(init_adapter, cfg.lora, projection_shapes(model), model.num_hidden_layers, 0)
+        adapter = place_adapter(jax.eval_shape(make), model, mesh)
+    params = {"adapter": adapter, "base": base}
+    labels = optim.labels(params, cfg.method)
+    # The schedule's length does not change the program; a plan need not have read the data.
+    num_steps = cfg.training.max_steps or 1000
+    optimizer = optim.make_optimizer(cfg.optimizer, num_steps, labels)
+    state = abstract_state(params, optimizer, cfg, mesh)
+    _, frozen = optim.partition(params, labels)
+    parts = cfg.training.gradient_accumulation_steps
+    shape = (parts, cfg.training.batch_size // parts, cfg.data.max_length)
+    sharding = named_sharding(mesh, (None, "act_batch", None))
+    dtypes = {"weights": jnp.float32}
+    batch = {
+        name: jax.ShapeDtypeStruct(shape, dtypes.get(name, jnp.int32), sharding=sharding)
+        for name in ("tokens", "targets", "weights", "segments", "positions")
+    }
+    step = make_train_step(cfg, forward, optimizer, optim.learning_rate(cfg.optimizer, num_steps))
+    return step, (state, frozen, batch), params
+
+
+def step_flops(cfg: Config, model: LlamaConfig, mesh: jax.sharding.Mesh, forward: Forward) -> float:
+    """FLOPs of one optimizer step over all devices, whatever the mesh and the micro-batches.
+
+    Kernels hide their products, so they are counted over the reference attention.
+    """
+    counted = Forward(attention.reference, forward.remat, forward.dtype)
+    step, arguments, _ = abstract_step(cfg, model, mesh, counted)
+    return count_flops(jax.make_jaxpr(step)(*arguments).jaxpr)
+
+
+def bytes_per_device(tree: Any) -> int:
+    """What the leaves of a tree take on one device."""
+    total = 0
+    for leaf in jax.tree.leaves(tree):
+        total += math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+    return total
+
+
+@contextmanager
+def fresh() -> Iterator[None]:
+    """No executable out of JAX's persistent cache meanwhile: one that was read back need not know its memory."""
+    before = jax.config.values["jax_enable_compilation_cache"]
+    jax.config.update("jax_enable_compilation_cache", False)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
+
+
+def held_bytes(cfg: Config, target: Target, model: LlamaConfig) -> int:
+    """Bytes of a device that the step's arguments take, without compiling it: less than it needs.
+
+    Raises:
+      ConfigError: as `plan`.
+    """
+    mesh = make_mesh(cfg.mesh, target.devices)
+    check_divides(model, mesh, cfg)
+    check_batch_split(cfg, mesh)
+    with jax.set_mesh(mesh):
+        _, arguments, _ = abstract_step(cfg, model, mesh, make_forward(cfg, model, mesh)[1])
+        return bytes_per_device(arguments)
+
+
+def plan(cfg: Config, target: Target, model: LlamaConfig | None = None, flops: float | None = None) -> dict[str, Any]:
+    """Compile for a target; the figures of `--json`, one device's where they are bytes.
+
+    Args:
+      model: what `model_shape` gave before, and `flops` what `step_flops` did, for callers that plan many times.
+
+    Raises:
+      ConfigError: the mesh does not match the devices, the model or the batch.
+    """
+    mesh = make_mesh(cfg.mesh, target.devices)
+    model = model or model_shape(cfg.model.path)
+    check_divides(model, mesh, cfg)
+    check_batch_split(cfg, mesh)
+    kernel, forward = make_forward(cfg, model, mesh)
+    sent: float | None = None
+    with jax.set_mesh(mesh):
+        step, (state, frozen, batch), params = abstract_step(cfg, model, mesh, forward)
+        flops = step_flops(cfg, model, mesh, forward) if flops is None else flops
+        began = time.monotonic()
+        with compiling_for(target), fresh():
+            try:
+                compiled = jax.jit(step, donate_argnums=0).lower(state, frozen, batch).compile()
+                memory: Any = compiled.memory_analysis()
+                arguments_bytes, temp = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+                peak = getattr(memory, "peak_memory_in_bytes", 0) or (
+                    arguments_bytes + temp + memory.output_size_in_bytes - memory.alias_size_in_bytes
+                )
+                sent = collective_bytes(compiled.as_text() or "")
+            except jax.errors.JaxRuntimeError as error:
+                arguments_bytes, temp = bytes_per_device((state, frozen, batch)), None
+                peak = _wanted_bytes(str(error), arguments_bytes)
+    tokens = cfg.training.batch_size * cfg.data.max_length
+    trained = count_parameters(state.trained)
+    total = count_parameters(params)
+    base_bytes = bytes_per_device(params["base"])
+    time_estimate = None
+    if temp is not None and sent is not None:
+        time_estimate = estimate(
+            target,
+            flops=flops,
+            tokens=tokens,
+            weight_bytes=base_bytes * mesh.shape["fsdp"],
+            temp_bytes=temp,
+            sent_bytes=sent,
+            micro_batches=cfg.training.gradient_accumulation_steps,
+            remat=cfg.model.remat,
+        )
+    return {
+        "topology": target.spec,
+        "devices": len(target.devices),
+        "mesh": dict(mesh.shape),
+        "attention": kernel,
+        "fits": peak <= target.capacity,
+        "capacity_bytes": target.capacity,
+        "peak_bytes": peak,
+        "argument_bytes": arguments_bytes,
+        "temp_bytes": temp,
+        "base_bytes": base_bytes,
+        "adapter_bytes": bytes_per_device(params["adapter"]),
+        "optimizer_bytes": bytes_per_device(state.opt_state),
+        "batch_bytes": bytes_per_device(batch),
+        "flops_per_step": flops,
+        "sent_bytes_per_step": sent,
+        "estimate": time_estimate,
+        "tokens_per_step": tokens,
+        "trainable_params": trained,
+        "frozen_params": total - trained,
+        "compile_seconds": time.monotonic() - began,
+        "naive": naive(count_parameters(params["base"])),
+    }
+
+
+def naive(num_params: int) -> dict[str, int]:
+    """Bytes of full fine-tuning over all devices: bfloat16 weights and gradients, AdamW moments in float32.
+
+    `optimizer_min` and `total_min` are for an optimizer with a single bfloat16 state.
+    """
+    weights = gradients = optimizer_min = 2 * num_params
+    optimizer = 8 * num_params
+    return {
+        "weights": weights,
+        "gradients": gradients,
+        "optimizer": optimizer,
+        "total": weights + gradients + optimizer,
+        "optimizer_min": optimizer_min,
+        "total_min": weights + gradients + optimizer_min,
+    }
+
+
+def _wanted_bytes(message: str, arguments: int) -> int:
+    """Bytes that a program which does not fit would use, from the TPU compiler's refusal."""
+    used = re.search(r"Used ([\d.]+)([KMGT]) of", message)
+    temporaries = re.search(r"HLO temporaries \(([\d.]+)([KMGT])\)", message)
+    for found, more in ((used, 0), (temporaries, arguments)):
+        if found is not None:
+            return more + int(float(found[1]) * 1024 ** ("KMGT".index(found[2]) + 1))
+    raise MemoryExceeded(f"the compiler refused the step: {message.splitlines()[0]}")

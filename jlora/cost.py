@@ -1,0 +1,67 @@
+"""Time and money: tokens of the user's own rows, and the hours and dollars of an epoch."""
+
+from pathlib import Path
+from typing import Any
+
+from jlora import data
+from jlora.compiled import SHAPES
+from jlora.config import Config
+from jlora.data import Epochs
+from jlora.pretrained import open_pretrained
+from jlora.topology import Target
+
+
+def count_data(cfg: Config) -> dict[str, int] | None:
+    """Tokens of an epoch of the user's own rows, and batches packed and padded; None without rows or tokenizer.
+
+    `packed_tokens` and `padded_tokens` are the tokens that the devices work through, padding included.
+    """
+    if cfg.model.path in SHAPES and cfg.model.tokenizer is None:
+        return None
+    if not Path(cfg.data.train).exists():
+        return None
+    opened = open_pretrained(cfg.model.path, cfg.model.tokenizer, cfg.data.chat_template)
+    rows = data.tokenize(cfg.data.train, opened.tokenizer, cfg.data)
+    counts = {"tokens": sum(len(e.ids) for e in rows.examples), "rows": len(rows.examples)}
+    for name, packing in (("packed", True), ("padded", False)):
+        section = cfg.data.model_copy(update={"packing": packing})
+        counts[name] = Epochs(rows, section, cfg.training.batch_size, cfg.training.seed).num_batches(1)
+        counts[f"{name}_tokens"] = counts[name] * cfg.training.batch_size * cfg.data.max_length
+    return counts
+
+
+def add_time(
+    result: dict[str, Any],
+    target: Target,
+    counts: dict[str, int] | None,
+    *,
+    tokens: float | None,
+    tokens_per_second: float | None,
+    utilization: list[float],
+    price: float | None,
+) -> None:
+    """Seconds and dollars of an epoch, at named utilisations of the published peak or at a given speed.
+
+    Args:
+      tokens: of an epoch, in place of `counts`. tokens_per_second: of one device. price: dollars a device-hour.
+    """
+    devices, per_step = result["devices"], result["tokens_per_step"]
+    steps: dict[str, float] = {name: counts[name] for name in ("packed", "padded")} if counts else {}
+    if tokens is not None:
+        steps = {"given": tokens / per_step}
+    result["data"] = counts
+    result["epoch_tokens"] = {name: number * per_step for name, number in steps.items()}
+    seconds: dict[str, dict[str, float]] = {}
+    for name, number in steps.items():
+        if tokens_per_second is not None:
+            rate = tokens_per_second
+            seconds[name] = {f"{rate:g} tokens/s/device": number * per_step / (rate * devices)}
+        elif target.peak_flops is not None:
+            flops = result["flops_per_step"] * number
+            seconds[name] = {f"{u:g}": flops / (devices * target.peak_flops * u) for u in utilization}
+    result["seconds_per_epoch_at"] = seconds
+    result["cost_usd_at"] = None
+    if price is not None:
+        result["cost_usd_at"] = {
+            name: {at: value / 3600 * devices * price for at, value in table.items()} for name, table in seconds.items()
+        }

@@ -1,0 +1,58 @@
+"""Whether a model divides over a mesh, asked before anything is read or compiled.
+
+JAX refuses an argument whose dim does not divide, deep in the call, and pads an activation in silence. Both
+are refused here by name. Sizes come from the table of weights, axes from `jlora.sharding.RULES`.
+"""
+
+import math
+
+from jax.sharding import Mesh
+
+from jlora.config import Config
+from jlora.errors import ConfigError
+from jlora.model import LlamaConfig, block_weights, outer_weights
+from jlora.sharding import MESH_AXES, RULES
+
+# Logical axis -> what a user calls its size, in config.json or in the run's config.
+NAMES = {
+    "embed": "hidden_size",
+    "heads": "num_attention_heads",
+    "kv_heads": "num_key_value_heads",
+    "mlp": "intermediate_size",
+    "vocab": "vocab_size",
+    "act_seq": "data.max_length",
+}
+
+
+def split_sizes(model: LlamaConfig, max_length: int) -> dict[str, dict[str, int]]:
+    """Mesh axis -> the named sizes that are split over it, from the weights' axes and the residual stream's."""
+    weights = (block_weights(model) | outer_weights(model)).values()
+    sizes = {axis: size for weight in weights for axis, size in zip(weight.axes, weight.shape, strict=True)}
+    sizes["act_seq"] = max_length
+    found: dict[str, dict[str, int]] = {axis: {} for axis in MESH_AXES}
+    for axis, size in sizes.items():
+        rule = RULES[axis]
+        for mesh_axis in (rule,) if isinstance(rule, str) else rule or ():
+            found[mesh_axis][NAMES.get(axis, axis)] = size
+    return found
+
+
+def working_sizes(model: LlamaConfig, max_length: int, axis: str, limit: int) -> list[int]:
+    """Sizes of a mesh axis, up to `limit`, that divide everything split over it."""
+    common = math.gcd(*split_sizes(model, max_length)[axis].values())
+    return [size for size in range(1, limit + 1) if common % size == 0]
+
+
+def check_divides(model: LlamaConfig, mesh: Mesh, cfg: Config) -> None:
+    """Every weight, and the residual stream's sequence, splits evenly over the mesh.
+
+    Raises:
+      ConfigError: naming the sizes that do not, and the sizes of the mesh axis that would.
+    """
+    for axis, sizes in split_sizes(model, cfg.data.max_length).items():
+        size = mesh.shape[axis]
+        uneven = [f"{name}={value}" for name, value in sizes.items() if value % size]
+        if uneven:
+            fitting = [str(n) for n in working_sizes(model, cfg.data.max_length, axis, max(mesh.size, size, 8))]
+            listed = " or ".join(filter(None, [", ".join(fitting[:-1]), fitting[-1]]))
+            raise ConfigError(f"mesh.{axis}={size} does not divide {', '.join(uneven)}; {listed} would")

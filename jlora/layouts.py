@@ -1,0 +1,188 @@
+"""The ways to lay a run out that leave its result as it is: mesh, rematerialisation, micro-batch, quantisation.
+
+What exists, which of them a run's batch and model allow, and a guess at each before anything is compiled.
+"""
+
+import math
+import types
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Union, get_args, get_origin
+
+import jax.numpy as jnp
+
+from jlora.config import Config, ModelSection
+from jlora.divides import split_sizes
+from jlora.model import LlamaConfig, block_weights, outer_weights
+from jlora.roofline import estimate, passes
+from jlora.topology import Target
+
+# Policies that hold at least as much as this one does.
+HEAVIER = {
+    "full": ("full", "attention", "dots", "none"),
+    "attention": ("attention", "none"),
+    "dots": ("dots", "none"),
+    "none": ("none",),
+}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One way to run a config.
+
+    Attributes:
+      rows: of a micro-batch, on one device.
+      batch_size: rows of an optimizer step over all devices; the config's own, where it divides.
+    """
+
+    data: int
+    fsdp: int
+    tensor: int
+    remat: str
+    quantization: Any
+    rows: int
+    batch_size: int
+
+    @property
+    def place(self) -> tuple[int, int, int, Any]:
+        """What decides where the weights lie."""
+        return self.data, self.fsdp, self.tensor, self.quantization
+
+    @property
+    def micro_batches(self) -> int:
+        """Gradient accumulation steps."""
+        return self.batch_size // (self.rows * self.data * self.fsdp)
+
+    def settings(self) -> dict[str, Any]:
+        """Dotted config key -> value."""
+        chosen = {
+            "mesh.data": self.data,
+            "mesh.fsdp": self.fsdp,
+            "mesh.tensor": self.tensor,
+            "model.remat": self.remat,
+            "training.batch_size": self.batch_size,
+            "training.gradient_accumulation_steps": self.micro_batches,
+        }
+        return chosen | ({"model.quantization": self.quantization} if len(choices("quantization")) > 1 else {})
+
+
+def choices(key: str) -> list[Any]:
+    """The values that the config allows for a key of its model section."""
+
+    def values(annotation: Any) -> list[Any]:
+        if annotation is None or annotation is type(None):
+            return [None]
+        if get_origin(annotation) is Literal:
+            return list(get_args(annotation))
+        if get_origin(annotation) in (Union, types.UnionType):
+            return [value for member in get_args(annotation) for value in values(member)]
+        return []
+
+    found = values(ModelSection.model_fields[key].annotation)
+    return sorted(dict.fromkeys(value for value in found if value != "auto"), key=lambda value: value is not None)
+
+
+def with_settings(cfg: Config, settings: dict[str, Any]) -> Config:
+    """The config with dotted keys changed, validated anew."""
+    tree = cfg.model_dump()
+    for key, value in settings.items():
+        section, _, name = key.partition(".")
+        tree[section][name] = value
+    return Config.model_validate(tree)
+
+
+def as_overrides(settings: dict[str, Any]) -> list[str]:
+    """Settings as words of a command line."""
+    return [f"{key}={'null' if value is None else value}" for key, value in settings.items()]
+
+
+def current(cfg: Config, mesh: dict[str, int]) -> Layout:
+    """The layout that a config asks for, on a mesh whose sizes are known."""
+    parts, batch = cfg.training.gradient_accumulation_steps, cfg.training.batch_size
+    rows = batch // (parts * mesh["data"] * mesh["fsdp"])
+    return Layout(**mesh, remat=cfg.model.remat, quantization=cfg.model.quantization, rows=rows, batch_size=batch)
+
+
+def meshes(model: LlamaConfig, cfg: Config, num_devices: int) -> list[tuple[int, int, int]]:
+    """Every (data, fsdp, tensor) over all devices that the model divides over."""
+    common = {axis: math.gcd(*found.values(), 0) for axis, found in split_sizes(model, cfg.data.max_length).items()}
+    return [
+        (data, fsdp, num_devices // (data * fsdp))
+        for data in _divisors(num_devices)
+        for fsdp in _divisors(num_devices // data)
+        if common["fsdp"] % fsdp == 0 and common["tensor"] % (num_devices // (data * fsdp)) == 0
+    ]
+
+
+def layouts(model: LlamaConfig, cfg: Config, num_devices: int, *, keep_batch: bool) -> Iterator[Layout]:
+    """Every layout of a run.
+
+    Args:
+      keep_batch: only where `training.batch_size` divides as it is; otherwise only where it does not, with the
+        next multiple of what the mesh needs in its place.
+    """
+    for data, fsdp, tensor in meshes(model, cfg, num_devices):
+        batch, shards = cfg.training.batch_size, data * fsdp
+        if (batch % shards == 0) != keep_batch:
+            continue
+        batch = -(-batch // shards) * shards
+        for quantization in choices("quantization"):
+            for remat in choices("remat"):
+                for rows in _divisors(batch // shards):
+                    yield Layout(data, fsdp, tensor, remat, quantization, rows, batch)
+
+
+def smallest(layout: Layout) -> Layout:
+    """The layout over the same mesh that needs the least memory."""
+    return replace(layout, remat="full", rows=1)
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def saved_bytes(model: LlamaConfig, cfg: Config, layout: Layout) -> float:
+    """About what the forward pass of a micro-batch keeps for the backward pass, on one device."""
+    d, f, h = model.hidden_size, model.intermediate_size, model.head_dim
+    heads, kv_heads = model.num_attention_heads, model.num_key_value_heads
+    products = 2 * d + (heads + 2 * kv_heads) * h + 2 * f
+    width = {"full": d, "attention": d + heads * h, "dots": d + products, "none": 2 * products}[layout.remat]
+    tokens = layout.rows * cfg.data.max_length
+    return tokens * model.num_hidden_layers * width * jnp.dtype(cfg.model.dtype).itemsize / layout.tensor
+
+
+def guess_seconds(
+    model: LlamaConfig, cfg: Config, target: Target, layout: Layout, flops: float
+) -> tuple[float, float, float]:
+    """Order in which layouts are worth compiling: seconds of a token, then FLOPs and bytes where no peak is known.
+
+    The bytes sent are arithmetic here (weights gathered over fsdp, the residual stream gathered and scattered four
+    times a layer over tensor, the adapter's gradients reduced); of a compiled layout they are counted.
+
+    Args:
+      flops: of a step with the config's own batch.
+    """
+    itemsize = jnp.dtype(cfg.model.dtype).itemsize
+    inner = sum(math.prod(weight.shape) for weight in block_weights(model).values())
+    outer = sum(math.prod(weight.shape) for weight in outer_weights(model).values())
+    weights = itemsize * (inner * model.num_hidden_layers + outer) / layout.tensor
+    stream = layout.rows * cfg.data.max_length * model.hidden_size * itemsize * model.num_hidden_layers
+    often = layout.micro_batches * passes(layout.remat)
+    sent = often * weights * (layout.fsdp - 1) / layout.fsdp
+    sent += often * 4 * stream * (layout.tensor - 1) / layout.tensor
+    shards, adapted = layout.data * layout.fsdp, model.num_hidden_layers * model.hidden_size * cfg.lora.rank
+    sent += 2 * 4 * len(cfg.lora.targets) * 2 * adapted * (shards - 1) / shards / layout.tensor
+    tokens = layout.batch_size * cfg.data.max_length
+    flops *= layout.batch_size / cfg.training.batch_size
+    guessed = estimate(
+        target,
+        flops=flops,
+        tokens=tokens,
+        weight_bytes=weights,
+        temp_bytes=saved_bytes(model, cfg, layout),
+        sent_bytes=sent,
+        micro_batches=layout.micro_batches,
+        remat=layout.remat,
+    )
+    seconds = guessed["seconds_per_step"] if guessed else 0.0
+    return seconds / tokens, flops / tokens, sent / tokens

@@ -1,0 +1,167 @@
+"""`plan --search`: compile layouts of a run, the promising ones first, until the fastest that fits is known.
+
+Memory grows with the rows of a micro-batch and with what is not rematerialised, so one answer of the compiler
+rules out many layouts; the others are left out where even their arithmetic takes longer than the best found.
+"""
+
+from typing import Any
+
+import jax
+
+from jlora.compiled import held_bytes, model_shape, plan, step_flops
+from jlora.config import Config
+from jlora.layouts import (
+    HEAVIER,
+    Layout,
+    as_overrides,
+    choices,
+    guess_seconds,
+    layouts,
+    saved_bytes,
+    smallest,
+    with_settings,
+)
+from jlora.model import LlamaConfig
+from jlora.sharding import make_mesh
+from jlora.topology import Target
+from jlora.train import make_forward
+
+ENOUGH = 4  # layouts that fit, after which the guessed order is trusted for the rest
+
+
+class Compiler:
+    """Compiles layouts of one run on one target, and remembers what that says of the others.
+
+    Attributes:
+      results: layout -> what `jlora.compiled.plan` says of it.
+    """
+
+    def __init__(self, cfg: Config, target: Target, model: LlamaConfig):
+        self.cfg, self.target, self.model = cfg, target, model
+        self.results: dict[Layout, dict[str, Any]] = {}
+        self._held: dict[Any, int] = {}
+        self._flops: dict[str, float] = {}
+
+    def flops(self, remat: str) -> float:
+        """FLOPs of a step with the config's own batch: the same on every mesh."""
+        if remat not in self._flops:
+            one = {"mesh.data": 1, "mesh.fsdp": 1, "mesh.tensor": 1, "model.remat": remat}
+            cfg = with_settings(self.cfg, one)
+            mesh = make_mesh(cfg.mesh, self.target.devices[:1])
+            with jax.set_mesh(mesh):
+                self._flops[remat] = step_flops(cfg, self.model, mesh, make_forward(cfg, self.model, mesh)[1])
+        return self._flops[remat]
+
+    def guess(self, layout: Layout) -> tuple[float, float, float]:
+        """See `guess_seconds`."""
+        return guess_seconds(self.model, self.cfg, self.target, layout, self.flops(layout.remat))
+
+    def compile(self, layout: Layout) -> dict[str, Any]:
+        """The plan of a layout, with its overrides; compiled once."""
+        if layout not in self.results:
+            settings = layout.settings()
+            flops = self.flops(layout.remat) * layout.batch_size / self.cfg.training.batch_size
+            result = plan(with_settings(self.cfg, settings), self.target, self.model, flops)
+            self.results[layout] = result | {"overrides": as_overrides(settings)}
+        return self.results[layout]
+
+    def held(self, layout: Layout) -> int:
+        """Bytes of a device before any temporary."""
+        if layout.place not in self._held:
+            cfg = with_settings(self.cfg, smallest(layout).settings())
+            self._held[layout.place] = held_bytes(cfg, self.target, self.model)
+        return self._held[layout.place]
+
+    def least(self, layout: Layout) -> float:
+        """Bytes of a device that a layout needs at the least, from its arguments and from what was compiled.
+
+        Of the arithmetic on what is saved only half counts: compilers recompute a little by themselves.
+        """
+        bounds = [saved_bytes(self.model, self.cfg, layout) / 2]
+        for other, result in self.results.items():
+            if other.place == layout.place and layout.remat in HEAVIER.get(other.remat, (other.remat,)):
+                temporaries = result["peak_bytes"] - result["argument_bytes"]
+                bounds.append(temporaries * min(1.0, layout.rows / other.rows))
+        return self.held(layout) + max(bounds)
+
+    def speed(self, layout: Layout) -> tuple[float, float, float]:
+        """Like `guess`, from the compiled program."""
+        result = self.results[layout]
+        tokens, known = result["tokens_per_step"], result["estimate"]
+        seconds = known["seconds_per_step"] if known else 0.0
+        return seconds / tokens, result["flops_per_step"] / tokens, (result["sent_bytes_per_step"] or 0.0) / tokens
+
+
+def search(cfg: Config, target: Target, limit: int) -> dict[str, Any]:
+    """The fastest layout that fits, by `jlora.roofline`.
+
+    The batch of an optimizer step stays as configured, so a run's result does; only where no such layout fits
+    are meshes tried that need another batch.
+
+    Args:
+      limit: compilations at most.
+
+    Returns:
+      {"best": the plan of the fastest, or of the smallest where none fits, "fits", "overrides", "tried", ...}.
+    """
+    compiler = Compiler(cfg, target, model_shape(cfg.model.path))
+    everything: list[Layout] = []
+    for keep_batch in (True, False):
+        found = list(layouts(compiler.model, cfg, len(target.devices), keep_batch=keep_batch))
+        everything += found
+        _walk(compiler, found, limit)
+        if any(result["fits"] for result in compiler.results.values()):
+            break
+    fitting = [layout for layout, result in compiler.results.items() if result["fits"]]
+    if fitting:
+        chosen = min(fitting, key=compiler.speed)
+    else:
+        if not compiler.results:  # the arguments alone are too much everywhere
+            everything = [
+                x for keep in (True, False) for x in layouts(compiler.model, cfg, len(target.devices), keep_batch=keep)
+            ]
+            compiler.compile(min({smallest(x) for x in everything}, key=compiler.held))
+        chosen = min(compiler.results, key=lambda layout: compiler.results[layout]["peak_bytes"])
+    best = compiler.results[chosen]
+    keys = ("overrides", "fits", "peak_bytes", "capacity_bytes", "estimate", "sent_bytes_per_step", "compile_seconds")
+    return {
+        "topology": target.spec,
+        "fits": bool(fitting),
+        "best": best,
+        "overrides": best["overrides"],
+        "batch_size_kept": chosen.batch_size == cfg.training.batch_size,
+        "quantizations": choices("quantization"),
+        "layouts": len(everything),
+        "tried": [{key: result[key] for key in keys} for result in compiler.results.values()],
+    }
+
+
+def _walk(compiler: Compiler, queue: list[Layout], limit: int) -> None:
+    """Compile from the most promising on, until enough fit, nothing better can be left, or the limit is reached."""
+    capacity = compiler.target.capacity
+    queue = sorted(queue, key=compiler.guess)
+    while queue and len(compiler.results) < limit:
+        layout, *queue = queue
+        if compiler.least(layout) > capacity:
+            continue
+        fitting = [other for other, result in compiler.results.items() if result["fits"]]
+        if len(fitting) >= ENOUGH:
+            return
+        if any(_is_slower(compiler, layout, other) for other in fitting):
+            continue
+        if compiler.compile(layout)["fits"] or layout == smallest(layout):
+            continue
+        if len(compiler.results) < limit and not compiler.compile(smallest(layout))["fits"]:
+            queue = [other for other in queue if other.place != layout.place]
+
+
+def _is_slower(compiler: Compiler, layout: Layout, other: Layout) -> bool:
+    """Whether `layout` can not beat `other`, which was compiled: more work in smaller parts, or too much work."""
+    more_work = compiler.flops(layout.remat) >= compiler.flops(other.remat)
+    if layout.place == other.place and layout.rows <= other.rows and more_work:
+        return True
+    known, peak = compiler.results[other]["estimate"], compiler.target.peak_flops
+    if known is None or peak is None:
+        return False
+    row = compiler.flops(layout.remat) / compiler.cfg.training.batch_size
+    return row / (len(compiler.target.devices) * peak) >= known["seconds_per_step"] / other.batch_size

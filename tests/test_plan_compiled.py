@@ -1,0 +1,82 @@
+"""Peaks that the real compilers give for absent hardware, against the most that each may take.
+
+LoRA of rank 16 on q, k, v, o, bfloat16, everything rematerialised. A line runs where its compiler is installed:
+the extras cuda12 and tpu, each in an environment of its own (`scripts/test` makes both).
+"""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+CONFIG = """
+model: {path: llama2-70b, dtype: bfloat16, remat: full}
+lora: {rank: 16, alpha: 32, target_modules: [q_proj, k_proj, v_proj, o_proj]}
+data: {train: rows.jsonl}
+output_dir: run
+"""
+GIB = 2**30
+MOST_SECONDS = 180
+needs = {
+    "gpu": pytest.mark.skipif(importlib.util.find_spec("jax_cuda12_plugin") is None, reason="needs the extra cuda12"),
+    "tpu": pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the extra tpu"),
+}
+
+
+def line(model, topology, batch, length, mesh, most, *, slow=False):
+    """One case: the model's size, rows and length of a batch, (data, fsdp, tensor), and the most GiB, or None."""
+    marks = [needs[topology[:3]], *([pytest.mark.slow] if slow else [])]
+    return pytest.param(f"llama2-{model}", topology, batch, length, mesh, most, marks=marks, id=f"{model}-{topology}")
+
+
+def peak(tmp_path: Path, model: str, topology: str, batch: int, length: int, mesh: tuple[int, int, int]) -> dict:
+    """What a real `plan --json` says, within the time that a line may take."""
+    config = tmp_path / "c.yaml"
+    config.write_text(CONFIG)
+    axes = [f"mesh.{axis}={size}" for axis, size in zip(("data", "fsdp", "tensor"), mesh, strict=True)]
+    sizes = [f"model.path={model}", f"training.batch_size={batch}", f"data.max_length={length}"]
+    command = [sys.executable, "-m", "jlora.plan", "--config", str(config), "--topology", topology, "--json"]
+    began = time.monotonic()
+    done = subprocess.run([*command, *axes, *sizes], capture_output=True, text=True, env=os.environ | {"XLA_FLAGS": ""})
+    assert done.returncode == 0, done.stderr
+    assert time.monotonic() - began < MOST_SECONDS
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize(
+    ("model", "topology", "batch", "length", "mesh", "most"),
+    [
+        line("70b", "gpu:h100-80gb:2", 1, 4096, (1, 1, 2), 70),
+        line("13b", "gpu:a100-40gb:1", 1, 4096, (1, 1, 1), None),
+        line("7b", "gpu:h100-80gb:1", 1, 4096, (1, 1, 1), 15),
+        line("7b", "tpu:v5e:1x1", 1, 2048, (1, 1, 1), None),
+        line("70b", "tpu:v5p:2x2x1", 4, 4096, (1, 1, 4), 42, slow=True),
+        line("70b", "tpu:v5e:4x4", 16, 2048, (1, 4, 4), 13.5, slow=True),
+        line("70b", "tpu:v5p:4x4x4", 64, 4096, (1, 16, 4), 12, slow=True),
+    ],
+)
+def test_peak_of_a_device(tmp_path, model, topology, batch, length, mesh, most):
+    result = peak(tmp_path, model, topology, batch, length, mesh)
+    assert result["fits"] and result["peak_bytes"] <= result["capacity_bytes"]
+    assert most is None or result["peak_bytes"] <= most * GIB
+    # Below the base's own share of a device there is no plan, only a broken count.
+    assert result["peak_bytes"] > result["base_bytes"] > 0
+    assert result["attention"] == {"gpu": "cudnn", "tpu": "splash"}[topology[:3]]
+    assert result["estimate"]["seconds_per_step"] > 0
+    assert (result["sent_bytes_per_step"] > 0) == (result["devices"] > 1)
+
+
+@needs["tpu"]
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [(1, 64, 4), (4, 16, 4)], ids=["more fsdp", "more data"])
+def test_a_device_of_256_holds_no_more_than_one_of_64(tmp_path, mesh):
+    """Four times the chips and four times the batch: the same rows a device."""
+    few = peak(tmp_path, "llama2-70b", "tpu:v5p:4x4x4", 64, 4096, (1, 16, 4))
+    many = peak(tmp_path, "llama2-70b", "tpu:v5p:4x8x8", 256, 4096, mesh)
+    assert many["devices"] == 256 == 4 * few["devices"]
+    assert many["peak_bytes"] <= few["peak_bytes"]
