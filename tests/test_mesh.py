@@ -88,7 +88,7 @@ def losses(run_dir):
 def drift(run_dir, reference):
     """Norm of the difference of two adapters over that of the adapter, the worst tensor's.
 
-    Not the largest single entry: where a gradient is next to nothing, Adam makes a whole step of its rounding.
+    Adam enlarges it: where a gradient is next to nothing, it makes a whole step of the gradient's rounding.
     """
     found, expected = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (run_dir, reference))
     assert found.keys() == expected.keys()
@@ -96,7 +96,7 @@ def drift(run_dir, reference):
     return max(float(norm(found[name] - right) / norm(right)) for name, right in expected.items())
 
 
-def require_the_same_runs(folder, config, meshes):
+def require_the_same_runs(folder, config, meshes, largest_drift):
     """Train on one device here and on every mesh there; the same losses to 1e-5, the same adapter but for rounding."""
     train(load_config(config, ["model.remat=full", f"output_dir={folder / 'one'}"]), quiet=True)
     expected = losses(folder / "one")
@@ -107,7 +107,7 @@ def require_the_same_runs(folder, config, meshes):
             np.testing.assert_allclose(curve, expected[key], rtol=1e-5, err_msg=f"{name}: {key}")
         adapters = drift(Path(run_dir), folder / "one")
         print(f"{name}: the adapter drifts by {adapters:.1e} of its norm")
-        assert adapters < 1e-4
+        assert adapters < largest_drift
 
 
 def test_tiny_model(tmp_path):
@@ -122,8 +122,9 @@ def test_tiny_model(tmp_path):
         lora={"target_modules": "all-linear", "dropout": 0.1},
         data={"format": "completion", "max_length": 64, "eval": str(rows)},
         training={"batch_size": 16, "gradient_accumulation_steps": 2, "max_steps": 6},
+        optimizer={"name": "sgd", "learning_rate": 0.1},
     )
-    require_the_same_runs(tmp_path, config, MESHES)
+    require_the_same_runs(tmp_path, config, MESHES, 5e-6)
 
 
 @needs_data
@@ -137,7 +138,7 @@ def test_a_real_model_of_260_thousand_parameters(tmp_path):
         data={"max_length": 256, "on_bad_row": "skip", "eval": 0.1},
         training={"batch_size": 8, "max_steps": 6},
     )
-    require_the_same_runs(tmp_path, config, MESHES)
+    require_the_same_runs(tmp_path, config, MESHES, 1e-4)
 
 
 def test_splash_over_a_mesh():
