@@ -86,9 +86,9 @@ def place(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
-def gather(tree: Tree) -> Tree:
+def gather(tree: Tree, mesh: Mesh) -> Tree:
     """Arrays of any layout as NumPy arrays, whole, in every process; one that is sharded over processes is sent."""
-    whole = jax.jit(lambda leaf: leaf, out_shardings=named_sharding(jax.sharding.get_mesh(), ()))
+    whole = jax.jit(lambda leaf: leaf, out_shardings=named_sharding(mesh, ()))
     return jax.tree.map(lambda leaf: np.asarray(whole(leaf)), tree)
 
 

@@ -97,7 +97,7 @@ def export_adapter(
     In a job of several processes the first writes, and all read.
     """
     with removed_if_wrong(folder):
-        whole = gather(adapter)
+        whole = gather(adapter, mesh)
         if is_main():
             save_adapter(folder, whole, section, base_name, pretrained.base_hash)
         wait_for_all("exported")

@@ -164,16 +164,15 @@ def test_the_lectures_sum(config):
 
 
 def test_time_and_cost_are_a_table_of_the_users_own_rows(config):
-    done = plan(config, "--topology", "cpu:1", "--price", "2.5", "--tokens-per-second", "100")
+    # Longer than the rows, so that several pack into one.
+    arguments = ("--topology", "cpu:1", "--price", "2.5", "--tokens-per-second", "100", "data.max_length=800")
+    done = plan(config, *arguments)
     assert done.returncode == 0, done.stderr
-    as_json = json.loads(
-        plan(config, "--topology", "cpu:1", "--price", "2.5", "--tokens-per-second", "100", "--json").stdout
-    )
-    counts = as_json["data"]
+    counts = json.loads(plan(config, *arguments, "--json").stdout)["data"]
     for name in ("packed", "padded"):
         (line,) = (line for line in done.stdout.splitlines() if f" {name} " in line)
         tokens, speed, hours, dollars = (cell.strip() for cell in line.split("│")[2:6])
-        assert tokens == f"{counts[name + '_tokens']:,}" == f"{counts[name] * 4 * 320:,}"
+        assert tokens == f"{counts[name + '_tokens']:,}" == f"{counts[name] * 4 * 800:,}"
         assert speed == "100 tokens/s/device"
         assert hours == f"{counts[name + '_tokens'] / 100 / 3600:,.2f}"
         assert dollars == f"{counts[name + '_tokens'] / 100 / 3600 * 2.5:,.2f}"

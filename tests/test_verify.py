@@ -37,7 +37,9 @@ def adapter(pretrained):
 
 def test_a_true_export_passes_and_stays(pretrained, adapter, tmp_path):
     section, factors = adapter
-    difference = verify.export_adapter(tmp_path / "out", factors, section, "base", pretrained, FLOAT32)
+    difference = verify.export_adapter(
+        tmp_path / "out", factors, section, "base", pretrained, FLOAT32, one_device_mesh()
+    )
     assert difference == 0.0 and (tmp_path / "out" / "adapter_model.safetensors").is_file()
     assert verify.compare_with_peft(tmp_path / "out", factors, pretrained) < 1e-5
 
@@ -51,13 +53,13 @@ def test_a_wrong_export_is_refused_and_removed(pretrained, adapter, tmp_path, mo
 
     monkeypatch.setattr(verify, "load_adapter", off_by_a_little)
     with pytest.raises(ModelError, match="logits that differ"):
-        verify.export_adapter(tmp_path / "out", factors, section, "base", pretrained, FLOAT32)
+        verify.export_adapter(tmp_path / "out", factors, section, "base", pretrained, FLOAT32, one_device_mesh())
     assert not (tmp_path / "out").exists()
 
 
 def test_peft_disagreeing_is_refused(pretrained, adapter, tmp_path):
     section, factors = adapter
-    verify.export_adapter(tmp_path / "out", factors, section, "base", pretrained, FLOAT32)
+    verify.export_adapter(tmp_path / "out", factors, section, "base", pretrained, FLOAT32, one_device_mesh())
     other = jax.tree.map(lambda x: x * 1.1, factors)
     with pytest.raises(ModelError, match="logits that differ"):
         verify.compare_with_peft(tmp_path / "out", other, pretrained)
