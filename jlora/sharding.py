@@ -59,6 +59,12 @@ def partition_spec(axes: tuple[str | None, ...]) -> PartitionSpec:
     return PartitionSpec(*spec)
 
 
+def num_shards(mesh: Mesh, axis: str) -> int:
+    """Into how many parts `mesh` cuts a dim with this logical axis."""
+    names = RULES[axis] or ()
+    return int(np.prod([mesh.shape[name] for name in ((names,) if isinstance(names, str) else names)], dtype=int))
+
+
 def named_sharding(mesh: Mesh, axes: tuple[str | None, ...]) -> NamedSharding:
     """The placement on `mesh` of an array with these logical axes."""
     return NamedSharding(mesh, partition_spec(axes))
