@@ -25,7 +25,8 @@ from jlora.errors import ModelError
 from jlora.gguf import GGUFFile
 from jlora.hf.names import Entry, name_table
 from jlora.layers import RopeScaling
-from jlora.model import Decoder, LlamaConfig, abstract_decoder
+from jlora.model import Decoder, LlamaConfig, abstract_decoder, check_blocks
+from jlora.quant import Leaf, encode, map_axes
 from jlora.sharding import named_sharding
 
 # Fields of a Llama config that change the numerics, with the values that jlora computes. What
@@ -257,37 +258,50 @@ def check_names(cfg: LlamaConfig, shapes: dict[str, tuple[int, ...]], where: str
 
 
 @partial(jax.jit, static_argnames=("shape", "transposed"), donate_argnums=0)
-def _write(buffer: jax.Array, array: jax.Array, layer: jax.Array, shape: tuple[int, ...], transposed: bool):
-    array = (array.T if transposed else array).reshape(shape).astype(buffer.dtype)
-    if buffer.ndim == len(shape):
-        return array
-    return jax.lax.dynamic_update_index_in_dim(buffer, array, layer, 0)
+def _write(buffer: Leaf, array: jax.Array, layer: jax.Array | None, shape: tuple[int, ...], transposed: bool) -> Leaf:
+    leaf = encode((array.T if transposed else array).reshape(shape), buffer)
+    if layer is None:
+        return leaf
+    update = partial(jax.lax.dynamic_update_index_in_dim, index=layer, axis=0)
+    return jax.tree.map(update, buffer, leaf)
 
 
-def load_base(source: Source, where: str, dtype: jnp.dtype, mesh: jax.sharding.Mesh) -> tuple[Decoder, str]:
+def _zeros(param: Any, mesh: jax.sharding.Mesh) -> Leaf:
+    def zeros(leaf: jax.ShapeDtypeStruct, axes: tuple[str, ...]) -> jax.Array:
+        return jax.jit(partial(jnp.zeros, leaf.shape, leaf.dtype), out_shardings=named_sharding(mesh, axes))()
+
+    return map_axes(zeros, param.get_raw_value(), param.axes)
+
+
+def load_base(
+    source: Source, where: str, dtype: jnp.dtype, mesh: jax.sharding.Mesh, quantization: str | None = None
+) -> tuple[Decoder, str]:
     """The model in `dtype`, laid out over `mesh`, and the SHA-256 of its tensors as stored.
 
+    Args:
+      quantization: as what the projections are held, from their stored values on, one on the devices at a time.
+
     Raises:
+      ConfigError: see `jlora.model.check_blocks`.
       ModelError: what `parse_config` and `check_names` refuse, a damaged file, a non-finite weight.
     """
     cfg = parse_config(source.config, where)
     table = check_names(cfg, source.shapes, where)
-    decoder = abstract_decoder(cfg, dtype)
+    check_blocks(cfg, quantization, mesh)
+    decoder = abstract_decoder(cfg, dtype, quantization)
     digest = hashlib.sha256()
     for name, entry in table.items():
         owner = decoder if entry.layer is None else decoder.layers
         param = getattr(owner, entry.leaf)
-        buffer = param.get_raw_value()
-        if isinstance(buffer, jax.ShapeDtypeStruct):
-            zeros = partial(jnp.zeros, buffer.shape, buffer.dtype)
-            buffer = jax.jit(zeros, out_shardings=named_sharding(mesh, param.axes))()
+        if not entry.layer:
+            param.set_raw_value(_zeros(param, mesh))
         array = source.read(name)
         if not np.isfinite(array).all():
             raise ModelError(f"{where}: tensor {name} holds NaN or infinity; the file is damaged")
         digest.update(f"{name} {array.dtype} {array.shape} ".encode())
         digest.update(np.ascontiguousarray(array).view(np.uint8).data)
-        layer = jnp.asarray(entry.layer or 0)
-        param.set_raw_value(_write(buffer, array, layer, entry.shape, entry.transposed))
+        layer = None if entry.layer is None else jnp.asarray(entry.layer)
+        param.set_raw_value(_write(param.get_raw_value(), array, layer, entry.shape, entry.transposed))
     return decoder, digest.hexdigest()
 
 
