@@ -25,8 +25,9 @@ from jlora.config import Config, load_config
 from jlora.data import Epochs
 from jlora.errors import ConfigError, MemoryExceeded
 from jlora.hf.base import open_source, parse_config, resolve
-from jlora.model import Decoder, LlamaConfig, abstract_decoder, projection_shapes
+from jlora.model import Decoder, LlamaConfig, abstract_decoder, check_blocks, projection_shapes
 from jlora.pretrained import open_pretrained
+from jlora.quant import map_axes
 from jlora.sharding import make_mesh, named_sharding
 from jlora.step import Forward, abstract_state, count_parameters, make_train_step, place_adapter
 from jlora.topology import KNOWN, Target, compiler_logs_off, compiling_for, prepare
@@ -64,12 +65,14 @@ def model_shape(path: str) -> LlamaConfig:
 
 def place_base(base: Decoder, mesh: jax.sharding.Mesh) -> Decoder:
     """The abstract base laid out over `mesh`, as `jlora.hf.base.load_base` lays out the real one."""
+
+    def place(shape: jax.ShapeDtypeStruct, axes: tuple[str, ...]) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=named_sharding(mesh, axes))
+
     for owner in (base, base.layers):
         for param in vars(owner).values():
             if isinstance(param, nnx.Param):
-                shape = param.get_raw_value()
-                sharding = named_sharding(mesh, param.axes)
-                param.set_raw_value(jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding))
+                param.set_raw_value(map_axes(place, param.get_raw_value(), param.axes))
     return base
 
 
@@ -77,7 +80,8 @@ def abstract_step(
     cfg: Config, model: LlamaConfig, mesh: jax.sharding.Mesh, forward: Forward
 ) -> tuple[Any, tuple[Any, Any, Any], dict[str, Any]]:
     """The step, its arguments (state, frozen leaves, batch) as shapes, and {"adapter", "base"}."""
-    base = place_base(abstract_decoder(model, param_dtype(cfg)), mesh)
+    check_blocks(model, cfg.model.quantization, mesh)
+    base = place_base(abstract_decoder(model, param_dtype(cfg), cfg.model.quantization), mesh)
     adapter = {}
     if cfg.method == "lora":
         make = partial(init_adapter, cfg.lora, projection_shapes(model), model.num_hidden_layers, 0)
