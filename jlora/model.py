@@ -229,6 +229,7 @@ class Decoder(nnx.Module):
             kv_segments=segments,
             q_positions=positions,
             kv_positions=positions,
+            window=None,
         )
 
         def layer(x: Array, scanned: tuple[Block, Adapter, PRNGKeyArray | None]) -> tuple[Array, None]:
@@ -265,7 +266,8 @@ class Decoder(nnx.Module):
                 nonlocal keys, values
                 keys = jax.lax.dynamic_update_slice(keys, k[None], (index, 0, slot, 0, 0))
                 values = jax.lax.dynamic_update_slice(values, v[None], (index, 0, slot, 0, 0))
-                return attention(q, keys[index], values[index], segments, all_segments, positions, all_positions)
+                rows = segments, all_segments, positions, all_positions
+                return attention(q, keys[index], values[index], *rows, None)
 
             return (block(x, positions, attend, factors, None), keys, values), None
 

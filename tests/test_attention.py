@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 from jlora import attention
+from jlora.attention import tpu
 from jlora.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
@@ -56,7 +57,7 @@ def test_cudnn_is_asked_for_attention_over_packed_rows(monkeypatch):
         return ask(*args, implementation="xla", **kwargs)
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", answer)
-    rows = (segments, segments, positions, positions)
+    rows = (segments, segments, positions, positions, None)
     found = attention.cudnn(*map(jnp.asarray, (q, k, v)), *rows)
     expected = attention.reference(*map(jnp.asarray, (q, k, v)), *rows)
     assert np.isfinite(np.asarray(found)).all()
@@ -68,7 +69,7 @@ def test_cudnn_is_asked_for_attention_over_packed_rows(monkeypatch):
 
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(4, 2, 128), (2, 2, 64)], ids=["grouped", "head dim 64"])
 def test_splash_equals_the_reference_forward_and_backward(heads, kv_heads, head_dim, monkeypatch):
-    monkeypatch.setattr(attention, "MAX_SPLASH_BLOCK", 128)  # several blocks
+    monkeypatch.setattr(tpu, "MAX_SPLASH_BLOCK", 128)  # several blocks
     rng = np.random.default_rng(1)
     segments, positions = packed_rows(rng, 2, 256, 5)
     segments[1], positions[1] = 1, np.arange(256)  # one whole row
@@ -83,8 +84,8 @@ def test_splash_equals_the_reference_forward_and_backward(heads, kv_heads, head_
         (_, out), gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))(*qkv)
         return out, *gradients
 
-    ours = run(partial(attention._splash_rows, segments=jnp.asarray(segments), interpret=True))
-    rows = dict(q_segments=segments, kv_segments=segments, q_positions=positions, kv_positions=positions)
+    ours = run(partial(tpu._splash_rows, segments=jnp.asarray(segments), interpret=True))
+    rows = dict(q_segments=segments, kv_segments=segments, q_positions=positions, kv_positions=positions, window=None)
     theirs = run(partial(attention.reference, **rows))
     for name, found, expected in zip(("out", "dq", "dk", "dv"), ours, theirs, strict=True):
         found, expected = np.asarray(found), np.asarray(expected)
@@ -166,7 +167,7 @@ xla_bridge.canonicalize_platform = lambda p: "cuda" if p == "gpu" else canonical
 mesh = Mesh(np.array(devices).reshape(1, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
 def grads(q, k, v, segments):
     def loss(q, k, v):
-        return attention.cudnn(q, k, v, segments, segments, segments, segments).astype(jnp.float32).sum()
+        return attention.cudnn(q, k, v, segments, segments, segments, segments, None).astype(jnp.float32).sum()
     return jax.grad(loss, argnums=(0, 1, 2))(q, k, v)
 def arg(shape, dtype, spec):
     return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))

@@ -44,20 +44,21 @@ SPLASH = """
 import numpy as np, jax, jax.numpy as jnp
 from functools import partial
 from jlora import attention
+from jlora.attention import interface, tpu
 from jlora.config import MeshSection
 from jlora.errors import ConfigError
 from jlora.sharding import make_mesh
-attention.MAX_SPLASH_BLOCK = 128
+tpu.MAX_SPLASH_BLOCK = 128
 rng = np.random.default_rng(0)
 q, k, v = (jnp.asarray(rng.standard_normal((4, 256, n, 64)), jnp.float32) for n in (4, 2, 2))
 segments = jnp.asarray(np.sort(rng.integers(1, 4, (4, 256)), axis=1), jnp.int32)
 positions = jnp.arange(256)[None].repeat(4, 0)
 def grads(attend):
     return jax.jit(jax.grad(lambda *qkv: jnp.sin(attend(*qkv)).sum(), argnums=(0, 1, 2)))(q, k, v)
-rows = dict(q_segments=segments, kv_segments=segments, q_positions=positions, kv_positions=positions)
+rows = dict(q_segments=segments, kv_segments=segments, q_positions=positions, kv_positions=positions, window=None)
 expected = grads(partial(attention.reference, **rows))
 splash = partial(
-    attention._per_device, partial(attention._splash_rows, interpret=True), segments=segments
+    interface.per_device, partial(tpu._splash_rows, interpret=True), segments=segments
 )
 with jax.set_mesh(make_mesh(MeshSection(data=2, fsdp=2, tensor=2), jax.devices())):
     for found, right in zip(grads(splash), expected):

@@ -85,6 +85,7 @@ def test_block_equals_transformers(layer, llama, base):
         kv_segments=jnp.ones_like(positions),
         q_positions=positions,
         kv_positions=positions,
+        window=None,
     )
 
     @jax.jit

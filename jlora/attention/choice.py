@@ -1,0 +1,51 @@
+"""Which implementation a device, a dtype and the shapes of a run allow."""
+
+import jax
+import jax.numpy as jnp
+
+from jlora.attention.gpu import cudnn
+from jlora.attention.interface import Attention
+from jlora.attention.plain import reference
+from jlora.attention.tpu import splash
+from jlora.errors import ConfigError
+
+
+def choose(name: str, device: jax.Device, head_dim: int, length: int, dtype: jnp.dtype) -> tuple[str, Attention]:
+    """The implementation for a config's `model.attention`, and its name for the log.
+
+    Args:
+      device: one of those that the run is for, here or absent.
+
+    Raises:
+      ConfigError: the implementation asked for by name does not run there, or not on these shapes.
+    """
+    platform, is_gpu = device.platform, device.platform in ("gpu", "cuda")
+    wanted = "cudnn" if is_gpu else "splash" if platform == "tpu" else "reference"
+    asked = wanted if name == "auto" else name
+    if asked == "reference":
+        return "reference", reference
+    if asked == "cudnn":
+        needs = {
+            "a GPU": is_gpu,
+            "model.dtype bfloat16 or float16": dtype in (jnp.bfloat16, jnp.float16),
+            "a head dim that is a multiple of 8 and at most 128": head_dim % 8 == 0 and head_dim <= 128,
+            "a length that is a multiple of 64": length % 64 == 0,
+        }
+        kernel: Attention = cudnn
+    else:
+        needs = {
+            "a TPU": platform == "tpu",
+            "a head dim of 64 or a multiple of 128": head_dim == 64 or head_dim % 128 == 0,
+            "a length that is a multiple of 128": length % 128 == 0,
+        }
+        kernel = splash
+    lacking = [need for need, met in needs.items() if not met]
+    if not lacking:
+        return asked, kernel
+    here = f"{platform}, {jnp.dtype(dtype).name}, head dim {head_dim}, length {length}"
+    if name == "auto":
+        return f"reference, because {asked} needs {' and '.join(lacking)} (here {here})", reference
+    working = " or ".join(dict.fromkeys(["auto", *([wanted] if wanted != asked else []), "reference"]))
+    raise ConfigError(
+        f"model.attention={asked} needs {' and '.join(lacking)} (here {here}); set model.attention to {working}"
+    )

@@ -1,0 +1,33 @@
+"""The reference that every kernel is checked against: all scores in memory."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+def reference(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    q_segments: Int[Array, "B T"],
+    kv_segments: Int[Array, "B S"],
+    q_positions: Int[Array, "B T"],
+    kv_positions: Int[Array, "B S"],
+    window: int | None,
+) -> Float[Array, "B T N H"]:
+    """Softmax attention with grouped queries, scores and softmax in float32.
+
+    Matches `eager_attention_forward` of transformers' Llama. Positions restart in every segment, so
+    "same segment, no later position" is causality within it; padding is segment 0 and sees itself only.
+    """
+    num_groups = q.shape[2] // k.shape[2]
+    q_grouped = q.reshape(*q.shape[:2], k.shape[2], num_groups, q.shape[3])
+    scores = jnp.einsum("btkgh,bskh->bkgts", q_grouped, k, preferred_element_type=jnp.float32)
+    visible = (q_segments[:, :, None] == kv_segments[:, None, :]) & (
+        kv_positions[:, None, :] <= q_positions[:, :, None]
+    )
+    if window is not None:
+        visible &= kv_positions[:, None, :] > q_positions[:, :, None] - window
+    scores = jnp.where(visible[:, None, None], scores * q.shape[-1] ** -0.5, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    return jnp.einsum("bkgts,bskh->btkgh", weights, v).reshape(q.shape)

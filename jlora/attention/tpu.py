@@ -1,0 +1,57 @@
+"""Splash attention, JAX's Pallas kernel for TPUs."""
+
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jlora.attention.interface import per_device
+
+MAX_SPLASH_BLOCK = 512
+
+
+def splash(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    q_segments: Int[Array, "B T"],
+    kv_segments: Int[Array, "B S"],
+    q_positions: Int[Array, "B T"],
+    kv_positions: Int[Array, "B S"],
+    window: int | None,
+) -> Float[Array, "B T N H"]:
+    """Flash attention in Pallas for TPUs, with segment ids. Grouped queries as they are."""
+    del kv_segments, q_positions, kv_positions  # the same tokens, in order
+    return per_device(partial(_splash_rows, interpret=False), q, k, v, q_segments)
+
+
+def _splash_rows(q: Array, k: Array, v: Array, segments: Array, interpret: bool) -> Array:
+    """The kernel over the rows of one device; `interpret` runs it anywhere, slowly."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    length, num_heads, head_dim = q.shape[1:]
+    block = math.gcd(length, MAX_SPLASH_BLOCK)
+    blocks = kernels.BlockSizes(
+        block_q=block,
+        block_kv=block,
+        block_q_dkv=block,
+        block_kv_dkv=block,
+        block_q_dq=block,
+        block_kv_dq=block,
+    )
+    kernel = kernels.make_splash_mha(
+        mask=masks.MultiHeadMask([masks.CausalMask((length, length))] * num_heads),
+        block_sizes=blocks,
+        head_shards=1,
+        q_seq_shards=1,
+        interpret=interpret,
+    )
+
+    def row(q: Array, k: Array, v: Array, segments: Array) -> Array:
+        by_head = (jnp.moveaxis(x, 1, 0) for x in (q * head_dim**-0.5, k, v))
+        return jnp.moveaxis(kernel(*by_head, segment_ids=kernels.SegmentIds(segments, segments)), 0, 1)
+
+    return jax.vmap(row)(q, k, v, segments).astype(q.dtype)
