@@ -41,8 +41,10 @@ class ModelSection(Section):
     tokenizer: str | None = Field(None, description="another folder for the tokenizer, where the base has none")
     dtype: Dtype = Field("bfloat16", description="base weights and matmuls; float32 for parity checks and CPUs")
     quantization: None = Field(None, description="quantised base; only null (none) in this version")
-    attention: Literal["auto", "reference", "cudnn", "splash"] = Field(
-        "auto", description="attention: plain (reference), cuDNN on GPUs, splash on TPUs, or what fits (auto)"
+    attention: Literal["auto", "reference", "blocked", "cudnn", "splash"] = Field(
+        "auto",
+        description="attention: all scores in memory (reference), tile by tile (blocked), cuDNN on GPUs, splash on "
+        "TPUs, or what fits (auto)",
     )
     remat: Literal["none", "dots", "attention", "full"] = Field(
         "full",

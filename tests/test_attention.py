@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from jlora import attention
-from jlora.attention import tpu
+from jlora.attention import tiles, tpu
 from jlora.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
@@ -93,6 +93,77 @@ def test_splash_equals_the_reference_forward_and_backward(heads, kv_heads, head_
         np.testing.assert_allclose(found[segments > 0], expected[segments > 0], atol=1e-4, err_msg=name)
 
 
+# Tile by tile
+
+
+def gradients_of(kernel, segments, qkv, weights, **rows):
+    """Output, and gradients of q, k and v of a weighted sum of it; what padding gives counts for nothing."""
+
+    def loss(q, k, v):
+        out = kernel(q, k, v, segments, segments, **rows)
+        return jnp.sum(out * weights), out
+
+    (_, out), gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))(*qkv)
+    return out, *gradients
+
+
+@pytest.mark.parametrize("window", [None, 2, 40])
+@pytest.mark.parametrize("heads, kv_heads, length", [(4, 2, 128), (3, 3, 101), (4, 1, 20)])
+def test_blocked_equals_the_reference_forward_and_backward(heads, kv_heads, length, window, monkeypatch):
+    """Several tiles, a length that they do not divide, a row in one segment, one that is all padding, a window."""
+    monkeypatch.setattr(tiles, "TILE", 32)
+    rng = np.random.default_rng(length)
+    segments, positions = packed_rows(rng, 5, length, 6)
+    segments[1], positions[1] = 1, np.arange(length)
+    segments[2], positions[2] = 0, 0
+    qkv = random_qkv(rng, 5, length, heads, kv_heads, 8)
+    weights = rng.standard_normal(qkv[0].shape).astype(np.float32) * (segments > 0)[:, :, None, None]
+    rows = dict(q_positions=positions, kv_positions=positions, window=window)
+    ours = gradients_of(attention.blocked, jnp.asarray(segments), qkv, weights, **rows)
+    theirs = gradients_of(attention.reference, jnp.asarray(segments), qkv, weights, **rows)
+    for name, found, expected in zip(("out", "dq", "dk", "dv"), ours, theirs, strict=True):
+        found, expected = np.asarray(found), np.asarray(expected)
+        assert np.isfinite(found).all(), name
+        assert np.abs(expected[segments > 0]).max() > 0.5
+        np.testing.assert_allclose(found[segments > 0], expected[segments > 0], atol=1e-5, err_msg=name)
+
+
+def test_blocked_does_not_visit_tiles_that_see_nothing(monkeypatch):
+    """NaN in another segment's keys, two tiles away, is never read."""
+    monkeypatch.setattr(tiles, "TILE", 16)
+    segments = np.repeat([[1, 2, 3, 3]], 16, axis=1)
+    q, k, v = random_qkv(np.random.default_rng(2), 1, 64, 2, 2, 8)
+    k[:, :16] = v[:, :16] = np.nan
+    rows = dict(q_positions=segments, kv_positions=segments, window=None)
+    out, *gradients = gradients_of(
+        attention.blocked, jnp.asarray(segments), (q, k, v), (segments > 2)[..., None, None], **rows
+    )
+    assert np.isnan(out[:, :16]).all() and np.isfinite(out[:, 16:]).all()
+    assert np.isfinite(gradients[0][:, 16:]).all() and np.isfinite(gradients[1][:, 32:]).all()
+    # The same by the window: keys of two tiles before are out of sight.
+    segments[:] = 1
+    out, *_ = gradients_of(attention.blocked, jnp.asarray(segments), (q, k, v), 1.0, **(rows | {"window": 16}))
+    assert np.isfinite(out[:, 32:]).all() and np.isnan(out[:, 16:31]).all()
+
+
+def test_blocked_holds_no_scores_of_a_long_row():
+    """32,768 tokens: the scores of one head alone are 4 GiB; what is held grows with the tokens, not their square."""
+
+    def temporary(length: int) -> int:
+        shape = jax.ShapeDtypeStruct((1, length, 2, 16), jnp.bfloat16)
+        segments = jax.ShapeDtypeStruct((1, length), jnp.int32)
+
+        def loss(q, k, v, segments):
+            rows = (segments, segments, segments, segments, None)
+            return attention.blocked(q, k, v, *rows).astype(jnp.float32).sum()
+
+        gradient = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(shape, shape, shape, segments)
+        return gradient.compile().memory_analysis().temp_size_in_bytes
+
+    short, long = temporary(4096), temporary(32768)
+    assert long < 8 * short + 2**20 and long < 2**26
+
+
 # Choice
 
 CPU = SimpleNamespace(platform="cpu")
@@ -104,23 +175,23 @@ BF16, F32 = jnp.dtype("bfloat16"), jnp.dtype("float32")
 @pytest.mark.parametrize(
     ("device", "head_dim", "length", "dtype", "expected"),
     [
-        (CPU, 128, 4096, BF16, attention.reference),
+        (CPU, 128, 4096, BF16, attention.blocked),
         (TPU, 128, 4096, BF16, attention.splash),
         (TPU, 64, 128, F32, attention.splash),
-        (TPU, 128, 4000, BF16, attention.reference),
-        (TPU, 80, 4096, BF16, attention.reference),
+        (TPU, 128, 4000, BF16, attention.blocked),
+        (TPU, 80, 4096, BF16, attention.blocked),
         (GPU, 128, 4096, BF16, attention.cudnn),
         (GPU, 64, 320, jnp.dtype("float16"), attention.cudnn),
-        (GPU, 128, 4096, F32, attention.reference),
-        (GPU, 256, 4096, BF16, attention.reference),
-        (GPU, 100, 4096, BF16, attention.reference),
-        (GPU, 128, 100, BF16, attention.reference),
+        (GPU, 128, 4096, F32, attention.blocked),
+        (GPU, 256, 4096, BF16, attention.blocked),
+        (GPU, 100, 4096, BF16, attention.blocked),
+        (GPU, 128, 100, BF16, attention.blocked),
     ],
 )
 def test_auto_takes_what_runs(device, head_dim, length, dtype, expected):
     shown, kernel = attention.choose("auto", device, head_dim, length, dtype)
     assert kernel is expected
-    fell_back = device is not CPU and expected is attention.reference
+    fell_back = device is not CPU and expected is attention.blocked
     assert ("because" in shown) == fell_back and "\n" not in shown
     assert attention.choose("reference", device, head_dim, length, dtype) == ("reference", attention.reference)
 
@@ -130,8 +201,8 @@ def test_auto_takes_what_runs(device, head_dim, length, dtype, expected):
     [
         ("splash", CPU, 4096, BF16, "needs a TPU (here cpu"),
         ("cudnn", CPU, 4096, BF16, "needs a GPU (here cpu"),
-        ("cudnn", TPU, 4096, BF16, "set model.attention to auto or splash or reference"),
-        ("splash", GPU, 4096, BF16, "set model.attention to auto or cudnn or reference"),
+        ("cudnn", TPU, 4096, BF16, "set model.attention to auto or splash or blocked or reference"),
+        ("splash", GPU, 4096, BF16, "set model.attention to auto or cudnn or blocked or reference"),
         ("cudnn", GPU, 4096, F32, "needs model.dtype bfloat16"),
         ("splash", TPU, 100, BF16, "length that is a multiple of 128"),
     ],

@@ -22,6 +22,10 @@ def inputs(rows: int, length: int, share: float, seed: int = 0):
     return hidden, head, targets, weights
 
 
+def set_chunk(monkeypatch, tokens: int) -> None:
+    monkeypatch.setattr(objective, "chunk_size", lambda num_tokens, vocab: min(num_tokens, tokens))
+
+
 def by_torch(hidden, head, targets, weights):
     """Sum of the loss, and its gradients for hidden and head; untrained labels are ignored, as HF's -100."""
     hidden, head = (torch.tensor(x, requires_grad=True) for x in (hidden, head))
@@ -44,7 +48,7 @@ def assert_equal(found, expected) -> None:
 @pytest.mark.parametrize("chunk", [1, 4, 64])
 @pytest.mark.parametrize(("length", "share"), [(21, 0.4), (16, 1.0), (3, 0.0)])
 def test_equals_torch(chunk, length, share, monkeypatch):
-    monkeypatch.setattr(objective, "CHUNK", chunk)
+    set_chunk(monkeypatch, chunk)
     args = inputs(3, length, share, seed=chunk)
     args[3][1] = 0.0  # one row has no trained token
     assert_equal(by_us(*args), by_torch(*args))
@@ -54,16 +58,18 @@ def test_equals_torch(chunk, length, share, monkeypatch):
     np.testing.assert_allclose(loss, by_torch(*args)[0], rtol=1e-5)
 
 
-def test_default_chunk_and_large_logits():
+def test_default_chunk_and_large_logits(monkeypatch):
     """Longer than a chunk; logits of some hundreds, where a softmax without care overflows."""
-    hidden, head, targets, weights = inputs(2, objective.CHUNK + 13, 0.7)
+    monkeypatch.setattr(objective, "CHUNK_LOGITS", 64 * VOCAB)
+    assert objective.chunk_size(10**6, VOCAB) == objective.MIN_CHUNK
+    hidden, head, targets, weights = inputs(2, objective.MIN_CHUNK + 13, 0.7)
     args = (hidden * 40, head, targets, weights)
     assert np.abs(hidden * 40 @ head.T).max() > 200
     assert_equal(by_us(*args), by_torch(*args))
 
 
 def test_weights_scale_each_token(monkeypatch):
-    monkeypatch.setattr(objective, "CHUNK", 4)
+    set_chunk(monkeypatch, 4)
     hidden, head, targets, _ = inputs(2, 9, 1.0)
     weights = np.random.default_rng(1).random((2, 9)).astype(np.float32) * 2
     logs = torch.log_softmax(torch.tensor(hidden @ head.T), dim=-1).numpy()
@@ -81,22 +87,20 @@ def test_bfloat16_hidden_gives_a_float32_loss():
 
 
 def test_chunks_without_trained_tokens_are_not_computed(monkeypatch):
-    """Trained tokens move to the front of their row, so 3 and 5 of 12 need two chunks of 4, not three.
+    """The trained tokens of all rows move to the front, so 7 of 24 need two chunks of 4, not six.
 
-    What lands in the third may be anything, even NaN, and neither loss nor gradient sees it. What fills
+    What lands in the others may be anything, even NaN, and neither loss nor gradient sees it. What fills
     up a chunk that is computed does pass through the head: there NaN would show.
     """
-    monkeypatch.setattr(objective, "CHUNK", 4)
+    set_chunk(monkeypatch, 4)
     hidden, head, targets, _ = inputs(2, 12, 1.0)
     weights = np.zeros((2, 12), np.float32)
     weights[0, [2, 7, 11]] = 1.0
-    weights[1, [0, 1, 6, 8, 9]] = 1.0
+    weights[1, [0, 1, 6, 8]] = 1.0
     expected = by_torch(hidden, head, targets, weights)
-    poisoned = hidden.copy()
-    for row in range(2):
-        order = np.argsort(weights[row] == 0, kind="stable")
-        poisoned[row, order[8:]] = np.nan
-    loss, (to_hidden, to_head) = by_us(poisoned, head, targets, weights)
+    poisoned = hidden.copy().reshape(24, WIDTH)
+    poisoned[np.argsort(weights.ravel() == 0, kind="stable")[8:]] = np.nan
+    loss, (to_hidden, to_head) = by_us(poisoned.reshape(2, 12, WIDTH), head, targets, weights)
     assert_equal((loss, (to_hidden, to_head)), expected)
     assert not np.asarray(to_hidden)[weights == 0].any()
     everywhere = np.where(weights[:, :, None] == 0, np.nan, hidden)
@@ -106,7 +110,7 @@ def test_chunks_without_trained_tokens_are_not_computed(monkeypatch):
 @pytest.mark.parametrize("wanted", [0, (0, 1)])
 def test_memory_does_not_grow_with_the_number_of_chunks(wanted, monkeypatch):
     """Neither the logits nor the head are held once a chunk: either is many times what is added here."""
-    monkeypatch.setattr(objective, "CHUNK", 8)
+    set_chunk(monkeypatch, 8)
     rows, vocab = 2, 4096
 
     def temporary(length: int) -> int:

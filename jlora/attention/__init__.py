@@ -11,6 +11,7 @@ from jlora.attention.choice import choose
 from jlora.attention.gpu import cudnn
 from jlora.attention.interface import Attention
 from jlora.attention.plain import reference
+from jlora.attention.tiles import blocked
 from jlora.attention.tpu import splash
 
-__all__ = ["Attention", "choose", "cudnn", "reference", "splash"]
+__all__ = ["Attention", "blocked", "choose", "cudnn", "reference", "splash"]

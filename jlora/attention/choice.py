@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jlora.attention.gpu import cudnn
 from jlora.attention.interface import Attention
 from jlora.attention.plain import reference
+from jlora.attention.tiles import blocked
 from jlora.attention.tpu import splash
 from jlora.errors import ConfigError
 
@@ -20,10 +21,11 @@ def choose(name: str, device: jax.Device, head_dim: int, length: int, dtype: jnp
       ConfigError: the implementation asked for by name does not run there, or not on these shapes.
     """
     platform, is_gpu = device.platform, device.platform in ("gpu", "cuda")
-    wanted = "cudnn" if is_gpu else "splash" if platform == "tpu" else "reference"
+    wanted = "cudnn" if is_gpu else "splash" if platform == "tpu" else "blocked"
     asked = wanted if name == "auto" else name
-    if asked == "reference":
-        return "reference", reference
+    anywhere: dict[str, Attention] = {"reference": reference, "blocked": blocked}
+    if asked in anywhere:
+        return asked, anywhere[asked]
     if asked == "cudnn":
         needs = {
             "a GPU": is_gpu,
@@ -44,8 +46,8 @@ def choose(name: str, device: jax.Device, head_dim: int, length: int, dtype: jnp
         return asked, kernel
     here = f"{platform}, {jnp.dtype(dtype).name}, head dim {head_dim}, length {length}"
     if name == "auto":
-        return f"reference, because {asked} needs {' and '.join(lacking)} (here {here})", reference
-    working = " or ".join(dict.fromkeys(["auto", *([wanted] if wanted != asked else []), "reference"]))
+        return f"blocked, because {asked} needs {' and '.join(lacking)} (here {here})", blocked
+    working = " or ".join(dict.fromkeys(["auto", *([wanted] if wanted != asked else []), "blocked", "reference"]))
     raise ConfigError(
         f"model.attention={asked} needs {' and '.join(lacking)} (here {here}); set model.attention to {working}"
     )

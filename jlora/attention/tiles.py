@@ -1,0 +1,182 @@
+"""Attention tile by tile in plain XLA, for whatever has no kernel of its own: CPUs, and GPUs that cuDNN refuses.
+
+Why by hand: XLA has no such operation, and `jax.nn.dot_product_attention` holds all scores outside of cuDNN.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
+
+from jlora.attention.interface import ATTENTION_OUTPUT, per_device
+
+TILE = 128  # tokens; the scores of a few heads stay in a core's cache
+HIDDEN = -1e30  # added to a score that is not to be seen
+
+
+def blocked(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    q_segments: Int[Array, "B T"],
+    kv_segments: Int[Array, "B S"],
+    q_positions: Int[Array, "B T"],
+    kv_positions: Int[Array, "B S"],
+    window: int | None,
+) -> Float[Array, "B T N H"]:
+    """Softmax attention that holds the scores of one pair of tiles, with grouped queries as they are.
+
+    FlashAttention-2 (arXiv:2307.08691, algorithms 1 and 2): a running softmax forward; backward the scores again,
+    from the logarithm of their sum. Pairs of tiles in which no query sees a key are not visited: later ones, those
+    of other segments, those beyond the window.
+    """
+    del kv_segments, q_positions, kv_positions  # the same tokens, in order
+    return per_device(partial(_tiled, window), q, k, v, q_segments)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _tiled(
+    window: int | None,
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    segments: Int[Array, "B T"],
+) -> Float[Array, "B T N H"]:
+    return _forward(window, q, k, v, segments)[0]
+
+
+def _tile_length(length: int) -> tuple[int, int]:
+    """Number of tiles and their length, which may be a little more than the row together."""
+    count = -(-length // TILE)
+    return count, -(-length // count)
+
+
+_product = partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+
+def _tiles(x: Float[Array, "B T K G H"]) -> Float[Array, "I n m H"]:
+    """Tiles of tokens; n counts rows and key/value heads, m the group's heads and the tile's tokens.
+
+    Two dims each, as a matrix product has them: with more, XLA transposes operands before it multiplies. Padded
+    with zeros at the end.
+    """
+    batch, length, kv_heads, groups, head_dim = x.shape
+    count, size = _tile_length(length)
+    x = jnp.pad(x, [(0, 0), (0, count * size - length), (0, 0), (0, 0), (0, 0)])
+    x = jnp.transpose(x.reshape(batch, count, size, kv_heads, groups, head_dim), (1, 0, 3, 4, 2, 5))
+    return x.reshape(count, batch * kv_heads, groups * size, head_dim)
+
+
+def _rows(tiles: Float[Array, "I n m H"], shape: tuple[int, ...]) -> Float[Array, "B T K G H"]:
+    """The inverse of `_tiles`."""
+    batch, length, kv_heads, groups, head_dim = shape
+    count, size = _tile_length(length)
+    x = jnp.transpose(tiles.reshape(count, batch, kv_heads, groups, size, head_dim), (1, 0, 4, 2, 3, 5))
+    return x.reshape(batch, count * size, kv_heads, groups, head_dim)[:, :length]
+
+
+def _pairs(window: int | None, segments: Int[Array, "B T"]) -> tuple[Array, Array, Array]:
+    """Segments by tile [I B t]; for each query tile its first key tile; for each key tile the end of its query tiles.
+
+    The first key tile never decreases from one query tile to the next, so the pairs of a key tile are a range too.
+    """
+    length = segments.shape[1]
+    count, size = _tile_length(length)
+    begins = jnp.diff(segments, axis=1, prepend=-1) != 0
+    begin = jax.lax.cummax(jnp.where(begins, jnp.arange(length), 0), axis=1)  # of each token's segment
+    queries = jnp.arange(count) * size
+    first = begin[:, queries].min(axis=0)
+    if window is not None:
+        first = jnp.maximum(first, queries - window + 1)
+    first = first // size
+    end = (first[None, :] <= jnp.arange(count)[:, None]).sum(axis=1)
+    padded = jnp.pad(segments, [(0, 0), (0, count * size - length)])
+    return jnp.moveaxis(padded.reshape(-1, count, size), 1, 0), first, end
+
+
+def _bias(window: int | None, segments: Int[Array, "I B t"], i: Array, j: Array) -> Float[Array, "B t s"]:
+    """What is added to the scores of query tile `i` and key tile `j`: zero, or HIDDEN."""
+    size = segments.shape[2]
+    ahead = (i - j) * size + jnp.arange(size)[:, None] - jnp.arange(size)[None, :]
+    seen = ahead >= 0
+    if window is not None:
+        seen &= ahead < window
+    visible = seen[None] & (segments[i][:, :, None] == segments[j][:, None, :])
+    # Behind a barrier, or it is computed again for every head.
+    return jax.lax.optimization_barrier(jnp.where(visible, 0.0, HIDDEN).astype(jnp.float32))
+
+
+def _forward(window: int | None, q: Array, k: Array, v: Array, segments: Array) -> tuple[Array, tuple[Array, ...]]:
+    batch, length, num_heads, head_dim = q.shape
+    kv_heads = k.shape[2]
+    grouped = (batch, length, kv_heads, num_heads // kv_heads, head_dim)
+    queries, keys, values = _tiles(q.reshape(grouped)), _tiles(k[:, :, :, None]), _tiles(v[:, :, :, None])
+    by_tile, first, _ = _pairs(window, segments)
+    size = by_tile.shape[2]
+
+    def of_queries(i: Array) -> tuple[Array, Array]:
+        def add(j: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+            mixed, highest, total = carry
+            scores = _product("nth,nsh->nts", queries[i], keys[j]) * head_dim**-0.5
+            by_head = scores.reshape(batch, -1, size, size) + _bias(window, by_tile, i, j)[:, None]
+            scores = by_head.reshape(scores.shape)
+            now = jnp.maximum(highest, scores.max(axis=-1, keepdims=True))
+            weights, before = jnp.exp(scores - now), jnp.exp(highest - now)
+            mixed = mixed * before + _product("nts,nsh->nth", weights.astype(v.dtype), values[j])
+            return mixed, now, total * before + weights.sum(axis=-1, keepdims=True)
+
+        column = jnp.full((*queries.shape[1:3], 1), HIDDEN, jnp.float32)
+        start = (jnp.zeros(queries.shape[1:], jnp.float32), column, jnp.zeros_like(column))
+        mixed, highest, total = jax.lax.fori_loop(first[i], i + 1, add, start)
+        return (mixed / total).astype(q.dtype), (highest + jnp.log(total))[..., 0]
+
+    mixed, normalizer = jax.lax.map(of_queries, jnp.arange(len(queries)))
+    out, normalizer = checkpoint_name((_rows(mixed, grouped).reshape(q.shape), normalizer), ATTENTION_OUTPUT)
+    return out, (q, k, v, segments, out, normalizer)
+
+
+def _backward(
+    window: int | None, saved: tuple[Array, ...], gradient: Float[Array, "B T N H"]
+) -> tuple[Array, Array, Array, None]:
+    q, k, v, segments, out, normalizer = saved
+    batch, length, num_heads, head_dim = q.shape
+    kv_heads = k.shape[2]
+    grouped = (batch, length, kv_heads, num_heads // kv_heads, head_dim)
+    queries, keys, values = _tiles(q.reshape(grouped)), _tiles(k[:, :, :, None]), _tiles(v[:, :, :, None])
+    gradients = _tiles(gradient.reshape(grouped))
+    by_tile, _, end = _pairs(window, segments)
+    size = by_tile.shape[2]
+    # Of each query, the sum over keys of its weights times their gradients.
+    mean = (gradient.astype(jnp.float32) * out.astype(jnp.float32)).sum(axis=-1)
+    mean = _tiles(mean.reshape(*grouped[:4], 1))[..., 0]
+
+    def of_keys(to_queries: Array, j: Array) -> tuple[Array, tuple[Array, Array]]:
+        # Keys by queries, so that no product but one has a transposed operand.
+        def add(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+            to_queries, to_keys, to_values = carry
+            scores = _product("nsh,nth->nst", keys[j], queries[i]) * head_dim**-0.5
+            bias = jnp.swapaxes(_bias(window, by_tile, i, j), 1, 2)[:, None, :, None]
+            by_head = scores.reshape(batch, kv_heads, size, -1, size) + bias
+            weights = jnp.exp(by_head.reshape(scores.shape) - normalizer[i][:, None])
+            to_weights = _product("nsh,nth->nst", values[j], gradients[i])
+            to_scores = weights * (to_weights - mean[i][:, None]) * head_dim**-0.5
+            # A barrier, or the exponential is taken again for each product that wants it.
+            weights, to_scores = jax.lax.optimization_barrier((weights.astype(q.dtype), to_scores.astype(q.dtype)))
+            to_values += _product("nst,nth->nsh", weights, gradients[i])
+            to_keys += _product("nst,nth->nsh", to_scores, queries[i])
+            to_queries = to_queries.at[i].add(_product("nst,nsh->nth", to_scores, keys[j]))
+            return to_queries, to_keys, to_values
+
+        zeros = jnp.zeros(keys.shape[1:], jnp.float32)
+        to_queries, *shares = jax.lax.fori_loop(j, end[j], add, (to_queries, zeros, zeros))
+        return to_queries, tuple(shares)
+
+    start = jnp.zeros(queries.shape, jnp.float32)
+    to_queries, (to_keys, to_values) = jax.lax.scan(of_keys, start, jnp.arange(len(keys)))
+    to_k, to_v = (_rows(x, (*k.shape[:3], 1, head_dim)).reshape(k.shape) for x in (to_keys, to_values))
+    return _rows(to_queries, grouped).reshape(q.shape).astype(q.dtype), to_k.astype(k.dtype), to_v.astype(v.dtype), None
+
+
+_tiled.defvjp(_forward, _backward)
