@@ -84,7 +84,7 @@ def explain(error: Exception) -> UserError | None:
     if isinstance(error, MemoryError) or any(sign in str(error) for sign in OUT_OF_MEMORY):
         return MemoryExceeded(
             f"out of device memory ({first}); lower training.batch_size or data.max_length, raise "
-            "training.gradient_accumulation_steps, or set model.remat=full (generate and evaluate: lower "
+            "training.gradient_accumulation_steps, or set model.remat=full or offload (generate and evaluate: lower "
             "--batch-size, --max-new-tokens or --max-length)"
         )
     if distributed.is_lost_peer(error):
