@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from jlora.adapter import Adapter, layer_keys, project
 from jlora.attention import Attention
 from jlora.layers import RopeScaling, rms_norm, rope_frequencies, rotate
-from jlora.remat import ATTENTION_INPUT, ATTENTION_OUTPUT, LAYER_INPUT, checkpointed
+from jlora.remat import ATTENTION_INPUT, LAYER_INPUT, checkpointed
 from jlora.sharding import constrain
 
 
@@ -135,7 +135,6 @@ class Block(nnx.Module):
         v = constrain(weighted("v_proj", "btd,dnh->btnh", normed), "act_batch", None, "act_kv_heads", None)
         q, k, v = (checkpoint_name(projected, ATTENTION_INPUT) for projected in (q, k, v))
         mixed = attend(rotate(q, positions, frequencies), rotate(k, positions, frequencies), v)
-        mixed = checkpoint_name(mixed, ATTENTION_OUTPUT)
         x = x + constrain(weighted("o_proj", "btnh,nhd->btd", mixed), "act_batch", "act_seq", "act_embed")
         normed = rms_norm(x, self.post_attention_layernorm[...], self.cfg.rms_norm_eps)
         gate = constrain(weighted("gate_proj", "btd,df->btf", normed), "act_batch", None, "act_mlp")

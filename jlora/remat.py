@@ -1,8 +1,8 @@
 """Rematerialisation: what a layer's forward pass keeps for the backward pass, by the names of config key `model.remat`.
 
 Each policy of `LADDER` keeps less on the device than the one before it, and is paid for with a recomputation or,
-for `offload`, with copies to the host's memory and back. Knows the names that `jlora.model` gives to values, and no
-more of the model.
+for `offload`, with copies to the host's memory and back. Knows the names that `jlora.model` and `jlora.attention` give
+to values, and no more of them.
 """
 
 from collections.abc import Callable
@@ -10,13 +10,14 @@ from typing import Any, get_args
 
 import jax
 
+from jlora.attention.interface import ATTENTION_OUTPUT
 from jlora.config import Remat
 
 LADDER: tuple[str, ...] = tuple(name for name in get_args(Remat) if name != "auto")
 
-# What `jlora.model` marks with `checkpoint_name`.
-LAYER_INPUT, ATTENTION_INPUT, ATTENTION_OUTPUT = "layer_input", "attention_input", "attention_output"
-# cuDNN's kernel gives its result and its softmax statistics no names; they are known by the primitive.
+# What `jlora.model` marks with `checkpoint_name`, beside ATTENTION_OUTPUT.
+LAYER_INPUT, ATTENTION_INPUT = "layer_input", "attention_input"
+# cuDNN's kernel gives its output and its softmax statistics no names; they are known by the primitive.
 KERNELS = ("dot_product_attention_fwd_wrapper",)
 
 

@@ -10,6 +10,10 @@ from jaxtyping import Array, Float, Int
 from jlora.errors import ConfigError
 from jlora.sharding import partition_spec
 
+# The checkpoint name of an implementation's output and of what else its backward pass would have to compute again:
+# given within the implementation, as only there both are at hand. For `jlora.remat`.
+ATTENTION_OUTPUT = "attention_output"
+
 
 class Attention(Protocol):
     """What every implementation takes; a query sees the keys of its own segment up to its position.
