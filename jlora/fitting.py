@@ -21,7 +21,7 @@ from jlora.remat import LADDER
 
 # Of a device, left free: cuDNN's workspaces and what lies between buffers are in no compiled peak.
 HEADROOM = 0.05
-CGROUP = Path("/sys/fs/cgroup")
+MEMINFO, CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 
 
 def fastest_that_fits(
@@ -104,7 +104,7 @@ def free_bytes(devices: list[jax.Device]) -> int:
 def _free_host_bytes() -> int:
     """Memory of this machine that is available, or of the container where that is less."""
     try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        lines = MEMINFO.read_text(encoding="ascii").splitlines()
         free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
     except OSError:  # not Linux; what others hold is not told
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
