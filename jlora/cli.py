@@ -13,14 +13,11 @@ import warnings
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from jlora import distributed
+from jlora import distributed, xla
 from jlora.errors import ConfigError, HostLost, MemoryExceeded, UserError
 
 # Before transformers is imported: it reports at every start that PyTorch is not there, which it need not be.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-# Before JAX asks for its devices: three quarters of a GPU, its default, is less than a run that fits may need.
-GPU_MEMORY_FRACTION = 0.95
-os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(GPU_MEMORY_FRACTION))
 
 COMMANDS = ("train", "plan", "generate", "evaluate", "export", "config")
 PREEMPTED = 75
@@ -48,6 +45,7 @@ def run(command: Callable[[], int | None]) -> None:
     logging.getLogger("tensorboardX").setLevel(logging.ERROR)  # it warns of every loss that is not finite
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # what else fails once Orbax has met a damaged file
     sys.unraisablehook = _unraisable
+    xla.prepare()
     if not sys.warnoptions:
         warnings.simplefilter("ignore")  # of libraries to their callers
     code, sentence = 0, ""
@@ -84,7 +82,7 @@ def explain(error: Exception) -> UserError | None:
     if isinstance(error, MemoryError) or any(sign in str(error) for sign in OUT_OF_MEMORY):
         return MemoryExceeded(
             f"out of device memory ({first}); lower training.batch_size or data.max_length, raise "
-            "training.gradient_accumulation_steps, or set model.remat=full (generate and evaluate: lower "
+            "training.gradient_accumulation_steps, or set model.remat=full or offload (generate and evaluate: lower "
             "--batch-size, --max-new-tokens or --max-length)"
         )
     if distributed.is_lost_peer(error):

@@ -2,14 +2,12 @@
 
 The same mesh, state and step function as `jlora.train`. Memory is the compiler's own answer for one device, FLOPs
 are counted over the step's jaxpr, and bytes sent over the compiled program's text. Executables come from the
-compiler each time, never from JAX's persistent cache: see `fresh`.
+compiler each time, never from JAX's persistent cache: see `jlora.fitting.fresh`.
 """
 
 import math
 import re
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -23,7 +21,9 @@ from jlora.config import Config
 from jlora.counts import collective_bytes, count_flops
 from jlora.divides import check_divides
 from jlora.errors import MemoryExceeded
+from jlora.fitting import HEADROOM, fastest_that_fits, fresh, peak_bytes
 from jlora.hf.base import open_source, parse_config, resolve
+from jlora.layouts import with_settings
 from jlora.model import Decoder, LlamaConfig, abstract_decoder, projection_shapes
 from jlora.roofline import estimate
 from jlora.sharding import make_mesh, named_sharding
@@ -116,17 +116,6 @@ def bytes_per_device(tree: Any) -> int:
     return total
 
 
-@contextmanager
-def fresh() -> Iterator[None]:
-    """No executable out of JAX's persistent cache meanwhile: one that was read back need not know its memory."""
-    before = jax.config.values["jax_enable_compilation_cache"]
-    jax.config.update("jax_enable_compilation_cache", False)
-    try:
-        yield
-    finally:
-        jax.config.update("jax_enable_compilation_cache", before)
-
-
 def held_bytes(cfg: Config, target: Target, model: LlamaConfig) -> int:
     """Bytes of a device that the step's arguments take, without compiling it: less than it needs.
 
@@ -144,6 +133,8 @@ def held_bytes(cfg: Config, target: Target, model: LlamaConfig) -> int:
 def plan(cfg: Config, target: Target, model: LlamaConfig | None = None, flops: float | None = None) -> dict[str, Any]:
     """Compile for a target; the figures of `--json`, one device's where they are bytes.
 
+    With `model.remat: auto` they are those of the policy that `jlora.train` would take there.
+
     Args:
       model: what `model_shape` gave before, and `flops` what `step_flops` did, for callers that plan many times.
 
@@ -154,6 +145,8 @@ def plan(cfg: Config, target: Target, model: LlamaConfig | None = None, flops: f
     model = model or model_shape(cfg.model.path)
     check_divides(model, mesh, cfg)
     check_batch_split(cfg, mesh)
+    if cfg.model.remat == "auto":
+        return _of_the_fastest(cfg, target, model, mesh)
     kernel, forward = make_forward(cfg, model, mesh)
     sent: float | None = None
     with jax.set_mesh(mesh):
@@ -165,12 +158,10 @@ def plan(cfg: Config, target: Target, model: LlamaConfig | None = None, flops: f
                 compiled = jax.jit(step, donate_argnums=0).lower(state, frozen, batch).compile()
                 memory: Any = compiled.memory_analysis()
                 arguments_bytes, temp = memory.argument_size_in_bytes, memory.temp_size_in_bytes
-                peak = getattr(memory, "peak_memory_in_bytes", 0) or (
-                    arguments_bytes + temp + memory.output_size_in_bytes - memory.alias_size_in_bytes
-                )
+                peak, offloaded = peak_bytes(compiled, target.platform), memory.host_temp_size_in_bytes
                 sent = collective_bytes(compiled.as_text() or "")
             except jax.errors.JaxRuntimeError as error:
-                arguments_bytes, temp = bytes_per_device((state, frozen, batch)), None
+                arguments_bytes, temp, offloaded = bytes_per_device((state, frozen, batch)), None, None
                 peak = _wanted_bytes(str(error), arguments_bytes)
     tokens = cfg.training.batch_size * cfg.data.max_length
     trained = count_parameters(state.trained)
@@ -193,11 +184,13 @@ def plan(cfg: Config, target: Target, model: LlamaConfig | None = None, flops: f
         "devices": len(target.devices),
         "mesh": dict(mesh.shape),
         "attention": kernel,
+        "remat": cfg.model.remat,
         "fits": peak <= target.capacity,
         "capacity_bytes": target.capacity,
         "peak_bytes": peak,
         "argument_bytes": arguments_bytes,
         "temp_bytes": temp,
+        "offloaded_bytes": offloaded,
         "base_bytes": base_bytes,
         "adapter_bytes": bytes_per_device(params["adapter"]),
         "optimizer_bytes": bytes_per_device(state.opt_state),
@@ -211,6 +204,23 @@ def plan(cfg: Config, target: Target, model: LlamaConfig | None = None, flops: f
         "compile_seconds": time.monotonic() - began,
         "naive": naive(count_parameters(params["base"])),
     }
+
+
+def _of_the_fastest(cfg: Config, target: Target, model: LlamaConfig, mesh: jax.sharding.Mesh) -> dict[str, Any]:
+    """The plan with the first policy of the ladder that fits."""
+    plans: dict[str, dict[str, Any]] = {}
+
+    def planned(remat: str) -> dict[str, Any]:
+        if remat not in plans:
+            plans[remat] = plan(with_settings(cfg, {"model.remat": remat}), target, model)
+        return plans[remat]
+
+    def temporaries(remat: str) -> int:
+        return planned(remat)["peak_bytes"] - planned(remat)["argument_bytes"]
+
+    room = target.capacity * (1 - HEADROOM) - held_bytes(cfg, target, model)
+    chosen = planned(fastest_that_fits(cfg, model, mesh, room, temporaries))
+    return chosen | {"compile_seconds": sum(result["compile_seconds"] for result in plans.values())}
 
 
 def naive(num_params: int) -> dict[str, int]:

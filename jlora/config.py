@@ -21,6 +21,8 @@ PROJECTIONS = ATTENTION_PROJECTIONS + MLP_PROJECTIONS
 NonEmpty = Annotated[str, Field(min_length=1)]
 NonNegative = Annotated[float, Field(ge=0.0)]
 Dtype = Literal["bfloat16", "float32"]
+# Fastest first, and each holds less than the one before it: see `jlora.remat`.
+Remat = Literal["none", "dots", "qkv", "attention", "full", "offload", "auto"]
 Format = Literal["alpaca", "completion", "text", "messages"]
 TrainOn = Literal["response", "all"]
 Prompt = Literal["stanford", "chat"]
@@ -46,10 +48,11 @@ class ModelSection(Section):
         description="attention: all scores in memory (reference), tile by tile (blocked), cuDNN on GPUs, splash on "
         "TPUs, or what fits (auto)",
     )
-    remat: Literal["none", "dots", "attention", "full"] = Field(
+    remat: Remat = Field(
         "full",
-        description="what the backward pass recomputes: nothing, all but matmul results (dots), all but "
-        "attention outputs (attention), or everything but each layer's input (full)",
+        description="what the backward pass computes again; kept are everything (none), all matmul results (dots), "
+        "attention's inputs and output (qkv), its output (attention), a layer's input alone (full), or that in the "
+        "host's memory (offload); auto takes the first of them that fits",
     )
 
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
+import numpy as np
 from jax._src.distributed import global_state  # its key-value store has no public name
 from jax.experimental import multihost_utils
 
@@ -192,6 +193,14 @@ def wait_for_all(name: str, seconds: float = 24 * 3600.0) -> None:
 def stop_agreed(step: int) -> bool:
     """Whether all processes stop after this step, since one of them was told to (SIGTERM); asked every step."""
     return multihost_utils.reached_preemption_sync_point(step)
+
+
+def least(value: int) -> int:
+    """The least of what the processes hold; each has to ask."""
+    if not several():
+        return value
+    found = multihost_utils.process_allgather(np.asarray([value // 2**20], np.int32))  # JAX has no wider one
+    return int(found.min()) * 2**20
 
 
 def require_agreement(stage: str, error: type[UserError], items: dict[str, Any]) -> None:

@@ -14,16 +14,12 @@ import jax.numpy as jnp
 from jlora.config import Config, ModelSection
 from jlora.divides import split_sizes
 from jlora.model import LlamaConfig, block_weights, outer_weights
+from jlora.remat import LADDER
 from jlora.roofline import estimate, passes
 from jlora.topology import Target
 
 # Policies that hold at least as much as this one does.
-HEAVIER = {
-    "full": ("full", "attention", "dots", "none"),
-    "attention": ("attention", "none"),
-    "dots": ("dots", "none"),
-    "none": ("none",),
-}
+HEAVIER = {name: LADDER[: number + 1] for number, name in enumerate(LADDER)}
 
 
 @dataclass(frozen=True)
@@ -96,11 +92,11 @@ def as_overrides(settings: dict[str, Any]) -> list[str]:
     return [f"{key}={'null' if value is None else value}" for key, value in settings.items()]
 
 
-def current(cfg: Config, mesh: dict[str, int]) -> Layout:
-    """The layout that a config asks for, on a mesh whose sizes are known."""
+def current(cfg: Config, mesh: dict[str, int], remat: str) -> Layout:
+    """The layout that a config asks for, on a mesh whose sizes are known and with a policy that is not `auto`."""
     parts, batch = cfg.training.gradient_accumulation_steps, cfg.training.batch_size
     rows = batch // (parts * mesh["data"] * mesh["fsdp"])
-    return Layout(**mesh, remat=cfg.model.remat, quantization=cfg.model.quantization, rows=rows, batch_size=batch)
+    return Layout(**mesh, remat=remat, quantization=cfg.model.quantization, rows=rows, batch_size=batch)
 
 
 def meshes(model: LlamaConfig, cfg: Config, num_devices: int) -> list[tuple[int, int, int]]:
@@ -115,7 +111,7 @@ def meshes(model: LlamaConfig, cfg: Config, num_devices: int) -> list[tuple[int,
 
 
 def layouts(model: LlamaConfig, cfg: Config, num_devices: int, *, keep_batch: bool) -> Iterator[Layout]:
-    """Every layout of a run.
+    """Every layout of a run, but for activations in the host's memory: no peak is published for the way there.
 
     Args:
       keep_batch: only where `training.batch_size` divides as it is; otherwise only where it does not, with the
@@ -127,13 +123,13 @@ def layouts(model: LlamaConfig, cfg: Config, num_devices: int, *, keep_batch: bo
             continue
         batch = -(-batch // shards) * shards
         for quantization in choices("quantization"):
-            for remat in choices("remat"):
+            for remat in (name for name in choices("remat") if name != "offload"):
                 for rows in _divisors(batch // shards):
                     yield Layout(data, fsdp, tensor, remat, quantization, rows, batch)
 
 
 def smallest(layout: Layout) -> Layout:
-    """The layout over the same mesh that needs the least memory."""
+    """The layout over the same mesh that needs the least memory, all of it on the device."""
     return replace(layout, remat="full", rows=1)
 
 
@@ -146,7 +142,11 @@ def saved_bytes(model: LlamaConfig, cfg: Config, layout: Layout) -> float:
     d, f, h = model.hidden_size, model.intermediate_size, model.head_dim
     heads, kv_heads = model.num_attention_heads, model.num_key_value_heads
     products = 2 * d + (heads + 2 * kv_heads) * h + 2 * f
-    width = {"full": d, "attention": d + heads * h, "dots": d + products, "none": 2 * products}[layout.remat]
+    mixed, taken = heads * h, (heads + 2 * kv_heads) * h
+    width = {
+        **{"none": 2 * products, "dots": d + products + mixed, "qkv": d + taken + mixed},
+        **{"attention": d + mixed, "full": d, "offload": 0},
+    }[layout.remat]
     tokens = layout.rows * cfg.data.max_length
     return tokens * model.num_hidden_layers * width * jnp.dtype(cfg.model.dtype).itemsize / layout.tensor
 

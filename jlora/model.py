@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from jlora.adapter import Adapter, layer_keys, project
 from jlora.attention import Attention
 from jlora.layers import RopeScaling, rms_norm, rope_frequencies, rotate
+from jlora.remat import ATTENTION_INPUT, LAYER_INPUT, checkpointed
 from jlora.sharding import constrain
 
 
@@ -89,21 +90,6 @@ def adapter_axes(cfg: LlamaConfig) -> dict[str, tuple[tuple[str, ...], tuple[str
     return axes
 
 
-def _checkpointed(function: Callable, remat: str) -> Callable:
-    """`function` under the rematerialisation policy of config key `model.remat`."""
-    policies = jax.checkpoint_policies
-    match remat:
-        case "none":
-            return function
-        case "full":
-            return jax.checkpoint(function, policy=policies.nothing_saveable)
-        case "dots":
-            return jax.checkpoint(function, policy=policies.dots_with_no_batch_dims_saveable)
-        case "attention":
-            return jax.checkpoint(function, policy=policies.save_only_these_names("attention_output"))
-    raise ValueError(f"unknown remat policy {remat!r}")
-
-
 class Block(nnx.Module):
     """One layer, or all layers stacked: then every weight has a leading dim L."""
 
@@ -147,8 +133,8 @@ class Block(nnx.Module):
         q = constrain(weighted("q_proj", "btd,dnh->btnh", normed), "act_batch", None, "act_heads", None)
         k = constrain(weighted("k_proj", "btd,dnh->btnh", normed), "act_batch", None, "act_kv_heads", None)
         v = constrain(weighted("v_proj", "btd,dnh->btnh", normed), "act_batch", None, "act_kv_heads", None)
+        q, k, v = (checkpoint_name(projected, ATTENTION_INPUT) for projected in (q, k, v))
         mixed = attend(rotate(q, positions, frequencies), rotate(k, positions, frequencies), v)
-        mixed = checkpoint_name(mixed, "attention_output")
         x = x + constrain(weighted("o_proj", "btnh,nhd->btd", mixed), "act_batch", "act_seq", "act_embed")
         normed = rms_norm(x, self.post_attention_layernorm[...], self.cfg.rms_norm_eps)
         gate = constrain(weighted("gate_proj", "btd,df->btf", normed), "act_batch", None, "act_mlp")
@@ -234,11 +220,11 @@ class Decoder(nnx.Module):
 
         def layer(x: Array, scanned: tuple[Block, Adapter, PRNGKeyArray | None]) -> tuple[Array, None]:
             block, factors, key = scanned
-            return block(x, positions, attend, factors, key), None
+            return block(checkpoint_name(x, LAYER_INPUT), positions, attend, factors, key), None
 
         keys = None if dropout_key is None else jax.random.split(dropout_key, self.cfg.num_hidden_layers)
         x = self._embed(tokens, dtype)
-        x, _ = jax.lax.scan(_checkpointed(layer, remat), x, (self.layers, adapter, keys))
+        x, _ = jax.lax.scan(checkpointed(layer, remat), x, (self.layers, adapter, keys))
         return rms_norm(x, self.norm[...], self.cfg.rms_norm_eps)
 
     def hidden_cached(

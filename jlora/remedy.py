@@ -1,7 +1,7 @@
 """What to change where a run does not fit: the cheapest change that, compiled, does.
 
-In order of cost: smaller micro-batches, more recomputation, another mesh over the same devices, a shorter row,
-a quantised base where the config knows one, more devices.
+In order of cost: smaller micro-batches, more recomputation, activations in the host's memory, another mesh over the
+same devices, a shorter row, a quantised base where the config knows one, more devices.
 """
 
 from collections.abc import Iterator
@@ -38,7 +38,7 @@ def find_remedy(cfg: Config, target: Target, result: dict[str, Any]) -> dict[str
     """
     model = model_shape(cfg.model.path)
     compiler = Compiler(cfg, target, model)
-    now = current(cfg, result["mesh"])
+    now = current(cfg, result["mesh"], result["remat"])
     compiler.results[now] = result
     limit = 1 + COMPILATIONS
     for layout in _cheaper_first(compiler, now):
@@ -65,9 +65,10 @@ def find_remedy(cfg: Config, target: Target, result: dict[str, Any]) -> dict[str
 def _cheaper_first(compiler: Compiler, now: Layout) -> Iterator[Layout]:
     """Layouts over the same devices, cheapest change first."""
     kept = list(layouts(compiler.model, compiler.cfg, len(compiler.target.devices), keep_batch=True))
-    for remat in dict.fromkeys((now.remat, "full")):
+    offload = () if compiler.target.platform == "cpu" else ("offload",)
+    for remat in dict.fromkeys((now.remat, "full", *offload)):
         # The largest micro-batch that may fit, and the smallest.
-        rows = [x.rows for x in kept if x.place == now.place and x.remat == remat and x.rows <= now.rows]
+        rows = [x.rows for x in kept if x.place == now.place and x.remat == "full" and x.rows <= now.rows]
         possible = [r for r in sorted(rows, reverse=True) if _may_fit(compiler, replace(now, remat=remat, rows=r))]
         for chosen in dict.fromkeys(possible[:1] + possible[-1:]):
             yield replace(now, remat=remat, rows=chosen)

@@ -12,7 +12,7 @@ from jlora.topology import Target
 
 def passes(remat: str) -> int:
     """How often a micro-batch goes through the weights: forward, backward, and again where layers are recomputed."""
-    return 3 if remat in ("full", "attention") else 2
+    return 2 if remat in ("none", "dots") else 3
 
 
 def estimate(

@@ -22,9 +22,9 @@ import yaml
 from jax.experimental import topologies
 from pydantic import ConfigDict, PositiveFloat, PositiveInt, TypeAdapter, ValidationError
 
-from jlora.cli import GPU_MEMORY_FRACTION
 from jlora.config import parse_yaml
 from jlora.errors import ConfigError
+from jlora.xla import GPU_MEMORY_FRACTION
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))

@@ -10,6 +10,8 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from jlora.data import Dataset, Epochs
 from jlora.divides import check_divides
 from jlora.errors import ConfigError, DataError, ModelError, NonFiniteError
 from jlora.evaluate import Evaluator, perplexity
+from jlora.fitting import compile_fastest
 from jlora.hf.base import base_fingerprint, parse_config
 from jlora.hf.peft import load_adapter, read_adapter_config
 from jlora.identity import check_identity, flatten_config, run_identity
@@ -76,6 +79,7 @@ def train(cfg: Config, quiet: bool = False) -> dict[str, Any]:
         params = {"adapter": adapter, "base": pretrained.base}
         labels = optim.labels(params, cfg.method)
         optimizer = optim.make_optimizer(cfg.optimizer, num_steps, labels)
+        schedule = optim.learning_rate(cfg.optimizer, num_steps)
         state = init_state(params, optimizer, cfg, mesh)
         _, frozen = optim.partition(params, labels)
         del params, adapter
@@ -85,8 +89,11 @@ def train(cfg: Config, quiet: bool = False) -> dict[str, Any]:
         checkpoints = Checkpoints(run_dir / "checkpoints", cfg.training.keep_checkpoints)
         batches = data.batches(epochs, cfg.training.batch_size, batch_rows(cfg, mesh))
         start = max(checkpoints.steps(), default=0)
+        remat: str = cfg.model.remat
         if start:
-            check_identity(run_dir, checkpoints.identity(start), identity)
+            saved = checkpoints.identity(start)
+            check_identity(run_dir, saved, identity)
+            remat = saved.get("remat", remat) if remat == "auto" else remat
             done = finished_summary(run_dir) if start == num_steps else None
             if done is not None:
                 if not quiet:
@@ -106,7 +113,8 @@ def train(cfg: Config, quiet: bool = False) -> dict[str, Any]:
         evaluator = None
         if eval_data is not None:
             rows = cfg.training.batch_size // cfg.training.gradient_accumulation_steps
-            evaluator = Evaluator(eval_data, cfg.data, rows, forward, mesh)
+            # Nothing is differentiated, so nothing is kept.
+            evaluator = Evaluator(eval_data, cfg.data, rows, replace(forward, remat="none"), mesh)
 
         def evaluate(step: int) -> float | None:
             """Held-out loss of the current state, logged; None without held-out rows."""
@@ -120,6 +128,10 @@ def train(cfg: Config, quiet: bool = False) -> dict[str, Any]:
             progress.say(f"step {step}: held-out loss {loss:.4f}, perplexity {perplexity(loss):.2f}")
             return loss
 
+        def compile_step(remat: str, arguments: tuple[Any, ...]) -> Any:
+            step_fn = make_train_step(cfg, replace(forward, remat=remat), optimizer, schedule)
+            return jax.jit(step_fn, donate_argnums=0).lower(*arguments).compile()
+
         step, stopped, compiled = start, False, None
         watch.beat(start)
         try:
@@ -129,8 +141,13 @@ def train(cfg: Config, quiet: bool = False) -> dict[str, Any]:
                 on_device = put_batch(next(batches), cfg.training.gradient_accumulation_steps, mesh)
                 if compiled is None:
                     progress.say("compiling the training step")
-                    step_fn = make_train_step(cfg, forward, optimizer, optim.learning_rate(cfg.optimizer, num_steps))
-                    compiled = jax.jit(step_fn, donate_argnums=0).lower(state, frozen, on_device).compile()
+                    if remat == "auto":
+                        compile_with = partial(compile_step, arguments=(state, frozen, on_device))
+                        remat, compiled = compile_fastest(cfg, model, mesh, compile_with)
+                        progress.say(f"rematerialisation {remat}, the fastest that fits")
+                    else:
+                        compiled = compile_step(remat, (state, frozen, on_device))
+                    identity["remat"] = remat  # a run that goes on rounds as it did before
                     meter.start()
                 state, metrics = compiled(state, frozen, on_device)
                 step += 1
@@ -170,6 +187,7 @@ def train(cfg: Config, quiet: bool = False) -> dict[str, Any]:
             },
             "trainable_params": count_parameters(state.trained),
             "frozen_params": count_parameters(frozen),
+            "remat": remat,
             "hashes": identity["hashes"],
             "adapter": str(run_dir / "adapter") if finished and cfg.method == "lora" else None,
             "wall_seconds": time.monotonic() - began,

@@ -168,6 +168,7 @@ def fake(monkeypatch, config, capacity: float, per_row: dict[str, float], spread
         figures = dict(weight_bytes=1e9, temp_bytes=temporaries, sent_bytes=sent, micro_batches=parts)
         return {
             **{"topology": target.spec, "devices": 4, "mesh": cfg.mesh.model_dump(), "capacity_bytes": target.capacity},
+            "remat": cfg.model.remat,
             **{"fits": argument + temporaries <= target.capacity, "peak_bytes": argument + temporaries},
             **{"argument_bytes": argument, "temp_bytes": temporaries, "base_bytes": argument, "adapter_bytes": 0},
             **{"optimizer_bytes": 0, "batch_bytes": 0, "flops_per_step": flops, "sent_bytes_per_step": sent},
@@ -175,7 +176,7 @@ def fake(monkeypatch, config, capacity: float, per_row: dict[str, float], spread
             "estimate": estimate(target, flops=flops, tokens=tokens, **figures, remat=cfg.model.remat),
         }
 
-    work = {"none": 4e12, "dots": 4.5e12, "attention": 5e12, "full": 6e12}
+    work = {"none": 4e12, "dots": 4.5e12, "qkv": 4.8e12, "attention": 5e12, "full": 6e12, "offload": 6e12}
     monkeypatch.setattr(search, "plan", plan_of)
     monkeypatch.setattr(search, "saved_bytes", lambda *_: 0.0)
     monkeypatch.setattr(search.Compiler, "flops", lambda self, remat: work[remat])
@@ -194,7 +195,7 @@ def fake(monkeypatch, config, capacity: float, per_row: dict[str, float], spread
     return cfg, dataclasses.replace(TARGET, capacity=capacity), calls
 
 
-PER_ROW = {"none": 16.0, "dots": 8.0, "attention": 4.0, "full": 1.0}
+PER_ROW = {"none": 16.0, "dots": 8.0, "qkv": 6.0, "attention": 4.0, "full": 1.0, "offload": 0.75}
 
 
 @pytest.mark.parametrize("capacity", [20, 30, 45, 70, 400])
@@ -242,7 +243,7 @@ def test_layouts_cover_the_run(config):
         assert layout.data * layout.fsdp * layout.tensor == 8 and layout.tensor in (1, 2)  # 2 key/value heads
         assert layout.micro_batches * layout.rows * layout.data * layout.fsdp == 8
         check_divides(model_shape(cfg.model.path), mesh_of(layout.data, layout.fsdp, layout.tensor), cfg)
-    assert {layout.remat for layout in found} == {"none", "dots", "attention", "full"}
+    assert {layout.remat for layout in found} == {"none", "dots", "qkv", "attention", "full"}
     assert choices("quantization")[0] is None and {layout.quantization for layout in found} == set(
         choices("quantization")
     )
@@ -287,6 +288,7 @@ def remedy_of(monkeypatch, config, capacity, per_row, *overrides, spread=60.0):
         (15 + 1 + 64, PER_ROW, ["training.gradient_accumulation_steps=2"]),
         (15 + 1 + 16, PER_ROW, ["model.remat=full"]),
         (15 + 1 + 8, PER_ROW, ["model.remat=full", "training.gradient_accumulation_steps=2"]),
+        (15 + 1 + 6, PER_ROW, ["model.remat=offload", "training.gradient_accumulation_steps=2"]),
         (
             15 + 1 + 4,
             PER_ROW,

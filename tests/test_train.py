@@ -518,7 +518,7 @@ def test_bfloat16_trains_float32_adapters(tmp_path, record_property):
     assert {leaf.dtype for leaf in leaves} == {jnp.dtype("float32")}
 
 
-@pytest.mark.parametrize("remat", ["dots", "attention", "full"])
+@pytest.mark.parametrize("remat", ["dots", "qkv", "attention", "full", "offload"])
 def test_remat_does_not_change_the_curve(tiny, tmp_path, remat):
     curves = []
     for policy in ("none", remat):

@@ -2,7 +2,10 @@
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
+
+from jlora.attention.interface import ATTENTION_OUTPUT
 
 
 def reference(
@@ -30,4 +33,4 @@ def reference(
         visible &= kv_positions[:, None, :] > q_positions[:, :, None] - window
     scores = jnp.where(visible[:, None, None], scores * q.shape[-1] ** -0.5, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return jnp.einsum("bkgts,bskh->btkgh", weights, v).reshape(q.shape)
+    return checkpoint_name(jnp.einsum("bkgts,bskh->btkgh", weights, v).reshape(q.shape), ATTENTION_OUTPUT)

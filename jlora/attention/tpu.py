@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jlora.attention.interface import per_device
+from jlora.attention.interface import ATTENTION_OUTPUT, per_device
 
 MAX_SPLASH_BLOCK = 512
 
@@ -47,6 +47,7 @@ def _splash_rows(q: Array, k: Array, v: Array, segments: Array, interpret: bool)
         block_sizes=blocks,
         head_shards=1,
         q_seq_shards=1,
+        residual_checkpoint_name=ATTENTION_OUTPUT,
         interpret=interpret,
     )
 

@@ -1,0 +1,63 @@
+"""Rematerialisation: what a layer's forward pass keeps for the backward pass, by the names of config key `model.remat`.
+
+Each policy of `LADDER` keeps less on the device than the one before it, and is paid for with a recomputation or,
+for `offload`, with copies to the host's memory and back. Knows the names that `jlora.model` and `jlora.attention` give
+to values, and no more of them.
+"""
+
+from collections.abc import Callable
+from typing import Any, get_args
+
+import jax
+
+from jlora.attention.interface import ATTENTION_OUTPUT
+from jlora.config import Remat
+
+LADDER: tuple[str, ...] = tuple(name for name in get_args(Remat) if name != "auto")
+
+# What `jlora.model` marks with `checkpoint_name`, beside ATTENTION_OUTPUT.
+LAYER_INPUT, ATTENTION_INPUT = "layer_input", "attention_input"
+# cuDNN's kernel gives its output and its softmax statistics no names; they are known by the primitive.
+KERNELS = ("dot_product_attention_fwd_wrapper",)
+
+
+def checkpointed(layer: Callable, remat: str) -> Callable:
+    """`layer`, a body of `jax.lax.scan`, under the policy of that name."""
+    if remat == "none":
+        return layer
+    return jax.checkpoint(layer, policy=policy(remat))
+
+
+def policy(remat: str) -> Callable[..., Any]:
+    """Whether (and where) the result of a primitive is kept; names of `LADDER` but `none`."""
+    policies = jax.checkpoint_policies
+    match remat:
+        case "dots":
+            return _any(policies.dots_with_no_batch_dims_saveable, _named(ATTENTION_OUTPUT))
+        case "qkv":
+            return _named(ATTENTION_INPUT, ATTENTION_OUTPUT)
+        case "attention":
+            return _named(ATTENTION_OUTPUT)
+        case "full":
+            return policies.nothing_saveable
+        case "offload":
+            return policies.save_and_offload_only_these_names(
+                names_which_can_be_saved=[],
+                names_which_can_be_offloaded=[LAYER_INPUT],
+                offload_src="device",
+                offload_dst="pinned_host",
+            )
+    raise ValueError(f"unknown remat policy {remat!r}")
+
+
+def _named(*names: str) -> Callable[..., bool]:
+    by_name = jax.checkpoint_policies.save_only_these_names(*names)
+
+    def keeps(primitive: Any, *args: Any, **params: Any) -> bool:
+        return primitive.name in KERNELS or by_name(primitive, *args, **params)
+
+    return keeps
+
+
+def _any(*policies: Callable[..., bool]) -> Callable[..., bool]:
+    return lambda primitive, *args, **params: any(keeps(primitive, *args, **params) for keeps in policies)

@@ -1,0 +1,107 @@
+"""The ladder of rematerialisation, compiled: what each policy holds and computes, and which of them `auto` takes."""
+
+import dataclasses
+import itertools
+
+import jax
+import pytest
+from tiny import make_completions, make_llama, make_tokenizer, write_config
+
+import jlora.compiled
+import jlora.train
+from jlora import fitting
+from jlora.compiled import held_bytes, plan
+from jlora.config import load_config
+from jlora.layouts import Layout, saved_bytes, with_settings
+from jlora.model import LlamaConfig
+from jlora.remat import LADDER
+from jlora.topology import Target
+from jlora.train import train
+
+SHAPE = LlamaConfig(
+    **{"vocab_size": 512, "hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 24, "head_dim": 32},
+    **{"num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "rope_theta": 1e4},
+    **{"rope_scaling": None, "tie_word_embeddings": False},
+)
+ON_CPU = [name for name in LADDER if name != "offload"]
+
+
+@pytest.fixture(scope="module")
+def ladder(tmp_path_factory):
+    """(config, target, what `plan` says of each policy) of a step that is large enough for its activations to count."""
+    folder = tmp_path_factory.mktemp("ladder")
+    cfg = load_config(
+        write_config(folder / "c.yaml", "llama2-7b", "rows.jsonl", folder / "run", data={"max_length": 256})
+    )
+    target = Target("cpu:1", "cpu", jax.devices()[:1], 2**40)
+    return cfg, target, {name: plan(with_settings(cfg, {"model.remat": name}), target, SHAPE) for name in ON_CPU}
+
+
+def temporaries(result):
+    return result["peak_bytes"] - result["argument_bytes"]
+
+
+def test_each_policy_holds_less_and_computes_more(ladder):
+    """The order that docs/remat.md tells, `auto` walks and the search relies on."""
+    cfg, _, plans = ladder
+    held = [temporaries(plans[name]) for name in ON_CPU]
+    assert all(more > 1.1 * less for more, less in itertools.pairwise(held)), held
+    flops = [plans[name]["flops_per_step"] for name in ON_CPU]
+    assert flops == sorted(flops) and len(set(flops)) == 5
+
+
+def test_arithmetic_never_rules_out_what_fits(ladder):
+    cfg, _, plans = ladder
+    for name, result in plans.items():
+        layout = Layout(1, 1, 1, name, None, cfg.training.batch_size, cfg.training.batch_size)
+        assert saved_bytes(SHAPE, cfg, layout) / 2 < temporaries(result)
+
+
+@pytest.mark.parametrize("chosen", ON_CPU)
+def test_auto_takes_the_first_that_fits(ladder, monkeypatch, chosen):
+    cfg, target, plans = ladder
+    asked = []
+
+    def known(cfg, target, model):
+        asked.append(cfg.model.remat)
+        return plans[cfg.model.remat]
+
+    room = temporaries(plans[chosen]) if chosen != "full" else 0
+    held = held_bytes(with_settings(cfg, {"model.remat": "full"}), target, SHAPE)
+    target = dataclasses.replace(target, capacity=(held + room) / (1 - fitting.HEADROOM) + 1)
+    cfg = with_settings(cfg, {"model.remat": "auto"})
+    monkeypatch.setattr(jlora.compiled, "plan", known)
+    result = plan(cfg, target, SHAPE)
+    assert result["remat"] == chosen and asked == ON_CPU[: ON_CPU.index(chosen) + 1][-len(asked) :]
+    assert len(asked) == 1 or chosen != "full"  # where there is no room at all, arithmetic says so
+
+
+@pytest.mark.parametrize(("files", "free"), [({}, 7000), ({"max": "max"}, 7000), ({"max": "6000"}, 2500)])
+def test_what_a_container_allows_counts(tmp_path, monkeypatch, files, free):
+    for name, text in ({"current": "4000", "stat": "anon 3000\ninactive_file 500\n"} | files).items():
+        (tmp_path / f"memory.{name}").write_text(text)
+    monkeypatch.setattr(fitting, "CGROUP", tmp_path)
+    machine = tmp_path / "meminfo"
+    machine.write_text("MemTotal: 16 kB\nMemAvailable:    7 kB\n")
+    monkeypatch.setattr(fitting, "MEMINFO", machine)
+    assert fitting.free_bytes(jax.devices()[:1]) == pytest.approx((7168 if free == 7000 else free) * 0.95, abs=1)
+
+
+def test_a_run_goes_on_with_the_policy_it_took(tmp_path, monkeypatch):
+    """Another policy rounds otherwise, and how much memory is free is another number each time."""
+    make_llama(tmp_path / "base")
+    make_tokenizer(tmp_path / "base")
+    rows = make_completions(tmp_path / "rows.jsonl")
+    section = {"format": "completion", "max_length": 64}
+    config = write_config(tmp_path / "c.yaml", tmp_path / "base", rows, tmp_path / "run", data=section)
+
+    def run(free, name, stop_after):
+        monkeypatch.setattr(fitting, "free_bytes", lambda devices: free)
+        monkeypatch.setattr(jlora.train, "catch_signals", lambda: lambda step: step == stop_after)
+        return train(load_config(config, ["model.remat=auto", f"output_dir={tmp_path / name}"]), quiet=True)
+
+    stopped = run(2**40, "run", stop_after=2)
+    assert (stopped["status"], stopped["steps"], stopped["remat"]) == ("preempted", 2, "none")
+    done = run(0, "run", stop_after=None)
+    assert (done["status"], done["steps"], done["remat"]) == ("finished", 4, "none")
+    assert run(0, "another", stop_after=1)["remat"] == "full"

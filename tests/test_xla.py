@@ -1,0 +1,45 @@
+"""What a process is told before JAX starts, seen in processes of their own."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from jlora.xla import FLAGS
+
+SHOW = """
+import json, os
+from jlora import xla
+xla.prepare()
+import jax
+print(json.dumps([os.environ["XLA_FLAGS"], os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"],
+                  jax.config.jax_compilation_cache_dir, jax.device_count()]))
+"""
+(FLAG,) = FLAGS
+
+
+def prepared(**given: str) -> list:
+    names = ("XLA_FLAGS", "XLA_PYTHON_CLIENT_MEM_FRACTION", "JAX_COMPILATION_CACHE_DIR", "XDG_CACHE_HOME")
+    env = {key: value for key, value in os.environ.items() if key not in names} | given
+    done = subprocess.run([sys.executable, "-c", SHOW], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_defaults_are_set_and_xla_knows_the_flags(tmp_path):
+    """XLA aborts at a flag that it does not know; it registers those of GPUs on CPUs too."""
+    assert prepared(HOME=str(tmp_path)) == [f"{FLAG}=true", "0.95", f"{tmp_path}/.cache/jlora/jax", 1]
+    assert prepared(XDG_CACHE_HOME=str(tmp_path))[2] == f"{tmp_path}/jlora/jax"
+    with pytest.raises(AssertionError, match="xla_no_such_flag"):
+        prepared(XLA_FLAGS="--xla_no_such_flag=1")
+
+
+def test_the_environment_wins(tmp_path):
+    ours = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.5", "JAX_COMPILATION_CACHE_DIR": "elsewhere"}
+    count = "--xla_force_host_platform_device_count=2"
+    assert prepared(XLA_FLAGS=count, **ours) == [f"{FLAG}=true {count}", "0.5", "elsewhere", 2]
+    assert prepared(XLA_FLAGS=f"{FLAG}=false {count}")[0] == f"{FLAG}=false {count}"
+    (tmp_path / "flags").write_text(count)
+    assert prepared(XLA_FLAGS=str(tmp_path / "flags"))[0::3] == [str(tmp_path / "flags"), 2]
