@@ -8,9 +8,9 @@ Knows nothing of projections, rotary embedding or caches.
 """
 
 from jlora.attention.choice import choose
-from jlora.attention.gpu import cudnn
+from jlora.attention.gpu import cudnn, cudnn_unpacked
 from jlora.attention.interface import Attention
 from jlora.attention.plain import reference
 from jlora.attention.tpu import splash
 
-__all__ = ["Attention", "choose", "cudnn", "reference", "splash"]
+__all__ = ["Attention", "choose", "cudnn", "cudnn_unpacked", "reference", "splash"]
