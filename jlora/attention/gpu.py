@@ -82,7 +82,7 @@ def _query_block(
     q: Array, k: Array, v: Array, segments: Array, start: int, stop: int, first: int, window: int | None
 ) -> Array:
     """Queries [start, stop) over the keys [first, stop), the earliest that any of them sees."""
-    queries, keys = jnp.arange(start, stop)[:, None], jnp.arange(first, stop)[None]
+    queries, keys = jnp.arange(start, stop)[None, :, None], jnp.arange(first, stop)[None, None]
     mask = segments[:, start:stop, None] == segments[:, None, first:stop]
     if window is not None:
         mask &= keys > queries - window

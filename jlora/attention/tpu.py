@@ -45,8 +45,9 @@ def _splash_rows(q: Array, k: Array, v: Array, segments: Array, window: int | No
         block_q_dq=block,
         block_kv_dq=block,
     )
-    square = (length, length)
-    mask = masks.CausalMask(square) if window is None else masks.LocalMask(square, (window - 1, 0), 0)
+    mask: masks.Mask = masks.CausalMask((length, length))
+    if window is not None and window < length:
+        mask = masks.LocalMask((length, length), (window - 1, 0), 0)
     kernel = kernels.make_splash_mha(
         mask=masks.MultiHeadMask([mask] * num_heads),
         block_sizes=blocks,
