@@ -22,7 +22,8 @@ from jlora.counts import collective_bytes, count_flops
 from jlora.divides import check_divides
 from jlora.errors import MemoryExceeded
 from jlora.fitting import HEADROOM, fastest_that_fits, fresh, peak_bytes
-from jlora.hf.base import open_source, parse_config, resolve
+from jlora.hf.architecture import parse_config
+from jlora.hf.base import open_source, resolve
 from jlora.layouts import with_settings
 from jlora.model import Decoder, LlamaConfig, abstract_decoder, projection_shapes
 from jlora.roofline import estimate
@@ -55,6 +56,7 @@ def model_shape(path: str) -> LlamaConfig:
         rms_norm_eps=1e-5,
         rope_theta=10000.0,
         rope_scaling=None,
+        sliding_window=None,
         tie_word_embeddings=False,
     )
 

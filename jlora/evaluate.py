@@ -70,7 +70,7 @@ def main() -> None:
             section = section.model_copy(update={k: v for k, v in changes.items() if v is not None})
             dataset = data.tokenize(args.data, pretrained.tokenizer, section)
             device, head_dim = mesh.devices.flat[0], pretrained.base.cfg.head_dim
-            _, kernel = attention.choose("auto", device, head_dim, section.max_length, dtype)
+            _, kernel = attention.choose("auto", device, head_dim, section.max_length, dtype, section.packing)
             forward = Forward(kernel, "none", dtype)
             evaluator = Evaluator(dataset, section, args.batch_size, forward, mesh)
             loss, tokens = evaluator.mean_loss(pretrained.base, adapter)

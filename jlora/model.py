@@ -16,8 +16,9 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jlora.adapter import Adapter, layer_keys, project
 from jlora.attention import Attention
-from jlora.layers import RopeScaling, rms_norm, rope_frequencies, rotate
+from jlora.layers import rms_norm
 from jlora.remat import ATTENTION_INPUT, LAYER_INPUT, checkpointed
+from jlora.rope import RopeScaling, Rotary, rotary_table, rotate
 from jlora.sharding import constrain
 
 
@@ -35,6 +36,7 @@ class LlamaConfig:
     rms_norm_eps: float
     rope_theta: float
     rope_scaling: RopeScaling | None
+    sliding_window: int | None
     tie_word_embeddings: bool
 
 
@@ -112,7 +114,7 @@ class Block(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        positions: Int[Array, "B T"],
+        rotary: Rotary,
         attend: Callable[..., Array],
         adapter: Adapter,
         dropout_key: PRNGKeyArray | None,
@@ -120,6 +122,7 @@ class Block(nnx.Module):
         """One layer.
 
         Args:
+          rotary: cosines and sines of the tokens' angles.
           attend: (q [B T N H], k [B T K H], v [B T K H]) -> [B T N H], with the mask inside.
           adapter: this layer's factors by projection name.
         """
@@ -128,13 +131,12 @@ class Block(nnx.Module):
             key = None if dropout_key is None else layer_keys(dropout_key, name)
             return project(equation, inputs, getattr(self, name)[...], adapter.get(name), key)
 
-        frequencies = rope_frequencies(self.cfg.head_dim, self.cfg.rope_theta, self.cfg.rope_scaling)
         normed = rms_norm(x, self.input_layernorm[...], self.cfg.rms_norm_eps)
         q = constrain(weighted("q_proj", "btd,dnh->btnh", normed), "act_batch", None, "act_heads", None)
         k = constrain(weighted("k_proj", "btd,dnh->btnh", normed), "act_batch", None, "act_kv_heads", None)
         v = constrain(weighted("v_proj", "btd,dnh->btnh", normed), "act_batch", None, "act_kv_heads", None)
         q, k, v = (checkpoint_name(projected, ATTENTION_INPUT) for projected in (q, k, v))
-        mixed = attend(rotate(q, positions, frequencies), rotate(k, positions, frequencies), v)
+        mixed = attend(rotate(q, rotary), rotate(k, rotary), v)
         x = x + constrain(weighted("o_proj", "btnh,nhd->btd", mixed), "act_batch", "act_seq", "act_embed")
         normed = rms_norm(x, self.post_attention_layernorm[...], self.cfg.rms_norm_eps)
         gate = constrain(weighted("gate_proj", "btd,df->btf", normed), "act_batch", None, "act_mlp")
@@ -171,7 +173,7 @@ def empty_cache(cfg: LlamaConfig, batch_size: int, num_slots: int, dtype: jnp.dt
 
 
 class Decoder(nnx.Module):
-    """A Llama with its language-model head; logits match transformers' LlamaForCausalLM."""
+    """A Llama with its language-model head; logits match transformers' LlamaForCausalLM and MistralForCausalLM."""
 
     embed_tokens: nnx.Param
     norm: nnx.Param
@@ -215,12 +217,13 @@ class Decoder(nnx.Module):
             kv_segments=segments,
             q_positions=positions,
             kv_positions=positions,
-            window=None,
+            window=self.cfg.sliding_window,
         )
+        rotary = self._rotary(positions, segments)
 
         def layer(x: Array, scanned: tuple[Block, Adapter, PRNGKeyArray | None]) -> tuple[Array, None]:
             block, factors, key = scanned
-            return block(checkpoint_name(x, LAYER_INPUT), positions, attend, factors, key), None
+            return block(checkpoint_name(x, LAYER_INPUT), rotary, attend, factors, key), None
 
         keys = None if dropout_key is None else jax.random.split(dropout_key, self.cfg.num_hidden_layers)
         x = self._embed(tokens, dtype)
@@ -241,6 +244,7 @@ class Decoder(nnx.Module):
         slot = cache.used
         all_segments = jax.lax.dynamic_update_slice(cache.segments, segments, (0, slot))
         all_positions = jax.lax.dynamic_update_slice(cache.positions, positions, (0, slot))
+        rotary = self._rotary(positions, segments)
 
         def layer(
             carry: tuple[Array, Array, Array], scanned: tuple[Block, Adapter, Array]
@@ -253,9 +257,9 @@ class Decoder(nnx.Module):
                 keys = jax.lax.dynamic_update_slice(keys, k[None], (index, 0, slot, 0, 0))
                 values = jax.lax.dynamic_update_slice(values, v[None], (index, 0, slot, 0, 0))
                 rows = segments, all_segments, positions, all_positions
-                return attention(q, keys[index], values[index], *rows, None)
+                return attention(q, keys[index], values[index], *rows, self.cfg.sliding_window)
 
-            return (block(x, positions, attend, factors, None), keys, values), None
+            return (block(x, rotary, attend, factors, None), keys, values), None
 
         x = self._embed(tokens, cache.keys.dtype)
         # The cache is carried, not scanned over, so that a step writes its own slots and copies nothing.
@@ -271,6 +275,11 @@ class Decoder(nnx.Module):
         """Logits in float32."""
         head = self.head.astype(hidden.dtype)
         return jnp.einsum("btd,vd->btv", hidden, head, preferred_element_type=jnp.float32)
+
+    def _rotary(self, positions: Int[Array, "B T"], segments: Int[Array, "B T"]) -> Rotary:
+        cfg = self.cfg
+        cos, sin = rotary_table(positions, segments, cfg.head_dim, cfg.rope_theta, cfg.rope_scaling)
+        return constrain(cos, "act_batch", None, None), constrain(sin, "act_batch", None, None)
 
     def _embed(self, tokens: Int[Array, "B T"], dtype: jnp.dtype) -> Float[Array, "B T D"]:
         x = self.embed_tokens[...][tokens].astype(dtype)

@@ -11,7 +11,8 @@ from pydantic import ValidationError
 from jlora.adapter import Adapter
 from jlora.config import Config, describe
 from jlora.errors import ModelError
-from jlora.hf.base import Source, open_source, parse_config, resolve
+from jlora.hf.architecture import parse_config
+from jlora.hf.base import Source, open_source, resolve
 from jlora.hf.load import load_base
 from jlora.hf.peft import CONFIG, load_adapter
 from jlora.model import Decoder

@@ -28,7 +28,8 @@ from jlora.divides import check_divides
 from jlora.errors import ConfigError, DataError, ModelError, NonFiniteError
 from jlora.evaluate import Evaluator, perplexity
 from jlora.fitting import compile_fastest
-from jlora.hf.base import base_fingerprint, parse_config
+from jlora.hf.architecture import parse_config
+from jlora.hf.base import base_fingerprint
 from jlora.hf.peft import load_adapter, read_adapter_config
 from jlora.identity import check_identity, flatten_config, run_identity
 from jlora.metrics import MetricsLog, ProgressLine, StepMeter, require_wandb
@@ -218,7 +219,9 @@ def check_batch_split(cfg: Config, mesh: jax.sharding.Mesh) -> None:
 def make_forward(cfg: Config, model: LlamaConfig, mesh: jax.sharding.Mesh) -> tuple[str, Forward]:
     """The static choices of the forward pass, and what attention runs, for the log."""
     dtype, device = jnp.dtype(cfg.model.dtype), mesh.devices.flat[0]
-    shown, kernel = attention.choose(cfg.model.attention, device, model.head_dim, cfg.data.max_length, dtype)
+    shown, kernel = attention.choose(
+        cfg.model.attention, device, model.head_dim, cfg.data.max_length, dtype, cfg.data.packing
+    )
     return shown, Forward(kernel, cfg.model.remat, dtype)
 
 

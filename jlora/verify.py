@@ -108,7 +108,7 @@ def export_adapter(
 
 
 def compare_with_peft(folder: Path, adapter: Adapter, pretrained: Pretrained) -> float:
-    """Load an exported adapter in PEFT on transformers' Llama, float32, and compare logits with ours.
+    """Load an exported adapter in PEFT on transformers' model, float32, and compare logits with ours.
 
     Raises:
       ConfigError: torch, transformers or peft is not installed.
@@ -117,12 +117,12 @@ def compare_with_peft(folder: Path, adapter: Adapter, pretrained: Pretrained) ->
     try:
         import torch
         from peft import PeftModel
-        from transformers import LlamaConfig, LlamaForCausalLM
+        from transformers import AutoConfig, AutoModelForCausalLM
     except ImportError as error:
         raise ConfigError(f"--verify needs torch and peft ({error.name} is missing); pip install torch peft") from None
     source, cfg = pretrained.source, pretrained.base.cfg
     with torch.device("meta"):
-        model = LlamaForCausalLM(LlamaConfig(**source.config))
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**source.config))
     # Given tensor by tensor, so that a GGUF base is compared in just the same way as a folder.
     state = {name: torch.from_numpy(source.read(name).astype(np.float32)) for name in name_table(cfg)}
     if cfg.tie_word_embeddings:

@@ -8,7 +8,6 @@ import importlib.util
 import os
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,7 +17,7 @@ import numpy as np
 import pytest
 
 from jlora import attention
-from jlora.attention import tiles, tpu
+from jlora.attention import gpu, tiles, tpu
 from jlora.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
@@ -42,69 +41,105 @@ def random_qkv(rng, batch, length, heads, kv_heads, head_dim):
     return [rng.standard_normal(shape).astype(np.float32) for shape in shapes]
 
 
+def outputs_and_gradients(kernel, qkv, weights):
+    """out, dq, dk and dv of a loss over the weighted outputs."""
+
+    def loss(q, k, v):
+        out = kernel(q, k, v)
+        return jnp.sum(out * weights), out
+
+    (_, out), gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))(*qkv)
+    return out, *gradients
+
+
+def assert_equals_reference(kernel, qkv, segments, positions, window, tolerance):
+    """Forward and backward, float32, wherever there is a token."""
+    draw = np.random.default_rng(2)
+    weights = draw.standard_normal(qkv[0].shape).astype(np.float32) * (segments > 0)[:, :, None, None]
+    rows = (segments, segments, positions, positions, window)
+    ours = outputs_and_gradients(lambda q, k, v: kernel(q, k, v, *rows), qkv, weights)
+    theirs = outputs_and_gradients(lambda q, k, v: attention.reference(q, k, v, *rows), qkv, weights)
+    for name, found, expected in zip(("out", "dq", "dk", "dv"), ours, theirs, strict=True):
+        found, expected = np.asarray(found), np.asarray(expected)
+        assert np.isfinite(found).all(), name
+        np.testing.assert_allclose(found[segments > 0], expected[segments > 0], atol=tolerance, err_msg=name)
+
+
 # cuDNN
 
 
-def test_cudnn_is_asked_for_attention_over_packed_rows(monkeypatch):
-    """The same call, answered by XLA: mask, causality, scale and grouped heads are right."""
-    rng = np.random.default_rng(0)
-    segments, positions = packed_rows(rng, 3, 64, 6)
-    q, k, v = random_qkv(rng, 3, 64, 4, 2, 8)
+@pytest.fixture
+def asked(monkeypatch):
+    """What cuDNN is asked for, answered by XLA: (queries, keys, whether causal, its window, whether masked)."""
+    calls = []
     ask = jax.nn.dot_product_attention
 
-    def answer(*args, implementation, **kwargs):
+    def answer(q, k, v, *, implementation, mask=None, local_window_size=None, is_causal):
         assert implementation == "cudnn"
-        return ask(*args, implementation="xla", **kwargs)
+        calls.append((q.shape[1], k.shape[1], is_causal, local_window_size, mask is not None))
+        return ask(
+            *(q, k, v), mask=mask, local_window_size=local_window_size, is_causal=is_causal, implementation="xla"
+        )
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", answer)
-    rows = (segments, segments, positions, positions, None)
-    found = attention.cudnn(*map(jnp.asarray, (q, k, v)), *rows)
-    expected = attention.reference(*map(jnp.asarray, (q, k, v)), *rows)
-    assert np.isfinite(np.asarray(found)).all()
-    np.testing.assert_allclose(found[segments > 0], expected[segments > 0], atol=1e-5)
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("window", "longest", "expected"),
+    [
+        (None, 192, {(192, 192, True, None, True)}),
+        (40, 192, {(192, 192, True, None, True)}),
+        (None, 128, {(64, 64, True, None, True), (64, 128, False, None, True), (64, 192, False, None, True)}),
+        # With a window of 60 queries from 128 on look back no farther than 69: 64, a whole step.
+        (60, 128, {(64, 64, True, None, True), (64, 128, False, None, True)}),
+    ],
+    ids=["one mask", "one mask, window", "blocks", "blocks, window"],
+)
+def test_cudnn_equals_the_reference_over_packed_rows(window, longest, expected, asked, monkeypatch):
+    monkeypatch.setattr(gpu, "MAX_MASKED_LENGTH", longest)
+    monkeypatch.setattr(gpu, "QUERY_BLOCK", 64)
+    rng = np.random.default_rng(0)
+    segments, positions = packed_rows(rng, 3, 192, 6)
+    segments[1], positions[1] = 1, np.arange(192)  # one whole row
+    qkv = random_qkv(rng, 3, 192, 4, 2, 8)
+    assert_equals_reference(attention.cudnn, qkv, segments, positions, window, 1e-5)
+    assert set(asked) == expected
+
+
+@pytest.mark.parametrize("window", [None, 1, 20, 64, 65])
+def test_cudnn_needs_no_mask_where_a_row_is_one_segment(window, asked):
+    rng = np.random.default_rng(3)
+    lengths = np.array([64, 33, 1, 0])
+    segments = (np.arange(64)[None] < lengths[:, None]).astype(np.int32)
+    positions = np.arange(64, dtype=np.int32)[None] * segments
+    qkv = random_qkv(rng, 4, 64, 4, 2, 8)
+    assert_equals_reference(attention.cudnn_unpacked, qkv, segments, positions, window, 1e-5)
+    assert set(asked) == {(64, 64, True, (window - 1, 0) if window and window < 64 else None, False)}
 
 
 # Splash
 
 
-@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(4, 2, 128), (2, 2, 64)], ids=["grouped", "head dim 64"])
-def test_splash_equals_the_reference_forward_and_backward(heads, kv_heads, head_dim, monkeypatch):
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "window"),
+    [(4, 2, 128, None), (2, 2, 64, None), (4, 2, 64, 100), (2, 1, 64, 1)],
+    ids=["grouped", "head dim 64", "window", "window of one"],
+)
+def test_splash_equals_the_reference_forward_and_backward(heads, kv_heads, head_dim, window, monkeypatch):
     monkeypatch.setattr(tpu, "MAX_SPLASH_BLOCK", 128)  # several blocks
     rng = np.random.default_rng(1)
     segments, positions = packed_rows(rng, 2, 256, 5)
     segments[1], positions[1] = 1, np.arange(256)  # one whole row
     qkv = random_qkv(rng, 2, 256, heads, kv_heads, head_dim)
-    weights = rng.standard_normal(qkv[0].shape).astype(np.float32) * (segments > 0)[:, :, None, None]
 
-    def run(kernel):
-        def loss(q, k, v):
-            out = kernel(q, k, v)
-            return jnp.sum(out * weights), out
+    def splash(q, k, v, segments, *rest):
+        return tpu._splash_rows(q, k, v, jnp.asarray(segments), window, interpret=True)
 
-        (_, out), gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))(*qkv)
-        return out, *gradients
-
-    ours = run(partial(tpu._splash_rows, segments=jnp.asarray(segments), interpret=True))
-    rows = dict(q_segments=segments, kv_segments=segments, q_positions=positions, kv_positions=positions, window=None)
-    theirs = run(partial(attention.reference, **rows))
-    for name, found, expected in zip(("out", "dq", "dk", "dv"), ours, theirs, strict=True):
-        found, expected = np.asarray(found), np.asarray(expected)
-        assert np.isfinite(found).all(), name
-        np.testing.assert_allclose(found[segments > 0], expected[segments > 0], atol=1e-4, err_msg=name)
+    assert_equals_reference(splash, qkv, segments, positions, window, 1e-4)
 
 
 # Tile by tile
-
-
-def gradients_of(kernel, segments, qkv, weights, **rows):
-    """Output, and gradients of q, k and v of a weighted sum of it; what padding gives counts for nothing."""
-
-    def loss(q, k, v):
-        out = kernel(q, k, v, segments, segments, **rows)
-        return jnp.sum(out * weights), out
-
-    (_, out), gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))(*qkv)
-    return out, *gradients
 
 
 @pytest.mark.parametrize("window", [None, 2, 40])
@@ -117,15 +152,7 @@ def test_blocked_equals_the_reference_forward_and_backward(heads, kv_heads, leng
     segments[1], positions[1] = 1, np.arange(length)
     segments[2], positions[2] = 0, 0
     qkv = random_qkv(rng, 5, length, heads, kv_heads, 8)
-    weights = rng.standard_normal(qkv[0].shape).astype(np.float32) * (segments > 0)[:, :, None, None]
-    rows = dict(q_positions=positions, kv_positions=positions, window=window)
-    ours = gradients_of(attention.blocked, jnp.asarray(segments), qkv, weights, **rows)
-    theirs = gradients_of(attention.reference, jnp.asarray(segments), qkv, weights, **rows)
-    for name, found, expected in zip(("out", "dq", "dk", "dv"), ours, theirs, strict=True):
-        found, expected = np.asarray(found), np.asarray(expected)
-        assert np.isfinite(found).all(), name
-        assert np.abs(expected[segments > 0]).max() > 0.5
-        np.testing.assert_allclose(found[segments > 0], expected[segments > 0], atol=1e-5, err_msg=name)
+    assert_equals_reference(attention.blocked, qkv, segments, positions, window, 1e-5)
 
 
 def test_blocked_does_not_visit_tiles_that_see_nothing(monkeypatch):
@@ -134,15 +161,17 @@ def test_blocked_does_not_visit_tiles_that_see_nothing(monkeypatch):
     segments = np.repeat([[1, 2, 3, 3]], 16, axis=1)
     q, k, v = random_qkv(np.random.default_rng(2), 1, 64, 2, 2, 8)
     k[:, :16] = v[:, :16] = np.nan
-    rows = dict(q_positions=segments, kv_positions=segments, window=None)
-    out, *gradients = gradients_of(
-        attention.blocked, jnp.asarray(segments), (q, k, v), (segments > 2)[..., None, None], **rows
-    )
+
+    def run(window, weights):
+        rows = (*[jnp.asarray(segments)] * 4, window)
+        return outputs_and_gradients(lambda q, k, v: attention.blocked(q, k, v, *rows), (q, k, v), weights)
+
+    out, dq, dk, _ = run(None, (segments > 2)[..., None, None])
     assert np.isnan(out[:, :16]).all() and np.isfinite(out[:, 16:]).all()
-    assert np.isfinite(gradients[0][:, 16:]).all() and np.isfinite(gradients[1][:, 32:]).all()
+    assert np.isfinite(dq[:, 16:]).all() and np.isfinite(dk[:, 32:]).all()
     # The same by the window: keys of two tiles before are out of sight.
     segments[:] = 1
-    out, *_ = gradients_of(attention.blocked, jnp.asarray(segments), (q, k, v), 1.0, **(rows | {"window": 16}))
+    out, *_ = run(16, 1.0)
     assert np.isfinite(out[:, 32:]).all() and np.isnan(out[:, 16:31]).all()
 
 
@@ -189,11 +218,17 @@ BF16, F32 = jnp.dtype("bfloat16"), jnp.dtype("float32")
     ],
 )
 def test_auto_takes_what_runs(device, head_dim, length, dtype, expected):
-    shown, kernel = attention.choose("auto", device, head_dim, length, dtype)
+    shown, kernel = attention.choose("auto", device, head_dim, length, dtype, True)
     assert kernel is expected
     fell_back = device is not CPU and expected is attention.blocked
     assert ("because" in shown) == fell_back and "\n" not in shown
-    assert attention.choose("reference", device, head_dim, length, dtype) == ("reference", attention.reference)
+    assert attention.choose("reference", device, head_dim, length, dtype, True) == ("reference", attention.reference)
+
+
+def test_rows_of_one_segment_need_no_mask():
+    for name in ("auto", "cudnn"):
+        assert attention.choose(name, GPU, 128, 4096, BF16, True) == ("cudnn", attention.cudnn)
+        assert attention.choose(name, GPU, 128, 4096, BF16, False) == ("cudnn", attention.cudnn_unpacked)
 
 
 @pytest.mark.parametrize(
@@ -209,7 +244,7 @@ def test_auto_takes_what_runs(device, head_dim, length, dtype, expected):
 )
 def test_by_name_what_does_not_run_is_refused(name, device, length, dtype, says):
     with pytest.raises(ConfigError) as error:
-        attention.choose(name, device, 128, length, dtype)
+        attention.choose(name, device, 128, length, dtype, True)
     assert says in str(error.value)
 
 

@@ -19,11 +19,12 @@ from safetensors.numpy import load_file, save_file
 from safetensors.torch import load_file as load_torch
 from safetensors.torch import save_file as save_torch
 from tiny import LLAMA3_ROPE, copy_folder, make_llama
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig
 
 from jlora.errors import ModelError
 from jlora.hf import merged
-from jlora.hf.base import check_names, open_source, parse_config, replace_folder, resolve
+from jlora.hf.architecture import parse_config
+from jlora.hf.base import check_names, open_source, replace_folder, resolve
 from jlora.hf.merged import save_checkpoint, trained_tensor
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -133,6 +134,23 @@ def test_defaults_are_those_of_transformers():
     assert cfg.rope_scaling.original_max_position_embeddings == 512
 
 
+def test_defaults_of_mistral_are_those_of_transformers():
+    """It has 8 key/value heads and a window of 4096 where the keys are missing, and neither where they are null."""
+    raw = {"model_type": "mistral", "hidden_size": 64, "num_attention_heads": 16, "intermediate_size": 96}
+    raw |= {"num_hidden_layers": 2, "vocab_size": 100}
+    dynamic = {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}
+    for more in ({}, {"sliding_window": None, "num_key_value_heads": None}, {"sliding_window": 7}):
+        ours, theirs = parse_config(raw | dynamic | more, "here"), MistralConfig(**(raw | dynamic | more))
+        for name in ("num_key_value_heads", "head_dim", "rms_norm_eps", "tie_word_embeddings", "sliding_window"):
+            assert getattr(ours, name) == getattr(theirs, name), (name, more)
+        assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
+        assert ours.rope_scaling.max_position_embeddings == theirs.max_position_embeddings
+    llama = parse_config(raw | {"model_type": "llama", "sliding_window": 7}, "here")  # which does not read it
+    assert llama.sliding_window is None and llama.num_key_value_heads == 16
+    with pytest.raises(ModelError, match="sliding_window must be a positive integer, not 0"):
+        parse_config(raw | {"sliding_window": 0}, "here")
+
+
 def test_redundant_tensors_are_ignored(tmp_path):
     """A tied head that is stored too, and the rotary buffers of old checkpoints."""
     make_llama(tmp_path / "tied", tie_word_embeddings=True)
@@ -196,8 +214,11 @@ CONFIG_REFUSALS = [
     ("partial_rotary_factor", 0.5, "partial_rotary_factor"),
     ("quantization_config", {"quant_method": "bitsandbytes"}, "quantization_config"),
     ("auto_map", {"AutoModel": "x.Y"}, "auto_map"),
-    ("rope_parameters", {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4}, "'yarn'"),
-    ("rope_parameters", {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}, "'dynamic'"),
+    ("rope_parameters", {"rope_type": "yarn", "factor": "2", "rope_theta": 1e4}, "rope_scaling.factor"),
+    ("rope_parameters", {"rope_type": "yarn", "factor": 2.0, "truncate": None}, "rope_scaling.truncate"),
+    ("rope_parameters", {"rope_type": "yarn", "factor": 2.0, "beta_fast": -1}, "rope_scaling.beta_fast"),
+    ("rope_parameters", {"rope_type": "yarn", "factor": 2.0, "attention_factor": 0}, "rope_scaling.attention_factor"),
+    ("rope_parameters", {"rope_type": "dynamic", "rope_theta": 1e4}, "rope_scaling.factor"),
     ("rope_scaling", {"type": "longrope", "factor": 2.0}, "'longrope'"),
     ("rope_scaling", {"type": "linear"}, "rope_scaling.factor"),
     ("rope_scaling", {"type": "linear", "factor": 0}, "rope_scaling.factor"),

@@ -24,7 +24,8 @@ from tiny import copy_folder, make_llama
 
 from jlora.errors import ModelError
 from jlora.hf import base as bases
-from jlora.hf.base import base_fingerprint, open_source, parse_config
+from jlora.hf.architecture import parse_config
+from jlora.hf.base import base_fingerprint, open_source
 from jlora.hf.names import name_table
 
 ROOT = Path(__file__).parents[1]
@@ -39,7 +40,8 @@ import jax, jax.numpy as jnp, numpy as np
 from jlora.config import MeshSection
 from jlora.errors import UserError
 from jlora.hf import load
-from jlora.hf.base import open_source, parse_config
+from jlora.hf.architecture import parse_config
+from jlora.hf.base import open_source
 from jlora.hf.load import load_base
 from jlora.hf.names import name_table
 from jlora.sharding import make_mesh, named_sharding

@@ -13,7 +13,7 @@ import pytest
 import torch
 from parity import assert_close, hidden, logits, open_base, random_tokens, torch_logits
 from shared_data import SHARED, needs_data
-from tiny import LLAMA3_ROPE, OFF_DEFAULT, copy_folder, make_llama, make_tokenizer
+from tiny import LLAMA3_ROPE, OFF_DEFAULT, copy_folder, make_llama, make_mistral, make_tokenizer
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopPLogitsWarper
 
@@ -21,18 +21,35 @@ from jlora import attention
 from jlora.adapter import init_adapter
 from jlora.config import LoraSection
 from jlora.generate import Sampling, generate, one_device_mesh, sample
-from jlora.hf.base import parse_config
+from jlora.hf.architecture import parse_config
 from jlora.hf.peft import load_adapter
 from jlora.model import LlamaConfig, block_weights, empty_cache, outer_weights, projection_shapes
 from jlora.pretrained import Pretrained, load_pretrained, open_pretrained
 from jlora.remat import LADDER
+from jlora.rope import DynamicRope, LinearRope, Llama3Rope, YarnRope, rotary_table
 
 LINEAR_ROPE = {"rope_type": "linear", "factor": 2.5}
+YARN_ROPE = {
+    "rope_type": "yarn",
+    "factor": 4.0,
+    "attention_factor": 1.3,
+    "beta_fast": 4.0,
+    "beta_slow": 0.5,
+    "truncate": False,
+    "original_max_position_embeddings": 64,
+    "rope_theta": 523.0,
+}
+DYNAMIC = {
+    "max_position_embeddings": 10,  # shorter than the tests' rows
+    "rope_parameters": {"rope_type": "dynamic", "factor": 3.0, "rope_theta": 523.0},
+}
 CONFIGS: dict[str, dict[str, Any]] = {
     "grouped": {},
     "multi_head_tied": {"num_key_value_heads": 6, "tie_word_embeddings": True},
     "llama3_rope": {"rope_parameters": LLAMA3_ROPE | {"rope_theta": 523.0}},
     "linear_rope_tied": {"rope_parameters": LINEAR_ROPE | {"rope_theta": 523.0}, "tie_word_embeddings": True},
+    "yarn_rope_tied": {"rope_parameters": YARN_ROPE, "tie_word_embeddings": True},
+    "dynamic_rope": DYNAMIC,
     "one_kv_head": {"num_key_value_heads": 1, "head_dim": 6},
 }
 
@@ -74,6 +91,18 @@ def test_logits_equal_transformers(name, tmp_path):
     assert_close(logits(base, {}, tokens), torch_logits(model, tokens), 1e-4)
 
 
+def test_mistral_logits_equal_transformers(tmp_path):
+    """Every position but the first few looks back no farther than the window."""
+    model = make_mistral(tmp_path / "windowed")
+    make_mistral(tmp_path / "whole", sliding_window=None)
+    tokens = random_tokens(300)
+    found = logits(open_base(tmp_path / "windowed")[0], {}, tokens)
+    assert_close(found, torch_logits(model, tokens), 1e-4)
+    whole = logits(open_base(tmp_path / "whole")[0], {}, tokens)
+    moved = np.abs(found - whole).max(axis=(0, 2))
+    assert (moved[:7] < 1e-4).all() and (moved[7:] > 1e-2).all()
+
+
 @pytest.mark.parametrize("layer", [0, 2])
 def test_block_equals_transformers(layer, llama, base):
     """Unit-scale inputs; one layer, so that an error can not be washed out by the norm behind it."""
@@ -89,9 +118,12 @@ def test_block_equals_transformers(layer, llama, base):
         window=None,
     )
 
+    cfg = base.cfg
+
     @jax.jit
     def ours(stacked, x):
-        return jax.tree.map(lambda leaf: leaf[layer], stacked)(x, positions, attend, {}, None)
+        rotary = rotary_table(positions, jnp.ones_like(positions), cfg.head_dim, cfg.rope_theta, cfg.rope_scaling)
+        return jax.tree.map(lambda leaf: leaf[layer], stacked)(x, rotary, attend, {}, None)
 
     mask = torch.full((24, 24), -torch.inf).triu(1)[None, None]
     with torch.no_grad():
@@ -112,28 +144,61 @@ def test_real_model():
     assert np.abs(found - reference["base_logits"]).max() > 1e-2
 
 
-# Keys of config.json, each with another value; what stands behind it of LlamaConfig and RopeScaling.
-PERTURBED: dict[str, dict[str, Any]] = {
-    "rms_norm_eps": {"rms_norm_eps": 3e-2},
-    "rope_theta": {"rope_parameters": LLAMA3_ROPE | {"rope_theta": 900.0}},
-    "rope_scaling": {"rope_parameters": {"rope_type": "default", "rope_theta": 523.0}},
-    "kind": {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 523.0}},
-    "factor": {"rope_parameters": LLAMA3_ROPE | {"rope_theta": 523.0, "factor": 2.0}},
-    "low_freq_factor": {"rope_parameters": LLAMA3_ROPE | {"rope_theta": 523.0, "low_freq_factor": 2.0}},
-    "high_freq_factor": {"rope_parameters": LLAMA3_ROPE | {"rope_theta": 523.0, "high_freq_factor": 8.0}},
-    "original_max_position_embeddings": {
-        "rope_parameters": LLAMA3_ROPE | {"rope_theta": 523.0, "original_max_position_embeddings": 40}
-    },
-    "tie_word_embeddings": {"tie_word_embeddings": True},
-}
+YARN_BY_MSCALE = {key: value for key, value in YARN_ROPE.items() if key != "attention_factor"}
+YARN_BY_MSCALE |= {"mscale": 1.6, "mscale_all_dim": 0.7}
+LLAMA3 = LLAMA3_ROPE | {"rope_theta": 523.0}
+LINEAR = LINEAR_ROPE | {"rope_theta": 523.0}
+MISTRAL = {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 7}
+
+# A field of LlamaConfig or of a scaling; the config.json that it stands in; and keys that give it another value.
+PERTURBED: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+    ("rms_norm_eps", {}, {"rms_norm_eps": 3e-2}),
+    ("rope_theta", {}, {"rope_parameters": LLAMA3 | {"rope_theta": 900.0}}),
+    ("rope_scaling", {}, {"rope_parameters": {"rope_type": "default", "rope_theta": 523.0}}),
+    ("tie_word_embeddings", {}, {"tie_word_embeddings": True}),
+    ("sliding_window", MISTRAL, {"sliding_window": 11}),
+    ("Llama3Rope.factor", {}, {"rope_parameters": LLAMA3 | {"factor": 2.0}}),
+    ("Llama3Rope.low_freq_factor", {}, {"rope_parameters": LLAMA3 | {"low_freq_factor": 2.0}}),
+    ("Llama3Rope.high_freq_factor", {}, {"rope_parameters": LLAMA3 | {"high_freq_factor": 8.0}}),
+    (
+        "Llama3Rope.original_max_position_embeddings",
+        {},
+        {"rope_parameters": LLAMA3 | {"original_max_position_embeddings": 40}},
+    ),
+    ("LinearRope.factor", {"rope_parameters": LINEAR}, {"rope_parameters": LINEAR | {"factor": 4.0}}),
+    ("DynamicRope.factor", DYNAMIC, {"rope_parameters": DYNAMIC["rope_parameters"] | {"factor": 6.0}}),
+    ("DynamicRope.max_position_embeddings", DYNAMIC, {"max_position_embeddings": 16}),
+    *(
+        (f"YarnRope.{field}", {"rope_parameters": YARN_ROPE}, {"rope_parameters": YARN_ROPE | {field: value}})
+        for field, value in {
+            "factor": 2.0,
+            "attention_factor": None,
+            "beta_fast": 8.0,
+            "beta_slow": 1.5,
+            "truncate": True,
+            "original_max_position_embeddings": 128,
+        }.items()
+    ),
+    # By which attention_factor is found where the config does not have it; and a key of the config itself goes first.
+    *(
+        ("YarnRope.attention_factor", {"rope_parameters": YARN_BY_MSCALE}, {"rope_parameters": YARN_BY_MSCALE | more})
+        for more in ({"mscale": 2.5}, {"mscale_all_dim": 0.2}, {"mscale": None})
+    ),
+    (
+        "YarnRope.original_max_position_embeddings",
+        {"rope_parameters": YARN_ROPE},
+        {"original_max_position_embeddings": 128},
+    ),
+]
 
 
 def test_no_numerics_field_is_forgotten():
     """Every field of the config is a dim of some weight, or is perturbed below."""
-    cfg = parse_config(OFF_DEFAULT | {"model_type": "llama", "rope_scaling": LLAMA3_ROPE}, "here")
+    cfg = parse_config(OFF_DEFAULT | {"model_type": "llama"}, "here")
     fields = {field.name for field in dataclasses.fields(LlamaConfig)}
-    fields |= {field.name for field in dataclasses.fields(cfg.rope_scaling)}
-    for name in fields - set(PERTURBED):
+    for scaling in (LinearRope, DynamicRope, Llama3Rope, YarnRope):
+        fields |= {f"{scaling.__name__}.{field.name}" for field in dataclasses.fields(scaling)}
+    for name in fields - {field for field, *_ in PERTURBED}:
         changed = dataclasses.replace(cfg, **{name: getattr(cfg, name) + 2})
         before, after = (
             [c.num_hidden_layers, *(weight.shape for weight in (block_weights(c) | outer_weights(c)).values())]
@@ -142,21 +207,26 @@ def test_no_numerics_field_is_forgotten():
         assert before != after, name
 
 
-@pytest.mark.parametrize("field", PERTURBED)
-def test_every_field_matters(field, llama, base, tmp_path):
+@pytest.mark.parametrize(("field", "start", "change"), PERTURBED, ids=lambda value: value if type(value) is str else "")
+def test_every_field_matters(field, start, change, llama, tmp_path):
     """A field of config.json that jlora drops would leave the logits; one that it misreads moves them elsewhere."""
-    folder = copy_folder(llama[0], tmp_path / "changed")
-    config = json.loads((folder / "config.json").read_text()) | PERTURBED[field]
-    (folder / "config.json").write_text(json.dumps(config))
+
+    def changed(name: str, keys: dict[str, Any]) -> tuple[Path, np.ndarray]:
+        folder = copy_folder(llama[0], tmp_path / name)
+        config = json.loads((folder / "config.json").read_text()) | keys
+        (folder / "config.json").write_text(json.dumps(config))
+        return folder, logits(open_base(folder)[0], {}, tokens)
+
     tokens = random_tokens(300, rows=1)
-    changed = logits(open_base(folder)[0], {}, tokens)
-    assert np.abs(changed - logits(base, {}, tokens)).max() > 1e-2
+    _, before = changed("before", start)
+    folder, after = changed("after", start | change)
+    assert np.abs(after - before).max() > 1e-2
     if field == "tie_word_embeddings":  # transformers unties when it finds a head in the file
         model = AutoModelForCausalLM.from_pretrained(llama[0])
         model.lm_head.weight = model.model.embed_tokens.weight
     else:
         model = AutoModelForCausalLM.from_pretrained(folder)
-    assert_close(changed, torch_logits(model.eval(), tokens), 1e-4)
+    assert_close(after, torch_logits(model.eval(), tokens), 1e-4)
 
 
 # Rematerialisation
@@ -257,6 +327,20 @@ def test_a_token_reaches_its_own_segment_and_no_earlier_position(base):
         assert not found[:, tokens[row]][~real][:, real].any()
 
 
+def test_dynamic_rope_of_a_segment_is_that_of_the_segment_alone(tmp_path):
+    """Segments of 9 and 11 tokens are longer than the 8 positions, those beside them are not."""
+    model = make_llama(tmp_path, **(DYNAMIC | {"max_position_embeddings": 8}))
+    tokens, positions, segments = packed()
+    together = logits(open_base(tmp_path)[0], {}, tokens, positions, segments)
+    for row, lengths in enumerate(LENGTHS):
+        ends = np.cumsum(lengths)
+        for start, end in zip(ends - lengths, ends, strict=True):
+            # transformers goes on with the longest length that it has seen; a fresh one has seen none.
+            model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
+            theirs = torch_logits(model, tokens[row : row + 1, start:end])[0]
+            assert_close(together[row, start:end], theirs, 1e-4)
+
+
 # Decoding
 
 
@@ -331,6 +415,19 @@ def test_greedy_equals_transformers(llama, pretrained):
     assert len({tuple(ids) for ids in ours}) == len(PROMPTS)
     for part in parts:  # what is streamed only ever grows
         assert all(whole[: len(ids)] == ids for ids, whole in zip(part, ours, strict=True))
+
+
+@pytest.mark.parametrize("name", ["window", "dynamic rope"])
+def test_greedy_equals_transformers_beyond(name, tmp_path):
+    """Prompts and continuations longer than a window, or than the positions that dynamic rope starts from."""
+    model = make_mistral(tmp_path) if name == "window" else make_llama(tmp_path, **DYNAMIC)
+    make_tokenizer(tmp_path)
+    opened = load_pretrained(open_pretrained(str(tmp_path), None, None), jnp.dtype("float32"), one_device_mesh())
+    ours = continuations(opened, PROMPTS[:3])[-1]
+    for ids, prompt in zip(ours, PROMPTS, strict=False):
+        if name == "dynamic rope":
+            model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
+        assert ids == greedy(model, prompt, 2)
 
 
 def test_stops_at_eos(llama, pretrained):

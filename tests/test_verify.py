@@ -6,13 +6,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import make_llama, make_tokenizer
+from parity import assert_close, torch_logits
+from tiny import make_llama, make_mistral, make_tokenizer
+from transformers import AutoModelForCausalLM, MistralForCausalLM
 
 from jlora import verify
 from jlora.adapter import init_adapter
 from jlora.config import LoraSection
 from jlora.errors import ModelError
 from jlora.generate import one_device_mesh
+from jlora.hf.merged import merged_tensor, save_checkpoint
 from jlora.model import projection_shapes
 from jlora.pretrained import load_pretrained, open_pretrained
 
@@ -23,12 +26,20 @@ FLOAT32 = jnp.dtype("float32")
 def pretrained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("base")
     make_llama(folder)
+    return opened(folder)
+
+
+def opened(folder):
     make_tokenizer(folder)
     return load_pretrained(open_pretrained(str(folder), None, None), FLOAT32, one_device_mesh())
 
 
 @pytest.fixture
 def adapter(pretrained):
+    return grown(pretrained)
+
+
+def grown(pretrained):
     section, model = LoraSection(rank=4, alpha=8.0), pretrained.base.cfg
     adapter = init_adapter(section, projection_shapes(model), model.num_hidden_layers, 0)
     grow = {name: dataclasses.replace(lora, lora_b=jnp.full_like(lora.lora_b, 0.02)) for name, lora in adapter.items()}
@@ -42,6 +53,25 @@ def test_a_true_export_passes_and_stays(pretrained, adapter, tmp_path):
     )
     assert difference == 0.0 and (tmp_path / "out" / "adapter_model.safetensors").is_file()
     assert verify.compare_with_peft(tmp_path / "out", factors, pretrained) < 1e-5
+
+
+def test_a_mistral_is_exported_and_merged(tmp_path):
+    """With a window shorter than the probe; PEFT, and transformers on the merged folder, compute what we do."""
+    make_mistral(tmp_path / "base")
+    pretrained = opened(tmp_path / "base")
+    section, factors = grown(pretrained)
+    verify.export_adapter(tmp_path / "out", factors, section, "base", pretrained, FLOAT32, one_device_mesh())
+    assert verify.compare_with_peft(tmp_path / "out", factors, pretrained) < 1e-5
+
+    def tensor(name, entry):
+        return merged_tensor(pretrained.source, entry, name, factors)
+
+    config = {key: value for key, value in pretrained.source.config.items() if key != "architectures"}
+    save_checkpoint(tmp_path / "merged", pretrained.base.cfg, tensor, config, "float32", lambda folder: None)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    assert type(model) is MistralForCausalLM and model.config.sliding_window == 7
+    tokens = verify.probe_tokens(300)
+    assert_close(verify.probe_logits(pretrained.base, factors, FLOAT32), torch_logits(model, tokens)[0], 1e-4)
 
 
 def test_a_wrong_export_is_refused_and_removed(pretrained, adapter, tmp_path, monkeypatch):

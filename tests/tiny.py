@@ -6,7 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 # No numerics field has its default here, and no two dims are equal.
 OFF_DEFAULT: dict[str, Any] = {
@@ -41,7 +48,18 @@ def make_llama(folder: Path, *, shard: str | None = None, seed: int = 0, **overr
       shard: largest shard, such as "50KB", for a sharded checkpoint with an index.
     """
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(LlamaConfig(**(OFF_DEFAULT | overrides))).float().eval()
+    return save_random(LlamaForCausalLM(LlamaConfig(**(OFF_DEFAULT | overrides))), folder, shard)
+
+
+def make_mistral(folder: Path, *, seed: int = 0, **overrides: Any) -> MistralForCausalLM:
+    """As `make_llama`, a Mistral; its window is shorter than the tests' rows."""
+    torch.manual_seed(seed)
+    return save_random(MistralForCausalLM(MistralConfig(**(OFF_DEFAULT | {"sliding_window": 7} | overrides))), folder)
+
+
+def save_random(model: PreTrainedModel, folder: Path, shard: str | None = None) -> Any:
+    """The fresh model in float32, its norms random too, as it was saved to `folder`."""
+    model = model.float().eval()
     for name, parameter in model.named_parameters():
         if "norm" in name:
             torch.nn.init.uniform_(parameter, 0.5, 1.5)

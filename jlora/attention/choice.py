@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from jlora.attention.gpu import cudnn
+from jlora.attention.gpu import cudnn, cudnn_unpacked
 from jlora.attention.interface import Attention
 from jlora.attention.plain import reference
 from jlora.attention.tiles import blocked
@@ -11,11 +11,14 @@ from jlora.attention.tpu import splash
 from jlora.errors import ConfigError
 
 
-def choose(name: str, device: jax.Device, head_dim: int, length: int, dtype: jnp.dtype) -> tuple[str, Attention]:
+def choose(
+    name: str, device: jax.Device, head_dim: int, length: int, dtype: jnp.dtype, packing: bool
+) -> tuple[str, Attention]:
     """The implementation for a config's `model.attention`, and its name for the log.
 
     Args:
       device: one of those that the run is for, here or absent.
+      packing: rows hold several segments (config key `data.packing`), not one from their start.
 
     Raises:
       ConfigError: the implementation asked for by name does not run there, or not on these shapes.
@@ -33,7 +36,7 @@ def choose(name: str, device: jax.Device, head_dim: int, length: int, dtype: jnp
             "a head dim that is a multiple of 8 and at most 128": head_dim % 8 == 0 and head_dim <= 128,
             "a length that is a multiple of 64": length % 64 == 0,
         }
-        kernel: Attention = cudnn
+        kernel: Attention = cudnn if packing else cudnn_unpacked
     else:
         needs = {
             "a TPU": platform == "tpu",

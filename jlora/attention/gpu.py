@@ -1,9 +1,25 @@
-"""cuDNN's flash attention, for GPUs."""
+"""cuDNN's flash attention, for GPUs: over packed rows, or over rows of one segment each.
+
+Not with cuDNN's own packed layout: it wants a fixed number of segments in a row, runs from Hopper on only, is told
+the wrong places of grouped keys by JAX 0.10.2, and its backward pass takes a float32 workspace of as many times
+[B N T H] as there are segments (4 GiB for 64 segments of 32 heads at 4096 tokens), which no compiled peak shows.
+"""
+
+from functools import partial
+from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax.extend.core import Primitive
 from jaxtyping import Array, Float, Int
 
 from jlora.attention.interface import per_device
+
+# cuDNN takes a mask as a bias and answers with its gradient, so a mask of [T S] is held three times. Up to the first
+# length that is little beside a layer's activations; longer rows have masks of so many queries at a time.
+MAX_MASKED_LENGTH = 8192
+QUERY_BLOCK = 4096
+KEY_STEP = 64
 
 
 def cudnn(
@@ -16,16 +32,68 @@ def cudnn(
     kv_positions: Int[Array, "B S"],
     window: int | None,
 ) -> Float[Array, "B T N H"]:
-    """Flash attention of cuDNN for GPUs, with the segments as a mask of [B T S].
-
-    Not with cuDNN's own packed layout, which wants a fixed number of segments in a row: it runs from Hopper
-    on only, and its backward pass takes a float32 workspace of as many times [B N T H] (4 GiB for 64 segments
-    of 32 heads at 4096 tokens), which no compiled peak shows.
-    """
+    """Over packed rows; the mask of a long one exists for `QUERY_BLOCK` queries at a time."""
     del kv_segments, q_positions, kv_positions  # the same tokens, in order
-    return per_device(_cudnn_rows, q, k, v, q_segments)
+    return per_device(partial(_packed_rows, window=window), q, k, v, q_segments)
 
 
-def _cudnn_rows(q: Array, k: Array, v: Array, segments: Array) -> Array:
-    mask = (segments[:, :, None] == segments[:, None, :])[:, None]
-    return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True, implementation="cudnn")
+def cudnn_unpacked(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    q_segments: Int[Array, "B T"],
+    kv_segments: Int[Array, "B S"],
+    q_positions: Int[Array, "B T"],
+    kv_positions: Int[Array, "B S"],
+    window: int | None,
+) -> Float[Array, "B T N H"]:
+    """Over rows that hold one segment from their start, and padding behind it: causality is all the mask.
+
+    What padding sees is not what it sees in the reference; no token before it ever looks at it.
+    """
+    del kv_segments, q_positions, kv_positions
+    return per_device(partial(_unpacked_rows, window=window), q, k, v, q_segments)
+
+
+def _unpacked_rows(q: Array, k: Array, v: Array, segments: Array, window: int | None) -> Array:
+    del segments
+    local = None if window is None or window >= q.shape[1] else (window - 1, 0)
+    return jax.nn.dot_product_attention(q, k, v, is_causal=True, local_window_size=local, implementation="cudnn")
+
+
+def _packed_rows(q: Array, k: Array, v: Array, segments: Array, window: int | None) -> Array:
+    length = q.shape[1]
+    block = length if length <= MAX_MASKED_LENGTH else QUERY_BLOCK
+    outputs = []
+    for start in range(0, length, block):
+        stop = min(start + block, length)
+        first = 0 if window is None else max(0, start - window + 1) // KEY_STEP * KEY_STEP
+        run = partial(_query_block, start=start, stop=stop, first=first, window=window)
+        outputs.append(jax.checkpoint(run, policy=_is_kernel)(q, k, v, segments))
+    return jnp.concatenate(outputs, axis=1)
+
+
+def _is_kernel(primitive: Primitive, *_: Any, **__: Any) -> bool:
+    """Backward keeps what cuDNN's forward call gives; slices and masks are made again."""
+    return primitive.name == "dot_product_attention_fwd_wrapper"
+
+
+def _query_block(
+    q: Array, k: Array, v: Array, segments: Array, start: int, stop: int, first: int, window: int | None
+) -> Array:
+    """Queries [start, stop) over the keys [first, stop), the earliest that any of them sees."""
+    queries, keys = jnp.arange(start, stop)[None, :, None], jnp.arange(first, stop)[None, None]
+    mask = segments[:, start:stop, None] == segments[:, None, first:stop]
+    if window is not None:
+        mask &= keys > queries - window
+    is_causal = start == first  # cuDNN lets the first query see the first key
+    if not is_causal:
+        mask &= keys <= queries
+    return jax.nn.dot_product_attention(
+        q[:, start:stop],
+        k[:, first:stop],
+        v[:, first:stop],
+        mask=mask[:, None],
+        is_causal=is_causal,
+        implementation="cudnn",
+    )

@@ -22,12 +22,15 @@ def splash(
     kv_positions: Int[Array, "B S"],
     window: int | None,
 ) -> Float[Array, "B T N H"]:
-    """Flash attention in Pallas for TPUs, with segment ids. Grouped queries as they are."""
+    """Flash attention in Pallas for TPUs, with segment ids. Grouped queries as they are.
+
+    Blocks that no query of a window sees are not computed.
+    """
     del kv_segments, q_positions, kv_positions  # the same tokens, in order
-    return per_device(partial(_splash_rows, interpret=False), q, k, v, q_segments)
+    return per_device(partial(_splash_rows, window=window, interpret=False), q, k, v, q_segments)
 
 
-def _splash_rows(q: Array, k: Array, v: Array, segments: Array, interpret: bool) -> Array:
+def _splash_rows(q: Array, k: Array, v: Array, segments: Array, window: int | None, interpret: bool) -> Array:
     """The kernel over the rows of one device; `interpret` runs it anywhere, slowly."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
@@ -42,8 +45,11 @@ def _splash_rows(q: Array, k: Array, v: Array, segments: Array, interpret: bool)
         block_q_dq=block,
         block_kv_dq=block,
     )
+    mask: masks.Mask = masks.CausalMask((length, length))
+    if window is not None and window < length:
+        mask = masks.LocalMask((length, length), (window - 1, 0), 0)
     kernel = kernels.make_splash_mha(
-        mask=masks.MultiHeadMask([masks.CausalMask((length, length))] * num_heads),
+        mask=masks.MultiHeadMask([mask] * num_heads),
         block_sizes=blocks,
         head_shards=1,
         q_seq_shards=1,

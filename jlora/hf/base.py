@@ -21,26 +21,7 @@ from safetensors import SafetensorError, safe_open
 from jlora.errors import ModelError
 from jlora.gguf import GGUFFile
 from jlora.hf.names import Entry, name_table
-from jlora.layers import RopeScaling
 from jlora.model import LlamaConfig
-
-# Fields of a Llama config that change the numerics, with the values that jlora computes. What
-# LlamaForCausalLM of transformers does not read can not change its numerics and is not looked at.
-ONLY_SUPPORTED: dict[str, tuple[Any, ...]] = {
-    "model_type": ("llama",),
-    "hidden_act": ("silu", "swish", None),
-    "attention_bias": (False, None),
-    "mlp_bias": (False, None),
-    "attention_dropout": (0, None),
-    "partial_rotary_factor": (1, None),
-    "quantization_config": (None,),
-    "auto_map": (None,),
-}
-ROPE_FIELDS = {
-    *("rope_theta", "rope_type", "type", "factor"),
-    *("low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-}
-
 
 # The stored types that are read, by safetensors' names.
 FLOATS: dict[str, np.dtype] = {
@@ -221,80 +202,6 @@ def resolve(path: str) -> Path:
 def open_source(path: Path) -> Source:
     """The base at `path`, a folder or a .gguf file; reads headers, no weights."""
     return GGUFFile(path) if path.is_file() else SafetensorsFolder(path)
-
-
-def parse_config(raw: dict[str, Any], where: str) -> LlamaConfig:
-    """Shape and numerics from a Hugging Face config.json.
-
-    Accepts both spellings of rotary settings: `rope_theta` with `rope_scaling` (transformers 4) and
-    `rope_parameters` (transformers 5).
-
-    Raises:
-      ModelError: an architecture or a field that changes the numerics and is not supported, by name.
-    """
-    architectures = raw.get("architectures") or ["LlamaForCausalLM"]
-    if architectures != ["LlamaForCausalLM"]:
-        named = ", ".join(map(str, architectures)) if isinstance(architectures, list) else repr(architectures)
-        raise ModelError(f"{where}: architecture {named} is not supported, only LlamaForCausalLM")
-    for field, allowed in ONLY_SUPPORTED.items():
-        if raw.get(field) not in allowed and (field in raw or None not in allowed):
-            raise ModelError(f"{where}: {field}={raw.get(field)!r} changes the numerics and is not supported")
-
-    def integer(field: str, fallback: int | None = None) -> int:
-        value = raw.get(field)
-        value = fallback if value is None else value
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ModelError(f"{where}: {field} must be a positive integer, not {value!r}")
-        return value
-
-    def real(value: Any, field: str) -> float:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-            raise ModelError(f"{where}: {field} must be a positive number, not {value!r}")
-        return float(value)
-
-    heads, hidden = integer("num_attention_heads"), integer("hidden_size")
-    scaling = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
-    if not isinstance(scaling, dict):
-        raise ModelError(f"{where}: rope_scaling must be a JSON object, not {scaling!r}")
-    # The settings' own theta goes first, then the config's, then LlamaConfig's default.
-    thetas = (scaling.get("rope_theta"), raw.get("rope_theta"), 10000.0)
-    theta = next(value for value in thetas if value is not None)
-    kind = scaling.get("rope_type") or scaling.get("type") or "default"
-    kv_heads, head_dim = integer("num_key_value_heads", heads), integer("head_dim", max(1, hidden // heads))
-    if heads % kv_heads or head_dim % 2:
-        raise ModelError(f"{where}: {heads} heads of {head_dim} with {kv_heads} key/value heads do not divide")
-    if kind not in ("default", "linear", "llama3"):
-        raise ModelError(f"{where}: rope_scaling of type '{kind}' is not supported; linear and llama3 are")
-    if unknown := sorted(set(scaling) - ROPE_FIELDS):
-        raise ModelError(f"{where}: rope_scaling.{unknown[0]} changes the numerics and is not supported")
-    rescaled = None
-    if kind != "default":
-        # Only llama3 reads what stands behind `factor`, and then it has no default but the context length.
-        rest = scaling if kind == "llama3" else {"low_freq_factor": 1.0, "high_freq_factor": 1.0}
-        context = rest.get("original_max_position_embeddings") or raw.get("max_position_embeddings") or 2048
-        rescaled = RopeScaling(
-            kind=kind,
-            factor=real(scaling.get("factor"), "rope_scaling.factor"),
-            low_freq_factor=real(rest.get("low_freq_factor"), "rope_scaling.low_freq_factor"),
-            high_freq_factor=real(rest.get("high_freq_factor"), "rope_scaling.high_freq_factor"),
-            original_max_position_embeddings=int(real(context, "rope_scaling.original_max_position_embeddings")),
-        )
-    tied = raw.get("tie_word_embeddings", False)
-    if not isinstance(tied, bool):
-        raise ModelError(f"{where}: tie_word_embeddings must be true or false, not {tied!r}")
-    return LlamaConfig(
-        vocab_size=integer("vocab_size"),
-        hidden_size=hidden,
-        intermediate_size=integer("intermediate_size"),
-        num_hidden_layers=integer("num_hidden_layers"),
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        head_dim=head_dim,
-        rms_norm_eps=real(raw.get("rms_norm_eps", 1e-6), "rms_norm_eps"),
-        rope_theta=real(theta, "rope_theta"),
-        rope_scaling=rescaled,
-        tie_word_embeddings=tied,
-    )
 
 
 def check_names(cfg: LlamaConfig, shapes: dict[str, tuple[int, ...]], where: str) -> dict[str, Entry]:

@@ -20,7 +20,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jlora.errors import ConfigError, ModelError
-from jlora.hf.base import Source, check_names, parse_config
+from jlora.hf.architecture import parse_config
+from jlora.hf.base import Source, check_names
 from jlora.hf.names import Entry
 from jlora.model import Decoder, LlamaConfig, abstract_decoder, projection_shapes
 from jlora.sharding import named_sharding

@@ -15,6 +15,7 @@ from safetensors.numpy import save_file
 
 from jlora.adapter import Adapter
 from jlora.errors import ModelError
+from jlora.hf.architecture import FAMILIES
 from jlora.hf.base import Source, replace_folder
 from jlora.hf.names import Entry, name_table, to_hf
 from jlora.model import Decoder, LlamaConfig
@@ -97,7 +98,8 @@ def save_checkpoint(
         text = json.dumps(index, indent=2) + "\n"
         (temporary / "model.safetensors.index.json").write_text(text, encoding="utf-8")
     config = {key: value for key, value in config.items() if key not in ("torch_dtype", "dtype")}
-    config |= {"architectures": ["LlamaForCausalLM"], "dtype": dtype, "torch_dtype": dtype}
+    architecture = FAMILIES[config["model_type"]].architecture
+    config |= {"architectures": [architecture], "dtype": dtype, "torch_dtype": dtype}
     (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     add_files(temporary)
     replace_folder(temporary, folder)

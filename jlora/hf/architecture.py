@@ -1,0 +1,188 @@
+"""What a Hugging Face config.json says of a model: its shape and numerics, or why they are not supported.
+
+A family is a class of transformers, some defaults of its own, and nothing else: the tensors have the same names.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from jlora.errors import ModelError
+from jlora.model import LlamaConfig
+from jlora.rope import DynamicRope, LinearRope, Llama3Rope, RopeScaling, YarnRope
+
+
+@dataclass(frozen=True)
+class Family:
+    """A model type: its class in transformers, and what its config assumes where config.json is silent.
+
+    Attributes:
+      kv_heads, sliding_window: None where there are as many as attention heads, and no window.
+      windowed: config.json's `sliding_window` is read at all.
+    """
+
+    architecture: str
+    kv_heads: int | None
+    max_position_embeddings: int
+    windowed: bool
+    sliding_window: int | None
+
+
+FAMILIES = {
+    "llama": Family("LlamaForCausalLM", None, 2048, windowed=False, sliding_window=None),
+    "mistral": Family("MistralForCausalLM", 8, 4096 * 32, windowed=True, sliding_window=4096),
+}
+
+# Fields that change the numerics, with the values that jlora computes. What transformers' class does not read
+# can not change its numerics and is not looked at.
+ONLY_SUPPORTED: dict[str, tuple[Any, ...]] = {
+    "model_type": tuple(FAMILIES),
+    "hidden_act": ("silu", "swish", None),
+    "attention_bias": (False, None),
+    "mlp_bias": (False, None),
+    "attention_dropout": (0, None),
+    "partial_rotary_factor": (1, None),
+    "quantization_config": (None,),
+    "auto_map": (None,),
+}
+ROPE_FIELDS = {
+    *("rope_theta", "rope_type", "type", "factor"),
+    *("low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+YARN_FIELDS = {"attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"}
+
+
+def parse_config(raw: dict[str, Any], where: str) -> LlamaConfig:
+    """Shape and numerics from a Hugging Face config.json.
+
+    Accepts both spellings of rotary settings: `rope_theta` with `rope_scaling` (transformers 4) and
+    `rope_parameters` (transformers 5).
+
+    Raises:
+      ModelError: an architecture or a field that changes the numerics and is not supported, by name.
+    """
+    family = _family(raw, where)
+    for field, allowed in ONLY_SUPPORTED.items():
+        if raw.get(field) not in allowed and (field in raw or None not in allowed):
+            raise ModelError(f"{where}: {field}={raw.get(field)!r} changes the numerics and is not supported")
+
+    def integer(field: str, fallback: int | None = None) -> int:
+        value = raw.get(field)
+        return _integer(fallback if value is None else value, field, where)
+
+    heads, hidden = integer("num_attention_heads"), integer("hidden_size")
+    # A key that is null has as many heads as there are; one that is not there, what the family has.
+    kv_heads = heads if "num_key_value_heads" in raw else family.kv_heads or heads
+    kv_heads, head_dim = integer("num_key_value_heads", kv_heads), integer("head_dim", max(1, hidden // heads))
+    if heads % kv_heads or head_dim % 2:
+        raise ModelError(f"{where}: {heads} heads of {head_dim} with {kv_heads} key/value heads do not divide")
+    window = raw.get("sliding_window", family.sliding_window) if family.windowed else None
+    tied = raw.get("tie_word_embeddings", False)
+    if not isinstance(tied, bool):
+        raise ModelError(f"{where}: tie_word_embeddings must be true or false, not {tied!r}")
+    theta, scaling = _rope(raw, integer("max_position_embeddings", family.max_position_embeddings), where)
+    if isinstance(scaling, DynamicRope) and head_dim < 4:
+        raise ModelError(f"{where}: rope_scaling of type 'dynamic' needs a head_dim of at least 4, not {head_dim}")
+    return LlamaConfig(
+        vocab_size=integer("vocab_size"),
+        hidden_size=hidden,
+        intermediate_size=integer("intermediate_size"),
+        num_hidden_layers=integer("num_hidden_layers"),
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
+        rms_norm_eps=_real(raw.get("rms_norm_eps", 1e-6), "rms_norm_eps", where),
+        rope_theta=theta,
+        rope_scaling=scaling,
+        sliding_window=None if window is None else _integer(window, "sliding_window", where),
+        tie_word_embeddings=tied,
+    )
+
+
+def _family(raw: dict[str, Any], where: str) -> Family:
+    """The family of `model_type`, which must be that of `architectures` too."""
+    known = {family.architecture: name for name, family in FAMILIES.items()}
+    architectures = raw.get("architectures")
+    if not architectures:
+        return FAMILIES.get(str(raw.get("model_type")), FAMILIES["llama"])  # an unknown type is refused later
+    if not isinstance(architectures, list) or len(architectures) != 1 or architectures[0] not in known:
+        named = ", ".join(map(str, architectures)) if isinstance(architectures, list) else repr(architectures)
+        raise ModelError(f"{where}: architecture {named} is not supported, only {' and '.join(known)}")
+    if raw.get("model_type") != known[architectures[0]]:
+        raise ModelError(
+            f"{where}: model_type={raw.get('model_type')!r} is not supported for {architectures[0]}, "
+            f"only {known[architectures[0]]!r}"
+        )
+    return FAMILIES[known[architectures[0]]]
+
+
+def _rope(raw: dict[str, Any], max_positions: int, where: str) -> tuple[float, RopeScaling | None]:
+    """Theta, and how frequencies are rescaled."""
+    scaling = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+    if not isinstance(scaling, dict):
+        raise ModelError(f"{where}: rope_scaling must be a JSON object, not {scaling!r}")
+    # The settings' own theta goes first, then the config's, then the family's default.
+    thetas = (scaling.get("rope_theta"), raw.get("rope_theta"), 10000.0)
+    theta = _real(next(value for value in thetas if value is not None), "rope_theta", where)
+    kind = scaling.get("rope_type") or scaling.get("type") or "default"
+    read = ROPE_FIELDS | (YARN_FIELDS if kind == "yarn" else set())
+    if unknown := sorted(set(scaling) - read):
+        raise ModelError(f"{where}: rope_scaling.{unknown[0]} changes the numerics and is not supported")
+
+    def real(field: str, fallback: float | None = None) -> float:
+        value = scaling.get(field)
+        return _real(fallback if value is None else value, f"rope_scaling.{field}", where)
+
+    def original() -> int:
+        # The config's own field goes before that of the settings.
+        for value in (raw.get("original_max_position_embeddings"), scaling.get("original_max_position_embeddings")):
+            if value is not None:
+                return _integer(value, "original_max_position_embeddings", where)
+        return max_positions
+
+    match kind:
+        case "default":
+            return theta, None
+        case "linear":
+            return theta, LinearRope(real("factor"))
+        case "dynamic":
+            return theta, DynamicRope(real("factor"), max_positions)
+        case "llama3":
+            return theta, Llama3Rope(real("factor"), real("low_freq_factor"), real("high_freq_factor"), original())
+        case "yarn":
+            factor = real("factor", max_positions / original())
+            truncate = scaling.get("truncate", True)
+            if not isinstance(truncate, bool):
+                raise ModelError(f"{where}: rope_scaling.truncate must be true or false, not {truncate!r}")
+            return theta, YarnRope(
+                factor=factor,
+                attention_factor=real("attention_factor", _yarn_attention_factor(scaling, factor, real)),
+                beta_fast=real("beta_fast", 32.0),
+                beta_slow=real("beta_slow", 1.0),
+                truncate=truncate,
+                original_max_position_embeddings=original(),
+            )
+    raise ModelError(f"{where}: rope_scaling of type '{kind}' is not supported; linear, dynamic, llama3 and yarn are")
+
+
+def _yarn_attention_factor(scaling: dict[str, Any], factor: float, real: Any) -> float:
+    """What YaRN scales by where the config does not say: by the factor, weighed by the mscales if both are there."""
+
+    def scale(weight: float) -> float:
+        return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    if scaling.get("mscale") and scaling.get("mscale_all_dim"):
+        return scale(real("mscale")) / scale(real("mscale_all_dim"))
+    return scale(1.0)
+
+
+def _integer(value: Any, field: str, where: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ModelError(f"{where}: {field} must be a positive integer, not {value!r}")
+    return value
+
+
+def _real(value: Any, field: str, where: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise ModelError(f"{where}: {field} must be a positive number, not {value!r}")
+    return float(value)
