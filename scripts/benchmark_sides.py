@@ -26,11 +26,14 @@ def prepare(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     Raises:
       DataError, ModelError: rows or tokenizer are not usable, see `jlora.data` and `jlora.tokens`.
     """
+    rows = _instruction_rows(args) if args.mode == "rows" else _random_rows(args)
+
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
-    rows = _instruction_rows(args) if args.mode == "rows" else _random_rows(args)
+    disable_progress_bar()
     torch.manual_seed(args.seed)
     shape = LlamaConfig(
         hidden_size=args.dim,
@@ -199,7 +202,9 @@ class Peer:
         import torch
         from peft import PeftModel
         from transformers import AutoModelForCausalLM
+        from transformers.utils.logging import disable_progress_bar
 
+        disable_progress_bar()
         torch.set_num_threads(args.threads)
         base = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
         model = PeftModel.from_pretrained(base, folder / "adapter", is_trainable=True)
@@ -214,11 +219,14 @@ class Peer:
         dynamic = True if args.mode == "rows" else None
         self.model = torch.compile(model, dynamic=dynamic) if mode == "compile" else model
         self.batch_size = args.peer_batch if args.mode == "rows" else args.batch
+        self.grouped = args.peer_group_by_length
 
     def train(self, rows: Rows) -> dict[str, Any]:
-        """One pass over the rows, in their order."""
+        """One pass over the rows, in their order or the longest first."""
         losses = []
         began = time.perf_counter()
+        if self.grouped:
+            rows = sorted(rows, key=lambda row: -len(row[0]))
         for start in range(0, len(rows), self.batch_size):
             loss = self.model(**collate(rows[start : start + self.batch_size])).loss
             loss.backward()
