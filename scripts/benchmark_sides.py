@@ -61,7 +61,7 @@ def prepare(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 def _random_rows(args: argparse.Namespace) -> Rows:
     """Rows of full length, every token trained but the first, which nothing predicts."""
-    count = args.batch * (args.warmup + args.steps * args.alternations)
+    count = _warm_rows(args) + args.batch * args.steps * args.alternations
     ids = np.random.default_rng(args.seed).integers(0, args.vocab, (count, args.length), dtype=np.int32)
     trained = np.arange(args.length) > 0
     return [(row, trained) for row in ids]
@@ -80,28 +80,34 @@ def _instruction_rows(args: argparse.Namespace) -> Rows:
             f"{args.tokenizer}: the tokenizer has {tokenizer.vocab_size} tokens; set --vocab to as many or more"
         )
     examples = data.tokenize(args.data, tokenizer, DataSection(train=args.data, max_length=args.length)).examples
-    needed = args.rows * (1 + args.alternations)
+    warm = _warm_rows(args)
+    # Unless told otherwise, as many as there are: the fewer rows a turn has, the emptier is our last batch.
+    args.rows = args.rows or max(1, (len(examples) - warm) // args.alternations)
+    needed = warm + args.rows * args.alternations
     if len(examples) < needed:
         raise ConfigError(
             f"{args.data}: {len(examples)} rows are too few for {args.alternations} alternations of {args.rows} and "
-            "as many to warm up; lower --rows or --alternations"
+            f"{warm} to warm up; lower --rows, --alternations or --peer-batch"
         )
     return [tuple(examples[i]) for i in np.random.default_rng(args.seed).permutation(len(examples))[:needed]]
 
 
+def _warm_rows(args: argparse.Namespace) -> int:
+    """Rows before the first turn: `--warmup` batches of ours in mode dense, of the peer in mode rows."""
+    return args.warmup * (args.peer_batch if args.mode == "rows" else args.batch)
+
+
 def _parts(args: argparse.Namespace, rows: Rows) -> list[list[int]]:
     """Rows of each part: those of one batch on both sides, whose losses must agree; the warm-up; the alternations."""
-    if args.mode != "rows":
-        first, size = args.batch, args.batch * args.steps
-        warm = args.batch * args.warmup
-    else:
+    first, size = args.batch, args.batch * args.steps
+    if args.mode == "rows":
         from jlora.data import pack
 
-        first, size, warm = args.peer_batch, args.rows, args.rows
+        first, size = args.peer_batch, args.rows
         lengths = [len(ids) for ids, _ in rows]
         while len(pack(lengths, np.arange(first), args.length, True)) > args.batch:
             first -= 1
-    starts = [0, first, *range(warm, len(rows) + 1, size)]
+    starts = [0, first, *range(_warm_rows(args), len(rows) + 1, size)]
     return [list(range(start, end)) for start, end in zip(starts, starts[1:], strict=False)]
 
 
