@@ -7,6 +7,7 @@ the weights they belong to. Knows nothing of files (`jlora.hf`) or of the optimi
 import math
 import zlib
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -87,16 +88,58 @@ def project(
     y = jnp.einsum(equation, x, weight.astype(x.dtype))
     if lora is None:
         return y
-    x_dims, w_dims, y_dims = equation.replace("->", ",").split(",")
-    summed = "".join(dim for dim in w_dims if dim not in y_dims)
-    outputs = "".join(dim for dim in w_dims if dim in y_dims)
-    kept = "".join(dim for dim in x_dims if dim not in summed)
     if dropout_key is not None and lora.dropout > 0.0:
         keep = jax.random.bernoulli(dropout_key, 1.0 - lora.dropout, x.shape)
         x = jnp.where(keep, x / (1.0 - lora.dropout), jnp.zeros_like(x))
-    inner = jnp.einsum(f"{x_dims},{summed}r->{kept}r", x, lora.lora_a.astype(x.dtype))
-    delta = jnp.einsum(f"{kept}r,r{outputs}->{y_dims}", inner, lora.lora_b.astype(x.dtype))
-    return y + delta * lora.scale
+    return y + _low_rank(equation, x, lora.lora_a, lora.lora_b) * lora.scale
+
+
+@dataclass(frozen=True)
+class _Dims:
+    """The dims of a low-rank product, as an equation of the projection names them: r is the rank."""
+
+    x: str
+    y: str
+    a: str
+    b: str
+    inner: str
+
+
+def _dims(equation: str) -> _Dims:
+    x, w, y = equation.replace("->", ",").split(",")
+    summed = "".join(dim for dim in w if dim not in y)
+    outputs = "".join(dim for dim in w if dim in y)
+    return _Dims(x, y, f"{summed}r", f"r{outputs}", "".join(dim for dim in x if dim not in summed) + "r")
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _low_rank(
+    equation: str, x: Float[Array, "..."], lora_a: Float[Array, "..."], lora_b: Float[Array, "..."]
+) -> Float[Array, "..."]:
+    """(x A) B in the dtype of `x`. By hand for its gradients: those of A and B leave their products in float32, and
+    no product has to transpose more than its side of rank R."""
+    return _low_rank_forward(equation, x, lora_a, lora_b)[0]
+
+
+def _low_rank_forward(equation: str, x: Array, lora_a: Array, lora_b: Array) -> tuple[Array, tuple[Array, ...]]:
+    dims = _dims(equation)
+    inner = jnp.einsum(f"{dims.x},{dims.a}->{dims.inner}", x, lora_a.astype(x.dtype))
+    delta = jnp.einsum(f"{dims.inner},{dims.b}->{dims.y}", inner, lora_b.astype(x.dtype))
+    return delta, (x, inner, lora_a, lora_b)
+
+
+def _low_rank_backward(equation: str, saved: tuple[Array, ...], to_y: Array) -> tuple[Array, Array, Array]:
+    dims = _dims(equation)
+    x, inner, lora_a, lora_b = saved
+    in_float32 = partial(jnp.einsum, preferred_element_type=jnp.float32)
+    to_inner = jnp.einsum(f"{dims.y},{dims.b}->{dims.inner}", to_y, lora_b.astype(x.dtype))
+    to_x = jnp.einsum(f"{dims.inner},{dims.a}->{dims.x}", to_inner, lora_a.astype(x.dtype))
+    to_a = jnp.moveaxis(in_float32(f"{dims.inner},{dims.x}->r{dims.a[:-1]}", to_inner, x), 0, -1)
+    to_b = in_float32(f"{dims.inner},{dims.y}->{dims.b}", inner, to_y)
+    return to_x, to_a.astype(lora_a.dtype), to_b.astype(lora_b.dtype)
+
+
+_low_rank.defvjp(_low_rank_forward, _low_rank_backward)
 
 
 def layer_keys(dropout_key: PRNGKeyArray, name: str) -> PRNGKeyArray:

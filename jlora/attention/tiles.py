@@ -153,7 +153,9 @@ def _backward(
     mean = _tiles(mean.reshape(*grouped[:4], 1))[..., 0]
 
     def of_keys(to_queries: Array, j: Array) -> tuple[Array, tuple[Array, Array]]:
-        # Keys by queries, so that no product but one has a transposed operand.
+        # Keys by queries, and the queries' gradients by head dim, so that no product has to transpose scores.
+        by_dim = jnp.swapaxes(keys[j], 1, 2)
+
         def add(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             to_queries, to_keys, to_values = carry
             scores = _product("nsh,nth->nst", keys[j], queries[i]) * head_dim**-0.5
@@ -166,17 +168,18 @@ def _backward(
             weights, to_scores = jax.lax.optimization_barrier((weights.astype(q.dtype), to_scores.astype(q.dtype)))
             to_values += _product("nst,nth->nsh", weights, gradients[i])
             to_keys += _product("nst,nth->nsh", to_scores, queries[i])
-            to_queries = to_queries.at[i].add(_product("nst,nsh->nth", to_scores, keys[j]))
+            to_queries = to_queries.at[i].add(_product("nhs,nst->nht", by_dim, to_scores))
             return to_queries, to_keys, to_values
 
         zeros = jnp.zeros(keys.shape[1:], jnp.float32)
         to_queries, *shares = jax.lax.fori_loop(j, end[j], add, (to_queries, zeros, zeros))
         return to_queries, tuple(shares)
 
-    start = jnp.zeros(queries.shape, jnp.float32)
+    start = jnp.zeros(jnp.swapaxes(queries, 2, 3).shape, jnp.float32)
     to_queries, (to_keys, to_values) = jax.lax.scan(of_keys, start, jnp.arange(len(keys)))
     to_k, to_v = (_rows(x, (*k.shape[:3], 1, head_dim)).reshape(k.shape) for x in (to_keys, to_values))
-    return _rows(to_queries, grouped).reshape(q.shape).astype(q.dtype), to_k.astype(k.dtype), to_v.astype(v.dtype), None
+    to_q = _rows(jnp.swapaxes(to_queries, 2, 3), grouped).reshape(q.shape)
+    return to_q.astype(q.dtype), to_k.astype(k.dtype), to_v.astype(v.dtype), None
 
 
 _tiled.defvjp(_forward, _backward)
