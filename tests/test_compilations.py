@@ -1,0 +1,51 @@
+"""A run compiles each of its two steps once, whatever its batches, evaluations and saves."""
+
+import jax
+import pytest
+from tiny import make_completions, make_llama, make_tokenizer, write_config
+
+import jlora.train
+from jlora.config import load_config
+from jlora.train import train
+
+COMPILED = "/jax/core/compile/backend_compile_duration"  # also where the program came from a cache
+
+
+@pytest.fixture
+def compilations():
+    """Names of the programs compiled so far, in order."""
+    found: list[str] = []
+
+    def listen(event: str, seconds: float, **more: str) -> None:
+        if event == COMPILED:
+            found.append(more.get("fun_name", ""))
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield found
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def test_nothing_is_compiled_after_the_first_step(tmp_path, monkeypatch, compilations):
+    make_llama(tmp_path / "base")
+    make_tokenizer(tmp_path / "base")
+    # 22 rows, each a packed row of its own: in an epoch the last batch of 3 holds one, and so does the last held out.
+    section = {"format": "completion", "max_length": 64, "packing": False}
+    data = section | {"eval": str(make_completions(tmp_path / "held.jsonl", 4))}
+    cfg = load_config(
+        write_config(
+            *(tmp_path / "c.yaml", tmp_path / "base", make_completions(tmp_path / "rows.jsonl", 22), tmp_path / "run"),
+            **{"data": data, "training": {"batch_size": 3, "max_steps": 10, "eval_every": 2, "save_every": 3}},
+        )
+    )
+    before_each_step, put = [], jlora.train.put_batch
+
+    def counted(*arguments):
+        before_each_step.append(len(compilations))
+        return put(*arguments)
+
+    monkeypatch.setattr(jlora.train, "put_batch", counted)
+    assert train(cfg, quiet=True)["steps"] == 10 == len(before_each_step)
+    # The evaluation before the first step and the first step itself; the tenth ends past the end of an epoch.
+    assert 0 < before_each_step[0] < before_each_step[1]
+    assert compilations[before_each_step[1] : before_each_step[-1]] == []
+    assert compilations.count("jit(step)") == 2, compilations
