@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jlora import attention, cli, data, distributed, optim
+from jlora import attention, cli, data, distributed, optim, xla
 from jlora.adapter import Adapter, init_adapter
 from jlora.checkpoint import Checkpoints
 from jlora.config import Config, load_config
@@ -361,6 +361,7 @@ def main() -> None:
     parser.add_argument("-q", "--quiet", action="store_true", help="no progress")
     parser.add_argument("--json", action="store_true", help="print the summary as JSON on stdout")
     args = parser.parse_intermixed_args()
+    xla.use_huge_pages()
 
     def body() -> int:
         cfg = load_config(args.config, args.overrides)

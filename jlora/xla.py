@@ -3,7 +3,10 @@
 The one place for it. What the environment says already goes first.
 """
 
+import importlib.util
 import os
+import platform
+import sys
 from pathlib import Path
 
 import jax
@@ -26,6 +29,28 @@ def prepare() -> None:
         os.environ["XLA_FLAGS"] = " ".join([*ours, given]).strip()
     if jax.config.values["jax_compilation_cache_dir"] is None:
         jax.config.update("jax_compilation_cache_dir", str(cache_folder()))
+
+
+# XLA on CPUs asks for a step's temporaries anew each step; in pages of 4 KiB their first touch is a tenth of the step.
+HUGE_PAGES = "glibc.malloc.hugetlb=1"
+PAGE_POLICY = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+ACCELERATORS = ("jax_cuda12_plugin", "jax_cuda13_plugin", "jax_rocm7_plugin", "libtpu")
+
+
+def use_huge_pages() -> None:
+    """Start this process again with an allocator that asks for huge pages, where a CPU trains on Linux.
+
+    glibc reads the setting before a program begins. Nothing happens where GLIBC_TUNABLES has it (or its denial), the
+    kernel gives huge pages to nobody or to all, or there is an accelerator to train on.
+    """
+    given = os.environ.get("GLIBC_TUNABLES", "")
+    on_cpu = os.environ.get("JAX_PLATFORMS") == "cpu" or not any(map(importlib.util.find_spec, ACCELERATORS))
+    if "glibc.malloc.hugetlb" in given or not on_cpu or platform.libc_ver()[0] != "glibc":
+        return
+    if not PAGE_POLICY.is_file() or "[madvise]" not in PAGE_POLICY.read_text(encoding="ascii"):
+        return
+    os.environ["GLIBC_TUNABLES"] = f"{given}:{HUGE_PAGES}".strip(":")
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def cache_folder() -> Path:

@@ -1,5 +1,6 @@
 """What a process is told before JAX starts, seen in processes of their own."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -7,6 +8,7 @@ import sys
 
 import pytest
 
+from jlora import xla
 from jlora.xla import FLAGS
 
 SHOW = """
@@ -43,3 +45,38 @@ def test_the_environment_wins(tmp_path):
     assert prepared(XLA_FLAGS=f"{FLAG}=false {count}")[0] == f"{FLAG}=false {count}"
     (tmp_path / "flags").write_text(count)
     assert prepared(XLA_FLAGS=str(tmp_path / "flags"))[0::3] == [str(tmp_path / "flags"), 2]
+
+
+HUGE = """
+import ctypes, os, sys
+from jlora import xla
+xla.use_huge_pages()
+libc = ctypes.CDLL("libc.so.6")
+libc.malloc.restype = ctypes.c_void_p
+block = libc.malloc(ctypes.c_size_t(64 << 20))
+ctypes.memset(block, 1, 64 << 20)
+held = next(line for line in open("/proc/self/smaps_rollup") if line.startswith("AnonHugePages"))
+print(int(held.split()[1]) // 1024, os.environ.get("GLIBC_TUNABLES", ""), *sys.argv[1:])
+"""
+
+
+@pytest.mark.skipif(
+    not xla.PAGE_POLICY.is_file() or "[madvise]" not in xla.PAGE_POLICY.read_text(),
+    reason="this kernel gives huge pages to all or to nobody",
+)
+def test_a_process_starts_again_with_huge_pages():
+    """Once, with its arguments; not where the user has decided, nor where something else than a CPU is to train."""
+
+    def started(**given: str) -> list[str]:
+        env = {key: value for key, value in os.environ.items() if key not in ("GLIBC_TUNABLES", "JAX_PLATFORMS")}
+        command = [sys.executable, "-c", HUGE, "--config", "a b"]
+        done = subprocess.run(command, env=env | given, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.split()
+
+    megabytes, setting, *arguments = started(JAX_PLATFORMS="cpu", GLIBC_TUNABLES="glibc.malloc.check=0")
+    assert int(megabytes) >= 60
+    assert (setting, arguments) == ("glibc.malloc.check=0:glibc.malloc.hugetlb=1", ["--config", "a", "b"])
+    assert started(JAX_PLATFORMS="cpu", GLIBC_TUNABLES="glibc.malloc.hugetlb=0")[1] == "glibc.malloc.hugetlb=0"
+    if any(map(importlib.util.find_spec, xla.ACCELERATORS)):
+        assert started()[1] == "--config"
