@@ -69,7 +69,10 @@ def _packed_rows(q: Array, k: Array, v: Array, segments: Array, window: int | No
         stop = min(start + block, length)
         first = 0 if window is None else max(0, start - window + 1) // KEY_STEP * KEY_STEP
         run = partial(_query_block, start=start, stop=stop, first=first, window=window)
-        outputs.append(jax.checkpoint(run, policy=_is_kernel)(q, k, v, segments))
+        out = jax.checkpoint(run, policy=_is_kernel)(q, k, v, segments)
+        # One block after another, backward too: else all their gradients of keys and values wait to be added up.
+        k, v, out = jax.lax.optimization_barrier((k, v, out))
+        outputs.append(out)
     return jnp.concatenate(outputs, axis=1)
 
 
