@@ -10,10 +10,12 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.tree_util import register_dataclass
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from jlora.config import PROJECTIONS, LoraSection
+from jlora.quant import Leaf, Quantized, quantized_einsum
 
 
 @dataclass(frozen=True)
@@ -72,19 +74,25 @@ def init_adapter(
 def project(
     equation: str,
     x: Float[Array, "..."],
-    weight: Float[Array, "..."],
+    weight: Leaf,
     lora: Lora | None,
     dropout_key: PRNGKeyArray | None,
 ) -> Float[Array, "..."]:
     """`einsum(equation, x, weight)` plus the adapter's share, never forming W + BA.
 
+    A quantised weight is dequantised here, to the dtype of `x`, and nowhere else.
+
     The adapter's input dims are the ones that `equation` sums over. Dropout falls on the adapter's
     input, as in PEFT. Result in the dtype of `x`.
 
     Args:
+      weight: the projection's array, or its `jlora.quant.Quantized`.
       dropout_key: None when not training.
     """
-    y = jnp.einsum(equation, x, weight.astype(x.dtype))
+    if isinstance(weight, Quantized):
+        y = checkpoint_name(quantized_einsum(equation, x, weight), "projection")
+    else:
+        y = jnp.einsum(equation, x, weight.astype(x.dtype))
     if lora is None:
         return y
     x_dims, w_dims, y_dims = equation.replace("->", ",").split(",")

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from jlora.adapter import Adapter, layer_keys, project
 from jlora.attention import Attention
 from jlora.layers import RopeScaling, rms_norm, rope_frequencies, rotate
+from jlora.quant import quantize
 from jlora.sharding import constrain
 
 
@@ -98,7 +99,10 @@ def _checkpointed(function: Callable, remat: str) -> Callable:
         case "full":
             return jax.checkpoint(function, policy=policies.nothing_saveable)
         case "dots":
-            return jax.checkpoint(function, policy=policies.dots_with_no_batch_dims_saveable)
+            # The name, for a policy does not see the matmul within `jlora.quant.quantized_einsum`.
+            named = policies.save_only_these_names("projection")
+            both = policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, named)
+            return jax.checkpoint(function, policy=both)
         case "attention":
             return jax.checkpoint(function, policy=policies.save_only_these_names("attention_output"))
     raise ValueError(f"unknown remat policy {remat!r}")
@@ -140,7 +144,7 @@ class Block(nnx.Module):
 
         def weighted(name: str, equation: str, inputs: Array) -> Array:
             key = None if dropout_key is None else layer_keys(dropout_key, name)
-            return project(equation, inputs, getattr(self, name)[...], adapter.get(name), key)
+            return project(equation, inputs, getattr(self, name).get_value(), adapter.get(name), key)
 
         frequencies = rope_frequencies(self.cfg.head_dim, self.cfg.rope_theta, self.cfg.rope_scaling)
         normed = rms_norm(x, self.input_layernorm[...], self.cfg.rms_norm_eps)
@@ -291,6 +295,16 @@ class Decoder(nnx.Module):
         return constrain(x, "act_batch", "act_seq", "act_embed")
 
 
-def abstract_decoder(cfg: LlamaConfig, dtype: jnp.dtype) -> Decoder:
-    """The module with shapes instead of arrays, every weight in `dtype`."""
-    return jax.eval_shape(lambda: Decoder(cfg, lambda weight: jnp.zeros(weight.shape, dtype)))
+def abstract_decoder(cfg: LlamaConfig, dtype: jnp.dtype, quantization: str | None = None) -> Decoder:
+    """The module with shapes instead of arrays: projections quantised where asked for, all else in `dtype`."""
+
+    def make() -> Decoder:
+        decoder = Decoder(cfg, lambda weight: jnp.zeros(weight.shape, dtype))
+        for name, (inputs, _) in projection_shapes(cfg).items():
+            if quantization is not None:
+                param = getattr(decoder.layers, name)
+                one_layer = partial(quantize, kind=quantization, num_inputs=len(inputs))
+                param.set_raw_value(jax.vmap(one_layer)(param.get_raw_value()))
+        return decoder
+
+    return jax.eval_shape(make)
