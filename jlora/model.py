@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from jlora.adapter import Adapter, layer_keys, project
 from jlora.attention import Attention
 from jlora.layers import RopeScaling, rms_norm, rope_frequencies, rotate
-from jlora.quant import quantize
+from jlora.quant import in_turn, quantize
 from jlora.sharding import constrain
 
 
@@ -156,6 +156,7 @@ class Block(nnx.Module):
         x = x + constrain(weighted("o_proj", "btnh,nhd->btd", mixed), "act_batch", "act_seq", "act_embed")
         normed = rms_norm(x, self.post_attention_layernorm[...], self.cfg.rms_norm_eps)
         gate = constrain(weighted("gate_proj", "btd,df->btf", normed), "act_batch", None, "act_mlp")
+        gate, normed = in_turn(self.gate_proj.get_value(), gate, normed)
         up = constrain(weighted("up_proj", "btd,df->btf", normed), "act_batch", None, "act_mlp")
         down = weighted("down_proj", "btf,fd->btd", jax.nn.silu(gate) * up)
         return x + constrain(down, "act_batch", "act_seq", "act_embed")

@@ -308,6 +308,16 @@ def _look_up(table: np.ndarray, codes: Array) -> Array:
     return jnp.asarray(table).at[codes.astype(jnp.int32)].get(mode="promise_in_bounds")
 
 
+def in_turn(leaf: Leaf, y: Array, x: Array) -> tuple[Array, Array]:
+    """`y`, made with `leaf`, and `x`, to be used after it: else the compiler dequantises two weights for one input
+    at once. The backward pass goes the other way. Nothing changes where the leaf is an array."""
+    return jax.lax.optimization_barrier((y, x)) if isinstance(leaf, Quantized) else (y, x)
+
+
+def _after(leaf: Quantized, x: Array) -> tuple[Quantized, Array]:
+    return jax.lax.optimization_barrier((leaf, x))
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def quantized_einsum(equation: str, x: Float[Array, "..."], leaf: Quantized) -> Float[Array, "..."]:
     """`einsum(equation, x, dequantize(leaf))` in the dtype of `x`; the leaf has no gradient.
@@ -315,6 +325,8 @@ def quantized_einsum(equation: str, x: Float[Array, "..."], leaf: Quantized) -> 
     The backward pass dequantises anew and needs nothing else, so that under no rematerialisation policy a dequantised
     weight waits for it.
     """
+    # Else the compiler dequantises what comes later in the layer along with what comes now.
+    leaf, x = _after(leaf, x)
     return jnp.einsum(equation, x, dequantize(leaf, x.dtype))
 
 
@@ -324,7 +336,7 @@ def _forward(equation: str, x: Array, leaf: Quantized) -> tuple[Array, Quantized
 
 def _backward(equation: str, leaf: Quantized, dy: Array) -> tuple[Array, None]:
     # Else the compiler finds the weight that the recomputed forward pass dequantised, and keeps it until here.
-    leaf, dy = jax.lax.optimization_barrier((leaf, dy))
+    leaf, dy = _after(leaf, dy)
     x_dims, w_dims, y_dims = equation.replace("->", ",").split(",")
     return jnp.einsum(f"{y_dims},{w_dims}->{x_dims}", dy, dequantize(leaf, dy.dtype)), None
 
