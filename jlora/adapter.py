@@ -11,10 +11,15 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.tree_util import register_dataclass
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from jlora.config import PROJECTIONS, LoraSection
+from jlora.quant import Leaf, Quantized, quantized_einsum
+
+# The checkpoint name of a product with a quantised weight, for `jlora.remat`.
+QUANTIZED_PRODUCT = "quantized_product"
 
 
 @dataclass(frozen=True)
@@ -73,19 +78,25 @@ def init_adapter(
 def project(
     equation: str,
     x: Float[Array, "..."],
-    weight: Float[Array, "..."],
+    weight: Leaf,
     lora: Lora | None,
     dropout_key: PRNGKeyArray | None,
 ) -> Float[Array, "..."]:
     """`einsum(equation, x, weight)` plus the adapter's share, never forming W + BA.
 
+    A quantised weight is dequantised here, to the dtype of `x`, and nowhere else.
+
     The adapter's input dims are the ones that `equation` sums over. Dropout falls on the adapter's
     input, as in PEFT. Result in the dtype of `x`.
 
     Args:
+      weight: the projection's array, or its `jlora.quant.Quantized`.
       dropout_key: None when not training.
     """
-    y = jnp.einsum(equation, x, weight.astype(x.dtype))
+    if isinstance(weight, Quantized):
+        y = checkpoint_name(quantized_einsum(equation, x, weight), QUANTIZED_PRODUCT)
+    else:
+        y = jnp.einsum(equation, x, weight.astype(x.dtype))
     if lora is None:
         return y
     if dropout_key is not None and lora.dropout > 0.0:

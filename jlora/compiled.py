@@ -26,6 +26,7 @@ from jlora.hf.architecture import parse_config
 from jlora.hf.base import open_source, resolve
 from jlora.layouts import with_settings
 from jlora.model import Decoder, LlamaConfig, abstract_decoder, projection_shapes
+from jlora.quant import is_quantized, map_axes
 from jlora.roofline import estimate
 from jlora.sharding import make_mesh, named_sharding
 from jlora.step import Forward, abstract_state, count_parameters, make_train_step, place_adapter
@@ -62,13 +63,15 @@ def model_shape(path: str) -> LlamaConfig:
 
 
 def place_base(base: Decoder, mesh: jax.sharding.Mesh) -> Decoder:
-    """The abstract base laid out over `mesh`, as `jlora.hf.base.load_base` lays out the real one."""
+    """The abstract base laid out over `mesh`, as `jlora.hf.load.load_base` lays out the real one."""
+
+    def place(shape: jax.ShapeDtypeStruct, axes: tuple[str | None, ...]) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=named_sharding(mesh, axes))
+
     for owner in (base, base.layers):
         for param in vars(owner).values():
             if isinstance(param, nnx.Param):
-                shape = param.get_raw_value()
-                sharding = named_sharding(mesh, param.axes)
-                param.set_raw_value(jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding))
+                param.set_raw_value(map_axes(place, param.get_raw_value(), param.axes))
     return base
 
 
@@ -76,7 +79,7 @@ def abstract_step(
     cfg: Config, model: LlamaConfig, mesh: jax.sharding.Mesh, forward: Forward
 ) -> tuple[Any, tuple[Any, Any, Any], dict[str, Any]]:
     """The step, its arguments (state, frozen leaves, batch) as shapes, and {"adapter", "base"}."""
-    base = place_base(abstract_decoder(model, param_dtype(cfg)), mesh)
+    base = place_base(abstract_decoder(model, param_dtype(cfg), cfg.model.quantization), mesh)
     adapter = {}
     if cfg.method == "lora":
         make = partial(init_adapter, cfg.lora, projection_shapes(model), model.num_hidden_layers, 0)
@@ -116,6 +119,12 @@ def bytes_per_device(tree: Any) -> int:
     for leaf in jax.tree.leaves(tree):
         total += math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
     return total
+
+
+def quantized_parameters(base: Decoder) -> int:
+    """Number of weights that are quantised, over all devices."""
+    leaves = jax.tree.leaves(base, is_leaf=is_quantized)
+    return sum(leaf.size for leaf in leaves if is_quantized(leaf))
 
 
 def held_bytes(cfg: Config, target: Target, model: LlamaConfig) -> int:
@@ -176,6 +185,7 @@ def plan(cfg: Config, target: Target, model: LlamaConfig | None = None, flops: f
             flops=flops,
             tokens=tokens,
             weight_bytes=base_bytes * mesh.shape["fsdp"],
+            dequantized_bytes=forward.dtype.itemsize * quantized_parameters(params["base"]) / mesh.shape["tensor"],
             temp_bytes=temp,
             sent_bytes=sent,
             micro_batches=cfg.training.gradient_accumulation_steps,

@@ -21,6 +21,7 @@ PROJECTIONS = ATTENTION_PROJECTIONS + MLP_PROJECTIONS
 NonEmpty = Annotated[str, Field(min_length=1)]
 NonNegative = Annotated[float, Field(ge=0.0)]
 Dtype = Literal["bfloat16", "float32"]
+Quantization = Literal["int8", "fp8", "nf4", "int4"]
 # Fastest first, and each holds less than the one before it: see `jlora.remat`.
 Remat = Literal["none", "dots", "qkv", "attention", "full", "offload", "auto"]
 Format = Literal["alpaca", "completion", "text", "messages"]
@@ -42,7 +43,11 @@ class ModelSection(Section):
     )
     tokenizer: str | None = Field(None, description="another folder for the tokenizer, where the base has none")
     dtype: Dtype = Field("bfloat16", description="base weights and matmuls; float32 for parity checks and CPUs")
-    quantization: None = Field(None, description="quantised base; only null (none) in this version")
+    quantization: Quantization | None = Field(
+        None,
+        description="the base's projections in 8 bits (int8, fp8) or 4 (nf4 as QLoRA, int4), quantised while they "
+        "are read; embedding, head and norms stay in dtype",
+    )
     attention: Literal["auto", "reference", "blocked", "cudnn", "splash"] = Field(
         "auto",
         description="attention: all scores in memory (reference), tile by tile (blocked), cuDNN on GPUs, splash on "
@@ -217,6 +222,15 @@ class Config(Section):
         description="run folder; holding a checkpoint of the same run, training goes on from it"
     )
 
+    @model_validator(mode="after")
+    def _frozen_if_quantized(self) -> "Config":
+        if self.method == "full" and self.model.quantization is not None:
+            raise ValueError(
+                f"method=full trains every weight, which model.quantization={self.model.quantization} can not hold; "
+                "set model.quantization=null or method=lora"
+            )
+        return self
+
     def dump_yaml(self) -> str:
         """The resolved configuration, every default filled in, as YAML."""
         return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
@@ -316,8 +330,6 @@ def describe(error: ValidationError) -> str:
         text = f"key '{key}' is missing; set it in the file or as {key}=VALUE"
     elif first["type"] == "value_error":
         text = f"{key}: {first['ctx']['error']}"
-    elif key == "model.quantization":
-        text = f"model.quantization: '{first['input']}' is not available in this version; set it to null"
     elif first["type"] == "model_type":
         text = f"{key}: must hold keys of its own ({', '.join(section.model_fields)}), but it is {first['input']!r}"
     else:

@@ -5,12 +5,14 @@ are refused here by name. Sizes come from the table of weights, axes from `jlora
 """
 
 import math
+from collections.abc import Iterator, Mapping
 
 from jax.sharding import Mesh
 
+from jlora import quant
 from jlora.config import Config
 from jlora.errors import ConfigError
-from jlora.model import LlamaConfig, block_weights, outer_weights
+from jlora.model import LlamaConfig, block_weights, outer_weights, projection_shapes
 from jlora.sharding import MESH_AXES, RULES
 
 # Logical axis -> what a user calls its size, in config.json or in the run's config.
@@ -43,8 +45,17 @@ def working_sizes(model: LlamaConfig, max_length: int, axis: str, limit: int) ->
     return [size for size in range(1, limit + 1) if common % size == 0]
 
 
+def input_cuts(model: LlamaConfig, sizes: Mapping[str, int]) -> Iterator[tuple[str, int, int]]:
+    """Projection, its inputs, and over how many devices they are cut on a mesh of these sizes."""
+    weights = block_weights(model)
+    for name, (inputs, _) in projection_shapes(model).items():
+        mesh_axis = RULES[weights[name].axes[0]]
+        assert isinstance(mesh_axis, str)
+        yield name, math.prod(inputs), sizes[mesh_axis]
+
+
 def check_divides(model: LlamaConfig, mesh: Mesh, cfg: Config) -> None:
-    """Every weight, and the residual stream's sequence, splits evenly over the mesh.
+    """Every weight, and the residual stream's sequence, splits evenly over the mesh, and between quantised blocks.
 
     Raises:
       ConfigError: naming the sizes that do not, and the sizes of the mesh axis that would.
@@ -56,3 +67,5 @@ def check_divides(model: LlamaConfig, mesh: Mesh, cfg: Config) -> None:
             fitting = [str(n) for n in working_sizes(model, cfg.data.max_length, axis, max(mesh.size, size, 8))]
             listed = " or ".join(filter(None, [", ".join(fitting[:-1]), fitting[-1]]))
             raise ConfigError(f"mesh.{axis}={size} does not divide {', '.join(uneven)}; {listed} would")
+    for cut in input_cuts(model, mesh.shape):
+        quant.check_shards(cfg.model.quantization, *cut)

@@ -7,6 +7,7 @@ compared with the run's own.
 import os
 import shutil
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,22 +15,27 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jlora import cli, optim, verify
+from jlora import attention, cli, optim, verify
 from jlora.adapter import Adapter, init_adapter
 from jlora.checkpoint import Checkpoints
 from jlora.config import Config
-from jlora.errors import ConfigError, ModelError
+from jlora.errors import ConfigError, DataError, ModelError
+from jlora.evaluate import Evaluator
 from jlora.generate import one_device_mesh
 from jlora.gguf import GGUFFile
 from jlora.hf.base import open_source
 from jlora.hf.load import load_base
-from jlora.hf.merged import merged_tensor, save_checkpoint, trained_tensor
+from jlora.hf.merged import add_adapter, merged_tensor, save_checkpoint, trained_tensor
 from jlora.model import Decoder, projection_shapes
 from jlora.pretrained import Pretrained, load_pretrained, open_pretrained, run_config
-from jlora.step import init_state, place_adapter
+from jlora.step import Forward, init_state, place_adapter
+from jlora.train import read_data
 
 # The proof is in float32, where rounding can not hide a mistake.
 PROOF_DTYPE = jnp.dtype("float32")
+
+# Rows on which the cost of merging into a quantised base is measured.
+COST_ROWS = 64
 
 # Difference of logits that rounding to a dtype may make (see `verify.require_equal`).
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
@@ -67,19 +73,54 @@ def restore(
 
 
 def export_full(
-    folder: Path, dtype: str, pretrained: Pretrained, base: Decoder, adapter: Adapter, method: str
-) -> float:
-    """Write a full checkpoint, read it back, compare logits; returns their relative difference."""
+    folder: Path, dtype: str, pretrained: Pretrained, base: Decoder, adapter: Adapter, cfg: Config
+) -> dict[str, Any]:
+    """Write a full checkpoint, read it back, compare logits; returns their relative difference, among others.
+
+    Merging into a quantised base takes the weights that the adapter was trained on, dequantised: the result computes
+    what the run did, while merging into the stored ones would put the adapter on weights it has never seen.
+    """
     source = pretrained.source
 
     def tensor(name: str, entry: Any) -> Any:
-        return trained_tensor(base, entry) if method == "full" else merged_tensor(source, entry, name, adapter)
+        if cfg.method == "full":
+            return trained_tensor(base, entry)
+        if cfg.model.quantization is not None:
+            return add_adapter(trained_tensor(base, entry), entry, adapter)
+        return merged_tensor(source, entry, name, adapter)
 
     save_checkpoint(folder, base.cfg, tensor, source.config, dtype, partial(add_tokenizer, pretrained))
     expected = verify.probe_logits(base, adapter, PROOF_DTYPE)
     with verify.removed_if_wrong(folder):
         written, _ = load_base(open_source(folder), str(folder), PROOF_DTYPE, one_device_mesh())
-        return verify.require_equal(folder, expected, verify.probe_logits(written, {}, PROOF_DTYPE), TOLERANCE[dtype])
+        found = verify.probe_logits(written, {}, PROOF_DTYPE)
+        result: dict[str, Any] = {"dtype": dtype}
+        result["logits_relative_difference"] = verify.require_equal(folder, expected, found, TOLERANCE[dtype])
+    if cfg.model.quantization is not None:
+        result |= {"merged_into": f"dequantised {cfg.model.quantization}"}
+        result |= merge_cost(cfg, pretrained, base, adapter, written)
+    return result
+
+
+def merge_cost(
+    cfg: Config, pretrained: Pretrained, base: Decoder, adapter: Adapter, merged: Decoder
+) -> dict[str, float | None]:
+    """Mean loss before and after merging, on the run's first held-out rows, or training rows where it has none.
+
+    Null where the rows are no longer there.
+    """
+    try:
+        train_data, eval_data = read_data(cfg, pretrained.tokenizer)
+    except DataError:
+        return {"loss_before_merging": None, "loss_merged": None}
+    rows = eval_data or train_data
+    rows = replace(rows, examples=rows.examples[:COST_ROWS])
+    mesh = one_device_mesh()
+    evaluator = Evaluator(rows, cfg.data, 1, Forward(attention.reference, "none", PROOF_DTYPE), mesh)
+    return {
+        "loss_before_merging": evaluator.mean_loss(base, adapter)[0],
+        "loss_merged": evaluator.mean_loss(merged, {})[0],
+    }
 
 
 def add_tokenizer(pretrained: Pretrained, folder: Path) -> None:
@@ -116,13 +157,13 @@ def export(run_dir: Path, out: Path, step: int | None, merge: bool, dtype: str |
     with jax.set_mesh(mesh):
         stored = jnp.dtype("float32" if full else cfg.model.dtype)
         opened = open_pretrained(cfg.model.path, cfg.model.tokenizer, cfg.data.chat_template)
-        pretrained = load_pretrained(opened, stored, mesh)
+        # PEFT has the base as it is stored.
+        pretrained = load_pretrained(opened, stored, mesh, None if peft else cfg.model.quantization)
         step, adapter, base = restore(cfg, run_dir, step, pretrained, mesh)
         result = {"step": step, "out": str(out), "kind": "full" if full else "adapter"}
         if full:
             chosen = dtype or cfg.model.dtype
-            difference = export_full(out, chosen, pretrained, base, adapter, cfg.method)
-            return result | {"dtype": chosen, "logits_relative_difference": difference}
+            return result | export_full(out, chosen, pretrained, base, adapter, cfg)
         difference = verify.export_adapter(out, adapter, cfg.lora, cfg.model.path, pretrained, PROOF_DTYPE, mesh)
         result["logits_relative_difference"] = difference
         if peft:
@@ -150,6 +191,13 @@ def main() -> None:
         elif not args.quiet:
             print(f"{result['out']}: {result['kind']} of step {result['step']}, read back and compared:")
             print(f"  logits differ by {result['logits_relative_difference']:.1e} of their size")
+            if "merged_into" in result:
+                print(f"  merged into the {result['merged_into']} weights that the adapter was trained on")
+                before, after = result["loss_before_merging"], result["loss_merged"]
+                cost = "not measured, as the run's rows are gone"
+                if before is not None:
+                    cost = f"{after - before:+.1e} (from {before:.4f} to {after:.4f})"
+                print(f"  its cost in loss: {cost}")
             if "peft_relative_difference" in result:
                 print(f"  in PEFT they differ by {result['peft_relative_difference']:.1e}")
             sys.stdout.flush()

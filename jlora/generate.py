@@ -12,16 +12,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jlora import attention, cli
+from jlora import attention, cli, quant
 from jlora.adapter import Adapter
-from jlora.config import DataSection, MeshSection
+from jlora.config import DataSection, MeshSection, Quantization
 from jlora.errors import ConfigError, DataError
 from jlora.model import Cache, Decoder, empty_cache
 from jlora.pretrained import Pretrained, load_pretrained, open_adapter, open_pretrained, run_config
@@ -211,6 +211,11 @@ def add_model_arguments(parser: argparse.ArgumentParser, format: str) -> None:
     parser.add_argument("--chat-template", help="llama2, chatml or a .jinja file")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="of weights and matmuls")
     parser.add_argument(
+        "--quantization",
+        choices=("none", *get_args(Quantization)),
+        help="hold the base's projections in fewer bits; default: as the adapter's run did, else none",
+    )
+    parser.add_argument(
         "--format",
         choices=FORMATS,
         help=f"how rows are read; default: as the adapter's run did, else {format}",
@@ -231,7 +236,11 @@ def open_model(args: argparse.Namespace, mesh: jax.sharding.Mesh) -> tuple[Pretr
     section = (run.data if run else DataSection(train="-")).model_copy(update=chosen)
     dtype = jnp.dtype(args.dtype or (run.model.dtype if run else "bfloat16"))
     tokenizer = args.tokenizer or (run.model.tokenizer if run else None)
-    pretrained = load_pretrained(open_pretrained(args.base, tokenizer, section.chat_template), dtype, mesh)
+    asked = args.quantization or (run.model.quantization if run else None)
+    quantization = None if asked == "none" else asked
+    quant.check_device(quantization, mesh.devices.flat[0])
+    opened = open_pretrained(args.base, tokenizer, section.chat_template)
+    pretrained = load_pretrained(opened, dtype, mesh, quantization)
     return pretrained, open_adapter(args.adapter, pretrained), dtype, section
 
 

@@ -1,4 +1,5 @@
-"""The ways to lay a run out that leave its result as it is: mesh, rematerialisation, micro-batch, quantisation.
+"""The ways to lay a run out: mesh, rematerialisation and micro-batch, which leave its result as it is, and
+quantisation of the base, which changes it a little and is never the faster way, only the smaller.
 
 What exists, which of them a run's batch and model allow, and a guess at each before anything is compiled.
 """
@@ -11,8 +12,9 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 import jax.numpy as jnp
 
+from jlora import quant
 from jlora.config import Config, ModelSection
-from jlora.divides import split_sizes
+from jlora.divides import input_cuts, split_sizes
 from jlora.model import LlamaConfig, block_weights, outer_weights
 from jlora.remat import LADDER
 from jlora.roofline import estimate, passes
@@ -51,15 +53,15 @@ class Layout:
 
     def settings(self) -> dict[str, Any]:
         """Dotted config key -> value."""
-        chosen = {
+        return {
             "mesh.data": self.data,
             "mesh.fsdp": self.fsdp,
             "mesh.tensor": self.tensor,
             "model.remat": self.remat,
             "training.batch_size": self.batch_size,
             "training.gradient_accumulation_steps": self.micro_batches,
+            "model.quantization": self.quantization,
         }
-        return chosen | ({"model.quantization": self.quantization} if len(choices("quantization")) > 1 else {})
 
 
 def choices(key: str) -> list[Any]:
@@ -76,6 +78,15 @@ def choices(key: str) -> list[Any]:
 
     found = values(ModelSection.model_fields[key].annotation)
     return sorted(dict.fromkeys(value for value in found if value != "auto"), key=lambda value: value is not None)
+
+
+def quantizations(cfg: Config) -> list[Any]:
+    """The config's own way to hold the base, none, int8 and nf4, in that order.
+
+    fp8 and int4 take as many bytes as the last two and lose more: they are for those who ask for them.
+    """
+    every = (cfg.model.quantization, None, "int8", "nf4")
+    return list(dict.fromkeys(every)) if cfg.method == "lora" else [None]
 
 
 def with_settings(cfg: Config, settings: dict[str, Any]) -> Config:
@@ -122,7 +133,10 @@ def layouts(model: LlamaConfig, cfg: Config, num_devices: int, *, keep_batch: bo
         if (batch % shards == 0) != keep_batch:
             continue
         batch = -(-batch // shards) * shards
-        for quantization in choices("quantization"):
+        for quantization in quantizations(cfg):
+            cuts = input_cuts(model, {"data": data, "fsdp": fsdp, "tensor": num_devices // (data * fsdp)})
+            if not all(quant.divides(quantization, inputs, shards) for _, inputs, shards in cuts):
+                continue
             for remat in (name for name in choices("remat") if name != "offload"):
                 for rows in _divisors(batch // shards):
                     yield Layout(data, fsdp, tensor, remat, quantization, rows, batch)
@@ -162,10 +176,13 @@ def guess_seconds(
     Args:
       flops: of a step with the config's own batch.
     """
-    itemsize = jnp.dtype(cfg.model.dtype).itemsize
-    inner = sum(math.prod(weight.shape) for weight in block_weights(model).values())
+    dtype = jnp.dtype(cfg.model.dtype)
+    itemsize = dtype.itemsize
+    inner = model.num_hidden_layers * sum(math.prod(weight.shape) for weight in block_weights(model).values())
     outer = sum(math.prod(weight.shape) for weight in outer_weights(model).values())
-    weights = itemsize * (inner * model.num_hidden_layers + outer) / layout.tensor
+    held = (quant.bytes_held(layout.quantization, dtype) * inner + itemsize * outer) / layout.tensor
+    # What crosses devices is dequantised.
+    weights = itemsize * (inner + outer) / layout.tensor
     stream = layout.rows * cfg.data.max_length * model.hidden_size * itemsize * model.num_hidden_layers
     often = layout.micro_batches * passes(layout.remat)
     sent = often * weights * (layout.fsdp - 1) / layout.fsdp
@@ -178,7 +195,8 @@ def guess_seconds(
         target,
         flops=flops,
         tokens=tokens,
-        weight_bytes=weights,
+        weight_bytes=held,
+        dequantized_bytes=itemsize * inner / layout.tensor if layout.quantization else 0.0,
         temp_bytes=saved_bytes(model, cfg, layout),
         sent_bytes=sent,
         micro_batches=layout.micro_batches,

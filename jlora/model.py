@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from jlora.adapter import Adapter, layer_keys, project
 from jlora.attention import Attention
 from jlora.layers import rms_norm
+from jlora.quant import in_turn, quantize
 from jlora.remat import ATTENTION_INPUT, LAYER_INPUT, checkpointed
 from jlora.rope import RopeScaling, Rotary, rotary_table, rotate
 from jlora.sharding import constrain
@@ -129,7 +130,7 @@ class Block(nnx.Module):
 
         def weighted(name: str, equation: str, inputs: Array) -> Array:
             key = None if dropout_key is None else layer_keys(dropout_key, name)
-            return project(equation, inputs, getattr(self, name)[...], adapter.get(name), key)
+            return project(equation, inputs, getattr(self, name).get_value(), adapter.get(name), key)
 
         normed = rms_norm(x, self.input_layernorm[...], self.cfg.rms_norm_eps)
         q = constrain(weighted("q_proj", "btd,dnh->btnh", normed), "act_batch", None, "act_heads", None)
@@ -140,6 +141,7 @@ class Block(nnx.Module):
         x = x + constrain(weighted("o_proj", "btnh,nhd->btd", mixed), "act_batch", "act_seq", "act_embed")
         normed = rms_norm(x, self.post_attention_layernorm[...], self.cfg.rms_norm_eps)
         gate = constrain(weighted("gate_proj", "btd,df->btf", normed), "act_batch", None, "act_mlp")
+        gate, normed = in_turn(self.gate_proj.get_value(), gate, normed)
         up = constrain(weighted("up_proj", "btd,df->btf", normed), "act_batch", None, "act_mlp")
         down = weighted("down_proj", "btf,fd->btd", jax.nn.silu(gate) * up)
         return x + constrain(down, "act_batch", "act_seq", "act_embed")
@@ -286,6 +288,16 @@ class Decoder(nnx.Module):
         return constrain(x, "act_batch", "act_seq", "act_embed")
 
 
-def abstract_decoder(cfg: LlamaConfig, dtype: jnp.dtype) -> Decoder:
-    """The module with shapes instead of arrays, every weight in `dtype`."""
-    return jax.eval_shape(lambda: Decoder(cfg, lambda weight: jnp.zeros(weight.shape, dtype)))
+def abstract_decoder(cfg: LlamaConfig, dtype: jnp.dtype, quantization: str | None = None) -> Decoder:
+    """The module with shapes instead of arrays: projections quantised where asked for, all else in `dtype`."""
+
+    def make() -> Decoder:
+        decoder = Decoder(cfg, lambda weight: jnp.zeros(weight.shape, dtype))
+        for name, (inputs, _) in projection_shapes(cfg).items():
+            if quantization is not None:
+                param = getattr(decoder.layers, name)
+                one_layer = partial(quantize, kind=quantization, num_inputs=len(inputs))
+                param.set_raw_value(jax.vmap(one_layer)(param.get_raw_value()))
+        return decoder
+
+    return jax.eval_shape(make)

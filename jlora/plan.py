@@ -78,10 +78,7 @@ def print_search(found: dict[str, Any]) -> None:
     table = Table(title=f"{found['topology']}: {len(found['tried'])} of {found['layouts']} layouts compiled")
     for name in ("data", "fsdp", "tensor", "remat", "batch", "accum."):
         table.add_column(name, justify="left" if name == "remat" else "right")
-    quantized = len(found["quantizations"]) > 1
-    if quantized:
-        table.add_column("quantization")
-    for name in ("peak GiB", "tokens/s per device"):
+    for name in ("quantization", "peak GiB", "tokens/s per device"):
         table.add_column(name, justify="right")
     for tried in sorted(found["tried"], key=lambda tried: (not tried["fits"], -_speed(tried), tried["peak_bytes"])):
         values = [override.partition("=")[2] for override in tried["overrides"]]

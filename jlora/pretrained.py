@@ -66,13 +66,16 @@ def open_pretrained(path: str, tokenizer_path: str | None, chat_template: str | 
     return Opened(path, local, source, tokenizer)
 
 
-def load_pretrained(opened: Opened, dtype: jnp.dtype, mesh: jax.sharding.Mesh) -> Pretrained:
-    """Read the weights.
+def load_pretrained(
+    opened: Opened, dtype: jnp.dtype, mesh: jax.sharding.Mesh, quantization: str | None = None
+) -> Pretrained:
+    """Read the weights, quantising the projections on the way where asked to.
 
     Raises:
       ModelError: see `jlora.hf.load.load_base`.
+      ConfigError: blocks of quantised weights do not divide over the mesh.
     """
-    base, base_hash = load_base(opened.source, opened.name, dtype, mesh)
+    base, base_hash = load_base(opened.source, opened.name, dtype, mesh, quantization)
     return Pretrained(opened.path, opened.source, base, base_hash, opened.tokenizer)
 
 

@@ -10,6 +10,7 @@ from typing import Any, get_args
 
 import jax
 
+from jlora.adapter import QUANTIZED_PRODUCT
 from jlora.attention.interface import ATTENTION_OUTPUT
 from jlora.config import Remat
 
@@ -33,7 +34,9 @@ def policy(remat: str) -> Callable[..., Any]:
     policies = jax.checkpoint_policies
     match remat:
         case "dots":
-            return _any(policies.dots_with_no_batch_dims_saveable, _named(ATTENTION_OUTPUT))
+            # By name too, for a policy does not see into a quantised product.
+            named = _named(ATTENTION_OUTPUT, QUANTIZED_PRODUCT)
+            return _any(policies.dots_with_no_batch_dims_saveable, named)
         case "qkv":
             return _named(ATTENTION_INPUT, ATTENTION_OUTPUT)
         case "attention":

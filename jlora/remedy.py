@@ -1,7 +1,7 @@
 """What to change where a run does not fit: the cheapest change that, compiled, does.
 
 In order of cost: smaller micro-batches, more recomputation, activations in the host's memory, another mesh over the
-same devices, a shorter row, a quantised base where the config knows one, more devices.
+same devices, a quantised base, a shorter row, more devices.
 """
 
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from typing import Any
 
 from jlora.compiled import model_shape
 from jlora.config import Config
-from jlora.layouts import Layout, as_overrides, choices, current, layouts, smallest, with_settings
+from jlora.layouts import Layout, as_overrides, current, layouts, quantizations, smallest, with_settings
 from jlora.search import Compiler
 from jlora.topology import Target, larger
 
@@ -72,7 +72,7 @@ def _cheaper_first(compiler: Compiler, now: Layout) -> Iterator[Layout]:
         possible = [r for r in sorted(rows, reverse=True) if _may_fit(compiler, replace(now, remat=remat, rows=r))]
         for chosen in dict.fromkeys(possible[:1] + possible[-1:]):
             yield replace(now, remat=remat, rows=chosen)
-    for quantization in dict.fromkeys((now.quantization, *choices("quantization"))):
+    for quantization in quantizations(compiler.cfg):
         others = {smallest(x) for x in kept if x.quantization == quantization}
         yield from sorted((x for x in others if x != now and _may_fit(compiler, x)), key=compiler.guess)
 

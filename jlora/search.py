@@ -14,7 +14,6 @@ from jlora.layouts import (
     HEAVIER,
     Layout,
     as_overrides,
-    choices,
     guess_seconds,
     layouts,
     saved_bytes,
@@ -26,7 +25,7 @@ from jlora.sharding import make_mesh
 from jlora.topology import Target
 from jlora.train import make_forward
 
-ENOUGH = 4  # layouts that fit, after which the guessed order is trusted for the rest
+ENOUGH = 4  # layouts that fit, met in the guessed order, after which the guessed order is trusted for the rest
 
 
 class Compiler:
@@ -130,7 +129,6 @@ def search(cfg: Config, target: Target, limit: int) -> dict[str, Any]:
         "best": best,
         "overrides": best["overrides"],
         "batch_size_kept": chosen.batch_size == cfg.training.batch_size,
-        "quantizations": choices("quantization"),
         "layouts": len(everything),
         "tried": [{key: result[key] for key in keys} for result in compiler.results.values()],
     }
@@ -139,17 +137,20 @@ def search(cfg: Config, target: Target, limit: int) -> dict[str, Any]:
 def _walk(compiler: Compiler, queue: list[Layout], limit: int) -> None:
     """Compile from the most promising on, until enough fit, nothing better can be left, or the limit is reached."""
     capacity = compiler.target.capacity
-    queue = sorted(queue, key=compiler.guess)
+    queue, in_order = sorted(queue, key=compiler.guess), 0
     while queue and len(compiler.results) < limit:
         layout, *queue = queue
         if compiler.least(layout) > capacity:
             continue
-        fitting = [other for other, result in compiler.results.items() if result["fits"]]
-        if len(fitting) >= ENOUGH:
+        if in_order >= ENOUGH:
             return
+        fitting = [other for other, result in compiler.results.items() if result["fits"]]
         if any(_is_slower(compiler, layout, other) for other in fitting):
             continue
-        if compiler.compile(layout)["fits"] or layout == smallest(layout):
+        if compiler.compile(layout)["fits"]:
+            in_order += 1
+            continue
+        if layout == smallest(layout):
             continue
         if len(compiler.results) < limit and not compiler.compile(smallest(layout))["fits"]:
             queue = [other for other in queue if other.place != layout.place]

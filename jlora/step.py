@@ -21,14 +21,15 @@ from jlora.attention import Attention
 from jlora.config import Config
 from jlora.model import Decoder, LlamaConfig, adapter_axes
 from jlora.objective import next_token_loss
+from jlora.quant import is_quantized
 from jlora.sharding import named_sharding, place
 
 Tree = Any
 
 
 def count_parameters(tree: Tree) -> int:
-    """Number of elements of all leaves, arrays or shapes."""
-    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+    """Number of elements of all leaves, arrays or shapes; a quantised weight has as many as it stands for."""
+    return sum(leaf.size for leaf in jax.tree.leaves(tree, is_leaf=is_quantized))
 
 
 @dataclass(frozen=True)

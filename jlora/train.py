@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jlora import attention, cli, data, distributed, optim, xla
+from jlora import attention, cli, data, distributed, optim, quant, xla
 from jlora.adapter import Adapter, init_adapter
 from jlora.checkpoint import Checkpoints
 from jlora.config import Config, load_config
@@ -73,7 +73,7 @@ def train(cfg: Config, quiet: bool = False) -> dict[str, Any]:
         train_data, eval_data = read_data(cfg, opened.tokenizer)
         digests = {"data": train_data.digest, "eval": eval_data.digest if eval_data else None}
         distributed.require_agreement("data", DataError, digests)
-        pretrained = load_pretrained(opened, param_dtype(cfg), mesh)
+        pretrained = load_pretrained(opened, param_dtype(cfg), mesh, cfg.model.quantization)
         epochs = Epochs(train_data, cfg.data, cfg.training.batch_size, cfg.training.seed)
         num_steps = cfg.training.max_steps or epochs.num_batches(cfg.training.epochs)
         adapter = place_adapter(make_adapter(cfg, pretrained), pretrained.base.cfg, mesh)
@@ -219,6 +219,7 @@ def check_batch_split(cfg: Config, mesh: jax.sharding.Mesh) -> None:
 def make_forward(cfg: Config, model: LlamaConfig, mesh: jax.sharding.Mesh) -> tuple[str, Forward]:
     """The static choices of the forward pass, and what attention runs, for the log."""
     dtype, device = jnp.dtype(cfg.model.dtype), mesh.devices.flat[0]
+    quant.check_device(cfg.model.quantization, device)
     shown, kernel = attention.choose(
         cfg.model.attention, device, model.head_dim, cfg.data.max_length, dtype, cfg.data.packing
     )
@@ -325,7 +326,8 @@ def announce(
     total = count_parameters(pretrained.base)
     dropped = f", dropped {dict(dataset.dropped)}" if dataset.dropped else ""
     cut = f", {dataset.truncated} cut at {cfg.data.max_length} tokens" if dataset.truncated else ""
-    progress.say(f"base {cfg.model.path}: {total:,} parameters, {trained:,} trained; attention {kernel}")
+    held = f" in {cfg.model.quantization}" if cfg.model.quantization else ""
+    progress.say(f"base {cfg.model.path}{held}: {total:,} parameters, {trained:,} trained; attention {kernel}")
     progress.say(f"data {cfg.data.train}: {len(dataset.examples)} of {dataset.read} rows{dropped}{cut}")
     progress.say(f"{num_steps} steps" + (f", going on from step {start}" if start else ""))
 

@@ -29,13 +29,22 @@ ROOT = Path(__file__).parent.parent
 FLAGS = {
     "train": ["--config", "-q", "--json"],
     "generate": [
-        *("--base", "--adapter", "--tokenizer", "--chat-template", "--dtype", "--format", "--prompt-style"),
-        *("--prompt", "--prompts", "--chat", "--max-new-tokens", "--temperature", "--top-p", "--seed"),
+        *("--base", "--adapter", "--tokenizer", "--chat-template", "--dtype", "--quantization", "--format"),
+        *(
+            "--prompt-style",
+            "--prompt",
+            "--prompts",
+            "--chat",
+            "--max-new-tokens",
+            "--temperature",
+            "--top-p",
+            "--seed",
+        ),
         *("--batch-size", "-q", "--json"),
     ],
     "evaluate": [
-        *("--base", "--adapter", "--tokenizer", "--chat-template", "--dtype", "--format", "--prompt-style"),
-        *("--data", "--max-length", "--train-on", "--on-bad-row", "--batch-size", "-q", "--json"),
+        *("--base", "--adapter", "--tokenizer", "--chat-template", "--dtype", "--quantization", "--format"),
+        *("--prompt-style", "--data", "--max-length", "--train-on", "--on-bad-row", "--batch-size", "-q", "--json"),
     ],
     "export": ["--run", "--step", "--out", "--merge", "--dtype", "--verify", "-q", "--json"],
     "config": ["--help"],

@@ -91,7 +91,7 @@ def test_missing_key_is_named(file, key):
         ("data.eval=0", ["data.eval", "greater than 0"]),
         ("data.train=", ["data.train", "string", "None"]),
         ("data.max_length=1", ["data.max_length", "greater than or equal to 2"]),
-        ("model.quantization=nf4", ["model.quantization", "'nf4'", "null"]),
+        ("model.quantization=nf8", ["model.quantization", "'nf4' or 'int4'", "'nf8'"]),
         ("model.dtype=float16", ["model.dtype", "'bfloat16' or 'float32'"]),
         ("optimizer.learning_rate=fast", ["optimizer.learning_rate", "number", "'fast'"]),
         ("optimizer.learning_rate=.inf", ["optimizer.learning_rate", "finite"]),

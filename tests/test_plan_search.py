@@ -19,7 +19,7 @@ from jlora.config import load_config
 from jlora.counts import collective_bytes
 from jlora.divides import check_divides
 from jlora.errors import ConfigError
-from jlora.layouts import Layout, choices, smallest
+from jlora.layouts import Layout, smallest
 from jlora.remedy import find_remedy, sentence
 from jlora.roofline import estimate
 from jlora.topology import GPUS, Gpu, Target, read_gpu
@@ -35,6 +35,9 @@ def config(tmp_path_factory) -> Path:
     make_tokenizer(folder / "base")
     make_rows(folder / "rows.jsonl")
     return write_config(folder / "c.yaml", folder / "base", folder / "rows.jsonl", folder / "run")
+
+
+LLAMA_7B = model_shape("llama2-7b")
 
 
 def plan(config: Path, *arguments: str) -> subprocess.CompletedProcess:
@@ -139,17 +142,28 @@ def test_bytes_of_a_real_program(config):
 
 
 def test_estimate_adds_up():
-    figures = dict(flops=8e12, tokens=1000, weight_bytes=1e10, temp_bytes=5e9, sent_bytes=1e10, micro_batches=2)
-    found = estimate(TARGET, **figures, remat="full")
+    figures = dict(flops=8e12, tokens=1000, temp_bytes=5e9, sent_bytes=1e10, micro_batches=2)
+    weights = dict(weight_bytes=1e10, dequantized_bytes=0.0)
+    found = estimate(TARGET, **figures, **weights, remat="full")
     assert found["compute_seconds"] == 2.0 and found["link_seconds"] == 1.0
     assert found["memory_seconds"] == pytest.approx(2 * (3 * 1e10 + 1e10) / 1e11)
     assert found["seconds_per_step"] == pytest.approx(3.8)
     assert found["tokens_per_second_per_device"] == pytest.approx(1000 / 3.8 / 4)
-    assert estimate(TARGET, **figures, remat="none")["memory_seconds"] == pytest.approx(0.6)
-    assert estimate(dataclasses.replace(TARGET, peak_flops=None), **figures, remat="full") is None
+    assert estimate(TARGET, **figures, **weights, remat="none")["memory_seconds"] == pytest.approx(0.6)
+    assert estimate(dataclasses.replace(TARGET, peak_flops=None), **figures, **weights, remat="full") is None
+    # In a quarter of the bytes, yet dequantised in each pass: written, and read again.
+    quantized = estimate(TARGET, **figures, weight_bytes=2.5e9, dequantized_bytes=1e10, remat="full")
+    assert quantized["memory_seconds"] == pytest.approx(2 * (3 * 2.25e10 + 1e10) / 1e11)
 
 
 # Search. What the compiler would say is a formula here: 10 held, and a share of the saved bytes.
+
+
+SIZES = {None: 1.0, "int8": 0.5, "nf4": 0.25}
+
+
+def weights(quantization: str | None) -> dict[str, float]:
+    return {"weight_bytes": 1e9 * SIZES[quantization], "dequantized_bytes": 1e9 if quantization else 0.0}
 
 
 def fake(monkeypatch, config, capacity: float, per_row: dict[str, float], spread: float = 60.0, batch: int = 8):
@@ -161,11 +175,12 @@ def fake(monkeypatch, config, capacity: float, per_row: dict[str, float], spread
         calls.append(cfg)
         shards, parts = cfg.mesh.data * cfg.mesh.fsdp, cfg.training.gradient_accumulation_steps
         rows = cfg.training.batch_size // parts // shards
-        argument = held["bytes"] / (cfg.mesh.fsdp * cfg.mesh.tensor)
+        argument = held["bytes"] * SIZES[cfg.model.quantization] / (cfg.mesh.fsdp * cfg.mesh.tensor)
         temporaries = 1 + rows * per_row[cfg.model.remat] * cfg.data.max_length / 64 / cfg.mesh.tensor
         sent = 1e9 * (cfg.mesh.fsdp - 1) * parts + 1e10 * (cfg.mesh.tensor - 1)
         tokens = cfg.training.batch_size * cfg.data.max_length
-        figures = dict(weight_bytes=1e9, temp_bytes=temporaries, sent_bytes=sent, micro_batches=parts)
+        figures = dict(temp_bytes=temporaries, sent_bytes=sent, micro_batches=parts)
+        figures |= weights(cfg.model.quantization)
         return {
             **{"topology": target.spec, "devices": 4, "mesh": cfg.mesh.model_dump(), "capacity_bytes": target.capacity},
             "remat": cfg.model.remat,
@@ -180,14 +195,17 @@ def fake(monkeypatch, config, capacity: float, per_row: dict[str, float], spread
     monkeypatch.setattr(search, "plan", plan_of)
     monkeypatch.setattr(search, "saved_bytes", lambda *_: 0.0)
     monkeypatch.setattr(search.Compiler, "flops", lambda self, remat: work[remat])
-    monkeypatch.setattr(
-        search, "held_bytes", lambda cfg, target, model: held["bytes"] / (cfg.mesh.fsdp * cfg.mesh.tensor)
-    )
+
+    def held_bytes(cfg, target, model):
+        return held["bytes"] * SIZES[cfg.model.quantization] / (cfg.mesh.fsdp * cfg.mesh.tensor)
+
+    monkeypatch.setattr(search, "held_bytes", held_bytes)
 
     def guess(model, cfg, target, layout, flops):
         shards, parts = layout.fsdp, layout.micro_batches
         sent = 1e9 * (shards - 1) * parts + 1e10 * (layout.tensor - 1)
-        figures = dict(weight_bytes=1e9, temp_bytes=0, sent_bytes=sent, micro_batches=parts, tokens=1)
+        figures = dict(temp_bytes=0, sent_bytes=sent, micro_batches=parts, tokens=1)
+        figures |= weights(layout.quantization)
         return (estimate(target, flops=flops, **figures, remat=layout.remat)["seconds_per_step"], 0.0, 0.0)
 
     monkeypatch.setattr(search, "guess_seconds", guess)
@@ -214,10 +232,10 @@ def test_search_finds_what_trying_everything_finds(monkeypatch, config, capacity
 
 
 def test_search_says_what_is_smallest_where_nothing_fits(monkeypatch, config):
-    cfg, target, _ = fake(monkeypatch, config, 15.5, PER_ROW)
+    cfg, target, _ = fake(monkeypatch, config, 8, PER_ROW)
     found = search.search(cfg, target, 1000)
     assert not found["fits"]
-    assert found["best"]["peak_bytes"] == min(60 / 4 + 1 + 1 / tensor for tensor in (1, 2, 4) if 2 % tensor == 0)
+    assert found["best"]["peak_bytes"] == 60 * SIZES["int8"] / 4 + 1 + 1 / 2  # over fsdp 2 x tensor 2
     cfg, target, calls = fake(monkeypatch, config, 1, PER_ROW)
     found = search.search(cfg, target, 1000)
     assert not found["fits"] and len(calls) == 1  # the arguments alone are too much: one compilation says by how much
@@ -244,9 +262,22 @@ def test_layouts_cover_the_run(config):
         assert layout.micro_batches * layout.rows * layout.data * layout.fsdp == 8
         check_divides(model_shape(cfg.model.path), mesh_of(layout.data, layout.fsdp, layout.tensor), cfg)
     assert {layout.remat for layout in found} == {"none", "dots", "qkv", "attention", "full"}
-    assert choices("quantization")[0] is None and {layout.quantization for layout in found} == set(
-        choices("quantization")
-    )
+    # The 48 and 60 inputs of its projections are less than a block of 64, which may not be cut.
+    cut = {layout.quantization for layout in found if layout.fsdp * layout.tensor > 1}
+    assert cut == {None, "int8"} and {layout.quantization for layout in found} == {None, "int8", "nf4"}
+    whole = list(layouts.layouts(LLAMA_7B, load_config(config, ["training.batch_size=8"]), 8, keep_batch=True))
+    assert {(x.fsdp, x.tensor) for x in whole if x.quantization == "nf4"} == {
+        *((1, 1), (2, 1), (4, 1), (8, 1), (1, 2), (2, 2), (4, 2), (1, 4), (2, 4)),  # 172 blocks do not divide by 8
+    }
+
+
+def test_a_quantised_layout_is_never_the_faster(config):
+    cfg = load_config(config, ["model.path=llama2-7b", "training.batch_size=8", "model.dtype=bfloat16"])
+    found = list(layouts.layouts(LLAMA_7B, cfg, 4, keep_batch=True))
+    for layout in found:
+        plain = dataclasses.replace(layout, quantization=None)
+        guesses = [layouts.guess_seconds(LLAMA_7B, cfg, TARGET, x, 1e15)[0] for x in (plain, layout)]
+        assert guesses[0] < guesses[1] or layout == plain
 
 
 def test_search_from_the_command_line(config):

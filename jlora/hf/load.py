@@ -1,16 +1,18 @@
 """Brings a base from disk to the devices of a mesh, with bounded host memory.
 
 Each process reads only the slices that its devices hold, in blocks of a few megabytes, and writes them into
-the devices' own buffers; the arrays over the whole mesh are put together at the end. Nothing is sent between
-processes but the tensors' digests.
+the devices' own buffers; the arrays over the whole mesh are put together at the end. A projection that is to be
+quantised is, block by block, on its devices. Nothing is sent between processes but the tensors' digests and, for the
+second quantisation of nf4 and int4, the absmax of their blocks.
 """
 
 import hashlib
 import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +21,7 @@ from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jlora import quant
 from jlora.errors import ConfigError, ModelError
 from jlora.hf.architecture import parse_config
 from jlora.hf.base import Source, check_names
@@ -43,12 +46,16 @@ class Share:
     """What the devices of this process hold of one tensor, in the file's layout.
 
     Attributes:
-      regions: rows and columns of each device, each [start, stop); a vector is one row. All of one size.
+      regions: rows and columns that each device is sent, each [start, stop); a vector is one row. All of one size.
+      kept: the first column of those that each device keeps, counted from the first that it is sent; int32.
+      width: number of columns that it keeps.
       unit: rows that must stay together, since they are one index of the leaf's dim `axis`.
-      axis: dim of the leaf, stacked where it is, that the rows run along.
+      axis: dim of the leaf that the rows run along, counted from the last, which is -1.
     """
 
     regions: tuple[tuple[Range, Range], ...]
+    kept: np.ndarray
+    width: int
     unit: int
     axis: int
 
@@ -77,8 +84,14 @@ def _joined(cut: tuple[slice, ...], dims: tuple[int, ...]) -> Range:
     return start * inner, stop * inner
 
 
-def share_of(cfg: LlamaConfig, entry: Entry, sharding: NamedSharding, shape: tuple[int, ...]) -> Share:
-    """The share of this process in the tensor of `entry`, whose leaf has `shape`, over layers where stacked."""
+def share_of(
+    cfg: LlamaConfig, entry: Entry, sharding: NamedSharding, shape: tuple[int, ...], whole_rows: bool
+) -> Share:
+    """The share of this process in the tensor of `entry`, whose weight has `shape`, over layers where stacked.
+
+    Args:
+      whole_rows: devices are sent whole rows of the file, whichever columns of them they keep.
+    """
     stacked = len(shape) - len(entry.shape)
     # A projection has its input dims first, which are the file's columns. A table has its rows first.
     split = len(projection_shapes(cfg)[entry.leaf][0]) if entry.transposed else len(entry.shape) - 1
@@ -89,37 +102,70 @@ def share_of(cfg: LlamaConfig, entry: Entry, sharding: NamedSharding, shape: tup
         head, tail = _joined(cut[:split], entry.shape[:split]), _joined(cut[split:], entry.shape[split:])
         regions.append((tail, head) if entry.transposed else (head, tail))
     unit = math.prod(entry.shape[split + 1 :]) if entry.transposed else 1
-    return Share(tuple(regions), unit, stacked + (split if entry.transposed else 0))
+    axis = (split if entry.transposed else 0) - len(entry.shape)
+    width, kept = regions[0][1][1] - regions[0][1][0], np.zeros(len(regions), np.int32)
+    if whole_rows:
+        kept = np.array([left for _, (left, _) in regions], np.int32)
+        regions = [(rows, (0, entry.hf_shape[-1])) for rows, _ in regions]
+    return Share(tuple(regions), kept, width, unit, axis)
 
 
 # The next two run on all devices of this process, each on its own shard and with nothing between them: one
 # program, compiled once and not once for each device.
 
 
-@partial(jax.jit, static_argnames=("mesh", "shape", "dtype", "carrier", "transposed"))
+@partial(jax.jit, static_argnames=("mesh", "shapes", "carriers", "dtype", "kind", "width", "transposed"))
 def _turn(
-    pieces: jax.Array, *, mesh: Mesh, shape: tuple[int, ...], dtype: jnp.dtype, carrier: jnp.dtype, transposed: bool
-) -> tuple[jax.Array, jax.Array]:
-    """Each device's piece of the file as a block of the leaf, of `shape`; and whether it is finite, [devices] bool."""
+    pieces: jax.Array,
+    kept: jax.Array,
+    *,
+    mesh: Mesh,
+    shapes: tuple[tuple[int, ...], ...],
+    carriers: tuple[jnp.dtype, ...],
+    dtype: jnp.dtype,
+    kind: str | None,
+    width: int,
+    transposed: bool,
+) -> tuple[tuple[jax.Array, ...], jax.Array]:
+    """Each device's piece of the file as a block of each buffer; and whether it is finite, [devices] bool.
 
-    def turn(piece: jax.Array) -> tuple[jax.Array, jax.Array]:
+    Args:
+      kept, width: see `Share`.
+      shapes, carriers: of the blocks, in the order of the leaf's buffers.
+      dtype: of the weight where it is not quantised to `kind`.
+    """
+
+    def turn(piece: jax.Array, first: jax.Array) -> tuple[tuple[jax.Array, ...], jax.Array]:
         # Checked here, since NumPy takes longer for it in 16 bits than all the rest.
         finite = jnp.isfinite(piece).all()[None]
-        block = (piece.T if transposed else piece).reshape(shape).astype(dtype)
-        return block if carrier == dtype else jax.lax.bitcast_convert_type(block, carrier), finite
+        weight = piece.T if transposed else piece
+        parts: tuple[jax.Array, ...] = (weight.astype(dtype),)
+        if kind is not None:
+            parts = quant.encode(weight, kind)
+        if width != piece.shape[1]:
+            parts = jax.lax.dynamic_slice_in_dim(parts[0], first[0], width), *parts[1:]
+        blocks = tuple(part.reshape(shape) for part, shape in zip(parts, shapes, strict=True))
+        return tuple(map(_carried, blocks, carriers)), finite
 
-    return jax.shard_map(turn, mesh=mesh, in_specs=DEVICE, out_specs=(DEVICE, DEVICE))(pieces)
+    return jax.shard_map(turn, mesh=mesh, in_specs=DEVICE, out_specs=DEVICE)(pieces, kept)
+
+
+def _carried(block: jax.Array, carrier: jnp.dtype) -> jax.Array:
+    return block if carrier == block.dtype else jax.lax.bitcast_convert_type(block, carrier)
 
 
 @partial(jax.jit, static_argnames="mesh", donate_argnums=0)
-def _write(buffers: jax.Array, blocks: jax.Array, start: jax.Array, *, mesh: Mesh) -> jax.Array:
-    """Each device's block at index `start` of its buffer."""
+def _write(
+    buffers: tuple[jax.Array, ...], blocks: tuple[jax.Array, ...], starts: tuple[np.ndarray, ...], *, mesh: Mesh
+) -> tuple[jax.Array, ...]:
+    """Each device's blocks at their indices of its buffers."""
 
     def write(buffer: jax.Array, block: jax.Array, start: jax.Array) -> jax.Array:
         return jax.lax.dynamic_update_slice(buffer, block, tuple(start))
 
     specs = (DEVICE, DEVICE, PartitionSpec())
-    return jax.shard_map(write, mesh=mesh, in_specs=specs, out_specs=DEVICE)(buffers, blocks, start)
+    every = jax.shard_map(lambda *args: tuple(map(write, *args)), mesh=mesh, in_specs=specs, out_specs=DEVICE)
+    return every(buffers, blocks, starts)
 
 
 def _pieces(source: Source, name: str, share: Share, size: int, start: int) -> Iterator[np.ndarray]:
@@ -141,11 +187,12 @@ def _pieces(source: Source, name: str, share: Share, size: int, start: int) -> I
 def _load_tensor(source: Source, name: str, entry: Entry, share: Share, leaf: "Leaf", local: Mesh) -> bool:
     """Writes the tensor into the leaf's buffers; whether all of it that was read is finite."""
     spread = NamedSharding(local, DEVICE)
-    shape = list(spread.shard_shape(leaf.buffers.shape))
-    start = np.zeros(len(shape), np.int32)
-    if entry.layer is not None:
-        shape[0], start[0] = 1, entry.layer
-    shape[share.axis] = -1
+    shapes = [list(spread.shard_shape(buffer.shape)) for buffer in leaf.buffers]
+    starts = [np.zeros(len(shape), np.int32) for shape in shapes]
+    for shape, start in zip(shapes, starts, strict=True):
+        if entry.layer is not None:
+            shape[0], start[0] = 1, entry.layer
+        shape[share.axis] = -1
     size, offsets = share.blocks()
     finite = True
     for offset in offsets:
@@ -154,15 +201,19 @@ def _load_tensor(source: Source, name: str, entry: Entry, share: Share, leaf: "L
         whole = (len(pieces) * pieces[0].shape[0], pieces[0].shape[1])
         blocks, checked = _turn(
             jax.make_array_from_single_device_arrays(whole, spread, put),
+            share.kept,
             mesh=local,
-            shape=tuple(shape),
-            dtype=leaf.dtype,
-            carrier=leaf.buffers.dtype,
+            shapes=tuple(map(tuple, shapes)),
+            carriers=tuple(buffer.dtype for buffer in leaf.buffers),
+            dtype=leaf.dtypes[0],
+            kind=leaf.kind,
+            width=share.width,
             transposed=entry.transposed,
         )
-        start[share.axis] = offset // share.unit
+        for start in starts:
+            start[share.axis] = offset // share.unit
         # Waits, so that blocks can not pile up on their way.
-        leaf.buffers = jax.block_until_ready(_write(leaf.buffers, blocks, start.copy(), mesh=local))
+        leaf.buffers = jax.block_until_ready(_write(leaf.buffers, blocks, tuple(map(np.copy, starts)), mesh=local))
         finite &= bool(np.asarray(checked).all())
     return finite
 
@@ -180,45 +231,87 @@ class Leaf:
     """One leaf of the decoder on its way to the devices.
 
     Attributes:
-      shape: over the whole mesh.
-      dtype: of the finished leaf.
-      buffers: this process's shards of it, end to end along dim 0, over the mesh of this process's devices. On
-        CPUs those of 16 bits are uint16, since XLA for CPUs writes into a bfloat16 buffer by converting all of it
-        to float32 and back.
+      shape, sharding: of the weight, over the whole mesh.
+      kind: what it is quantised to, or None.
+      parts: the arrays that hold it, as shapes: itself, or the codes and scales of a `jlora.quant.Quantized` before
+        its `finish`.
+      shardings, dtypes: of the parts.
+      buffers: this process's shards of each part, end to end along dim 0, over the mesh of this process's devices.
+        On CPUs floats of 8 and 16 bits are unsigned integers there, since XLA for CPUs writes into a bfloat16
+        buffer by converting all of it to float32 and back.
     """
 
     param: nnx.Param
     shape: tuple[int, ...]
-    dtype: jnp.dtype
     sharding: NamedSharding
-    buffers: jax.Array
+    kind: str | None
+    parts: Any
+    shardings: list[NamedSharding]
+    dtypes: list[jnp.dtype]
+    buffers: tuple[jax.Array, ...]
 
     @classmethod
-    def empty(cls, param: nnx.Param, mesh: Mesh, local: Mesh, where: str) -> "Leaf":
-        """Zeros for an abstract `param`; ConfigError where `mesh` does not divide it."""
+    def empty(cls, param: nnx.Param, name: str, shape: tuple[int, ...], mesh: Mesh, local: Mesh, where: str) -> "Leaf":
+        """Zeros for an abstract `param` of `shape`; ConfigError where `mesh` does not divide it."""
         abstract = param.get_raw_value()
         sharding = named_sharding(mesh, param.axes)
+        kind = abstract.kind if quant.is_quantized(abstract) else None
         try:
-            shard = sharding.shard_shape(abstract.shape)
+            shard = sharding.shard_shape(shape)
         except ValueError:
             sizes = ", ".join(f"mesh.{axis}={size}" for axis, size in mesh.shape.items() if size > 1)
             raise ConfigError(
-                f"{where}: {sizes} does not divide its weight of {' x '.join(map(str, abstract.shape))} "
+                f"{where}: {sizes} does not divide its weight of {' x '.join(map(str, shape))} "
                 f"({', '.join(param.axes)}); choose sizes that divide the model's"
             ) from None
-        dtype = jnp.dtype(abstract.dtype)
+        if kind is not None:
+            quant.check_shards(kind, name, math.prod(abstract.inputs), shape[1] // shard[1])
+        parts = quant.unfinished(abstract)
+        shardings = jax.tree.leaves(_shardings(parts, param.axes, mesh))
+        dtypes = [jnp.dtype(part.dtype) for part in jax.tree.leaves(parts)]
         on_cpu = local.devices.flat[0].platform == "cpu"
-        carrier = jnp.dtype("uint16") if on_cpu and dtype.itemsize == 2 else dtype
-        zeros = partial(jnp.zeros, (local.size * shard[0], *shard[1:]), carrier)
-        buffers = jax.jit(zeros, out_shardings=NamedSharding(local, DEVICE))()
-        return cls(param, abstract.shape, dtype, sharding, buffers)
 
-    def finish(self) -> None:
-        """Gives the param its array over the whole mesh; nothing is copied."""
-        shards = [shard.data for shard in self.buffers.addressable_shards]
-        if self.buffers.dtype != self.dtype:  # a CPU's: the same memory by its right name
-            shards = [jax.device_put(np.asarray(shard).view(self.dtype), shard.device) for shard in shards]
-        self.param.set_raw_value(jax.make_array_from_single_device_arrays(self.shape, self.sharding, shards))
+        def zeros(part: jax.ShapeDtypeStruct, over: NamedSharding) -> jax.Array:
+            first, *rest = over.shard_shape(part.shape)
+            narrow = on_cpu and part.dtype.itemsize < 4 and jnp.issubdtype(part.dtype, jnp.floating)
+            carrier = jnp.dtype(f"uint{8 * part.dtype.itemsize}") if narrow else part.dtype
+            make = partial(jnp.zeros, (local.size * first, *rest), carrier)
+            return jax.jit(make, out_shardings=NamedSharding(local, DEVICE))()
+
+        buffers = tuple(map(zeros, jax.tree.leaves(parts), shardings))
+        return cls(param, shape, sharding, kind, parts, shardings, dtypes, buffers)
+
+    def finish(self, mesh: Mesh) -> None:
+        """Gives the param its arrays over the whole mesh. Nothing is copied but an absmax, which is quantised."""
+
+        def whole(part: jax.ShapeDtypeStruct, buffer: jax.Array, sharding: NamedSharding) -> jax.Array:
+            shards = [shard.data for shard in buffer.addressable_shards]
+            if buffer.dtype != part.dtype:  # a CPU's: the same memory by its right name
+                shards = [jax.device_put(np.asarray(shard).view(part.dtype), shard.device) for shard in shards]
+            return jax.make_array_from_single_device_arrays(part.shape, sharding, shards)
+
+        parts, structure = jax.tree.flatten(self.parts)
+        value = jax.tree.unflatten(structure, list(map(whole, parts, self.buffers, self.shardings)))
+        self.buffers = ()
+        if self.kind in quant.LEVELS:
+            value = _finish(value, mesh, _shardings(self.param.get_raw_value(), self.param.axes, mesh))
+        self.param.set_raw_value(value)
+
+
+def _shardings(leaf: Any, axes: tuple[str, ...], mesh: Mesh) -> Any:
+    return quant.map_axes(lambda _, axes: named_sharding(mesh, axes), leaf, axes)
+
+
+def _finish(leaf: quant.Quantized, mesh: Mesh, placed: quant.Quantized) -> quant.Quantized:
+    """A stacked leaf whose absmax is quantised, layer by layer, each device with the absmax of the whole layer."""
+
+    def one_layer(absmax: jax.Array) -> quant.Quantized:
+        absmax = jax.lax.with_sharding_constraint(absmax, named_sharding(mesh, ()))
+        return quant.finish(replace(leaf, codes=None, scales=absmax))
+
+    without = replace(placed, codes=None)
+    layers = jax.jit(partial(jax.lax.map, one_layer), out_shardings=without, donate_argnums=0)
+    return replace(layers(leaf.scales), codes=leaf.codes)
 
 
 def _agreed(rows: np.ndarray) -> np.ndarray:
@@ -230,8 +323,12 @@ def _agreed(rows: np.ndarray) -> np.ndarray:
     return agreed
 
 
-def load_base(source: Source, where: str, dtype: jnp.dtype, mesh: Mesh) -> tuple[Decoder, str]:
+def load_base(
+    source: Source, where: str, dtype: jnp.dtype, mesh: Mesh, quantization: str | None = None
+) -> tuple[Decoder, str]:
     """The model in `dtype`, laid out over `mesh`, and the SHA-256 of its tensors as stored, in hex.
+
+    With a `quantization` its projections are quantised from the stored numbers, not from those in `dtype`.
 
     The hash covers, in the name table's order, each tensor's name, stored type, shape and the SHA-256 of its
     stored bytes, so it depends neither on the mesh nor on the processes. Of P processes each hashes every P-th
@@ -239,13 +336,13 @@ def load_base(source: Source, where: str, dtype: jnp.dtype, mesh: Mesh) -> tuple
     nothing is exchanged.
 
     Raises:
-      ConfigError: the mesh does not divide a weight.
+      ConfigError: the mesh does not divide a weight, or cuts one within a quantised block.
       ModelError: what `parse_config` and `check_names` refuse, a damaged file, a non-finite weight; in every
         process, if one of them meets it.
     """
     cfg = parse_config(source.config, where)
     table = check_names(cfg, source.shapes, where)
-    decoder = abstract_decoder(cfg, dtype)
+    decoder = abstract_decoder(cfg, dtype, quantization)
     local = Mesh(np.asarray(mesh.local_devices), ("device",))
     processes, process = (jax.process_count(), jax.process_index()) if mesh.is_multi_process else (1, 0)
     digests = np.zeros((len(table), 33), np.uint8)  # and a flag: refused
@@ -255,12 +352,13 @@ def load_base(source: Source, where: str, dtype: jnp.dtype, mesh: Mesh) -> tuple
         for number, (name, entry) in enumerate(table.items()):
             if entry.leaf not in leaves:
                 owner = decoder if entry.layer is None else decoder.layers
-                leaves[entry.leaf] = Leaf.empty(getattr(owner, entry.leaf), mesh, local, where)
+                shape = entry.shape if entry.layer is None else (cfg.num_hidden_layers, *entry.shape)
+                leaves[entry.leaf] = Leaf.empty(getattr(owner, entry.leaf), entry.leaf, shape, mesh, local, where)
             leaf = leaves[entry.leaf]
             try:
                 # Meanwhile: the file is read from disk once for both, and hashing takes as long as the rest.
                 digest = hasher.submit(stored_digest, source, name) if number % processes == process else None
-                share = share_of(cfg, entry, leaf.sharding, leaf.shape)
+                share = share_of(cfg, entry, leaf.sharding, leaf.shape, leaf.kind in quant.CHANNEL_TYPES)
                 finite = _load_tensor(source, name, entry, share, leaf, local)
                 if digest is not None:
                     digests[number, :32] = np.frombuffer(digest.result(), np.uint8)
@@ -277,7 +375,7 @@ def load_base(source: Source, where: str, dtype: jnp.dtype, mesh: Mesh) -> tuple
         if flag:
             raise ModelError(f"{where}: tensor {name} was refused by another process; its message says why")
     for leaf in leaves.values():
-        leaf.finish()
+        leaf.finish(mesh)
     content = hashlib.sha256()
     for name, row in zip(table, digests, strict=True):
         content.update(f"{name} {source.dtypes[name]} {source.shapes[name]} ".encode() + row[:32].tobytes())

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
@@ -19,14 +21,19 @@ from jlora.hf.architecture import FAMILIES
 from jlora.hf.base import Source, replace_folder
 from jlora.hf.names import Entry, name_table, to_hf
 from jlora.model import Decoder, LlamaConfig
+from jlora.quant import dequantize
 
 SHARD_BYTES = 5 * 10**9
 DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16, "float32": np.float32}
 
 
 def merged_tensor(source: Source, entry: Entry, name: str, adapter: Adapter) -> np.ndarray:
-    """One tensor of the base with its adapter's share added, W + scale * B A, in float32."""
-    weight = source.read(name).astype(np.float32)
+    """One tensor of the stored base with its adapter's share added, W + scale * B A, in float32."""
+    return add_adapter(source.read(name).astype(np.float32), entry, adapter)
+
+
+def add_adapter(weight: np.ndarray, entry: Entry, adapter: Adapter) -> np.ndarray:
+    """A tensor of a base, in the file's layout, with its adapter's share added; float32."""
     lora = adapter.get(entry.leaf)
     if lora is None or entry.layer is None:
         return weight
@@ -37,10 +44,12 @@ def merged_tensor(source: Source, entry: Entry, name: str, adapter: Adapter) -> 
 
 
 def trained_tensor(decoder: Decoder, entry: Entry) -> np.ndarray:
-    """One tensor of a fully fine-tuned model, in float32."""
+    """One tensor as the model has it on the devices, fully fine-tuned or quantised, in float32."""
     owner = decoder if entry.layer is None else decoder.layers
-    leaf = getattr(owner, entry.leaf)[...]
-    return to_hf(entry, np.asarray(leaf if entry.layer is None else leaf[entry.layer], np.float32))
+    leaf = getattr(owner, entry.leaf).get_value()
+    if entry.layer is not None:
+        leaf = jax.tree.map(lambda array: array[entry.layer], leaf)
+    return to_hf(entry, np.asarray(dequantize(leaf, jnp.dtype("float32"))))
 
 
 def save_checkpoint(
