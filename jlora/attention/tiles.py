@@ -33,18 +33,14 @@ def blocked(
     of other segments, those beyond the window.
     """
     del kv_segments, q_positions, kv_positions  # the same tokens, in order
-    return per_device(partial(_tiled, window), q, k, v, q_segments)
+    return per_device(partial(_attend, window), q, k, v, q_segments)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _tiled(
-    window: int | None,
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B T K H"],
-    v: Float[Array, "B T K H"],
-    segments: Int[Array, "B T"],
-) -> Float[Array, "B T N H"]:
-    return _forward(window, q, k, v, segments)[0]
+def _attend(window: int | None, q: Array, k: Array, v: Array, segments: Array) -> Array:
+    """The rows and heads of one device."""
+    grouped = (*k.shape[:3], q.shape[2] // k.shape[2], q.shape[3])
+    queries, keys, values = _tiles(q.reshape(grouped)), _tiles(k[:, :, :, None]), _tiles(v[:, :, :, None])
+    return _rows(_tiled(window, queries, keys, values, segments), grouped).reshape(q.shape)
 
 
 def _tile_length(length: int) -> tuple[int, int]:
@@ -108,11 +104,21 @@ def _bias(window: int | None, segments: Int[Array, "I B t"], i: Array, j: Array)
     return jax.lax.optimization_barrier(jnp.where(visible, 0.0, HIDDEN).astype(jnp.float32))
 
 
-def _forward(window: int | None, q: Array, k: Array, v: Array, segments: Array) -> tuple[Array, tuple[Array, ...]]:
-    batch, length, num_heads, head_dim = q.shape
-    kv_heads = k.shape[2]
-    grouped = (batch, length, kv_heads, num_heads // kv_heads, head_dim)
-    queries, keys, values = _tiles(q.reshape(grouped)), _tiles(k[:, :, :, None]), _tiles(v[:, :, :, None])
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _tiled(
+    window: int | None,
+    queries: Float[Array, "I n m H"],
+    keys: Float[Array, "I n t H"],
+    values: Float[Array, "I n t H"],
+    segments: Int[Array, "B T"],
+) -> Float[Array, "I n m H"]:
+    return _forward(window, queries, keys, values, segments)[0]
+
+
+def _forward(
+    window: int | None, queries: Array, keys: Array, values: Array, segments: Array
+) -> tuple[Array, tuple[Array, ...]]:
+    batch, head_dim = len(segments), queries.shape[3]
     by_tile, first, _ = _pairs(window, segments)
     size = by_tile.shape[2]
 
@@ -124,33 +130,29 @@ def _forward(window: int | None, q: Array, k: Array, v: Array, segments: Array) 
             scores = by_head.reshape(scores.shape)
             now = jnp.maximum(highest, scores.max(axis=-1, keepdims=True))
             weights, before = jnp.exp(scores - now), jnp.exp(highest - now)
-            mixed = mixed * before + _product("nts,nsh->nth", weights.astype(v.dtype), values[j])
+            mixed = mixed * before + _product("nts,nsh->nth", weights.astype(values.dtype), values[j])
             return mixed, now, total * before + weights.sum(axis=-1, keepdims=True)
 
         column = jnp.full((*queries.shape[1:3], 1), HIDDEN, jnp.float32)
         start = (jnp.zeros(queries.shape[1:], jnp.float32), column, jnp.zeros_like(column))
         mixed, highest, total = jax.lax.fori_loop(first[i], i + 1, add, start)
-        return (mixed / total).astype(q.dtype), (highest + jnp.log(total))[..., 0]
+        return (mixed / total).astype(queries.dtype), (highest + jnp.log(total))[..., 0]
 
     mixed, normalizer = jax.lax.map(of_queries, jnp.arange(len(queries)))
-    out, normalizer = checkpoint_name((_rows(mixed, grouped).reshape(q.shape), normalizer), ATTENTION_OUTPUT)
-    return out, (q, k, v, segments, out, normalizer)
+    mixed, normalizer = checkpoint_name((mixed, normalizer), ATTENTION_OUTPUT)
+    return mixed, (queries, keys, values, segments, mixed, normalizer)
 
 
 def _backward(
-    window: int | None, saved: tuple[Array, ...], gradient: Float[Array, "B T N H"]
+    window: int | None, saved: tuple[Array, ...], gradients: Float[Array, "I n m H"]
 ) -> tuple[Array, Array, Array, None]:
-    q, k, v, segments, out, normalizer = saved
-    batch, length, num_heads, head_dim = q.shape
-    kv_heads = k.shape[2]
-    grouped = (batch, length, kv_heads, num_heads // kv_heads, head_dim)
-    queries, keys, values = _tiles(q.reshape(grouped)), _tiles(k[:, :, :, None]), _tiles(v[:, :, :, None])
-    gradients = _tiles(gradient.reshape(grouped))
+    queries, keys, values, segments, mixed, normalizer = saved
+    batch, head_dim, dtype = len(segments), queries.shape[3], queries.dtype
+    kv_heads = queries.shape[1] // batch
     by_tile, _, end = _pairs(window, segments)
     size = by_tile.shape[2]
     # Of each query, the sum over keys of its weights times their gradients.
-    mean = (gradient.astype(jnp.float32) * out.astype(jnp.float32)).sum(axis=-1)
-    mean = _tiles(mean.reshape(*grouped[:4], 1))[..., 0]
+    mean = (gradients.astype(jnp.float32) * mixed.astype(jnp.float32)).sum(axis=-1)
 
     def of_keys(to_queries: Array, j: Array) -> tuple[Array, tuple[Array, Array]]:
         # Keys by queries, and the queries' gradients by head dim, so that no product has to transpose scores.
@@ -165,7 +167,7 @@ def _backward(
             to_weights = _product("nsh,nth->nst", values[j], gradients[i])
             to_scores = weights * (to_weights - mean[i][:, None]) * head_dim**-0.5
             # A barrier, or the exponential is taken again for each product that wants it.
-            weights, to_scores = jax.lax.optimization_barrier((weights.astype(q.dtype), to_scores.astype(q.dtype)))
+            weights, to_scores = jax.lax.optimization_barrier((weights.astype(dtype), to_scores.astype(dtype)))
             to_values += _product("nst,nth->nsh", weights, gradients[i])
             to_keys += _product("nst,nth->nsh", to_scores, queries[i])
             to_queries = to_queries.at[i].add(_product("nhs,nst->nht", by_dim, to_scores))
@@ -177,9 +179,8 @@ def _backward(
 
     start = jnp.zeros(jnp.swapaxes(queries, 2, 3).shape, jnp.float32)
     to_queries, (to_keys, to_values) = jax.lax.scan(of_keys, start, jnp.arange(len(keys)))
-    to_k, to_v = (_rows(x, (*k.shape[:3], 1, head_dim)).reshape(k.shape) for x in (to_keys, to_values))
-    to_q = _rows(jnp.swapaxes(to_queries, 2, 3), grouped).reshape(q.shape)
-    return to_q.astype(q.dtype), to_k.astype(k.dtype), to_v.astype(v.dtype), None
+    to_queries = jnp.swapaxes(to_queries, 2, 3)
+    return to_queries.astype(dtype), to_keys.astype(dtype), to_values.astype(dtype), None
 
 
 _tiled.defvjp(_forward, _backward)
