@@ -135,11 +135,11 @@ def test_defaults_are_those_of_transformers():
 
 
 def test_defaults_of_mistral_are_those_of_transformers():
-    """It has 8 key/value heads and a window of 4096 where the keys are missing, and neither where they are null."""
+    """It has 8 key/value heads and a window of 4096 where the keys are missing, and no window where that is null."""
     raw = {"model_type": "mistral", "hidden_size": 64, "num_attention_heads": 16, "intermediate_size": 96}
     raw |= {"num_hidden_layers": 2, "vocab_size": 100}
     dynamic = {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}
-    for more in ({}, {"sliding_window": None, "num_key_value_heads": None}, {"sliding_window": 7}):
+    for more in ({}, {"sliding_window": None}, {"num_key_value_heads": 4}, {"sliding_window": 7}):
         ours, theirs = parse_config(raw | dynamic | more, "here"), MistralConfig(**(raw | dynamic | more))
         for name in ("num_key_value_heads", "head_dim", "rms_norm_eps", "tie_word_embeddings", "sliding_window"):
             assert getattr(ours, name) == getattr(theirs, name), (name, more)
