@@ -35,7 +35,9 @@ def print_plan(result: dict[str, Any]) -> None:
     table = Table(title=f"{result['topology']}: {word}", title_justify="left")
     table.add_column("GiB per device")
     table.add_column("", justify="right")
-    for name in ("base", "adapter", "optimizer", "batch", "argument", "temp", "peak", "capacity"):
+    for name in ("base", "adapter", "optimizer", "batch", "argument", "temp", "peak", "capacity", "offloaded"):
+        if name == "offloaded" and not result["offloaded_bytes"]:
+            continue
         table.add_row(name, _gib(result[f"{name}_bytes"]))
     console.print(table)
     naive_gb = {name: value / 1e9 for name, value in result["naive"].items()}
@@ -47,7 +49,7 @@ def print_plan(result: dict[str, Any]) -> None:
     console.print(
         f"{result['trainable_params']:,} trained of {result['frozen_params'] + result['trainable_params']:,} "
         f"parameters; {result['flops_per_step']:.3g} FLOPs and {result['tokens_per_step']:,} tokens a step; "
-        f"attention {result['attention']}; compiled in {result['compile_seconds']:.0f} s"
+        f"attention {result['attention']}; remat {result['remat']}; compiled in {result['compile_seconds']:.0f} s"
     )
     if result["seconds_per_epoch_at"]:
         console.print(time_table(result))

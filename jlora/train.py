@@ -139,6 +139,7 @@ def train(cfg: Config, quiet: bool = False) -> dict[str, Any]:
             if start == 0:
                 evaluate(0)
             while step < num_steps and not stopped:
+                # While the step before still runs: its figures are waited for only after this one is under way.
                 on_device = put_batch(next(batches), cfg.training.gradient_accumulation_steps, mesh)
                 if compiled is None:
                     progress.say("compiling the training step")

@@ -34,7 +34,9 @@ def line(model, topology, batch, length, mesh, most, *, slow=False):
     return pytest.param(f"llama2-{model}", topology, batch, length, mesh, most, marks=marks, id=f"{model}-{topology}")
 
 
-def peak(tmp_path: Path, model: str, topology: str, batch: int, length: int, mesh: tuple[int, int, int]) -> dict:
+def peak(
+    tmp_path: Path, model: str, topology: str, batch: int, length: int, mesh: tuple[int, int, int], *more: str
+) -> dict:
     """What a real `plan --json` says, within the time that a line may take."""
     config = tmp_path / "c.yaml"
     config.write_text(CONFIG)
@@ -42,7 +44,8 @@ def peak(tmp_path: Path, model: str, topology: str, batch: int, length: int, mes
     sizes = [f"model.path={model}", f"training.batch_size={batch}", f"data.max_length={length}"]
     command = [sys.executable, "-m", "jlora.plan", "--config", str(config), "--topology", topology, "--json"]
     began = time.monotonic()
-    done = subprocess.run([*command, *axes, *sizes], capture_output=True, text=True, env=os.environ | {"XLA_FLAGS": ""})
+    env = os.environ | {"XLA_FLAGS": ""}
+    done = subprocess.run([*command, *axes, *sizes, *more], capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
     assert time.monotonic() - began < MOST_SECONDS
     return json.loads(done.stdout)
@@ -69,6 +72,23 @@ def test_peak_of_a_device(tmp_path, model, topology, batch, length, mesh, most):
     assert result["attention"] == {"gpu": "cudnn", "tpu": "splash"}[topology[:3]]
     assert result["estimate"]["seconds_per_step"] > 0
     assert (result["sent_bytes_per_step"] > 0) == (result["devices"] > 1)
+
+
+@pytest.mark.parametrize(
+    ("topology", "length"),
+    [
+        pytest.param("gpu:h100-80gb:1", 4096, marks=needs["gpu"]),
+        pytest.param("tpu:v5e:1x1", 2048, marks=[needs["tpu"], pytest.mark.slow]),
+    ],
+)
+def test_offload_moves_the_layers_inputs_to_the_host(tmp_path, topology, length):
+    """32 layers' inputs of width 4096 in bfloat16, and most of them gone from the device."""
+    run = ("llama2-7b", topology, 1, length, (1, 1, 1))
+    kept, moved = (peak(tmp_path, *run, f"model.remat={remat}") for remat in ("full", "offload"))
+    inputs = 32 * length * 4096 * 2
+    assert kept["offloaded_bytes"] == 0 and moved["offloaded_bytes"] == inputs
+    assert moved["peak_bytes"] < kept["peak_bytes"] - 0.7 * inputs
+    assert moved["flops_per_step"] == kept["flops_per_step"]
 
 
 @needs["tpu"]
