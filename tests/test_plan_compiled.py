@@ -75,6 +75,28 @@ def test_peak_of_a_device(tmp_path, model, topology, batch, length, mesh, most):
 
 
 @pytest.mark.parametrize(
+    ("model", "topology", "batch", "length", "mesh", "most"),
+    [
+        line("70b", "gpu:l40s-48gb:1", 1, 4096, (1, 1, 1), 42),
+        line("70b", "gpu:h100-80gb:1", 1, 8192, (1, 1, 1), 48),
+        line("7b", "gpu:t4-16gb:1", 1, 2048, (1, 1, 1), 6),
+        line("13b", "gpu:rtx4090-24gb:1", 1, 4096, (1, 1, 1), 11),
+        line("70b", "gpu:rtx4090-24gb:2", 2, 2048, (1, 1, 2), 22),
+        line("70b", "tpu:v5e:2x4", 8, 2048, (1, 8, 1), 9, slow=True),
+    ],
+)
+def test_peak_over_an_nf4_base(tmp_path, model, topology, batch, length, mesh, most):
+    result = peak(tmp_path, model, topology, batch, length, mesh, "model.quantization=nf4")
+    assert result["fits"] and result["peak_bytes"] <= min(most * GIB, result["capacity_bytes"])
+    # Codes and scales of the projections are 4.13 bits a weight, a little more where 256 absmax straddle channels;
+    # embedding and head are 2 bytes.
+    width = {"7b": 4096, "13b": 5120, "70b": 8192}[model.removeprefix("llama2-")]
+    outer = 2 * 32000 * width
+    bits = (8 * result["base_bytes"] * mesh[1] * mesh[2] - 16 * outer) / (result["frozen_params"] - outer)
+    assert bits == pytest.approx(4.13, abs=0.06)
+
+
+@pytest.mark.parametrize(
     ("topology", "length"),
     [
         pytest.param("gpu:h100-80gb:1", 4096, marks=needs["gpu"]),

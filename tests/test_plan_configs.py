@@ -22,7 +22,7 @@ def test_the_promised_configs_are_there():
     names = {path.stem for path in CONFIGS}
     assert names >= {
         *("llama2_7b_alpaca", "llama2_13b_alpaca", "llama2_70b_2xh100"),
-        *("llama2_70b_v5p-8", "llama2_7b_v5e-8", "llama2_70b_mlperf"),
+        *("llama2_70b_v5p-8", "llama2_7b_v5e-8", "llama2_70b_mlperf", "llama2_70b_nf4_l40s"),
     }
 
 
