@@ -57,10 +57,11 @@ def status(key):
 small, folder, sizes = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
 mesh = make_mesh(MeshSection(**sizes), jax.devices()[: int(np.prod(list(sizes.values())))])
 dtype = jnp.dtype("bfloat16")
-jax.block_until_ready(jax.tree.leaves(load_base(open_source(Path(small)), small, dtype, mesh)[0]))
+kind = sys.argv[4] if len(sys.argv) > 4 else None
+jax.block_until_ready(jax.tree.leaves(load_base(open_source(Path(small)), small, dtype, mesh, kind)[0]))
 source = open_source(Path(folder))
 before, start, cpu = status("VmRSS"), time.perf_counter(), time.process_time()
-base, digest = load_base(source, folder, dtype, mesh)
+base, digest = load_base(source, folder, dtype, mesh, kind)
 jax.block_until_ready(jax.tree.leaves(base))
 seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
 shards = [shard.data.nbytes for leaf in jax.tree.leaves(base) for shard in leaf.addressable_shards]

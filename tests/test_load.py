@@ -23,9 +23,11 @@ from test_gguf import write as write_gguf
 from tiny import copy_folder, make_llama
 
 from jlora.errors import ModelError
+from jlora.generate import one_device_mesh
 from jlora.hf import base as bases
 from jlora.hf.architecture import parse_config
 from jlora.hf.base import base_fingerprint, open_source
+from jlora.hf.load import load_base
 from jlora.hf.names import name_table
 
 ROOT = Path(__file__).parents[1]
@@ -201,6 +203,45 @@ def test_two_processes(sizes, single, tmp_path):
     assert "q_proj.weight holds NaN or infinity" in found[1]["refusal"]
 
 
+QUANTIZED = """
+import hashlib
+port, rank, folder = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+jax.config.update("jax_num_cpu_devices", 2)
+jax.distributed.initialize(f"127.0.0.1:{port}", num_processes=2, process_id=rank)
+load.BLOCK_WEIGHTS = 30_000
+found = []
+for kind, sizes in (("nf4", {"fsdp": 4}), ("int8", {"fsdp": 4}), ("nf4", {"fsdp": 2, "tensor": 2})):
+    mesh = make_mesh(MeshSection(**sizes), jax.devices())
+    decoder, digest = load_base(open_source(Path(folder)), folder, jnp.dtype("bfloat16"), mesh, kind)
+    for number, leaf in enumerate(jax.tree.leaves(decoder)):
+        for shard in leaf.addressable_shards:
+            cut = [one.indices(dim)[:2] for one, dim in zip(shard.index, leaf.shape)]
+            found.append((kind, number, cut, hashlib.sha256(np.asarray(shard.data).tobytes()).hexdigest()))
+print(json.dumps({"shards": found, "hash": digest}))
+"""
+
+
+def test_two_processes_quantise_as_one_does(tmp_path):
+    """Though neither has all blocks of a projection, nor, of a channel's inputs, those that the other keeps."""
+    width = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2}
+    make_llama(tmp_path / "base", **width, head_dim=64, num_hidden_layers=2)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    started = [start(EXPECTED + QUANTIZED, port, str(rank), str(tmp_path / "base"), devices=0) for rank in range(2)]
+    found = [finish(process) for process in started]
+    assert {one["hash"] for one in found} == {open_base(tmp_path / "base")[1]}
+    source = open_source(tmp_path / "base")
+    for kind in ("nf4", "int8"):
+        base, _ = load_base(source, "base", np.dtype(ml_dtypes.bfloat16), one_device_mesh(), kind)
+        whole = leaves(base)
+        shards = [shard for one in found for shard in one["shards"] if shard[0] == kind]
+        assert {number for _, number, _, _ in shards} == set(range(len(whole)))
+        for _, number, cut, digest in shards:
+            right = np.ascontiguousarray(whole[number][tuple(slice(*one) for one in cut)])
+            assert hashlib.sha256(right.tobytes()).hexdigest() == digest, (kind, number, cut)
+
+
 def name_table_of(source):
     return name_table(parse_config(source.config, "here"))
 
@@ -230,9 +271,9 @@ def test_parts_are_parts_of_the_whole(single, tmp_path):
 # Memory
 
 
-def measured(folder: Path, small: Path, sizes: dict[str, int], largest: int) -> dict:
+def measured(folder: Path, small: Path, sizes: dict[str, int], largest: int, *kind: str) -> dict:
     """The peak that loading added to the process, against what the devices hold; they are host memory here."""
-    found = finish(start(MEASURE, str(small), str(folder), json.dumps(sizes)))
+    found = finish(start(MEASURE, str(small), str(folder), json.dumps(sizes), *kind))
     over = found["peak"] - found["devices"]
     print(f"{sizes}: {found}, {over / 1e6:.0f} MB over the devices' bytes, 1.5 largest {1.5 * largest / 1e6:.0f} MB")
     assert over <= 1.5 * largest
@@ -254,8 +295,11 @@ def test_memory_is_bounded(tmp_path):
 def test_memory_is_bounded_at_two_gigabytes(tmp_path):
     """Llama-2-7B at half its width and half its depth."""
     write_llama(tmp_path / "small", 256, 2, 512)
-    _, largest = write_llama(tmp_path / "base", 2048, 16)
-    assert len({measured(tmp_path / "base", tmp_path / "small", sizes, largest)["hash"] for sizes in SIZES}) == 1
+    total, largest = write_llama(tmp_path / "base", 2048, 16)
+    hashes = {measured(tmp_path / "base", tmp_path / "small", sizes, largest)["hash"] for sizes in SIZES}
+    # Quantised on the way: what the devices hold and 1.5 tensors are less than half of the base whole.
+    quantized = measured(tmp_path / "base", tmp_path / "small", SIZES[0], largest, "nf4")
+    assert quantized["peak"] < total / 2 and hashes == {quantized["hash"]}
 
 
 # Files that are not as they say
