@@ -197,7 +197,8 @@ def test_blocked_holds_no_scores_of_a_long_row():
 
 CPU = SimpleNamespace(platform="cpu")
 TPU = SimpleNamespace(platform="tpu")
-GPU = SimpleNamespace(platform="gpu")
+GPU = SimpleNamespace(platform="gpu", compute_capability="8.9")
+TURING = SimpleNamespace(platform="gpu", compute_capability="7.5")  # a T4's
 BF16, F32 = jnp.dtype("bfloat16"), jnp.dtype("float32")
 
 
@@ -215,6 +216,7 @@ BF16, F32 = jnp.dtype("bfloat16"), jnp.dtype("float32")
         (GPU, 256, 4096, BF16, attention.blocked),
         (GPU, 100, 4096, BF16, attention.blocked),
         (GPU, 128, 100, BF16, attention.blocked),
+        (TURING, 128, 4096, BF16, attention.blocked),
     ],
 )
 def test_auto_takes_what_runs(device, head_dim, length, dtype, expected):
@@ -239,6 +241,7 @@ def test_rows_of_one_segment_need_no_mask():
         ("cudnn", TPU, 4096, BF16, "set model.attention to auto or splash or blocked or reference"),
         ("splash", GPU, 4096, BF16, "set model.attention to auto or cudnn or blocked or reference"),
         ("cudnn", GPU, 4096, F32, "needs model.dtype bfloat16"),
+        ("cudnn", TURING, 4096, BF16, "needs compute capability 8.0"),
         ("splash", TPU, 100, BF16, "length that is a multiple of 128"),
     ],
 )

@@ -18,10 +18,13 @@ from shared_data import SHARED, needs_data
 from test_mesh import RUNS, losses, run_on_eight
 from tiny import make_completions, make_llama, make_tokenizer, write_config
 
-from jlora import attention, quant
+from jlora import quant
 from jlora.adapter import init_adapter, project
-from jlora.config import LoraSection, load_config
+from jlora.attention import reference
+from jlora.config import DataSection, LoraSection, load_config
+from jlora.data import tokenize
 from jlora.errors import ConfigError
+from jlora.evaluate import Evaluator
 from jlora.export import export
 from jlora.generate import one_device_mesh
 from jlora.hf.base import open_source
@@ -30,6 +33,7 @@ from jlora.hf.merged import save_checkpoint, trained_tensor
 from jlora.hf.names import name_table, to_hf
 from jlora.model import LlamaConfig, abstract_decoder, projection_shapes
 from jlora.step import Forward, count_parameters
+from jlora.tokens import load_tokenizer
 from jlora.train import train
 
 ROOT = Path(__file__).parents[1]
@@ -170,6 +174,20 @@ def test_round_trip_error_is_bounded_by_the_levels(kind):
     assert ratio / 2 < np.sqrt((error**2).mean()) / w.std() < ratio
 
 
+def test_round_trip_error_of_nf4_is_the_published_one():
+    """Of N(0, 1) in blocks of 64: mean absolute error 0.072792, mean relative error 0.203299, which bitsandbytes
+    publishes as the averages of 1,000 samples in tests/test_functional.py, test_4bit_quant."""
+    w = np.random.default_rng(0).standard_normal((1024, 2048)).astype(np.float32)
+    codes, absmax = jax.jit(quant.block_codes, static_argnums=1)(w, "nf4")
+    levels = quant.NF4_LEVELS[np.asarray(quant.unpack(codes))]
+    error = np.abs((levels * np.asarray(absmax)[:, None]).reshape(w.shape) - w)
+    assert error.mean() == pytest.approx(0.072792, abs=1e-4)
+    assert (error / (np.abs(w) + 1e-8)).mean() == pytest.approx(0.203299, abs=1e-3)
+    # Quantising the absmax too costs next to nothing.
+    nested = np.abs(np.asarray(quant.dequantize(quantized(w, "nf4", 1), FLOAT32)) - w)
+    assert error.mean() < nested.mean() < 1.005 * error.mean()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_zeros_stay_zeros(kind):
     w = weight(128, 96)
@@ -233,7 +251,7 @@ def load(folder: Path, kind: str | None, dtype: str = "float32"):
     return load_base(open_source(folder), str(folder), jnp.dtype(dtype), one_device_mesh(), kind)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
 def test_a_loaded_base_holds_quantised_projections_and_nothing_else(base, kind):
     """Each stacked leaf is the quantised tensors of the file; the hash is of what is stored; parameters are counted."""
     source = open_source(base)
@@ -275,14 +293,16 @@ def run_config(folder: Path, model: Path, output: str, *overrides: str) -> Path:
         folder / output,
         lora={"target_modules": "all-linear", "dropout": 0.1},
         data={"format": "completion", "max_length": 64, "eval": str(rows)},
-        training={"batch_size": 8, "gradient_accumulation_steps": 2, "max_steps": 6},
+        training={"batch_size": 8, "gradient_accumulation_steps": 2, "max_steps": 4},
+        optimizer={"name": "sgd", "learning_rate": 0.1},  # Adam would enlarge the rounding of its gradients
     )
     path.write_text(load_config(path, overrides).dump_yaml(), encoding="utf-8")
     return path
 
 
-@pytest.mark.parametrize("kind", ["nf4", "int8"])
-def test_training_is_that_on_the_dequantised_base(base, tmp_path, kind):
+@pytest.mark.slow
+def test_training_is_that_on_the_dequantised_base(base, tmp_path):
+    kind = "nf4"
     decoder, _ = load(base, kind)
     source = open_source(base)
     tensor = lambda name, entry: trained_tensor(decoder, entry)  # noqa: E731
@@ -291,11 +311,12 @@ def test_training_is_that_on_the_dequantised_base(base, tmp_path, kind):
     before = jax.tree.map(np.asarray, decoder)
     train(load_config(run_config(tmp_path, base, "quantised", f"model.quantization={kind}")), quiet=True)
     train(load_config(run_config(tmp_path, tmp_path / "dense", "dequantised")), quiet=True)
-    train(load_config(run_config(tmp_path, base, "stored")), quiet=True)
-    found, right, stored = (losses(tmp_path / name) for name in ("quantised", "dequantised", "stored"))
+    found, right = (losses(tmp_path / name) for name in ("quantised", "dequantised"))
     for key in right:
         np.testing.assert_allclose(found[key], right[key], rtol=1e-5, err_msg=key)
-    assert np.abs(np.subtract(stored["loss"], right["loss"])).max() > 1e-4  # quantising does change something
+    stored, _ = load(base, None)
+    plain, dense = (Evaluation(tmp_path / "rows.jsonl", "completion", 64)(x) for x in (stored, decoder))
+    assert abs(plain - dense) > 1e-4  # quantising does change something
     jax.tree.map(np.testing.assert_array_equal, before, jax.tree.map(np.asarray, load(base, kind)[0]))
 
 
@@ -307,8 +328,10 @@ from jlora.hf.load import load_base
 from jlora.quant import map_axes
 from jlora.sharding import make_mesh, named_sharding
 from jlora.model import block_weights
+from jlora.hf import load
+load.BLOCK_WEIGHTS = 30_000  # blocks of a few rows, of which the last overlaps the one before it
 mesh = make_mesh(MeshSection(data=1, fsdp=4, tensor=2), jax.devices())
-for kind in ("nf4", "int8"):
+for kind in ("nf4", "int8", "fp8"):
     base, _ = load_base(open_source(__import__("pathlib").Path(sys.argv[1])), "base", jnp.dtype("bfloat16"), mesh, kind)
     for name in block_weights(base.cfg):
         param = getattr(base.layers, name)
@@ -318,23 +341,25 @@ for kind in ("nf4", "int8"):
             return array
         map_axes(check, param.get_value(), param.axes)
     codes = base.layers.down_proj.get_value().codes.addressable_shards[0].data
-    assert codes.shape == {'nf4': (2, 4, 32, 64), 'int8': (2, 256, 64)}[kind], codes.shape
+    assert codes.shape == ((2, 4, 32, 64) if kind == "nf4" else (2, 256, 64)), codes.shape
     print(kind, hashlib.sha256(b"".join(np.asarray(x).tobytes() for x in jax.tree.leaves(base))).hexdigest())
 """
 
 
-def test_eight_devices_hold_their_shards_and_train_as_one_does(base, tmp_path):
+def test_eight_devices_hold_their_shards_of_the_same_codes(base):
     shards = run_on_eight(SHARDINGS, str(base))
-    for kind in ("nf4", "int8"):
+    for kind in ("nf4", "int8", "fp8"):
         whole = b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(load(base, kind, "bfloat16")[0]))
         assert f"{kind} {hashlib.sha256(whole).hexdigest()}" in shards  # bit for bit
-        overrides = ["model.remat=full", "training.max_steps=4", "optimizer.learning_rate=1e-3"]
-        config = run_config(tmp_path, base, kind, f"model.quantization={kind}", *overrides)
-        train(load_config(config), quiet=True)
-        sharded = tmp_path / f"{kind} on eight"
-        run_on_eight(RUNS, str(config), json.dumps({str(sharded): {"nf4": (1, 4, 2), "int8": (2, 2, 2)}[kind]}))
-        for key, curve in losses(sharded).items():
-            np.testing.assert_allclose(curve, losses(tmp_path / kind)[key], rtol=1e-5, err_msg=f"{kind} {key}")
+
+
+@pytest.mark.slow
+def test_eight_devices_train_as_one_does(base, tmp_path):
+    config = run_config(tmp_path, base, "one", "model.quantization=nf4", "model.remat=full")
+    train(load_config(config), quiet=True)
+    run_on_eight(RUNS, str(config), json.dumps({str(tmp_path / "eight"): (1, 4, 2)}))
+    for key, curve in losses(tmp_path / "eight").items():
+        np.testing.assert_allclose(curve, losses(tmp_path / "one")[key], rtol=1e-5, err_msg=key)
 
 
 MID = LlamaConfig(
@@ -348,6 +373,7 @@ MID = LlamaConfig(
     rms_norm_eps=1e-5,
     rope_theta=1e4,
     rope_scaling=None,
+    sliding_window=None,
     tie_word_embeddings=False,
 )
 
@@ -359,37 +385,62 @@ def temporary_bytes(kind: str | None, remat: str) -> int:
     adapter = jax.eval_shape(lambda: init_adapter(section, projection_shapes(MID), MID.num_hidden_layers, 0))
     batch = {name: jax.ShapeDtypeStruct((1, 64), jnp.int32) for name in ("tokens", "targets", "segments", "positions")}
     batch["weights"] = jax.ShapeDtypeStruct((1, 64), jnp.float32)
-    forward = Forward(attention.reference, remat, FLOAT32)
+    forward = Forward(reference, remat, FLOAT32)
     gradient = jax.grad(lambda a, base, batch: forward.loss(base, a, batch, None)[0])
     return jax.jit(gradient).lower(adapter, decoder, batch).compile().memory_analysis().temp_size_in_bytes
 
 
-@pytest.mark.parametrize("remat", ["full", "attention", "dots", "none"])
 # Not fp8: a CPU has no such type, and XLA widens the whole stack for it before the scan. On GPUs it does not (docs).
-@pytest.mark.parametrize("kind", ["int8", "nf4", "int4"])
+@pytest.mark.parametrize(("kind", "remat"), [("nf4", "full"), ("int4", "none"), ("int8", "dots")])
 def test_no_dequantised_weight_outlives_its_layer(kind, remat):
     inputs_outputs = projection_shapes(MID).values()
     layer = 4 * sum(int(np.prod(ins)) * int(np.prod(outs)) for ins, outs in inputs_outputs)
     assert temporary_bytes(kind, remat) <= temporary_bytes(None, remat) + layer
 
 
+class Evaluation:
+    """Mean loss of a base on the rows of a file, in float32."""
+
+    def __init__(self, rows: Path, format: str, max_length: int):
+        section = DataSection(train=str(rows), format=format, max_length=max_length)
+        folder = SHARED / "stories260K" if format == "text" else rows.parent / "tokenizer"
+        if format != "text":
+            make_tokenizer(folder)
+        dataset = tokenize(str(rows), load_tokenizer(str(folder), None), section)
+        self.evaluator = Evaluator(dataset, section, 4, Forward(reference, "none", FLOAT32), one_device_mesh())
+
+    def __call__(self, base) -> float:
+        with jax.set_mesh(one_device_mesh()):
+            return self.evaluator.mean_loss(base, {})[0]
+
+
 @needs_data
-def test_loss_of_a_real_model(tmp_path):
-    """stories260K on held-out stories: what each kind costs, in nats a token, and in this order."""
-    rows = tmp_path / "rows.jsonl"
-    stories = sorted((SHARED / "tinystories").rglob("*.jsonl"))[0].read_text(encoding="utf-8").splitlines()[:40]
-    rows.write_text("\n".join(stories) + "\n", encoding="utf-8")
-    found = {}
-    for kind in ("none", "int8", "fp8", "nf4", "int4"):
-        command = [sys.executable, "-m", "jlora.evaluate", "--base", str(SHARED / "stories260K"), "--data", str(rows)]
-        command += ["--format", "text", "--dtype", "float32", "--max-length", "512", "--quantization", kind, "--json"]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ)
-        assert done.returncode == 0, done.stderr
-        found[kind] = json.loads(done.stdout)["loss"]
-    cost = {kind: loss - found["none"] for kind, loss in found.items()}
-    print(found, cost)
-    assert abs(cost["int8"]) < 2e-3 and abs(cost["fp8"]) < 0.02
+def test_what_quantising_costs_a_real_model_and_what_lora_recovers(tmp_path):
+    """stories260K, nats a token on 40 held-out stories, and after LoRA over nf4 on 360 others."""
+    stories = (SHARED / "tinystories" / "stories_valid.jsonl").read_text(encoding="utf-8").splitlines()
+    held_out, rows = tmp_path / "held_out.jsonl", tmp_path / "rows.jsonl"
+    held_out.write_text("\n".join(stories[:40]) + "\n", encoding="utf-8")
+    rows.write_text("\n".join(stories[40:]) + "\n", encoding="utf-8")
+    loss_of = Evaluation(held_out, "text", 512)
+    found = {kind: loss_of(load(SHARED / "stories260K", kind)[0]) for kind in (None, *KINDS)}
+    print(found)
+    cost = {kind: loss - found[None] for kind, loss in found.items()}
+    assert abs(cost["int8"]) < 0.005 * found[None] and abs(cost["fp8"]) < 0.02
     assert 0.05 < cost["nf4"] < 0.15 and cost["nf4"] < cost["int4"] < 0.25
+    config = write_config(
+        tmp_path / "run.yaml",
+        SHARED / "stories260K",
+        rows,
+        tmp_path / "run",
+        lora={"rank": 16, "alpha": 32, "target_modules": "all-linear"},
+        data={"format": "text", "max_length": 512, "eval": str(held_out)},
+        training={"batch_size": 8, "max_steps": 40},
+        optimizer={"learning_rate": 3e-3},
+    )
+    summary = train(load_config(config, ["model.quantization=nf4"]), quiet=True)
+    print(summary["eval_loss_before"], summary["eval_loss"])
+    assert summary["eval_loss_before"] == pytest.approx(found["nf4"], abs=1e-4)
+    assert summary["eval_loss"] - found[None] <= cost["nf4"] / 2
 
 
 def test_blocks_that_do_not_divide_are_refused():
@@ -427,13 +478,12 @@ def test_an_adapter_is_used_and_merged_on_the_base_it_was_trained_on(base, tmp_p
     found = {}
     for name, arguments in {
         "run": ["--base", str(base), "--adapter", str(tmp_path / "run")],
-        "merged": ["--base", str(tmp_path / "merged"), "--format", "completion", "--max-length", "64"],
         "stored": ["--base", str(base), "--adapter", str(tmp_path / "run"), "--quantization", "none"],
     }.items():
         done = subprocess.run([*evaluate, *arguments], capture_output=True, text=True, cwd=ROOT, env=os.environ)
         assert done.returncode == 0, done.stderr
         found[name] = json.loads(done.stdout)["loss"]
-    assert found["run"] == pytest.approx(found["merged"], abs=1e-5)
+    assert found["run"] == pytest.approx(result["loss_merged"], abs=1e-5)
     assert abs(found["run"] - found["stored"]) > 1e-4
     # The rows may be gone by then.
     (tmp_path / "rows.jsonl").unlink()

@@ -32,6 +32,7 @@ def choose(
     if asked == "cudnn":
         needs = {
             "a GPU": is_gpu,
+            "compute capability 8.0": not is_gpu or float(getattr(device, "compute_capability", 8.0)) >= 8.0,
             "model.dtype bfloat16 or float16": dtype in (jnp.bfloat16, jnp.float16),
             "a head dim that is a multiple of 8 and at most 128": head_dim % 8 == 0 and head_dim <= 128,
             "a length that is a multiple of 64": length % 64 == 0,
