@@ -325,7 +325,11 @@ def remedy_of(monkeypatch, config, capacity, per_row, *overrides, spread=60.0):
             PER_ROW,
             ["mesh.fsdp=2", "mesh.tensor=2", "model.remat=full", "training.gradient_accumulation_steps=4"],
         ),
-        (15 + 1 + 2, PER_ROW, ["data.max_length=256"]),
+        (
+            15 + 1 + 2,
+            PER_ROW,
+            ["model.remat=full", "training.gradient_accumulation_steps=2", "model.quantization=int8"],
+        ),
     ],
 )
 def test_the_cheapest_change_comes_first(monkeypatch, config, capacity, per_row, overrides):
