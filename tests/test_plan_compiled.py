@@ -96,6 +96,14 @@ def test_peak_over_an_nf4_base(tmp_path, model, topology, batch, length, mesh, m
     assert bits == pytest.approx(4.13, abs=0.06)
 
 
+@needs["gpu"]
+@pytest.mark.parametrize("packing", ["true", "false"])
+def test_peak_of_a_long_row(tmp_path, packing):
+    """32k tokens over a bfloat16 base: 8 GiB of layers' inputs, and no room for a mask of a GiB or two."""
+    result = peak(tmp_path, "llama2-7b", "gpu:h100-80gb:1", 1, 32768, (1, 1, 1), f"data.packing={packing}")
+    assert result["fits"] and result["attention"] == "cudnn" and result["peak_bytes"] <= 27 * GIB
+
+
 @pytest.mark.parametrize(
     ("topology", "length"),
     [
