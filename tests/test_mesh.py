@@ -58,7 +58,7 @@ def grads(attend):
 rows = dict(q_segments=segments, kv_segments=segments, q_positions=positions, kv_positions=positions, window=None)
 expected = grads(partial(attention.reference, **rows))
 splash = partial(
-    interface.per_device, partial(tpu._splash_rows, interpret=True), segments=segments
+    interface.per_device, partial(tpu._splash_rows, window=None, interpret=True), segments=segments
 )
 with jax.set_mesh(make_mesh(MeshSection(data=2, fsdp=2, tensor=2), jax.devices())):
     for found, right in zip(grads(splash), expected):
