@@ -1,0 +1,108 @@
+"""Every attention that a CPU can run x every rematerialisation x base: one loss, one gradient.
+
+Splash runs in Pallas's interpreter; cuDNN's forward and backward stand in tests/test_attention.py, answered by XLA.
+"""
+
+import itertools
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.tree_util import keystr, tree_leaves_with_path
+from tiny import make_llama
+
+from jlora import attention, quant
+from jlora.adapter import init_adapter
+from jlora.attention import tiles, tpu
+from jlora.config import LoraSection
+from jlora.generate import one_device_mesh
+from jlora.hf.base import open_source
+from jlora.hf.load import load_base
+from jlora.model import projection_shapes
+from jlora.remat import LADDER
+from jlora.step import Forward
+
+FLOAT32 = jnp.dtype("float32")
+LENGTH = 128
+# Splash's rows are multiples of 128 and its heads of 64; nf4's blocks are of 64.
+SHAPE = {
+    "hidden_size": 128,
+    "intermediate_size": 192,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "initializer_range": 0.08,
+}
+
+
+def splash(q, k, v, q_segments, kv_segments, q_positions, kv_positions, window):
+    return tpu._splash_rows(q, k, v, q_segments, window, interpret=True)
+
+
+ATTENTION = {"reference": attention.reference, "blocked": attention.blocked, "splash": splash}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """(attention, remat, quantization or "dequantised") -> loss and gradients of the adapter, as NumPy arrays."""
+    folder = tmp_path_factory.mktemp("combinations")
+    make_llama(folder, **SHAPE)
+    mesh = one_device_mesh()
+    bases = {kind: load_base(open_source(folder), "base", FLOAT32, mesh, kind)[0] for kind in (None, "nf4")}
+    bases["dequantised"] = jax.tree.map(
+        lambda leaf: jax.vmap(lambda one: quant.dequantize(one, FLOAT32))(leaf) if quant.is_quantized(leaf) else leaf,
+        bases["nf4"],
+        is_leaf=quant.is_quantized,
+    )
+    draw = np.random.default_rng(0)
+    section = LoraSection(rank=4, target_modules="all-linear")
+    adapter = init_adapter(section, projection_shapes(bases[None].cfg), SHAPE["num_hidden_layers"], 0)
+    adapter = jax.tree.map(lambda x: x + 0.05 * draw.standard_normal(x.shape).astype(np.float32), adapter)
+    segments = np.repeat([[1, 1, 2, 2, 2, 3, 3, 0], [1, 1, 1, 1, 1, 1, 1, 2]], LENGTH // 8, axis=1).astype(np.int32)
+    begins = np.diff(segments, axis=1, prepend=-1) != 0
+    at = np.arange(LENGTH)[None]
+    positions = (at - np.maximum.accumulate(np.where(begins, at, 0), axis=1)).astype(np.int32) * (segments > 0)
+    tokens, targets = draw.integers(0, 300, (2, *segments.shape), dtype=np.int32)
+    batch = {"tokens": tokens, "targets": targets, "segments": segments, "positions": positions}
+    batch["weights"] = (draw.random(segments.shape) < 0.6).astype(np.float32) * (segments > 0)
+
+    @partial(jax.jit, static_argnums=(0, 1))
+    def of_adapter(kernel, remat, base, adapter):
+        def loss(adapter):
+            total, count = Forward(ATTENTION[kernel], remat, FLOAT32).loss(base, adapter, batch, None)
+            return total / count
+
+        return jax.value_and_grad(loss)(adapter)
+
+    def answer(kernel, remat, base):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(tiles, "TILE", 32)  # several of them
+            return jax.tree.map(np.asarray, of_adapter(kernel, remat, bases[base], adapter))
+
+    return answer
+
+
+# The interpreter is slow: of splash the default suite runs the policy that keeps some of everything.
+CASES = [
+    pytest.param(*case, marks=[pytest.mark.slow] * (case[0] == "splash" and case[1] != "dots"))
+    for case in itertools.product(ATTENTION, LADDER, (None, "nf4"))
+]
+
+
+@pytest.mark.parametrize(("kernel", "remat", "base"), CASES)
+def test_loss_and_gradients_are_those_of_the_reference(run, kernel, remat, base):
+    """In float32 within 1e-4 of reference attention without rematerialisation, over a base that is dequantised."""
+    loss, gradients = run(kernel, remat, base)
+    right, expected = run("reference", "none", "dequantised" if base else None)
+    assert abs(loss - right) < 1e-5
+    for (path, found), wanted in zip(tree_leaves_with_path(gradients), jax.tree.leaves(expected), strict=True):
+        assert np.abs(wanted).max() > 1e-3
+        np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-4, err_msg=keystr(path))
+
+
+def test_quantising_changes_what_is_computed(run):
+    """So that equal figures above are not those of one and the same base."""
+    assert abs(run("reference", "none", None)[0] - run("reference", "none", "nf4")[0]) > 1e-3
