@@ -128,7 +128,9 @@ def answers(rates: list[float], losses: list[float], tokens: int = 100, peak: in
 def arguments(**changed) -> argparse.Namespace:
     """Those of a mode with two peers."""
     return argparse.Namespace(
-        **({"mode": "dense", "peer_modes": ("eager", "compile"), "alternations": 3} | changed), threads=1
+        **({"mode": "dense", "peer_modes": ("eager", "compile"), "alternations": 3} | changed),
+        threads=1,
+        peer_huge_pages=False,
     )
 
 
