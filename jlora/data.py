@@ -12,7 +12,7 @@ from typing import TypedDict
 import grain
 import numpy as np
 
-from jlora.config import DataSection
+from jlora.config import Config, DataSection
 from jlora.errors import DataError
 from jlora.prompts import BadRow, Example, encode_row
 from jlora.rows import Row, read_rows
@@ -260,3 +260,15 @@ def batches(
         source = source[: last * len(wanted)]
     options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=2 * len(wanted))
     return iter(source.batch(len(wanted), drop_remainder=True).to_iter_dataset(options))
+
+
+def read_data(cfg: Config, tokenizer: Tokenizer) -> tuple[Dataset, Dataset | None]:
+    """Training rows, and held-out rows where the config has some."""
+    train_data = tokenize(cfg.data.train, tokenizer, cfg.data)
+    match cfg.data.eval:
+        case None:
+            return train_data, None
+        case float(fraction):
+            return hold_out(train_data, fraction, cfg.training.seed)
+        case source:
+            return train_data, tokenize(source, tokenizer, cfg.data)

@@ -19,6 +19,7 @@ from jlora import attention, cli, optim, verify
 from jlora.adapter import Adapter, init_adapter
 from jlora.checkpoint import Checkpoints
 from jlora.config import Config
+from jlora.data import read_data
 from jlora.errors import ConfigError, DataError, ModelError
 from jlora.evaluate import Evaluator
 from jlora.generate import one_device_mesh
@@ -29,7 +30,6 @@ from jlora.hf.merged import add_adapter, merged_tensor, save_checkpoint, trained
 from jlora.model import Decoder, projection_shapes
 from jlora.pretrained import Pretrained, load_pretrained, open_pretrained, run_config
 from jlora.step import Forward, init_state, place_adapter
-from jlora.train import read_data
 
 # The proof is in float32, where rounding can not hide a mistake.
 PROOF_DTYPE = jnp.dtype("float32")

@@ -1,5 +1,6 @@
 """A base model with its tokenizer, as every command opens it, and the adapter folder it is given."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,14 +9,14 @@ import jax.numpy as jnp
 import yaml
 from pydantic import ValidationError
 
-from jlora.adapter import Adapter
+from jlora.adapter import Adapter, init_adapter
 from jlora.config import Config, describe
 from jlora.errors import ModelError
 from jlora.hf.architecture import parse_config
 from jlora.hf.base import Source, open_source, resolve
 from jlora.hf.load import load_base
-from jlora.hf.peft import CONFIG, load_adapter
-from jlora.model import Decoder
+from jlora.hf.peft import CONFIG, load_adapter, read_adapter_config
+from jlora.model import Decoder, projection_shapes
 from jlora.tokens import Tokenizer, load_tokenizer
 
 # A tokenizer this much smaller than the embedding is another model's; padding of the vocabulary is not.
@@ -112,3 +113,27 @@ def run_config(folder: str | Path | None) -> Config | None:
             except (ValueError, yaml.YAMLError) as error:
                 raise ModelError(f"{file}: not the config of a run ({' '.join(str(error).split())})") from None
     return None
+
+
+def make_adapter(cfg: Config, pretrained: Pretrained) -> Adapter:
+    """A fresh adapter, one read from `lora.init_from`, or none for full fine-tuning."""
+    if cfg.method == "full":
+        return {}
+    model = pretrained.base.cfg
+    if cfg.lora.init_from is None:
+        return init_adapter(cfg.lora, projection_shapes(model), model.num_hidden_layers, cfg.training.seed)
+    folder = find_adapter(cfg.lora.init_from)
+    theirs = read_adapter_config(folder)
+    for key, ours in (
+        ("rank", cfg.lora.rank),
+        ("alpha", cfg.lora.alpha),
+        ("targets", cfg.lora.targets),
+        ("use_rslora", cfg.lora.use_rslora),
+    ):
+        if getattr(theirs, key) != ours:
+            name = "target_modules" if key == "targets" else key
+            value = json.dumps(getattr(theirs, key))
+            raise ModelError(
+                f"{folder}: the adapter has {name}={value}, the config {json.dumps(ours)}; set lora.{name}={value}"
+            )
+    return load_adapter(folder, model, pretrained.base_hash, cfg.lora.dropout)

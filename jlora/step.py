@@ -15,7 +15,7 @@ import optax
 from jax.tree_util import keystr, tree_leaves_with_path, tree_map_with_path
 from jaxtyping import Array, Float, Int
 
-from jlora import optim
+from jlora import attention, optim, quant
 from jlora.adapter import Adapter
 from jlora.attention import Attention
 from jlora.config import Config
@@ -224,3 +224,18 @@ def make_eval_step(
         return forward.loss(base, adapter, batch, None)
 
     return jax.jit(step)
+
+
+def make_forward(cfg: Config, model: LlamaConfig, mesh: jax.sharding.Mesh) -> tuple[str, Forward]:
+    """The static choices of the forward pass, and what attention runs, for the log."""
+    dtype, device = jnp.dtype(cfg.model.dtype), mesh.devices.flat[0]
+    quant.check_device(cfg.model.quantization, device)
+    shown, kernel = attention.choose(
+        cfg.model.attention, device, model.head_dim, cfg.data.max_length, dtype, cfg.data.packing
+    )
+    return shown, Forward(kernel, cfg.model.remat, dtype)
+
+
+def param_dtype(cfg: Config) -> jnp.dtype:
+    """Dtype of the base's weights: float32 masters where they are trained."""
+    return jnp.dtype("float32" if cfg.method == "full" else cfg.model.dtype)

@@ -6,40 +6,42 @@ same run is gone on from.
 
 import json
 import os
-import signal
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from jlora import attention, cli, data, distributed, optim, quant, xla
-from jlora.adapter import Adapter, init_adapter
+from jlora import cli, data, distributed, optim, xla
 from jlora.checkpoint import Checkpoints
 from jlora.config import Config, load_config
-from jlora.data import Dataset, Epochs
-from jlora.divides import check_divides
+from jlora.data import Dataset, Epochs, read_data
+from jlora.divides import check_batch_split, check_divides
 from jlora.errors import ConfigError, DataError, ModelError, NonFiniteError
 from jlora.evaluate import Evaluator, perplexity
 from jlora.fitting import compile_fastest
 from jlora.hf.architecture import parse_config
 from jlora.hf.base import base_fingerprint
-from jlora.hf.peft import load_adapter, read_adapter_config
 from jlora.identity import check_identity, flatten_config, run_identity
 from jlora.metrics import MetricsLog, ProgressLine, StepMeter, require_wandb
-from jlora.model import LlamaConfig, projection_shapes
-from jlora.pretrained import Opened, Pretrained, find_adapter, load_pretrained, open_pretrained
+from jlora.preemption import catch_signals
+from jlora.pretrained import Opened, Pretrained, load_pretrained, make_adapter, open_pretrained
 from jlora.report import write_report
 from jlora.sharding import local_rows, make_mesh, place_rows
-from jlora.step import Forward, TrainState, count_parameters, init_state, make_train_step, place_adapter
+from jlora.step import (
+    TrainState,
+    count_parameters,
+    init_state,
+    make_forward,
+    make_train_step,
+    param_dtype,
+    place_adapter,
+)
 from jlora.summary import finished_summary, print_summary, summarize, versions, write_text
-from jlora.tokens import Tokenizer
 from jlora.verify import export_adapter
 
 
@@ -206,44 +208,6 @@ def due(every: int | None, step: int) -> bool:
     return every is not None and step % every == 0
 
 
-def check_batch_split(cfg: Config, mesh: jax.sharding.Mesh) -> None:
-    """Every micro-batch must split evenly over the devices that share a batch."""
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    rows = cfg.training.batch_size // cfg.training.gradient_accumulation_steps
-    if rows % shards:
-        raise ConfigError(
-            f"training.batch_size / gradient_accumulation_steps = {rows} rows can not be split over {shards} "
-            f"devices (data x fsdp); make it a multiple of {shards}"
-        )
-
-
-def make_forward(cfg: Config, model: LlamaConfig, mesh: jax.sharding.Mesh) -> tuple[str, Forward]:
-    """The static choices of the forward pass, and what attention runs, for the log."""
-    dtype, device = jnp.dtype(cfg.model.dtype), mesh.devices.flat[0]
-    quant.check_device(cfg.model.quantization, device)
-    shown, kernel = attention.choose(
-        cfg.model.attention, device, model.head_dim, cfg.data.max_length, dtype, cfg.data.packing
-    )
-    return shown, Forward(kernel, cfg.model.remat, dtype)
-
-
-def param_dtype(cfg: Config) -> jnp.dtype:
-    """Dtype of the base's weights: float32 masters where they are trained."""
-    return jnp.dtype("float32" if cfg.method == "full" else cfg.model.dtype)
-
-
-def read_data(cfg: Config, tokenizer: Tokenizer) -> tuple[Dataset, Dataset | None]:
-    """Training rows, and held-out rows where the config has some."""
-    train_data = data.tokenize(cfg.data.train, tokenizer, cfg.data)
-    match cfg.data.eval:
-        case None:
-            return train_data, None
-        case float(fraction):
-            return data.hold_out(train_data, fraction, cfg.training.seed)
-        case source:
-            return train_data, data.tokenize(source, tokenizer, cfg.data)
-
-
 def warn_of_length(cfg: Config, opened: Opened) -> None:
     """Rows longer than the base was made for train, but not well."""
     limit = opened.source.config.get("max_position_embeddings")
@@ -252,30 +216,6 @@ def warn_of_length(cfg: Config, opened: Opened) -> None:
             f"warning: data.max_length={cfg.data.max_length} is beyond the base's {limit} positions",
             file=sys.stderr,
         )
-
-
-def make_adapter(cfg: Config, pretrained: Pretrained) -> Adapter:
-    """A fresh adapter, one read from `lora.init_from`, or none for full fine-tuning."""
-    if cfg.method == "full":
-        return {}
-    model = pretrained.base.cfg
-    if cfg.lora.init_from is None:
-        return init_adapter(cfg.lora, projection_shapes(model), model.num_hidden_layers, cfg.training.seed)
-    folder = find_adapter(cfg.lora.init_from)
-    theirs = read_adapter_config(folder)
-    for key, ours in (
-        ("rank", cfg.lora.rank),
-        ("alpha", cfg.lora.alpha),
-        ("targets", cfg.lora.targets),
-        ("use_rslora", cfg.lora.use_rslora),
-    ):
-        if getattr(theirs, key) != ours:
-            name = "target_modules" if key == "targets" else key
-            value = json.dumps(getattr(theirs, key))
-            raise ModelError(
-                f"{folder}: the adapter has {name}={value}, the config {json.dumps(ours)}; set lora.{name}={value}"
-            )
-    return load_adapter(folder, model, pretrained.base_hash, cfg.lora.dropout)
 
 
 def make_run_dir(cfg: Config) -> Path:
@@ -331,29 +271,6 @@ def announce(
     progress.say(f"base {cfg.model.path}{held}: {total:,} parameters, {trained:,} trained; attention {kernel}")
     progress.say(f"data {cfg.data.train}: {len(dataset.examples)} of {dataset.read} rows{dropped}{cut}")
     progress.say(f"{num_steps} steps" + (f", going on from step {start}" if start else ""))
-
-
-def catch_signals() -> Callable[[int], bool]:
-    """Whether the loop is to end after a step: SIGTERM and SIGINT ask it to finish the step, save and exit 75.
-
-    A second signal changes nothing. The processes of a job agree on the step, whoever got the signal.
-    """
-    received = []
-
-    def handler(number: int, frame: Any) -> None:
-        received.append(number)
-
-    def to_jax(number: int, frame: Any) -> None:
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    # In a job JAX itself listens for SIGTERM, to bring it to all processes.
-    handlers = {signal.SIGINT: to_jax} if distributed.several() else {signal.SIGTERM: handler, signal.SIGINT: handler}
-    try:
-        for number, action in handlers.items():
-            signal.signal(number, action)
-    except ValueError:  # not in the main thread: a caller's program owns the signals
-        pass
-    return distributed.stop_agreed if distributed.several() else lambda step: bool(received)
 
 
 def main() -> None:

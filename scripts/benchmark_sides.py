@@ -140,14 +140,14 @@ class Ours:
         """Args: cfg: Config; base: Decoder on the devices of `mesh`, base_hash: of its files."""
         import jax
 
-        from jlora import optim, train
+        from jlora import optim
         from jlora.adapter import init_adapter
         from jlora.hf.peft import load_adapter
         from jlora.model import projection_shapes
-        from jlora.step import init_state, make_train_step, place_adapter
+        from jlora.step import init_state, make_forward, make_train_step, place_adapter
 
         self.cfg, self.mesh, self.compiled = cfg, mesh, None
-        self.kernel, self.forward = train.make_forward(cfg, base.cfg, mesh)
+        self.kernel, self.forward = make_forward(cfg, base.cfg, mesh)
         if cfg.lora.init_from is None:
             adapter = init_adapter(cfg.lora, projection_shapes(base.cfg), base.cfg.num_hidden_layers, cfg.training.seed)
         else:

@@ -24,14 +24,21 @@ import jlora.train
 from jlora import data, optim
 from jlora.checkpoint import flatten
 from jlora.config import load_config
-from jlora.data import Epochs
+from jlora.data import Epochs, read_data
 from jlora.errors import ModelError, NonFiniteError
 from jlora.export import export
 from jlora.hf.peft import load_adapter, save_adapter
 from jlora.metrics import read_metrics
-from jlora.pretrained import load_pretrained, open_pretrained
-from jlora.step import init_state, make_eval_step, make_train_step, place_adapter
-from jlora.train import make_adapter, make_forward, param_dtype, put_batch, read_data, train
+from jlora.pretrained import load_pretrained, make_adapter, open_pretrained
+from jlora.step import (
+    init_state,
+    make_eval_step,
+    make_forward,
+    make_train_step,
+    param_dtype,
+    place_adapter,
+)
+from jlora.train import put_batch, train
 
 STORIES = SHARED / "stories260K"
 REVIEWS = SHARED / "reviews" / "sephora_reviews.jsonl"

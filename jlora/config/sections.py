@@ -1,18 +1,14 @@
-"""The run configuration: YAML file + `dotted.key=value` overrides -> one validated `Config`.
+"""The sections and keys of a run's configuration.
 
 Owns every default, each exactly once, and the line that documents it. Knows nothing of JAX, of
 model shapes (they come from the base's own config.json, see `jlora.hf`) or of what a key causes.
 """
 
 import difflib
-import re
-from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
-
-from jlora.errors import ConfigError
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
 ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
@@ -83,7 +79,7 @@ class LoraSection(Section):
                 raise ValueError("target_modules is empty; name at least one projection")
             for name in self.target_modules:
                 if name not in PROJECTIONS:
-                    raise ValueError(f"target_modules holds '{name}'{_nearest(name, PROJECTIONS)}")
+                    raise ValueError(f"target_modules holds '{name}'{nearest(name, PROJECTIONS)}")
         return self
 
     @property
@@ -236,159 +232,7 @@ class Config(Section):
         return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
 
 
-def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
-    """Read YAML, apply `dotted.key=value` overrides (values are YAML), validate.
-
-    Raises:
-      ConfigError: unreadable file, bad YAML, unknown key (with the nearest name) or bad value.
-    """
-    path = Path(path)
-    try:
-        tree = parse_yaml(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: can not be read ({error.strerror}); check --config") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not valid YAML: {_one_line(error)}") from None
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: must hold keys such as model and data, not {type(tree).__name__}")
-    for override in overrides:
-        _apply_override(tree, override)
-    try:
-        return Config.model_validate(tree)
-    except ValidationError as error:
-        raise ConfigError(f"{path}: {describe(error)}") from None
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1, but `2e-4` is a number, as in YAML 1.2, and a key that stands twice is an error."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        twice = next((key for key in keys if keys.count(key) > 1), None)
-        if twice is not None:
-            raise yaml.constructor.ConstructorError(None, None, f"key '{twice}' stands twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\.\d+|\d+(\.\d*)?)[eE][-+]?\d+$"), list("-+.0123456789")
-)
-
-
-def parse_yaml(text: str) -> Any:
-    """YAML text as plain values, by the rules of a config: `2e-4` is a number, a key stands once."""
-    return yaml.load(text, _Loader)  # noqa: S506, a SafeLoader
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()).replace('in "<unicode string>", ', "at ")
-
-
-def _apply_override(tree: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise ConfigError(f"override '{override}' is not of the form dotted.key=value")
-    *parents, leaf = key.split(".")
-    for name in parents:
-        tree = tree.setdefault(name, {})
-        if not isinstance(tree, dict):
-            raise ConfigError(f"override '{override}': '{name}' is not a section")
-    try:
-        tree[leaf] = parse_yaml(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"override '{override}': {_one_line(error)}") from None
-
-
-def describe(error: ValidationError) -> str:
-    """The first problem in one sentence; the number of others behind it."""
-    problems = error.errors()
-    first = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
-    # Members of a union show up behind the key as type tags; the keys of the file are the known fields.
-    section: Any = Config
-    names: list[str] = []
-    for part in first["loc"]:
-        names.append(str(part))
-        field = section.model_fields.get(str(part))
-        if field is None:
-            break
-        if not (isinstance(field.annotation, type) and issubclass(field.annotation, Section)):
-            break
-        section = field.annotation
-    key = ".".join(names)
-    if first["type"] == "extra_forbidden":
-        text = f"unknown key '{key}'{_nearest(names[-1], section.model_fields)}"
-        elsewhere = [
-            f"{name}.{names[-1]}"
-            for name, field in Config.model_fields.items()
-            if isinstance(field.annotation, type)
-            and issubclass(field.annotation, Section)
-            and names[-1] in field.annotation.model_fields
-        ]
-        if elsewhere:
-            text = f"unknown key '{key}'; did you mean '{elsewhere[0]}'?"
-    elif first["type"] == "missing":
-        text = f"key '{key}' is missing; set it in the file or as {key}=VALUE"
-    elif first["type"] == "value_error":
-        text = f"{key}: {first['ctx']['error']}"
-    elif first["type"] == "model_type":
-        text = f"{key}: must hold keys of its own ({', '.join(section.model_fields)}), but it is {first['input']!r}"
-    else:
-        # Each member of a union has its say.
-        says = [p["msg"] for p in problems if p["loc"][: len(names)] == first["loc"][: len(names)]]
-        wanted = " or ".join(dict.fromkeys(say.removeprefix("Input should be ") for say in says))
-        text = f"{key}: should be {wanted}, but it is {first['input']!r}"
-    text = text.removeprefix(": ")  # a problem of the whole has no key
-    others = len(problems) - 1
-    return text if not others or first["type"] != "extra_forbidden" else f"{text} ({others} more problems)"
-
-
-def _nearest(name: str, known: Any) -> str:
+def nearest(name: str, known: Any) -> str:
+    """What follows a name that is not known: the nearest one, or all of them."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f"; did you mean '{close[0]}'?" if close else f"; known are {', '.join(known)}"
-
-
-def reference() -> str:
-    """The configuration reference as Markdown, one table a section, made from the models above."""
-    lines = [
-        "# Configuration reference",
-        "",
-        "Made by `python -m jlora.config`. Any key can be overridden on the command line as `dotted.key=value`.",
-    ]
-    top = [name for name, field in Config.model_fields.items() if not _is_section(field.annotation)]
-    lines += ["", "## Top level", "", *_table({name: Config.model_fields[name] for name in top})]
-    for name, field in Config.model_fields.items():
-        section = field.annotation
-        if isinstance(section, type) and issubclass(section, Section):
-            lines += ["", f"## {name}", "", *_table(section.model_fields)]
-    return "\n".join(lines) + "\n"
-
-
-def _is_section(annotation: Any) -> bool:
-    return isinstance(annotation, type) and issubclass(annotation, Section)
-
-
-def _table(fields: Any) -> list[str]:
-    rows = ["| key | default | meaning |", "| --- | --- | --- |"]
-    for name, field in fields.items():
-        default = "required" if field.is_required() else f"`{yaml_scalar(field.default)}`"
-        choices = [f"`{choice}`" for choice in get_args(field.annotation) if isinstance(choice, str)]
-        meaning = field.description + (f" ({', '.join(choices)})" if choices and len(choices) > 1 else "")
-        rows.append(f"| `{name}` | {default} | {meaning} |")
-    return rows
-
-
-def yaml_scalar(value: Any) -> str:
-    """`value` as one line of YAML."""
-    return yaml.safe_dump(value, default_flow_style=True).strip().removesuffix("...").strip()
-
-
-def main() -> None:
-    """Print the configuration reference."""
-    from jlora.cli import Parser  # here alone: nothing else of a config is a command
-
-    Parser(prog="python -m jlora.config", description=reference.__doc__).parse_args()
-    print(reference(), end="")
-
-
-if __name__ == "__main__":
-    main()
