@@ -48,9 +48,10 @@ ATTENTION = {
     "splash": splash,
     "cudnn": attention.cudnn,
 }
-# The default suite has each attention with each policy once, over the base that asks more of a policy.
+# The default suite has the attention of CPUs with each policy, and the others with the default one, over the base
+# that asks more of a policy.
 CASES = [
-    pytest.param(*case, marks=[pytest.mark.slow] * (case[2] is None and case[0] != "blocked"))
+    pytest.param(*case, marks=[pytest.mark.slow] * (case[2] is None or (case[0] != "blocked" and case[1] != "full")))
     for case in itertools.product(ATTENTION, LADDER, (None, "nf4"))
 ]
 

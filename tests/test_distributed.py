@@ -143,6 +143,7 @@ def test_two_processes_one_is_killed_and_the_job_goes_on(material, alone, tmp_pa
     require_the_same(run_dir, alone)
 
 
+@pytest.mark.slow
 def test_four_processes_the_first_is_killed_and_one_process_goes_on(material, alone, tmp_path):
     """The coordinator goes, and the checkpoint is read onto another mesh."""
     config, run_dir = material / "run.yaml", tmp_path / "run"

@@ -441,6 +441,7 @@ class Evaluation:
             return self.evaluator.mean_loss(base, {})[0]
 
 
+@pytest.mark.slow
 @needs_data
 def test_what_quantising_costs_a_real_model_and_what_lora_recovers(tmp_path):
     """stories260K, nats a token on 40 held-out stories, and after LoRA over nf4 on 360 others."""
