@@ -64,8 +64,12 @@ def chunked_cross_entropy(
 
 
 def chunk_size(num_tokens: int, vocab: int) -> int:
-    """Tokens of a device whose logits are held at once, by the share of the vocabulary that it holds."""
-    return min(num_tokens, max(MIN_CHUNK, 2 ** int(math.log2(max(1, CHUNK_LOGITS // vocab)))))
+    """Tokens of a device whose logits are held at once, by the share of the vocabulary that it holds.
+
+    A quarter of its tokens at most, or few chunks would be without a trained token.
+    """
+    most = min(CHUNK_LOGITS // vocab, num_tokens // 4)
+    return min(num_tokens, max(MIN_CHUNK, 2 ** int(math.log2(max(1, most)))))
 
 
 def _sum_over_chunks(

@@ -116,10 +116,11 @@ def write_config(args: argparse.Namespace, folder: Path) -> None:
     import yaml
 
     tree = {
-        "model": {"path": str(folder / "base"), "dtype": "float32", "remat": "none", "attention": "auto"},
+        "model": {"path": str(folder / "base"), "dtype": "float32", "remat": "dots", "attention": "auto"},
         "lora": {"rank": args.rank, "alpha": 2 * args.rank, "init_from": str(folder / "adapter")},
         "data": {"train": args.data, "max_length": args.length, "packing": True},
         "training": {"batch_size": args.batch, "max_steps": 10**6},
+        "mesh": {"data": args.devices, "fsdp": 1},
         "optimizer": {"learning_rate": args.learning_rate, "schedule": "constant", "max_grad_norm": None},
         "output_dir": str(folder / "run"),
     }
