@@ -70,7 +70,7 @@ def lengths_dataset(lengths):
         trained = np.ones(length, bool)
         trained[0] = False
         examples.append(Example(np.full(length, number + 10, np.int32), trained))
-    return Dataset(examples, read=len(examples))
+    return Dataset(examples, read=len(examples), places=[f"rows.jsonl:{n}" for n in range(1, len(examples) + 1)])
 
 
 RANDOM_LENGTHS = np.random.default_rng(3).integers(2, 33, 60).tolist()

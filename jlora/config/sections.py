@@ -131,7 +131,14 @@ class TrainingSection(Section):
     save_every: PositiveInt | None = Field(None, description="steps between checkpoints; null: at the end only")
     keep_checkpoints: PositiveInt = Field(2, description="newest checkpoints kept, beside the best by held-out loss")
     max_nonfinite_steps: Annotated[int, Field(ge=0)] = Field(
-        10, description="steps with non-finite loss or gradients that are skipped before the run stops (exit 6)"
+        10,
+        description="steps skipped, for a loss or gradients that are not finite or a spike, before the run stops "
+        "(exit 6)",
+    )
+    max_loss_spike: Annotated[float, Field(gt=1.0)] | None = Field(
+        None,
+        description="a step whose loss is over so many times the median of the last 32 (once there are 8) is skipped, "
+        "such as 3.0; null: none is",
     )
     wandb: str | None = Field(None, description="Weights & Biases project to log to; needs the wandb package")
 
