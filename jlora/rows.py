@@ -223,7 +223,7 @@ def _element(window: _Window, decoder: json.JSONDecoder, name: str, number: int)
                 continue
             line = window.line + window.text.count("\n", window.at, error.pos)
             long = f"row {number} is {TOO_LONG}, or " if len(window.text) - window.at > MAX_ROW_BYTES else ""
-            raise DataError(f"{name}:{line}: {long}malformed JSON ({error.msg})") from None
+            raise DataError(f"{name}:{line}: {long}malformed JSON ({error.msg}) in row {number}") from None
         except (ValueError, RecursionError) as error:
             raise DataError(f"{name}:{window.line}: {_why(error)} in row {number}") from None
         if end < len(window.text) or not window.more():  # a number may have been cut

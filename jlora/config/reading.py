@@ -11,8 +11,8 @@ from pydantic import ValidationError
 from jlora.config.sections import Config, Section, nearest
 from jlora.errors import ConfigError
 
-# PyYAML takes seconds a MiB.
-MAX_YAML_BYTES = 256 * 2**10
+# PyYAML takes some twenty seconds a MiB.
+MAX_YAML_BYTES = 64 * 2**10
 
 # Characters of a wrong value that a sentence repeats.
 MAX_SHOWN = 200
