@@ -174,7 +174,10 @@ def load_tokenizer(path: str | Path, chat_template: str | None) -> Tokenizer:
                 raise ModelError(f"the tokenizer files in {folder} cannot be read: {error}") from error
             tokenizer = _from_fast(hf, (folder / "tokenizer.json").read_bytes(), files, path)
         elif folder / "tokenizer.model" in files:
-            tokenizer = _from_sentencepiece(folder, files)
+            try:
+                tokenizer = _from_sentencepiece(folder, files)
+            except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+                raise ModelError(f"the tokenizer files in {folder} cannot be read: {error}") from error
         else:
             raise ModelError(f"{folder} has no tokenizer: it needs a tokenizer.json or a tokenizer.model")
     if chat_template is None:
