@@ -6,7 +6,7 @@ Owns validation, truncation, packing and order. Knows nothing of models or devic
 import hashlib
 import threading
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypedDict
 
 import grain
@@ -41,6 +41,7 @@ class Dataset:
       examples: in file order.
       read, truncated: rows read, and rows cut at the end.
       dropped: reason -> rows dropped.
+      places: where each example stands, such as `train.jsonl:12`.
       digest: SHA-256 of all token ids and trained flags.
     """
 
@@ -48,6 +49,7 @@ class Dataset:
     read: int
     truncated: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
+    places: list[str] = field(default_factory=list)
     digest: str = ""
 
 
@@ -73,6 +75,7 @@ def tokenize(source: str, tokenizer: Tokenizer, cfg: DataSection) -> Dataset:
             continue
         dataset.truncated += truncated
         dataset.examples.append(example)
+        dataset.places.append(row.where)
         digest.update(example.ids.tobytes() + example.trained.tobytes() + b"|")
     num_bad = sum(dataset.dropped.values())
     if first_bad and cfg.on_bad_row == "error":
@@ -112,10 +115,11 @@ def hold_out(dataset: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dat
     order = np.random.default_rng([seed, 1]).permutation(total)
     num_held = min(total - 1, max(1, round(total * fraction)))
     held = set(order[:num_held].tolist())
-    kept = [example for i, example in enumerate(dataset.examples) if i not in held]
-    out = [example for i, example in enumerate(dataset.examples) if i in held]
-    train = Dataset(kept, dataset.read, dataset.truncated, dataset.dropped, dataset.digest)
-    return train, Dataset(out, len(out), digest=dataset.digest)
+    both = list(zip(dataset.examples, dataset.places, strict=True))
+    kept, kept_places = zip(*(pair for i, pair in enumerate(both) if i not in held), strict=True)
+    out, out_places = zip(*(pair for i, pair in enumerate(both) if i in held), strict=True)
+    train = replace(dataset, examples=list(kept), places=list(kept_places))
+    return train, Dataset(list(out), len(out), places=list(out_places), digest=dataset.digest)
 
 
 def pack(lengths: list[int], order: np.ndarray, max_length: int, packing: bool) -> list[list[int]]:
@@ -194,6 +198,11 @@ class Epochs:
         """How many tokens one batch holds, padding left out."""
         rows = range(batch * self._batch_size, (batch + 1) * self._batch_size)
         return sum(self._lengths[i] for row in rows for i in self._members(row))
+
+    def places_in(self, batch: int) -> list[str]:
+        """Where the rows of the data stand that are in one batch."""
+        rows = range(batch * self._batch_size, (batch + 1) * self._batch_size)
+        return [self._dataset.places[i] for row in rows for i in self._members(row)]
 
     def __len__(self) -> int:
         return 2**40  # epochs follow each other without end; the trainer knows when to stop

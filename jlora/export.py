@@ -22,6 +22,7 @@ from jlora.config import Config
 from jlora.data import read_data
 from jlora.errors import ConfigError, DataError, ModelError
 from jlora.evaluate import Evaluator
+from jlora.folders import inside
 from jlora.generate import one_device_mesh
 from jlora.gguf import GGUFFile
 from jlora.hf.base import open_source
@@ -127,7 +128,9 @@ def add_tokenizer(pretrained: Pretrained, folder: Path) -> None:
     """The tokenizer's own files, and the generation config, beside the weights."""
     if isinstance(pretrained.source, GGUFFile) and not pretrained.tokenizer.files:
         pretrained.source.tokenizer().save_pretrained(folder)
-    files = [*pretrained.tokenizer.files, pretrained.path / "generation_config.json"]
+    files = list(pretrained.tokenizer.files)
+    if pretrained.path.is_dir():
+        files.append(inside(pretrained.path, "generation_config.json"))
     for file in files:
         if file.is_file():
             shutil.copyfile(file, folder / file.name)

@@ -23,6 +23,10 @@ from jlora.errors import ConfigError, NonFiniteError
 # Lines of a log file come this often where no terminal shows a bar.
 PLAIN_LINE_SECONDS = 10.0
 
+# What a step was skipped for, by its metric `skip`; and how many of its rows a sentence names.
+SKIPS = (None, "the loss, the gradients or the update are not finite", "the loss is a spike")
+NAMED_ROWS = 8
+
 
 class MetricsLog:
     """Appends one JSON object a logged step, and mirrors its numbers to TensorBoard and W&B."""
@@ -181,20 +185,29 @@ class StepMeter:
         step, metrics, tokens = self._pending
         self._pending = None
         values = {name: value.item() for name, value in metrics.items()}
+        skip = SKIPS[values.pop("skip")]
+        rows = self._epochs.places_in(step - 1) if skip else []
         self._ended = now = time.monotonic()
-        if step % self._cfg.log_every == 0 or step == self._num_steps:
+        if step % self._cfg.log_every == 0 or step == self._num_steps or skip:
             rate = (tokens - self._logged_tokens) / (now - self._clock)
             self._clock, self._logged_tokens = now, tokens
             total = self.tokens_before + tokens
             line = {"step": step, "epoch": self._epochs.epoch_at(step), **values}
+            if skip:
+                line |= {"skipped": skip, "rows": rows}
             self._log.write(line | {"tokens": total, "tokens_per_second": rate})
             self._progress.update(step, values["loss"], rate)
-        if values["skipped_steps"] > self._cfg.max_nonfinite_steps:
+        if not skip:
+            return
+        more = f" and {len(rows) - NAMED_ROWS} more" if len(rows) > NAMED_ROWS else ""
+        cause = f"step {step}: {skip} (loss {values['loss']:.4g}), on rows {', '.join(rows[:NAMED_ROWS])}{more}"
+        limit = self._cfg.max_nonfinite_steps
+        if values["skipped_steps"] > limit:
             raise NonFiniteError(
-                f"step {step}: loss or gradients were not finite in {values['skipped_steps']} steps, more than "
-                f"training.max_nonfinite_steps={self._cfg.max_nonfinite_steps}; lower optimizer.learning_rate "
-                "or look at the data"
+                f"{cause}; {values['skipped_steps']} steps were skipped, more than training.max_nonfinite_steps="
+                f"{limit}; lower optimizer.learning_rate or look at the rows"
             )
+        self._progress.say(f"{cause}; skipped ({values['skipped_steps']} of at most {limit})")
 
     @contextmanager
     def paused(self) -> Iterator[None]:

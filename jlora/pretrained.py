@@ -6,11 +6,10 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import yaml
 from pydantic import ValidationError
 
 from jlora.adapter import Adapter, init_adapter
-from jlora.config import Config, describe
+from jlora.config import Config, describe, read_yaml
 from jlora.errors import ModelError
 from jlora.hf.architecture import parse_config
 from jlora.hf.base import Source, open_source, resolve
@@ -107,10 +106,10 @@ def run_config(folder: str | Path | None) -> Config | None:
         file = candidate / "config.yaml"
         if file.is_file() and (candidate == Path(folder) or (candidate / "checkpoints").is_dir()):
             try:
-                return Config.model_validate(yaml.safe_load(file.read_text(encoding="utf-8")))
+                return Config.model_validate(read_yaml(file))
             except ValidationError as error:
                 raise ModelError(f"{file}: not the config of a run ({describe(error)})") from None
-            except (ValueError, yaml.YAMLError) as error:
+            except (OSError, ValueError) as error:
                 raise ModelError(f"{file}: not the config of a run ({' '.join(str(error).split())})") from None
     return None
 

@@ -26,6 +26,9 @@ from jlora.sharding import named_sharding, place
 
 Tree = Any
 
+# A spike is told by the median of so many losses, once there are at least so many.
+LOSS_WINDOW, FEWEST_LOSSES = 32, 8
+
 
 def count_parameters(tree: Tree) -> int:
     """Number of elements of all leaves, arrays or shapes; a quantised weight has as many as it stands for."""
@@ -38,10 +41,12 @@ class TrainState:
 
     Attributes:
       step: batches taken so far, skipped ones included; scalar int32.
-      skipped: of these, batches that were skipped for a non-finite loss or gradient; scalar int32.
+      skipped: of these, batches that were skipped, see `make_train_step`; scalar int32.
       trained: the trained leaves of {"adapter": Adapter, "base": Decoder}, None elsewhere; float32.
       opt_state: optimizer state of the trained leaves.
       key: raw PRNG key that dropout draws from; a step folds its number into it.
+      moved: batches that changed a trained leaf by their gradients; scalar int32.
+      losses: of the last batches that were not skipped, NaN before there were so many; [LOSS_WINDOW] float32.
     """
 
     step: Int[Array, ""]
@@ -49,10 +54,14 @@ class TrainState:
     trained: Tree
     opt_state: optax.OptState
     key: Array
+    moved: Int[Array, ""]
+    losses: Float[Array, " window"]
 
 
 jax.tree_util.register_dataclass(
-    TrainState, data_fields=["step", "skipped", "trained", "opt_state", "key"], meta_fields=[]
+    TrainState,
+    data_fields=["step", "skipped", "trained", "opt_state", "key", "moved", "losses"],
+    meta_fields=[],
 )
 
 
@@ -132,9 +141,8 @@ def init_state(
     # Made in place: a moment as large as a sharded model never exists on one device.
     opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(params)
     state = _new_state(params, opt_state, cfg)
-    counts = {
-        name: place(np.asarray(getattr(state, name)), getattr(shardings, name)) for name in ("step", "skipped", "key")
-    }
+    names = ("step", "skipped", "key", "moved", "losses")
+    counts = {name: place(np.asarray(getattr(state, name)), getattr(shardings, name)) for name in names}
     return replace(state, **counts)
 
 
@@ -153,9 +161,9 @@ def abstract_state(
 def _new_state(params: dict[str, Tree], opt_state: optax.OptState, cfg: Config) -> TrainState:
     trained, _ = optim.partition(params, optim.labels(params, cfg.method))
     key = jax.random.key_data(jax.random.key(cfg.training.seed))
-    # Two arrays, not one twice: the step donates its state, and a buffer can be given away only once.
-    step, skipped = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
-    return TrainState(step, skipped, trained, opt_state, key)
+    # Three arrays, not one thrice: the step donates its state, and a buffer can be given away only once.
+    step, skipped, moved = (jnp.zeros((), jnp.int32) for _ in range(3))
+    return TrainState(step, skipped, trained, opt_state, key, moved, jnp.full(LOSS_WINDOW, jnp.nan))
 
 
 def make_train_step(
@@ -164,8 +172,8 @@ def make_train_step(
     """(state, frozen leaves, batch [A B T]) -> (new state, metrics); A micro-batches make one step.
 
     Gradients exist for the trained leaves alone. Their sum over micro-batches and devices is divided
-    once, by the number of trained tokens of the whole batch. A step whose loss or gradients are not
-    finite changes nothing but the counts.
+    once, by the number of trained tokens of the whole batch. A step whose loss, gradients or update are not
+    finite, or whose loss is a spike, changes nothing but the counts: metrics["skip"] is 1 or 2 then, else 0.
     """
 
     def step(state: TrainState, frozen: Tree, batch: dict[str, Array]) -> tuple[TrainState, dict[str, Array]]:
@@ -194,25 +202,41 @@ def make_train_step(
         trained_updates, _ = optim.partition(updates, optim.labels(params, cfg.method))
         trained = optax.apply_updates(state.trained, trained_updates)
 
-        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-        keep = partial(jax.tree.map, partial(jnp.where, finite))
+        # Not the update's norm: the squares of small changes are zero in float32.
+        changes = jax.tree.map(lambda new, old: jnp.max(jnp.abs(new - old)), trained, state.trained)
+        change = jnp.max(jnp.stack(jax.tree.leaves(changes)))
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm) & jnp.isfinite(change)
+        spike = finite & is_spike(loss, state.losses, cfg.training.max_loss_spike)
+        accepted = finite & ~spike
+        keep = partial(jax.tree.map, partial(jnp.where, accepted))
         metrics = {
             "loss": loss,
             "grad_norm": norm,
             "learning_rate": jnp.asarray(schedule(state.step - state.skipped), jnp.float32),
             "trained_tokens": tokens,
-            "skipped_steps": state.skipped + ~finite,
+            "skipped_steps": state.skipped + ~accepted,
+            "skip": jnp.where(finite, jnp.where(spike, 2, 0), 1),
         }
         new_state = replace(
             state,
             step=state.step + 1,
             skipped=metrics["skipped_steps"],
+            moved=state.moved + (accepted & (norm > 0.0) & (change > 0.0)),
+            losses=jnp.where(accepted, jnp.roll(state.losses, 1).at[0].set(loss), state.losses),
             trained=keep(trained, state.trained),
             opt_state=keep(opt_state, state.opt_state),
         )
         return new_state, metrics
 
     return step
+
+
+def is_spike(loss: Float[Array, ""], losses: Float[Array, " window"], factor: float | None) -> Array:
+    """Whether a loss is over `factor` times the median of the losses before it, NaN where there was none."""
+    if factor is None:
+        return jnp.zeros((), bool)
+    enough = jnp.sum(~jnp.isnan(losses)) >= FEWEST_LOSSES
+    return enough & (loss > factor * jnp.nanmedian(losses))
 
 
 def make_eval_step(

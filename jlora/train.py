@@ -21,7 +21,7 @@ from jlora.checkpoint import Checkpoints
 from jlora.config import Config, load_config
 from jlora.data import Dataset, Epochs, read_data
 from jlora.divides import check_batch_split, check_divides
-from jlora.errors import ConfigError, DataError, ModelError, NonFiniteError
+from jlora.errors import ConfigError, DataError, ModelError, NonFiniteError, NothingTrained
 from jlora.evaluate import Evaluator, perplexity
 from jlora.fitting import compile_fastest
 from jlora.hf.architecture import parse_config
@@ -174,6 +174,8 @@ def train(cfg: Config, quiet: bool = False) -> dict[str, Any]:
             checkpoints.close()
 
         finished = step == num_steps
+        if finished:
+            require_trained(state)
         if finished and cfg.method == "lora":
             adapter = optim.combine(state.trained, frozen)["adapter"]
             export_adapter(run_dir / "adapter", adapter, cfg.lora, cfg.model.path, pretrained, forward.dtype, mesh)
@@ -201,6 +203,22 @@ def train(cfg: Config, quiet: bool = False) -> dict[str, Any]:
         write_text(run_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
         write_report(run_dir)
     return summary
+
+
+def require_trained(state: TrainState) -> None:
+    """A run at its end that has trained nothing has failed, whatever its loss.
+
+    Raises:
+      NothingTrained: no step changed a trained leaf by its gradients.
+    """
+    if int(state.moved):
+        return
+    steps, skipped = int(state.step), int(state.skipped)
+    raise NothingTrained(
+        f"nothing was trained: of {steps} steps {skipped} were skipped, and the others had no gradient or an update "
+        "too small to change a weight, so no adapter is written; look at metrics.jsonl, at "
+        "optimizer.learning_rate, warmup_steps and max_grad_norm, and at the rows"
+    )
 
 
 def due(every: int | None, step: int) -> bool:

@@ -24,7 +24,15 @@ def make_state(seed=0, rank=4):
     trained = {"adapter": {"q_proj": {"lora_a": jnp.asarray(a), "lora_b": jnp.zeros((3, rank, 2, 4))}}, "base": None}
     moments = (jax.tree.map(lambda x: x * 2, trained), jnp.asarray(7, jnp.int32), ())
     key = jax.random.key_data(jax.random.key(seed))
-    return TrainState(jnp.asarray(5, jnp.int32), jnp.zeros((), jnp.int32), trained, moments, key)
+    return TrainState(
+        jnp.asarray(5, jnp.int32),
+        jnp.zeros((), jnp.int32),
+        trained,
+        moments,
+        key,
+        jnp.asarray(4),
+        jnp.full(32, jnp.nan),
+    )
 
 
 def assert_bitwise(a, b):

@@ -74,7 +74,7 @@ def final_state(run_dir, step=NUM_STEPS):
         leaf = np.asarray(arrays[name])
         found.update(f"{name} {leaf.dtype} {leaf.shape} ".encode() + leaf.tobytes())
     kinds = {name.split("/")[0] for name in arrays}
-    assert kinds == {"step", "skipped", "trained", "opt_state", "key"}
+    assert kinds == {"step", "skipped", "moved", "losses", "trained", "opt_state", "key"}
     return found.hexdigest(), json.loads((folder / "data" / "metadata").read_text(encoding="utf-8"))
 
 

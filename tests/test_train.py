@@ -435,14 +435,14 @@ def test_training_leaves_the_base_as_it_was(reviews_run):
 def test_checkpoint_holds_nothing_of_the_base(reviews_run):
     step_folder = reviews_run.run_dir / "checkpoints" / "60"
     arrays = restore_raw(step_folder)
-    parts = {"trained/adapter", "opt_state", "step", "skipped", "key"}
+    parts = {"trained/adapter", "opt_state", "step", "skipped", "moved", "losses", "key"}
     assert all(any(name == part or name.startswith(f"{part}/") for part in parts) for name in arrays)
     assert not [name for name in arrays if "base" in name or "embed" in name or "layernorm" in name]
     adapter = [array for name, array in arrays.items() if name.startswith("trained/")]
     assert len(adapter) == 6
     small = sum(array.nbytes for array in arrays.values() if array.ndim < 2)
     assert sum(array.nbytes for array in arrays.values()) == 3 * sum(a.nbytes for a in adapter) + small
-    assert small < 100
+    assert small < 200
     base_bytes = (STORIES / "model.safetensors").stat().st_size
     assert sum(file.stat().st_size for file in step_folder.rglob("*") if file.is_file()) < base_bytes
     assert sum(file.stat().st_size for file in (reviews_run.run_dir / "adapter").iterdir()) < base_bytes
@@ -651,7 +651,7 @@ def test_too_many_steps_that_are_not_finite_end_the_run(tiny, tmp_path):
     assert steps and steps[-1] < lines[-1]["step"]
     for step in steps:
         arrays = restore_raw(run_dir / "checkpoints" / str(step))
-        assert all(np.isfinite(array).all() for array in arrays.values())
+        assert all(np.isfinite(array).all() for name, array in arrays.items() if name != "losses")
         assert arrays["skipped"] <= 3
 
     # The same command meets the same end; it starts from the checkpoint.

@@ -1,6 +1,6 @@
 """The run configuration: YAML file + `dotted.key=value` overrides -> one validated `Config`."""
 
-from jlora.config.reading import describe, load_config, parse_yaml
+from jlora.config.reading import describe, load_config, read_yaml
 from jlora.config.reference import reference, yaml_scalar
 from jlora.config.sections import (
     ATTENTION_PROJECTIONS,
@@ -34,7 +34,7 @@ __all__ = [
     "TrainingSection",
     "describe",
     "load_config",
-    "parse_yaml",
+    "read_yaml",
     "reference",
     "yaml_scalar",
 ]

@@ -8,7 +8,9 @@ import difflib
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
+
+from jlora.redaction import find_secret
 
 ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
@@ -29,6 +31,20 @@ class Section(BaseModel):
     """Base of every section: unknown keys are errors, and values do not change once validated."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*")
+    @classmethod
+    def _text_for_a_file(cls, value: Any) -> Any:
+        """What goes into config.yaml, logs and names of files."""
+        if isinstance(value, str):
+            if "\0" in value:
+                raise ValueError("holds a NUL character")
+            if secret := find_secret(value):
+                raise ValueError(
+                    f"holds {secret}, which would be written to config.yaml and to logs; leave it in the environment "
+                    "or log in (hf auth login)"
+                )
+        return value
 
 
 class ModelSection(Section):
@@ -131,7 +147,14 @@ class TrainingSection(Section):
     save_every: PositiveInt | None = Field(None, description="steps between checkpoints; null: at the end only")
     keep_checkpoints: PositiveInt = Field(2, description="newest checkpoints kept, beside the best by held-out loss")
     max_nonfinite_steps: Annotated[int, Field(ge=0)] = Field(
-        10, description="steps with non-finite loss or gradients that are skipped before the run stops (exit 6)"
+        10,
+        description="steps skipped, for a loss or gradients that are not finite or a spike, before the run stops "
+        "(exit 6)",
+    )
+    max_loss_spike: Annotated[float, Field(gt=1.0)] | None = Field(
+        None,
+        description="a step whose loss is over so many times the median of the last 32 (once there are 8) is skipped, "
+        "such as 3.0; null: none is",
     )
     wandb: str | None = Field(None, description="Weights & Biases project to log to; needs the wandb package")
 

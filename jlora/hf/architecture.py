@@ -4,6 +4,7 @@ A family is a class of transformers, some defaults of its own, and nothing else:
 """
 
 import math
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,7 +106,7 @@ def _family(raw: dict[str, Any], where: str) -> Family:
     architectures = raw.get("architectures")
     if not architectures:
         return FAMILIES.get(str(raw.get("model_type")), FAMILIES["llama"])  # an unknown type is refused later
-    if not isinstance(architectures, list) or len(architectures) != 1 or architectures[0] not in known:
+    if not isinstance(architectures, list) or len(architectures) != 1 or str(architectures[0]) not in known:
         named = ", ".join(map(str, architectures)) if isinstance(architectures, list) else repr(architectures)
         raise ModelError(f"{where}: architecture {named} is not supported, only {' and '.join(known)}")
     if raw.get("model_type") != known[architectures[0]]:
@@ -177,12 +178,13 @@ def _yarn_attention_factor(scaling: dict[str, Any], factor: float, real: Any) ->
 
 
 def _integer(value: Any, field: str, where: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**31:
         raise ModelError(f"{where}: {field} must be a positive integer, not {value!r}")
     return value
 
 
 def _real(value: Any, field: str, where: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+    # An integer may be greater than every float, and is smaller than infinity all the same.
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= sys.float_info.max:
         raise ModelError(f"{where}: {field} must be a positive number, not {value!r}")
     return float(value)
