@@ -144,10 +144,10 @@ def committed(run_dir: Path) -> list[int]:
 
 
 def began_at(log: Path) -> int | None:
-    """The step from which the last start in a log went on; None if it did not come as far as to say so."""
+    """The step from which the start in a log went on; None if it did not come as far as to say so."""
     text = log.read_text(encoding="utf-8") if log.exists() else ""
     said = [line for line in text.splitlines() if line.startswith(f"{STEPS} steps")]
-    return None if not said else int(said[-1].rpartition(" ")[2]) if "going on" in said[-1] else 0
+    return None if not said else int(said[0].rpartition(" ")[2]) if "going on" in said[0] else 0
 
 
 class Campaign:
