@@ -46,7 +46,7 @@ def kills(campaign: Campaign, count: int) -> str:
     return f"{killed} kills over {runs} runs, {while_saving} while a checkpoint was written or deleted"
 
 
-WRITES = {"os.mkdir": 0, "os.rename": 0, "os.remove": 0, "os.rmdir": 0, "os.truncate": 0}
+CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate")
 
 
 def dies_before(number: int, run_dir: Path, count_to: Path | None, body: Callable[[], None]) -> Callable[[], None]:
@@ -56,7 +56,7 @@ def dies_before(number: int, run_dir: Path, count_to: Path | None, body: Callabl
         seen = [0]
 
         def hook(event: str, args: tuple) -> None:
-            path = args[WRITES[event]] if event in WRITES else args[0] if event == "open" and writes(args) else None
+            path = args[0] if event in CHANGES or (event == "open" and writes(args)) else None
             if isinstance(path, str | os.PathLike) and os.fspath(path).startswith(str(run_dir)):
                 seen[0] += 1
                 if seen[0] == number:
