@@ -42,7 +42,7 @@ class Parser(argparse.ArgumentParser):
 def run(command: Callable[[], int | None]) -> None:
     """Run a command's body and exit: a `UserError` becomes one line on stderr and its exit code."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax logs its every step
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs its every step, and tracebacks of failed saves
     logging.getLogger("tensorboardX").setLevel(logging.ERROR)  # it warns of every loss that is not finite
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # what else fails once Orbax has met a damaged file
     sys.unraisablehook = _unraisable

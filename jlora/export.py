@@ -51,7 +51,10 @@ def restore(
     if not steps or (step is not None and step not in steps):
         wanted = "checkpoint" if step is None else f"checkpoint of step {step}"
         raise ModelError(f"{run_dir}: holds no {wanted}; it has {', '.join(map(str, steps)) or 'none'}")
-    step = steps[-1] if step is None else step
+    if step is None:
+        step = checkpoints.newest_whole()
+    elif (found := checkpoints.fault(step)) is not None:
+        raise ModelError(f"{run_dir}/checkpoints/{step}: the checkpoint is damaged ({found}); export another step")
     saved = checkpoints.identity(step)["hashes"]["base"]
     if saved != pretrained.base_hash:
         raise ModelError(

@@ -51,8 +51,12 @@ class MetricsLog:
         """Log one object; `step` is its x value."""
         if not self._main:
             return
-        self._stream.write(strict_json(line) + "\n")
-        self._stream.flush()
+        try:
+            self._stream.write(strict_json(line) + "\n")
+            self._stream.flush()
+        except OSError as error:  # a stream does not say which file it is
+            error.filename = str(self._path)
+            raise
         numbers = {k: v for k, v in line.items() if k != "step" and isinstance(v, int | float)}
         for name, value in numbers.items():
             self._tensorboard.add_scalar(name, value, line["step"])

@@ -29,3 +29,9 @@ def catch_signals() -> Callable[[int], bool]:
     except ValueError:  # not in the main thread: a caller's program owns the signals
         pass
     return distributed.stop_agreed if distributed.several() else lambda step: bool(received)
+
+
+def ignore_signals() -> None:
+    """All is saved, and the exit code is known: a signal while Python takes itself down does not change it."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jlora import cli, data, distributed, optim, xla
+from jlora import cli, data, distributed, lock, optim, preemption, xla
 from jlora.checkpoint import Checkpoints
 from jlora.config import Config, load_config
 from jlora.data import Dataset, Epochs, read_data
@@ -28,7 +28,6 @@ from jlora.hf.architecture import parse_config
 from jlora.hf.base import base_fingerprint
 from jlora.identity import check_identity, flatten_config, run_identity
 from jlora.metrics import MetricsLog, ProgressLine, StepMeter, require_wandb
-from jlora.preemption import catch_signals
 from jlora.pretrained import Opened, Pretrained, load_pretrained, make_adapter, open_pretrained
 from jlora.report import write_report
 from jlora.sharding import local_rows, make_mesh, place_rows
@@ -58,11 +57,11 @@ def train(cfg: Config, quiet: bool = False) -> dict[str, Any]:
     require_wandb(cfg.training.wandb)
     run_dir = make_run_dir(cfg)
     watch = distributed.Watch(cfg.distributed.step_timeout)
-    require_one_job(cfg, run_dir)
-    stop_after = catch_signals()
     main = distributed.is_main()
     quiet = quiet or not main
-    with jax.set_mesh(mesh):
+    with lock.held(run_dir, main), jax.set_mesh(mesh):
+        require_one_job(cfg, run_dir)
+        stop_after = preemption.catch_signals()
         # The base, the rows, and what is trained of the whole.
         opened = open_pretrained(cfg.model.path, cfg.model.tokenizer, cfg.data.chat_template)
         model = parse_config(opened.source.config, opened.name)
@@ -91,11 +90,13 @@ def train(cfg: Config, quiet: bool = False) -> dict[str, Any]:
         identity = run_identity(cfg, pretrained, train_data, eval_data)
         checkpoints = Checkpoints(run_dir / "checkpoints", cfg.training.keep_checkpoints)
         batches = data.batches(epochs, cfg.training.batch_size, batch_rows(cfg, mesh))
-        start = max(checkpoints.steps(), default=0)
+        start = distributed.from_first("newest checkpoint", checkpoints.newest_whole)
         remat: str = cfg.model.remat
         if start:
             saved = checkpoints.identity(start)
-            check_identity(run_dir, saved, identity)
+            identity["history"] = check_identity(run_dir, start, saved, identity, cfg.resume.allow_changes)
+            if start > num_steps:
+                raise ConfigError(f"{run_dir}: is at step {start} already, past the {num_steps} asked for; raise them")
             remat = saved.get("remat", remat) if remat == "auto" else remat
             done = finished_summary(run_dir) if start == num_steps else None
             if done is not None:
@@ -106,6 +107,7 @@ def train(cfg: Config, quiet: bool = False) -> dict[str, Any]:
             restored = checkpoints.restore(start, state)
             state = restored.state
             batches.set_state(restored.data)
+        checkpoints.require_room(state, saves_left(cfg.training.save_every, start, num_steps))
         if main:
             write_text(run_dir / "config.yaml", cfg.dump_yaml())
 
@@ -140,6 +142,7 @@ def train(cfg: Config, quiet: bool = False) -> dict[str, Any]:
         try:
             if start == 0:
                 evaluate(0)
+            stopped = stop_after(start)  # while it was loading
             while step < num_steps and not stopped:
                 # While the step before still runs: its figures are waited for only after this one is under way.
                 on_device = put_batch(next(batches), cfg.training.gradient_accumulation_steps, mesh)
@@ -157,6 +160,7 @@ def train(cfg: Config, quiet: bool = False) -> dict[str, Any]:
                 step += 1
                 meter.took(step, metrics, epochs.tokens_in(step - 1))
                 watch.beat(step)
+                checkpoints.check()
                 last, stopped = step == num_steps, stop_after(step)
                 eval_loss = evaluate(step) if last or due(cfg.training.eval_every, step) else None
                 if last or stopped or due(cfg.training.save_every, step):
@@ -170,8 +174,10 @@ def train(cfg: Config, quiet: bool = False) -> dict[str, Any]:
             raise NonFiniteError(f"{error}{kept}") from None
         finally:
             progress.close()
-            log.close()
-            checkpoints.close()
+            try:
+                log.close()
+            finally:  # a full disk takes no log, and what is being saved is to be told, too
+                checkpoints.close()
 
         finished = step == num_steps
         if finished:
@@ -195,13 +201,14 @@ def train(cfg: Config, quiet: bool = False) -> dict[str, Any]:
             "frozen_params": count_parameters(frozen),
             "remat": remat,
             "hashes": identity["hashes"],
+            "history": identity.get("history", []),
             "adapter": str(run_dir / "adapter") if finished and cfg.method == "lora" else None,
             "wall_seconds": time.monotonic() - began,
             **summarize(run_dir, meter, compiled),
         }
-    if main:
-        write_text(run_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
-        write_report(run_dir)
+        if main:
+            write_text(run_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
+            write_report(run_dir)
     return summary
 
 
@@ -224,6 +231,11 @@ def require_trained(state: TrainState) -> None:
 def due(every: int | None, step: int) -> bool:
     """Whether something that happens every so many steps happens now."""
     return every is not None and step % every == 0
+
+
+def saves_left(every: int | None, start: int, num_steps: int) -> int:
+    """Checkpoints that a run is still to write."""
+    return 0 if start == num_steps else 1 + ((num_steps - 1) // every - start // every if every else 0)
 
 
 def warn_of_length(cfg: Config, opened: Opened) -> None:
@@ -304,8 +316,9 @@ def main() -> None:
     def body() -> int:
         cfg = load_config(args.config, args.overrides)
         if distributed.expected(cfg.distributed):
-            distributed.supervise()
+            distributed.supervise(cfg.distributed.host_timeout)
         summary = train(cfg, args.quiet)
+        preemption.ignore_signals()
         if not distributed.is_main():
             pass
         elif args.json:

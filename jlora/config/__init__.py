@@ -14,8 +14,10 @@ from jlora.config.sections import (
     OptimizerSection,
     Quantization,
     Remat,
+    ResumeSection,
     Section,
     TrainingSection,
+    nearest,
 )
 
 __all__ = [
@@ -30,10 +32,12 @@ __all__ = [
     "OptimizerSection",
     "Quantization",
     "Remat",
+    "ResumeSection",
     "Section",
     "TrainingSection",
     "describe",
     "load_config",
+    "nearest",
     "read_yaml",
     "reference",
     "yaml_scalar",

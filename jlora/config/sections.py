@@ -186,6 +186,16 @@ class OptimizerSection(Section):
     )
 
 
+class ResumeSection(Section):
+    """Going on from a checkpoint."""
+
+    allow_changes: list[str] = Field(
+        [],
+        description="what may differ from the run that wrote the checkpoint, by the names of the refusal, such as "
+        "config.optimizer.learning_rate or hashes.data; recorded in summary.json",
+    )
+
+
 class MeshSection(Section):
     """How devices share the work."""
 
@@ -235,6 +245,7 @@ class Config(Section):
     data: DataSection
     training: TrainingSection = TrainingSection()
     optimizer: OptimizerSection = OptimizerSection()
+    resume: ResumeSection = ResumeSection()
     mesh: MeshSection = MeshSection()
     distributed: DistributedSection = DistributedSection()
     output_dir: NonEmpty = Field(
