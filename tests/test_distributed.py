@@ -222,19 +222,14 @@ jlora.train.main()
 
 def test_a_stopped_child_is_ended():
     """By SIGSTOP, for longer than the job waits for it; one that goes on in time is let be."""
-    child = os.fork()
-    if child == 0:
-        time.sleep(1.0)
-        os._exit(75)
-    os.kill(child, signal.SIGSTOP)
     started = time.monotonic()
-    threading.Timer(0.3, os.kill, (child, signal.SIGCONT)).start()
-    assert distributed._wait_for(child, 5.0) == (75, False)
-    child = os.fork()
-    if child == 0:
-        time.sleep(100.0)
-    os.kill(child, signal.SIGSTOP)
-    assert distributed._wait_for(child, 0.5) == (-signal.SIGKILL, True)
+    child = subprocess.Popen(["sleep", "1"])
+    child.send_signal(signal.SIGSTOP)
+    threading.Timer(0.3, child.send_signal, (signal.SIGCONT,)).start()
+    assert distributed._wait_for(child.pid, 5.0) == (0, False)
+    child = subprocess.Popen(["sleep", "100"])
+    child.send_signal(signal.SIGSTOP)
+    assert distributed._wait_for(child.pid, 0.5) == (-signal.SIGKILL, True)
     assert time.monotonic() - started < 10
 
 

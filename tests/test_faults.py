@@ -25,7 +25,7 @@ def test_every_fault_case_has_tests_and_they_exist():
 
 def campaign(name: str, count: int) -> str:
     """Run a campaign; its summary line."""
-    command = [sys.executable, ROOT / "scripts" / "faults" / "campaign", name, "--seed", "1", "--count", str(count)]
+    command = [sys.executable, ROOT / "scripts" / "faults" / "campaign", name, "--seed", "0", "--count", str(count)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stdout + done.stderr
     if "skipped" in done.stdout:
@@ -36,7 +36,7 @@ def campaign(name: str, count: int) -> str:
 
 @pytest.mark.slow
 def test_random_kills():
-    assert campaign("kills", 10).startswith("kills seed 1: 10 kills")
+    assert campaign("kills", 10).startswith("kills seed 0: 10 kills")
 
 
 @pytest.mark.slow

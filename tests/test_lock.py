@@ -3,13 +3,17 @@
 import errno
 import fcntl
 import os
-import signal
 import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from jlora import lock
 from jlora.errors import ConfigError
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(autouse=True)
@@ -17,33 +21,25 @@ def impatient(monkeypatch):
     monkeypatch.setattr(lock, "WAIT_SECONDS", 0.0)
 
 
-def hold_in_another_process(folder):
-    """A process that has the lock and never lets go of it; its pid."""
-    reads, writes = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        with lock.held(folder):
-            os.write(writes, b"x")
-            signal.pause()
-    assert os.read(reads, 1) == b"x"
-    os.close(reads)
-    os.close(writes)
-    return pid
+HOLD = "import signal, sys; from pathlib import Path; from jlora import lock\nwith lock.held(Path(sys.argv[1])):\n"
+HOLD += "    print('held', flush=True); signal.pause()"
 
 
-def kill(pid):
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
+@pytest.fixture
+def other(tmp_path):
+    """A process that has the lock and never lets go of it."""
+    with subprocess.Popen([sys.executable, "-c", HOLD, tmp_path], cwd=ROOT, stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"held\n"
+        yield process
+        process.kill()
 
 
-def test_a_second_run_is_refused_and_a_dead_one_is_not_in_the_way(tmp_path):
-    pid = hold_in_another_process(tmp_path)
-    try:
-        with pytest.raises(ConfigError) as error, lock.held(tmp_path):
-            raise AssertionError("two runs in one folder")
-    finally:
-        kill(pid)
-    message = str(error.value)
+def test_a_second_run_is_refused_and_a_dead_one_is_not_in_the_way(tmp_path, other):
+    with pytest.raises(ConfigError) as error, lock.held(tmp_path):
+        raise AssertionError("two runs in one folder")
+    other.kill()
+    other.wait()
+    message, pid = str(error.value), other.pid
     assert str(tmp_path) in message and f"process {pid} on {socket.gethostname()}" in message
     assert error.value.exit_code == 2 and "\n" not in message
     assert f'"pid": {pid}' in (tmp_path / lock.NAME).read_text(encoding="utf-8")  # what the dead one left
@@ -54,10 +50,9 @@ def test_a_second_run_is_refused_and_a_dead_one_is_not_in_the_way(tmp_path):
         pass
 
 
-def test_it_waits_for_a_process_that_is_just_dying(tmp_path, monkeypatch):
+def test_it_waits_for_a_process_that_is_just_dying(tmp_path, other, monkeypatch):
     monkeypatch.setattr(lock, "WAIT_SECONDS", 30.0)
-    pid = hold_in_another_process(tmp_path)
-    monkeypatch.setattr(lock.time, "sleep", lambda seconds: kill(pid))
+    monkeypatch.setattr(lock.time, "sleep", lambda seconds: (other.kill(), other.wait()))
     with lock.held(tmp_path):
         pass
 

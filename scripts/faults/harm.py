@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from runs import ROOT, STEPS, Campaign, Lost, apart, began_at, committed, final_state, trained, wait
+from runs import ROOT, Campaign, Lost, apart, began_at, committed, final_state, trained, wait
 
 from jlora import manifest
 from jlora.metrics import read_metrics
@@ -79,15 +79,14 @@ def writes(args: tuple) -> bool:
 
 
 def boundaries(campaign: Campaign, count: int) -> str:
-    """kill -9 at every boundary between two changes in the run folder that Python makes, or `count` drawn of them."""
+    """kill -9 before every change in the run folder that Python makes, or a hand of `count` of them."""
     total_file, run_dir = campaign.folder / "total", campaign.folder / "counted"
     body = trained(campaign.config, run_dir)
     if wait(apart(dies_before(0, run_dir, total_file, body), campaign.folder / "counted.log")):
         raise Lost("the counted run did not end well")
     total = int(total_file.read_text(encoding="utf-8"))
-    chosen = sorted(campaign.random.sample(range(1, total + 1), min(count, total)))
     done = late = 0
-    for number in chosen:
+    for number in campaign.hand(list(range(1, total + 1)), count):
         if campaign.over():
             break
         run_dir = campaign.folder / f"boundary{number}"
@@ -114,7 +113,7 @@ def damage(campaign: Campaign, count: int) -> str:
     files = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file() and path.stat().st_size]
     cases = [(file, kind) for file in files for kind in ("flip", "cut")]
     done = 0
-    for file, kind in cases[:count]:
+    for file, kind in campaign.hand(cases, count):
         if campaign.over():
             break
         run_dir = campaign.folder / f"damaged{done}"
@@ -176,7 +175,7 @@ def full_disk(campaign: Campaign, count: int) -> str:
     with small_disk(campaign.folder / "disk", 16) as disk:
         while done < count and not campaign.over():
             run_dir, ballast = disk / f"run{done}", disk / "ballast"
-            wanted = campaign.random.randrange(STEPS)
+            wanted = campaign.random.randrange(campaign.steps)
             pid = campaign.start(run_dir)
             while (
                 max(committed(run_dir), default=0) < wanted
@@ -285,7 +284,7 @@ def stuck(campaign: Campaign, count: int) -> str:
     while done < count and not campaign.over():
         run_dir = campaign.folder / f"stuck{done}"
         processes = job(run_dir)
-        wanted, victim = campaign.random.randrange(1, STEPS - 10), campaign.random.randrange(4)
+        wanted, victim = campaign.random.randrange(1, campaign.steps - 10), campaign.random.randrange(4)
         while max(committed(run_dir), default=0) < wanted:
             if any(process.poll() is not None for process in processes):
                 raise Lost(f"{run_dir}: ended before it was harmed: {[process.returncode for process in processes]}")

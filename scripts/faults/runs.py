@@ -4,12 +4,14 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -24,6 +26,7 @@ from jlora import manifest  # noqa: E402
 from jlora.metrics import read_metrics  # noqa: E402
 
 STEPS, SAVE_EVERY = 40, 2
+T = TypeVar("T")
 
 
 class Lost(Exception):
@@ -83,7 +86,7 @@ def trained(config: Path, run_dir: Path, *overrides: str) -> Callable[[], None]:
     return body
 
 
-def make_material(folder: Path) -> Path:
+def make_material(folder: Path, steps: int) -> Path:
     """A tiny random Llama, rows and a config: dropout, packing, held-out loss, checkpoints often."""
 
     def body() -> None:
@@ -96,7 +99,7 @@ def make_material(folder: Path) -> Path:
             *(folder / "run.yaml", folder / "base", folder / "rows.jsonl", folder / "run"),
             lora={"target_modules": "all-linear", "dropout": 0.1},
             data={"format": "completion", "max_length": 64, "eval": 0.1},
-            training={"batch_size": 4, "max_steps": STEPS, "save_every": SAVE_EVERY, "eval_every": 10, "seed": 5},
+            training={"batch_size": 4, "max_steps": steps, "save_every": SAVE_EVERY, "eval_every": 10, "seed": 5},
         )
 
     if wait(apart(body, folder / "material.log")):
@@ -146,16 +149,17 @@ def committed(run_dir: Path) -> list[int]:
 def began_at(log: Path) -> int | None:
     """The step from which the start in a log went on; None if it did not come as far as to say so."""
     text = log.read_text(encoding="utf-8") if log.exists() else ""
-    said = [line for line in text.splitlines() if line.startswith(f"{STEPS} steps")]
-    return None if not said else int(said[0].rpartition(" ")[2]) if "going on" in said[0] else 0
+    said = re.search(r"^\d+ steps(?:, going on from step (\d+))?$", text, flags=re.MULTILINE)
+    return None if said is None else int(said[1] or 0)
 
 
 class Campaign:
     """Material, the unbroken run's state and its seconds, and what was counted."""
 
-    def __init__(self, folder: Path, seed: int, seconds: float):
-        self.folder, self.random, self.ends = folder, random.Random(seed), time.monotonic() + seconds
-        self.config = make_material(folder)
+    def __init__(self, folder: Path, seed: int, seconds: float, steps: int = STEPS):
+        self.folder, self.seed, self.steps = folder, seed, steps
+        self.random, self.ends = random.Random(seed), time.monotonic() + seconds
+        self.config = make_material(folder, steps)
         import jlora.train  # noqa: F401  what is forked later has it
 
         for name in ("first", "unbroken"):  # the first compiles
@@ -167,6 +171,11 @@ class Campaign:
     def log(self, run_dir: Path) -> Path:
         """The output of the last start of a run; not in its folder, whose disk may be full."""
         return self.folder / f"{run_dir.name}.log"
+
+    def hand(self, cases: list[T], count: int) -> list[T]:
+        """As many of the cases, shuffled once for all seeds and dealt to one after the other from seed 0 on."""
+        deck = random.Random(0).sample(cases, len(cases))
+        return deck[self.seed * count : (self.seed + 1) * count]
 
     def over(self) -> bool:
         """Whether the time is up."""
