@@ -22,14 +22,14 @@ from jlora.config import Config, load_config
 from jlora.data import Dataset, Epochs, read_data
 from jlora.divides import check_batch_split, check_divides
 from jlora.errors import ConfigError, DataError, ModelError, NonFiniteError, NothingTrained
-from jlora.evaluate import Evaluator, perplexity
+from jlora.evaluate import Evaluator, describe_figures
 from jlora.fitting import compile_fastest
 from jlora.hf.architecture import parse_config
 from jlora.hf.base import base_fingerprint
 from jlora.identity import check_identity, flatten_config, run_identity
 from jlora.metrics import MetricsLog, ProgressLine, StepMeter, require_wandb
 from jlora.preemption import catch_signals
-from jlora.pretrained import Opened, Pretrained, load_pretrained, make_adapter, open_pretrained
+from jlora.pretrained import Opened, Pretrained, load_pretrained, make_adapter, make_reference, open_pretrained
 from jlora.report import write_report
 from jlora.sharding import local_rows, make_mesh, place_rows
 from jlora.step import (
@@ -80,6 +80,8 @@ def train(cfg: Config, quiet: bool = False) -> dict[str, Any]:
         num_steps = cfg.training.max_steps or epochs.num_batches(cfg.training.epochs)
         adapter = place_adapter(make_adapter(cfg, pretrained), pretrained.base.cfg, mesh)
         params = {"adapter": adapter, "base": pretrained.base}
+        if (reference := make_reference(cfg, pretrained)) is not None:
+            params["reference"] = place_adapter(reference, pretrained.base.cfg, mesh)
         labels = optim.labels(params, cfg.method)
         optimizer = optim.make_optimizer(cfg.optimizer, num_steps, labels)
         schedule = optim.learning_rate(cfg.optimizer, num_steps)
@@ -125,11 +127,11 @@ def train(cfg: Config, quiet: bool = False) -> dict[str, Any]:
                 return None
             with meter.paused():
                 now = optim.combine(state.trained, frozen)
-                loss, count = evaluator.mean_loss(now["base"], now["adapter"], lambda: watch.beat(step))
-            line = {"eval_loss": loss, "eval_perplexity": perplexity(loss), "eval_tokens": count}
-            log.write({"step": step, **line})
-            progress.say(f"step {step}: held-out loss {loss:.4f}, perplexity {perplexity(loss):.2f}")
-            return loss
+                parts = now["base"], now["adapter"], now.get("reference")
+                figures = evaluator.measure(*parts, lambda: watch.beat(step))
+            log.write({"step": step, **{f"eval_{name}": value for name, value in figures.items()}})
+            progress.say(f"step {step}: held-out {describe_figures(figures)}")
+            return figures["loss"]
 
         def compile_step(remat: str, arguments: tuple[Any, ...]) -> Any:
             step_fn = make_train_step(cfg, replace(forward, remat=remat), optimizer, schedule)
