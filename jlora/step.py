@@ -5,7 +5,7 @@ Knows nothing of files, loops or logs.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -274,10 +274,14 @@ def is_spike(loss: Float[Array, ""], losses: Float[Array, " window"], factor: fl
     return enough & (loss > factor * jnp.nanmedian(losses))
 
 
+@cache
 def make_eval_step(
     forward: Forward,
 ) -> Callable[[Decoder, Adapter, Adapter | None, dict[str, Array]], tuple[Array, Array, dict[str, Array]]]:
-    """Jitted (base, adapter, the reference's adapter, batch [B T]) -> what `Forward.loss` gives without dropout."""
+    """Jitted (base, adapter, the reference's adapter, batch [B T]) -> what `Forward.loss` gives without dropout.
+
+    One for all that ask with an equal `forward`, so that runs of a sweep share what is compiled.
+    """
 
     def step(
         base: Decoder, adapter: Adapter, reference: Adapter | None, batch: dict[str, Array]

@@ -18,6 +18,7 @@ from jlora.config.sections import (
     Section,
     TrainingSection,
 )
+from jlora.config.variants import variants
 
 __all__ = [
     "ATTENTION_PROJECTIONS",
@@ -38,5 +39,6 @@ __all__ = [
     "load_config",
     "read_yaml",
     "reference",
+    "variants",
     "yaml_scalar",
 ]

@@ -108,7 +108,7 @@ class LoraSection(Section):
 class DataSection(Section):
     """Rows, and how they become batches."""
 
-    train: NonEmpty = Field(description="json, jsonl, parquet or csv file, a folder of them, or a hub data set")
+    train: NonEmpty = Field(description="json, jsonl, parquet, csv or txt file, a folder of them, or a hub data set")
     eval: NonEmpty | Annotated[float, Field(gt=0.0, lt=1.0)] | None = Field(
         None, description="held-out rows: another file or data set, or a fraction of train"
     )
@@ -129,6 +129,9 @@ class DataSection(Section):
         description="tokens in a row of a batch; the two sequences of a preference pair share a row, half of it each",
     )
     packing: bool = Field(True, description="several short rows in one row of a batch, isolated from each other")
+    split_long: bool = Field(
+        True, description="a text row longer than max_length becomes several sequences; false cuts it at its end"
+    )
     train_on: TrainOn = Field("response", description="which tokens the loss counts")
     on_bad_row: Literal["error", "skip"] = Field(
         "error", description="a row that can not be trained on stops the run, or is dropped and counted"
@@ -261,6 +264,11 @@ class Config(Section):
     objective: ObjectiveSection = ObjectiveSection()
     training: TrainingSection = TrainingSection()
     optimizer: OptimizerSection = OptimizerSection()
+    sweep: list[dict[str, Any]] = Field(
+        [],
+        description="runs trained together over one base: each a name and the dotted keys in which it differs; see "
+        "docs/sweep.md",
+    )
     mesh: MeshSection = MeshSection()
     distributed: DistributedSection = DistributedSection()
     output_dir: NonEmpty = Field(
