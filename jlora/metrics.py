@@ -118,9 +118,9 @@ class ProgressLine:
             self._task = self._bar.add_task("train", total=total, completed=start, text="")
             self._bar.start()
 
-    def update(self, step: int, loss: float, tokens_per_second: float) -> None:
-        """Show a step's figures."""
-        text = f"loss {loss:.4f}  {tokens_per_second:,.0f} tokens/s"
+    def update(self, step: int, losses: list[float], tokens_per_second: float) -> None:
+        """Show a step's figures; several losses are those of a sweep's runs."""
+        text = f"loss {' '.join(f'{loss:.4f}' for loss in losses)}  {tokens_per_second:,.0f} tokens/s"
         if self._bar is not None:
             self._bar.update(self._task, completed=step, text=text)
             return
@@ -164,6 +164,7 @@ class StepMeter:
         self.tokens = 0  # not padding, since this process started
         self.tokens_before = epochs.tokens_at(start)
         self._log, self._progress, self._epochs, self._cfg, self._num_steps = log, progress, epochs, cfg, num_steps
+        self.loss = math.nan  # of the last step settled
         self._pending: tuple[int, dict[str, jax.Array], int] | None = None
         self._logged_tokens = 0
         self._began = self._clock = self._ended = time.monotonic()
@@ -192,6 +193,7 @@ class StepMeter:
         skip = SKIPS[values.pop("skip")]
         rows = self._epochs.places_in(step - 1) if skip else []
         self._ended = now = time.monotonic()
+        self.loss = values["loss"]
         if step % self._cfg.log_every == 0 or step == self._num_steps or skip:
             rate = (tokens - self._logged_tokens) / (now - self._clock)
             self._clock, self._logged_tokens = now, tokens
@@ -200,7 +202,7 @@ class StepMeter:
             if skip:
                 line |= {"skipped": skip, "rows": rows}
             self._log.write(line | {"tokens": total, "tokens_per_second": rate})
-            self._progress.update(step, values["loss"], rate)
+            self._progress.update(step, [self.loss], rate)
         if not skip:
             return
         more = f" and {len(rows) - NAMED_ROWS} more" if len(rows) > NAMED_ROWS else ""

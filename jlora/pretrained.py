@@ -136,3 +136,12 @@ def make_adapter(cfg: Config, pretrained: Pretrained) -> Adapter:
                 f"{folder}: the adapter has {name}={value}, the config {json.dumps(ours)}; set lora.{name}={value}"
             )
     return load_adapter(folder, model, pretrained.base_hash, cfg.lora.dropout)
+
+
+def make_reference(cfg: Config, pretrained: Pretrained) -> Adapter | None:
+    """The adapter of the model that an objective on pairs compares with; None where that is the bare base.
+
+    It is the one that training begins with: as TRL, a policy that starts from an adapter is compared with it.
+    """
+    fresh = cfg.lora.init_from is None  # its B is zero
+    return None if fresh or cfg.objective.name in ("sft", "orpo") else make_adapter(cfg, pretrained)

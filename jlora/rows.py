@@ -1,6 +1,7 @@
 """Files and data sets -> rows, each with the place where it stands.
 
-Owns reading alone: json, jsonl, csv, parquet, folders of them and hub data sets. Knows nothing of what a row means.
+Owns reading alone: json, jsonl, csv, parquet, plain text, folders of them and hub data sets. Knows nothing of what a
+row means.
 However long a file or a line of it is, little more than the longest row that is allowed is in memory at once.
 """
 
@@ -22,6 +23,7 @@ MAX_ROW_BYTES = 16 * 2**20
 TOO_LONG = f"longer than {MAX_ROW_BYTES >> 20} MiB"
 PARQUET_ROWS = 1024
 _SPACES = re.compile(r"[ \t\r\n]*")
+KINDS = (".json", ".jsonl", ".csv", ".parquet")
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,8 @@ class Row:
 def read_rows(source: str, split: str) -> Iterator[Row]:
     """Rows of a json, jsonl, csv or parquet file, a folder of such files, or a hub data set.
 
+    A .txt file is one row, its text; a folder is one of such files where it holds no other kind.
+
     JSON and JSONL are read row by row here, not through `datasets`, which reports neither the line
     of a malformed row nor rows of unequal keys.
 
@@ -46,7 +50,7 @@ def read_rows(source: str, split: str) -> Iterator[Row]:
         yield from _read_folder(path, split)
     elif path.is_file():
         yield from _read_file(path, path.name)
-    elif path.suffix in (".json", ".jsonl", ".csv", ".parquet") or source.startswith((".", "/", "~")):
+    elif path.suffix in (*KINDS, ".txt") or source.startswith((".", "/", "~")):
         raise DataError(f"{source}: no such file; check the path")
     else:
         yield from _read_datasets(source, split, source)
@@ -56,9 +60,10 @@ def _read_folder(path: Path, split: str) -> Iterator[Row]:
     if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
         yield from _read_datasets(str(path), split, path.name)
         return
-    files = sorted(f for f in path.iterdir() if f.suffix in (".json", ".jsonl", ".csv", ".parquet"))
+    files = sorted(f for f in path.iterdir() if f.suffix in KINDS)
+    files = files or sorted(f for f in path.iterdir() if f.suffix == ".txt")
     if not files:
-        raise DataError(f"{path}: holds no json, jsonl, csv or parquet file")
+        raise DataError(f"{path}: holds no json, jsonl, csv, parquet or txt file")
     for file in files:
         yield from _read_file(file, f"{path.name}/{file.name}")
 
@@ -74,8 +79,12 @@ def _read_file(path: Path, name: str) -> Iterator[Row]:
                 yield from _read_json_array(path, name)
             case ".json" | ".jsonl":
                 yield from _read_lines(path, name)
+            case ".txt":
+                yield from _read_text(path, name)
             case suffix:
-                raise DataError(f"{path}: files ending in '{suffix}' are not read; use json, jsonl, csv or parquet")
+                raise DataError(
+                    f"{path}: files ending in '{suffix}' are not read; use json, jsonl, csv, parquet or txt"
+                )
     except OSError as error:
         raise DataError(f"{path}: can not be read ({error})") from None
 
@@ -276,6 +285,18 @@ def _decode(line: bytes) -> Any:
     except (ValueError, RecursionError) as error:
         return BadRow("malformed_json", _why(error))
     return _duplicate(twice) if twice else value
+
+
+def _read_text(path: Path, name: str) -> Iterator[Row]:
+    """A file of plain text as one row; none where it is empty."""
+    if path.stat().st_size > MAX_ROW_BYTES:
+        yield Row(name, BadRow("too_long", f"the text is {TOO_LONG}; split the file"))
+        return
+    try:
+        if text := path.read_text(encoding="utf-8-sig"):
+            yield Row(name, {"text": text})
+    except UnicodeDecodeError as error:
+        yield Row(name, BadRow("invalid_utf8", f"not valid UTF-8 at byte {error.start}"))
 
 
 def _read_datasets(source: str, split: str, name: str) -> Iterator[Row]:

@@ -5,7 +5,7 @@ Knows nothing of files, loops or logs.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -18,9 +18,10 @@ from jaxtyping import Array, Float, Int
 from jlora import attention, optim, quant
 from jlora.adapter import Adapter
 from jlora.attention import Attention
-from jlora.config import Config
+from jlora.config import Config, ObjectiveSection
 from jlora.model import Decoder, LlamaConfig, adapter_axes
-from jlora.objective import next_token_loss
+from jlora.objective import next_token_loss, token_cross_entropy
+from jlora.preference import pair_loss, pair_sums
 from jlora.quant import is_quantized
 from jlora.sharding import named_sharding, place
 
@@ -72,13 +73,40 @@ class Forward:
     attention: Attention
     remat: str
     dtype: jnp.dtype
+    objective: ObjectiveSection = ObjectiveSection()
 
     def loss(
+        self,
+        base: Decoder,
+        adapter: Adapter,
+        batch: dict[str, Array],
+        dropout_key: Array | None,
+        reference: Adapter | None = None,
+    ) -> tuple[Float[Array, ""], Float[Array, ""], dict[str, Float[Array, ""]]]:
+        """Loss summed over what the objective averages (trained tokens, or pairs), their number, sums of its metrics.
+
+        Args:
+          reference: the adapter that makes the base the model that pairs are compared with; None: the base alone.
+        """
+        if self.objective.name == "sft":
+            hidden = partial(self._hidden, base, adapter, batch, dropout_key)
+            return *next_token_loss(hidden, base.head, batch["targets"], batch["weights"]), {}
+
+        def answers(adapter: Adapter, dropout_key: Array | None) -> Float[Array, "B P 2"]:
+            hidden = self._hidden(base, adapter, batch, dropout_key)
+            losses = token_cross_entropy(hidden, base.head, batch["targets"], batch["weights"])
+            return pair_sums(-losses, batch["segments"])
+
+        policy = answers(adapter, dropout_key)
+        compared = jax.lax.stop_gradient(policy)
+        if self.objective.name != "orpo":
+            compared = jax.lax.stop_gradient(answers(reference or {}, None))
+        return pair_loss(self.objective, policy, compared, pair_sums(batch["weights"], batch["segments"]))
+
+    def _hidden(
         self, base: Decoder, adapter: Adapter, batch: dict[str, Array], dropout_key: Array | None
-    ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-        """Loss summed over the batch's trained tokens, and their number."""
-        hidden = partial(
-            base.hidden,
+    ) -> Float[Array, "B T D"]:
+        return base.hidden(
             batch["tokens"],
             batch["positions"],
             batch["segments"],
@@ -88,7 +116,6 @@ class Forward:
             remat=self.remat,
             dtype=self.dtype,
         )
-        return next_token_loss(hidden, base.head, batch["targets"], batch["weights"])
 
 
 def place_adapter(adapter: Adapter, cfg: LlamaConfig, mesh: jax.sharding.Mesh) -> Adapter:
@@ -135,7 +162,8 @@ def init_state(
     """The state before the first step, laid out over `mesh`.
 
     Args:
-      params: {"adapter": Adapter, "base": Decoder}, all of it; the optimizer looks at the labels.
+      params: {"adapter": Adapter, "base": Decoder}, all of it, and the reference's adapter where it has one; the
+        optimizer looks at the labels.
     """
     shardings = state_shardings(params, optimizer, cfg, mesh)
     # Made in place: a moment as large as a sharded model never exists on one device.
@@ -172,27 +200,33 @@ def make_train_step(
     """(state, frozen leaves, batch [A B T]) -> (new state, metrics); A micro-batches make one step.
 
     Gradients exist for the trained leaves alone. Their sum over micro-batches and devices is divided
-    once, by the number of trained tokens of the whole batch. A step whose loss, gradients or update are not
-    finite, or whose loss is a spike, changes nothing but the counts: metrics["skip"] is 1 or 2 then, else 0.
+    once, by the number of trained tokens (or of pairs, as the objective has it) of the whole batch. A step
+    whose loss, gradients or update are not finite, or whose loss is a spike, changes nothing but the counts:
+    metrics["skip"] is 1 or 2 then, else 0.
     """
 
     def step(state: TrainState, frozen: Tree, batch: dict[str, Array]) -> tuple[TrainState, dict[str, Array]]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         with_dropout = cfg.method == "lora" and cfg.lora.dropout > 0.0
 
-        def loss_of(trained: Tree, part: dict[str, Array], part_key: Array) -> tuple[Array, Array]:
+        def loss_of(trained: Tree, part: dict[str, Array], part_key: Array) -> tuple[Array, tuple[Array, Any]]:
             params = optim.combine(trained, frozen)
-            return forward.loss(params["base"], params["adapter"], part, part_key if with_dropout else None)
+            dropout_key = part_key if with_dropout else None
+            loss, count, sums = forward.loss(
+                params["base"], params["adapter"], part, dropout_key, params.get("reference")
+            )
+            return loss, (count, sums)
 
-        def accumulate(carry: Tree, scanned: tuple[dict[str, Array], Array]) -> tuple[Tree, None]:
-            (loss, tokens), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.trained, *scanned)
-            return jax.tree.map(jnp.add, carry, (loss, tokens, gradients)), None
+        def accumulate(gradients: Tree, scanned: tuple[dict[str, Array], Array]) -> tuple[Tree, Tree]:
+            figures, more = jax.value_and_grad(loss_of, has_aux=True)(state.trained, *scanned)
+            return jax.tree.map(jnp.add, gradients, more), figures
 
         parts = jax.random.split(key, cfg.training.gradient_accumulation_steps)
-        zeros = (jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.trained))
-        (loss, tokens, gradients), _ = jax.lax.scan(accumulate, zeros, (batch, parts))
-        count = jnp.maximum(tokens, 1.0)
-        loss, gradients = loss / count, jax.tree.map(lambda g: g / count, gradients)
+        zeros = jax.tree.map(jnp.zeros_like, state.trained)
+        gradients, figures = jax.lax.scan(accumulate, zeros, (batch, parts))
+        loss, (count, sums) = jax.tree.map(lambda x: x.sum(axis=0), figures)
+        count = jnp.maximum(count, 1.0)
+        loss, sums, gradients = jax.tree.map(lambda x: x / count, (loss, sums, gradients))
         norm = optax.tree.norm(gradients)
 
         # The optimizer knows the whole tree. Frozen leaves stand in for gradients that do not exist;
@@ -213,9 +247,10 @@ def make_train_step(
             "loss": loss,
             "grad_norm": norm,
             "learning_rate": jnp.asarray(schedule(state.step - state.skipped), jnp.float32),
-            "trained_tokens": tokens,
+            "trained_tokens": batch["weights"].sum(),
             "skipped_steps": state.skipped + ~accepted,
             "skip": jnp.where(finite, jnp.where(spike, 2, 0), 1),
+            **sums,
         }
         new_state = replace(
             state,
@@ -239,13 +274,19 @@ def is_spike(loss: Float[Array, ""], losses: Float[Array, " window"], factor: fl
     return enough & (loss > factor * jnp.nanmedian(losses))
 
 
+@cache
 def make_eval_step(
     forward: Forward,
-) -> Callable[[Decoder, Adapter, dict[str, Array]], tuple[Float[Array, ""], Float[Array, ""]]]:
-    """Jitted (base, adapter, batch [B T]) -> (loss sum, trained tokens), without dropout."""
+) -> Callable[[Decoder, Adapter, Adapter | None, dict[str, Array]], tuple[Array, Array, dict[str, Array]]]:
+    """Jitted (base, adapter, the reference's adapter, batch [B T]) -> what `Forward.loss` gives without dropout.
 
-    def step(base: Decoder, adapter: Adapter, batch: dict[str, Array]) -> tuple[Array, Array]:
-        return forward.loss(base, adapter, batch, None)
+    One for all that ask with an equal `forward`, so that runs of a sweep share what is compiled.
+    """
+
+    def step(
+        base: Decoder, adapter: Adapter, reference: Adapter | None, batch: dict[str, Array]
+    ) -> tuple[Array, Array, dict[str, Array]]:
+        return forward.loss(base, adapter, batch, None, reference)
 
     return jax.jit(step)
 
@@ -257,7 +298,7 @@ def make_forward(cfg: Config, model: LlamaConfig, mesh: jax.sharding.Mesh) -> tu
     shown, kernel = attention.choose(
         cfg.model.attention, device, model.head_dim, cfg.data.max_length, dtype, cfg.data.packing
     )
-    return shown, Forward(kernel, cfg.model.remat, dtype)
+    return shown, Forward(kernel, cfg.model.remat, dtype, cfg.objective)
 
 
 def param_dtype(cfg: Config) -> jnp.dtype:

@@ -5,7 +5,6 @@ same run is gone on from.
 """
 
 import json
-import os
 import sys
 import time
 from dataclasses import replace
@@ -14,23 +13,32 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from jlora import cli, data, distributed, lock, optim, preemption, xla
 from jlora.checkpoint import Checkpoints
 from jlora.config import Config, load_config
 from jlora.data import Dataset, Epochs, read_data
 from jlora.divides import check_batch_split, check_divides
-from jlora.errors import ConfigError, DataError, ModelError, NonFiniteError, NothingTrained
-from jlora.evaluate import Evaluator, perplexity
+from jlora.errors import ConfigError, DataError, ModelError, NonFiniteError
+from jlora.evaluate import Evaluator, describe_figures
 from jlora.fitting import compile_fastest
 from jlora.hf.architecture import parse_config
 from jlora.hf.base import base_fingerprint
 from jlora.identity import check_identity, flatten_config, run_identity
 from jlora.metrics import MetricsLog, ProgressLine, StepMeter, require_wandb
-from jlora.pretrained import Opened, Pretrained, load_pretrained, make_adapter, open_pretrained
+from jlora.pretrained import Pretrained, load_pretrained, make_adapter, make_reference, open_pretrained
 from jlora.report import write_report
-from jlora.sharding import local_rows, make_mesh, place_rows
+from jlora.running import (
+    batch_rows,
+    due,
+    make_run_dir,
+    put_batch,
+    require_trained,
+    run_summary,
+    saves_left,
+    warn_of_length,
+)
+from jlora.sharding import make_mesh
 from jlora.step import (
     TrainState,
     count_parameters,
@@ -40,7 +48,8 @@ from jlora.step import (
     param_dtype,
     place_adapter,
 )
-from jlora.summary import finished_summary, print_summary, summarize, versions, write_text
+from jlora.summary import finished_summary, print_summary, versions, write_text
+from jlora.sweep import train_together
 from jlora.verify import export_adapter
 
 
@@ -79,6 +88,8 @@ def train(cfg: Config, quiet: bool = False) -> dict[str, Any]:
         num_steps = cfg.training.max_steps or epochs.num_batches(cfg.training.epochs)
         adapter = place_adapter(make_adapter(cfg, pretrained), pretrained.base.cfg, mesh)
         params = {"adapter": adapter, "base": pretrained.base}
+        if (reference := make_reference(cfg, pretrained)) is not None:
+            params["reference"] = place_adapter(reference, pretrained.base.cfg, mesh)
         labels = optim.labels(params, cfg.method)
         optimizer = optim.make_optimizer(cfg.optimizer, num_steps, labels)
         schedule = optim.learning_rate(cfg.optimizer, num_steps)
@@ -127,11 +138,11 @@ def train(cfg: Config, quiet: bool = False) -> dict[str, Any]:
                 return None
             with meter.paused():
                 now = optim.combine(state.trained, frozen)
-                loss, count = evaluator.mean_loss(now["base"], now["adapter"], lambda: watch.beat(step))
-            line = {"eval_loss": loss, "eval_perplexity": perplexity(loss), "eval_tokens": count}
-            log.write({"step": step, **line})
-            progress.say(f"step {step}: held-out loss {loss:.4f}, perplexity {perplexity(loss):.2f}")
-            return loss
+                parts = now["base"], now["adapter"], now.get("reference")
+                figures = evaluator.measure(*parts, lambda: watch.beat(step))
+            log.write({"step": step, **{f"eval_{name}": value for name, value in figures.items()}})
+            progress.say(f"step {step}: held-out {describe_figures(figures)}")
+            return figures["loss"]
 
         def compile_step(remat: str, arguments: tuple[Any, ...]) -> Any:
             step_fn = make_train_step(cfg, replace(forward, remat=remat), optimizer, schedule)
@@ -185,79 +196,24 @@ def train(cfg: Config, quiet: bool = False) -> dict[str, Any]:
         if finished and cfg.method == "lora":
             adapter = optim.combine(state.trained, frozen)["adapter"]
             export_adapter(run_dir / "adapter", adapter, cfg.lora, cfg.model.path, pretrained, forward.dtype, mesh)
-        summary = {
-            "status": "finished" if finished else "preempted",
-            "steps": step,
-            "epochs": epochs.epoch_at(step),
-            "skipped_steps": int(state.skipped),
-            "rows": {
-                "read": train_data.read,
-                "used": len(train_data.examples),
-                "dropped": dict(train_data.dropped),
-                "truncated": train_data.truncated,
-                "eval": len(eval_data.examples) if eval_data else 0,
-            },
-            "trainable_params": count_parameters(state.trained),
-            "frozen_params": count_parameters(frozen),
-            "remat": remat,
-            "hashes": identity["hashes"],
-            "history": identity.get("history", []),
-            "adapter": str(run_dir / "adapter") if finished and cfg.method == "lora" else None,
-            "wall_seconds": time.monotonic() - began,
-            **summarize(run_dir, meter, compiled),
-        }
+        summary = run_summary(
+            cfg,
+            step,
+            num_steps,
+            state,
+            frozen,
+            train_data,
+            eval_data,
+            epochs,
+            {"remat": remat} | identity,
+            began,
+            meter,
+            compiled,
+        )
         if main:
             write_text(run_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
             write_report(run_dir)
     return summary
-
-
-def require_trained(state: TrainState) -> None:
-    """A run at its end that has trained nothing has failed, whatever its loss.
-
-    Raises:
-      NothingTrained: no step changed a trained leaf by its gradients.
-    """
-    if int(state.moved):
-        return
-    steps, skipped = int(state.step), int(state.skipped)
-    raise NothingTrained(
-        f"nothing was trained: of {steps} steps {skipped} were skipped, and the others had no gradient or an update "
-        "too small to change a weight, so no adapter is written; look at metrics.jsonl, at "
-        "optimizer.learning_rate, warmup_steps and max_grad_norm, and at the rows"
-    )
-
-
-def due(every: int | None, step: int) -> bool:
-    """Whether something that happens every so many steps happens now."""
-    return every is not None and step % every == 0
-
-
-def saves_left(every: int | None, start: int, num_steps: int) -> int:
-    """Checkpoints that a run is still to write."""
-    return 0 if start == num_steps else 1 + ((num_steps - 1) // every - start // every if every else 0)
-
-
-def warn_of_length(cfg: Config, opened: Opened) -> None:
-    """Rows longer than the base was made for train, but not well."""
-    limit = opened.source.config.get("max_position_embeddings")
-    if isinstance(limit, int) and cfg.data.max_length > limit:
-        print(
-            f"warning: data.max_length={cfg.data.max_length} is beyond the base's {limit} positions",
-            file=sys.stderr,
-        )
-
-
-def make_run_dir(cfg: Config) -> Path:
-    """Create the run folder."""
-    run_dir = Path(cfg.output_dir)
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"output_dir {run_dir}: can not be made ({error.strerror}); set another") from None
-    if not os.access(run_dir, os.W_OK):
-        raise ConfigError(f"output_dir {run_dir}: can not be written to; set another")
-    return run_dir
 
 
 def require_one_job(cfg: Config, run_dir: Path) -> None:
@@ -267,19 +223,6 @@ def require_one_job(cfg: Config, run_dir: Path) -> None:
     kind = {"device": jax.local_devices()[0].device_kind}
     distributed.require_agreement("config", ConfigError, keys | versions() | kind)
     distributed.require_shared_folder(run_dir)
-
-
-def batch_rows(cfg: Config, mesh: jax.sharding.Mesh) -> np.ndarray:
-    """Rows of a batch that this process makes: of each micro-batch those that its devices hold."""
-    parts = cfg.training.gradient_accumulation_steps
-    size = cfg.training.batch_size // parts
-    return np.concatenate([part * size + local_rows(mesh, size) for part in range(parts)])
-
-
-def put_batch(batch: dict[str, np.ndarray], parts: int, mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
-    """This process's rows of a batch [B T] -> [A, B / A, T] on all devices."""
-    split = {name: array.reshape(parts, -1, array.shape[-1]) for name, array in batch.items()}
-    return {name: place_rows(array, mesh) for name, array in split.items()}
 
 
 def announce(
@@ -299,7 +242,7 @@ def announce(
     cut = f", {dataset.truncated} cut at {cfg.data.max_length} tokens" if dataset.truncated else ""
     held = f" in {cfg.model.quantization}" if cfg.model.quantization else ""
     progress.say(f"base {cfg.model.path}{held}: {total:,} parameters, {trained:,} trained; attention {kernel}")
-    progress.say(f"data {cfg.data.train}: {len(dataset.examples)} of {dataset.read} rows{dropped}{cut}")
+    progress.say(f"data {cfg.data.train}: {len(dataset.examples)} sequences of {dataset.read} rows{dropped}{cut}")
     progress.say(f"{num_steps} steps" + (f", going on from step {start}" if start else ""))
 
 
@@ -317,6 +260,8 @@ def main() -> None:
         cfg = load_config(args.config, args.overrides)
         if distributed.expected(cfg.distributed):
             distributed.supervise(cfg.distributed.host_timeout)
+        if cfg.sweep:
+            return train_together(cfg, args.quiet, args.json)
         summary = train(cfg, args.quiet)
         preemption.ignore_signals()
         if not distributed.is_main():

@@ -158,8 +158,8 @@ def test_saved_data_set_of_the_datasets_library(tmp_path):
     [
         ("missing.jsonl", "missing.jsonl: no such file"),
         ("missing_folder", "missing_folder: no such file"),
-        ("empty_folder", "empty_folder: holds no json, jsonl, csv or parquet file"),
-        ("rows.txt", "files ending in '.txt' are not read; use json, jsonl, csv or parquet"),
+        ("empty_folder", "empty_folder: holds no json, jsonl, csv, parquet or txt file"),
+        ("rows.xml", "files ending in '.xml' are not read; use json, jsonl, csv, parquet or txt"),
         ("torn.parquet", "torn.parquet: not a whole parquet file"),
         ("no.parquet", "no.parquet: not a whole parquet file"),
         ("empty.jsonl", "empty.jsonl: holds no usable row"),
@@ -178,7 +178,7 @@ def test_unusable_file(tmp_path, tokenizer, name, words):
     write_parquet(tmp_path / "whole.parquet", ROWS)
     write(tmp_path / "torn.parquet", (tmp_path / "whole.parquet").read_bytes()[:-20])
     write(tmp_path / "no.parquet", b"")
-    for empty in ("empty.jsonl", "empty.csv", "rows.txt"):
+    for empty in ("empty.jsonl", "empty.csv", "rows.xml"):
         write(tmp_path / empty, b"")
     write(tmp_path / "blank.jsonl", b"\n \r\n\t\n")
     write(tmp_path / "empty.json", b"[]")
@@ -305,6 +305,34 @@ def test_rows_of_another_format(tmp_path, tokenizer):
     assert 'the field "prompt" is missing' in error_of(path, tokenizer=tokenizer)
     assert 'the field "messages" is missing' in error_of(path, tokenizer=tokenizer, format="messages")
     assert len(tokenize(str(path), tokenizer, section(format="alpaca", max_length=320)).examples) == 1
+
+
+# Plain text
+
+
+def test_plain_text_files_are_documents(tmp_path, tokenizer):
+    folder = tmp_path / "books"
+    folder.mkdir()
+    write(folder / "b.txt", "second\n")
+    write(folder / "a.txt", b"\xef\xbb\xbffirst\nline")
+    write(folder / "c.txt", b"")
+    assert values(folder) == [{"text": "first\nline"}, {"text": "second\n"}]
+    write(folder / "d.txt", b"\xff")
+    assert "d.txt: not valid UTF-8" in error_of(folder, tokenizer=tokenizer, format="text")
+
+
+def test_a_long_text_is_split_and_every_token_trained_once(tmp_path, tokenizer):
+    for length in (5, 30, 31, 61, 62, 100):  # 30 bytes, BOS and EOS just fit; 61 and 62 border on a third piece
+        path = write(tmp_path / "book.txt", "".join(chr(97 + i % 26) for i in range(length)))
+        whole = tokenize(str(path), tokenizer, section(format="text", max_length=200)).examples[0]
+        found = tokenize(str(path), tokenizer, section(format="text"))
+        assert found.read == 1 and found.truncated == 0
+        assert len(found.examples) == -(-(length + 1) // 31)
+        trained = np.concatenate([example.ids[1:][example.trained[1:]] for example in found.examples])
+        np.testing.assert_array_equal(trained, whole.ids[1:])
+        assert all(2 <= len(example.ids) <= 32 for example in found.examples)
+    cut = tokenize(str(path), tokenizer, section(format="text", split_long=False))
+    assert len(cut.examples) == cut.truncated == 1 and len(cut.examples[0].ids) == 32
 
 
 # Truncation

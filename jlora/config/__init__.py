@@ -11,6 +11,7 @@ from jlora.config.sections import (
     LoraSection,
     MeshSection,
     ModelSection,
+    ObjectiveSection,
     OptimizerSection,
     Quantization,
     Remat,
@@ -19,6 +20,7 @@ from jlora.config.sections import (
     TrainingSection,
     nearest,
 )
+from jlora.config.variants import variants
 
 __all__ = [
     "ATTENTION_PROJECTIONS",
@@ -29,6 +31,7 @@ __all__ = [
     "LoraSection",
     "MeshSection",
     "ModelSection",
+    "ObjectiveSection",
     "OptimizerSection",
     "Quantization",
     "Remat",
@@ -40,5 +43,6 @@ __all__ = [
     "nearest",
     "read_yaml",
     "reference",
+    "variants",
     "yaml_scalar",
 ]

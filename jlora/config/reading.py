@@ -9,6 +9,7 @@ import yaml
 from pydantic import ValidationError
 
 from jlora.config.sections import Config, Section, nearest
+from jlora.config.variants import variants
 from jlora.errors import ConfigError
 
 # PyYAML takes some twenty seconds a MiB.
@@ -36,9 +37,14 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     for override in overrides:
         _apply_override(tree, override)
     try:
-        return Config.model_validate(tree)
+        cfg = Config.model_validate(tree)
     except ValidationError as error:
         raise ConfigError(f"{path}: {describe(error)}") from None
+    try:
+        variants(cfg)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    return cfg
 
 
 class _Loader(yaml.SafeLoader):

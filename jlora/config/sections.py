@@ -22,7 +22,7 @@ Dtype = Literal["bfloat16", "float32"]
 Quantization = Literal["int8", "fp8", "nf4", "int4"]
 # Fastest first, and each holds less than the one before it: see `jlora.remat`.
 Remat = Literal["none", "dots", "qkv", "attention", "full", "offload", "auto"]
-Format = Literal["alpaca", "completion", "text", "messages"]
+Format = Literal["alpaca", "completion", "text", "messages", "preference"]
 TrainOn = Literal["response", "all"]
 Prompt = Literal["stanford", "chat"]
 
@@ -108,15 +108,15 @@ class LoraSection(Section):
 class DataSection(Section):
     """Rows, and how they become batches."""
 
-    train: NonEmpty = Field(description="json, jsonl, parquet or csv file, a folder of them, or a hub data set")
+    train: NonEmpty = Field(description="json, jsonl, parquet, csv or txt file, a folder of them, or a hub data set")
     eval: NonEmpty | Annotated[float, Field(gt=0.0, lt=1.0)] | None = Field(
         None, description="held-out rows: another file or data set, or a fraction of train"
     )
     split: str = Field("train", description="split to read where the source is a hub data set")
     format: Format = Field(
         "alpaca",
-        description="alpaca (instruction, input, output), completion (prompt, completion), text (text) or "
-        "messages (messages: role, content)",
+        description="alpaca (instruction, input, output), completion (prompt, completion), text (text), "
+        "messages (messages: role, content) or preference (prompt, chosen, rejected)",
     )
     prompt: Prompt = Field(
         "stanford", description="how an alpaca row is written: Stanford's prompt, or the model's chat template"
@@ -124,12 +124,40 @@ class DataSection(Section):
     chat_template: str | None = Field(
         None, description="llama2, chatml or a .jinja file; null takes the tokenizer's own"
     )
-    max_length: Annotated[int, Field(ge=2, le=2**20)] = Field(1024, description="tokens in a row of a batch")
+    max_length: Annotated[int, Field(ge=2, le=2**20)] = Field(
+        1024,
+        description="tokens in a row of a batch; the two sequences of a preference pair share a row, half of it each",
+    )
     packing: bool = Field(True, description="several short rows in one row of a batch, isolated from each other")
+    split_long: bool = Field(
+        True, description="a text row longer than max_length becomes several sequences; false cuts it at its end"
+    )
     train_on: TrainOn = Field("response", description="which tokens the loss counts")
     on_bad_row: Literal["error", "skip"] = Field(
         "error", description="a row that can not be trained on stops the run, or is dropped and counted"
     )
+
+
+class ObjectiveSection(Section):
+    """What is minimised."""
+
+    name: Literal["sft", "dpo", "ipo", "hinge", "orpo"] = Field(
+        "sft",
+        description="the next token's cross-entropy (sft), or a loss on pairs of answers, with data.format=preference: "
+        "see docs/objectives.md",
+    )
+    beta: Annotated[float, Field(gt=0.0)] = Field(
+        0.1, description="how much a pair's log-ratios count (dpo, hinge), tau of ipo, the weight of orpo's odds"
+    )
+    label_smoothing: Annotated[float, Field(ge=0.0, lt=0.5)] = Field(
+        0.0, description="share of the pairs that may be the wrong way round (dpo)"
+    )
+
+    @model_validator(mode="after")
+    def _smoothed_if_dpo(self) -> "ObjectiveSection":
+        if self.label_smoothing and self.name != "dpo":
+            raise ValueError(f"label_smoothing is dpo's, and name is {self.name}; set it to 0")
+        return self
 
 
 class TrainingSection(Section):
@@ -243,9 +271,15 @@ class Config(Section):
     method: Literal["lora", "full"] = Field("lora", description="train adapters, or every weight of the base")
     lora: LoraSection = LoraSection()
     data: DataSection
+    objective: ObjectiveSection = ObjectiveSection()
     training: TrainingSection = TrainingSection()
     optimizer: OptimizerSection = OptimizerSection()
     resume: ResumeSection = ResumeSection()
+    sweep: list[dict[str, Any]] = Field(
+        [],
+        description="runs trained together over one base: each a name and the dotted keys in which it differs; see "
+        "docs/sweep.md",
+    )
     mesh: MeshSection = MeshSection()
     distributed: DistributedSection = DistributedSection()
     output_dir: NonEmpty = Field(
@@ -259,6 +293,19 @@ class Config(Section):
                 f"method=full trains every weight, which model.quantization={self.model.quantization} can not hold; "
                 "set model.quantization=null or method=lora"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _pairs_if_preferred(self) -> "Config":
+        pairs, wanted = self.data.format == "preference", self.objective.name != "sft"
+        if pairs and not wanted:
+            raise ValueError("data.format=preference holds pairs, which sft can not use; set objective.name=dpo")
+        if wanted and not pairs:
+            raise ValueError(f"objective.name={self.objective.name} needs pairs; set data.format=preference")
+        if wanted and self.method != "lora":
+            raise ValueError(f"objective.name={self.objective.name} is for adapters; set method=lora")
+        if wanted and self.data.train_on != "response":
+            raise ValueError(f"objective.name={self.objective.name} counts answers alone; set data.train_on=response")
         return self
 
     def dump_yaml(self) -> str:
