@@ -4,6 +4,7 @@ from jlora.config.reading import describe, load_config, parse_yaml
 from jlora.config.reference import reference, yaml_scalar
 from jlora.config.sections import (
     ATTENTION_PROJECTIONS,
+    MLP_PROJECTIONS,
     PROJECTIONS,
     Config,
     DataSection,
@@ -20,6 +21,7 @@ from jlora.config.sections import (
 
 __all__ = [
     "ATTENTION_PROJECTIONS",
+    "MLP_PROJECTIONS",
     "PROJECTIONS",
     "Config",
     "DataSection",
