@@ -66,6 +66,7 @@ def model_shape(path: str) -> LlamaConfig:
         rope_scaling=None,
         sliding_window=None,
         tie_word_embeddings=False,
+        biased=(),
     )
 
 

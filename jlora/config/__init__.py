@@ -4,6 +4,7 @@ from jlora.config.reading import describe, load_config, read_yaml
 from jlora.config.reference import reference, yaml_scalar
 from jlora.config.sections import (
     ATTENTION_PROJECTIONS,
+    MLP_PROJECTIONS,
     PROJECTIONS,
     Config,
     DataSection,
@@ -24,6 +25,7 @@ from jlora.config.variants import variants
 
 __all__ = [
     "ATTENTION_PROJECTIONS",
+    "MLP_PROJECTIONS",
     "PROJECTIONS",
     "Config",
     "DataSection",
