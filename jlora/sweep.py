@@ -192,7 +192,10 @@ def train_together(cfg: Config, quiet: bool = False, as_json: bool = False) -> i
     mesh = make_mesh(cfg.mesh, jax.devices())
     check_batch_split(cfg, mesh)
     require_wandb(cfg.training.wandb)
-    with lock.held(folder), jax.set_mesh(mesh):
+    configs = variants(cfg)
+    with ExitStack() as locks, jax.set_mesh(mesh):
+        for each in (folder, *map(make_run_dir, configs)):
+            locks.enter_context(lock.held(each))
         stop_after = catch_signals()
         opened = open_pretrained(cfg.model.path, cfg.model.tokenizer, cfg.data.chat_template)
         model = parse_config(opened.source.config, opened.name)
@@ -200,7 +203,6 @@ def train_together(cfg: Config, quiet: bool = False, as_json: bool = False) -> i
         kernel, forward = make_forward(cfg, model, mesh)
         if not quiet:
             warn_of_length(cfg, opened)
-        configs = variants(cfg)
         rows = [read_data(each, opened.tokenizer) for each in configs]
         pretrained = load_pretrained(opened, param_dtype(cfg), mesh, cfg.model.quantization)
         runs = [open_run(each, *pair, pretrained, forward, mesh) for each, pair in zip(configs, rows, strict=True)]
