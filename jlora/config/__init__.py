@@ -1,7 +1,7 @@
 """The run configuration: YAML file + `dotted.key=value` overrides -> one validated `Config`."""
 
 from jlora.config.reading import describe, load_config, read_yaml
-from jlora.config.reference import reference, yaml_scalar
+from jlora.config.reference import main, reference, yaml_scalar
 from jlora.config.sections import (
     ATTENTION_PROJECTIONS,
     PROJECTIONS,
@@ -37,6 +37,7 @@ __all__ = [
     "TrainingSection",
     "describe",
     "load_config",
+    "main",
     "nearest",
     "read_yaml",
     "reference",

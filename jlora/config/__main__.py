@@ -1,14 +1,6 @@
 """`python -m jlora.config`: print the configuration reference."""
 
-from jlora.cli import Parser
-from jlora.config.reference import reference
-
-
-def main() -> None:
-    """Command line."""
-    Parser(prog="python -m jlora.config", description=reference.__doc__).parse_args()
-    print(reference(), end="")
-
+from jlora.config import main
 
 if __name__ == "__main__":
     main()

@@ -40,3 +40,11 @@ def _table(fields: Any) -> list[str]:
 def yaml_scalar(value: Any) -> str:
     """`value` as one line of YAML."""
     return yaml.safe_dump(value, default_flow_style=True).strip().removesuffix("...").strip()
+
+
+def main() -> None:
+    """Print the configuration reference."""
+    from jlora.cli import Parser  # here alone: nothing else of a config is a command
+
+    Parser(prog="python -m jlora.config", description=reference.__doc__).parse_args()
+    print(reference(), end="")
