@@ -45,7 +45,7 @@ def test_logits_equal_transformers(name, tmp_path):
 
 
 def test_defaults_of_qwen2_are_those_of_transformers():
-    raw = {"model_type": "qwen2", "hidden_size": 64, "num_attention_heads": 32, "intermediate_size": 96}
+    raw = {"model_type": "qwen2", "hidden_size": 256, "num_attention_heads": 32, "intermediate_size": 96}
     raw |= {"num_hidden_layers": 2, "vocab_size": 100, "rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}
     for more in ({}, {"sliding_window": 5}, {"num_key_value_heads": 4}, WINDOWED, WINDOWED | {"sliding_window": None}):
         ours, theirs = parse_config(raw | more, "here"), Qwen2Config(**(raw | more))
@@ -68,7 +68,7 @@ def test_defaults_of_qwen2_are_those_of_transformers():
     ],
 )
 def test_what_is_not_supported_is_named(changes, says):
-    raw = {"model_type": "qwen2", "hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 96}
+    raw = {"model_type": "qwen2", "hidden_size": 256, "num_attention_heads": 4, "intermediate_size": 96}
     raw |= {"num_hidden_layers": 2, "vocab_size": 100, "num_key_value_heads": 2, "sliding_window": 9}
     parse_config(raw, "here")
     with pytest.raises(ModelError) as caught:

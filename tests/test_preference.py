@@ -169,7 +169,7 @@ def test_dpo_is_that_of_trl(ours, pairs, make_trainer, record_property):
             assert abs(found[name] - value) <= 1e-4 * max(1.0, abs(value)), name
             worst = max(worst, abs(found[name] - value)) if name != "logps/chosen" else worst
         assert_gradients(gradients, theirs)
-    record_property("largest_difference", worst)
+    record_property("largest_difference", float(worst))
 
 
 @pytest.fixture(scope="module")
