@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jlora import cli, data, distributed, lock, optim
+from jlora import cli, data, distributed, lock, optim, running
 from jlora.adapter import Adapter, Lora, scaling
 from jlora.checkpoint import Checkpoints
 from jlora.config import Config, variants
@@ -34,16 +34,7 @@ from jlora.metrics import MetricsLog, ProgressLine, StepMeter, require_wandb
 from jlora.preemption import catch_signals
 from jlora.pretrained import Pretrained, load_pretrained, make_adapter, open_pretrained
 from jlora.report import write_report
-from jlora.running import (
-    batch_rows,
-    due,
-    make_run_dir,
-    put_batch,
-    require_trained,
-    run_summary,
-    saves_left,
-    warn_of_length,
-)
+from jlora.running import batch_rows, due, make_run_dir, put_batch, require_trained, run_summary, warn_of_length
 from jlora.sharding import make_mesh
 from jlora.step import Forward, TrainState, init_state, make_forward, make_train_step, param_dtype, place_adapter
 from jlora.summary import finished_summary, peak_memory, write_text
@@ -261,7 +252,7 @@ def open_run(
         restored = checkpoints.restore(start, state)
         state = restored.state
         batches.set_state(restored.data)
-    checkpoints.require_room(state, saves_left(cfg.training.save_every, start, num_steps))
+    checkpoints.require_room(state, running.saves_left(cfg.training.save_every, start, num_steps))
     write_text(folder / "config.yaml", cfg.dump_yaml())
     log = MetricsLog(folder, start, cfg.training.wandb, cfg.model_dump(), True)
     meter = StepMeter(log, ProgressLine(num_steps, start, True), epochs, cfg.training, start, num_steps)
