@@ -8,18 +8,23 @@ import jax
 import jax.numpy as jnp
 from pydantic import ValidationError
 
-from jlora.adapter import Adapter, init_adapter
+from jlora.adapter import Adapter
 from jlora.config import Config, describe, read_yaml
 from jlora.errors import ModelError
 from jlora.hf.architecture import parse_config
 from jlora.hf.base import Source, open_source, resolve
 from jlora.hf.load import load_base
 from jlora.hf.peft import CONFIG, load_adapter, read_adapter_config
-from jlora.model import Decoder, projection_shapes
+from jlora.initial import complete, new_adapter
+from jlora.model import Decoder
 from jlora.tokens import Tokenizer, load_tokenizer
 
 # A tokenizer this much smaller than the embedding is another model's; padding of the vocabulary is not.
 SMALLEST_VOCAB_SHARE = 0.75
+
+
+# Options that an adapter to start from must have as the config says.
+COMPARED = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "layers_to_transform", "modules_to_save", "bias")
 
 
 @dataclass(frozen=True)
@@ -120,14 +125,15 @@ def make_adapter(cfg: Config, pretrained: Pretrained) -> Adapter:
         return {}
     model = pretrained.base.cfg
     if cfg.lora.init_from is None:
-        return init_adapter(cfg.lora, projection_shapes(model), model.num_hidden_layers, cfg.training.seed)
+        seed = cfg.training.seed
+        return complete(new_adapter(cfg.lora, model, seed), cfg.lora, pretrained.base, seed)
     folder = find_adapter(cfg.lora.init_from)
     theirs = read_adapter_config(folder)
     for key, ours in (
         ("rank", cfg.lora.rank),
         ("alpha", cfg.lora.alpha),
         ("targets", cfg.lora.targets),
-        ("use_rslora", cfg.lora.use_rslora),
+        *((key, getattr(cfg.lora, key)) for key in COMPARED),
     ):
         if getattr(theirs, key) != ours:
             name = "target_modules" if key == "targets" else key

@@ -15,7 +15,7 @@ from jlora.errors import ConfigError, NothingTrained
 from jlora.metrics import StepMeter
 from jlora.pretrained import Opened
 from jlora.sharding import local_rows, place_rows
-from jlora.step import TrainState, count_parameters
+from jlora.step import TrainState, count_parameters, count_trained
 from jlora.summary import summarize
 
 
@@ -113,7 +113,7 @@ def run_summary(
             "truncated": train_data.truncated,
             "eval": len(eval_data.examples) if eval_data else 0,
         },
-        "trainable_params": count_parameters(state.trained),
+        "trainable_params": count_trained(state.trained),
         "frozen_params": count_parameters(frozen),
         "remat": identity.get("remat", cfg.model.remat),
         "hashes": identity["hashes"],

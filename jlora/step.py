@@ -36,6 +36,12 @@ def count_parameters(tree: Tree) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(tree, is_leaf=is_quantized))
 
 
+def count_trained(trained: Tree) -> int:
+    """Number of elements of the trained leaves, without factors that are only held (see `jlora.optim.labels`)."""
+    leaves = tree_leaves_with_path(trained, is_leaf=is_quantized)
+    return sum(leaf.size for path, leaf in leaves if not optim.is_held(path))
+
+
 @dataclass(frozen=True)
 class TrainState:
     """Everything that a step changes.
@@ -43,7 +49,8 @@ class TrainState:
     Attributes:
       step: batches taken so far, skipped ones included; scalar int32.
       skipped: of these, batches that were skipped, see `make_train_step`; scalar int32.
-      trained: the trained leaves of {"adapter": Adapter, "base": Decoder}, None elsewhere; float32.
+      trained: the trained leaves of {"adapter": Adapter, "base": Decoder}, and those of the adapter that are only
+        held, so that a checkpoint has them; None elsewhere; float32.
       opt_state: optimizer state of the trained leaves.
       key: raw PRNG key that dropout draws from; a step folds its number into it.
       moved: batches that changed a trained leaf by their gradients; scalar int32.
@@ -74,6 +81,7 @@ class Forward:
     remat: str
     dtype: jnp.dtype
     objective: ObjectiveSection = ObjectiveSection()
+    neftune_noise_alpha: float = 0.0
 
     def loss(
         self,
@@ -90,11 +98,11 @@ class Forward:
         """
         if self.objective.name == "sft":
             hidden = partial(self._hidden, base, adapter, batch, dropout_key)
-            return *next_token_loss(hidden, base.head, batch["targets"], batch["weights"]), {}
+            return *next_token_loss(hidden, base.head(adapter), batch["targets"], batch["weights"]), {}
 
         def answers(adapter: Adapter, dropout_key: Array | None) -> Float[Array, "B P 2"]:
             hidden = self._hidden(base, adapter, batch, dropout_key)
-            losses = token_cross_entropy(hidden, base.head, batch["targets"], batch["weights"])
+            losses = token_cross_entropy(hidden, base.head(adapter), batch["targets"], batch["weights"])
             return pair_sums(-losses, batch["segments"])
 
         policy = answers(adapter, dropout_key)
@@ -112,6 +120,7 @@ class Forward:
             batch["segments"],
             adapter=adapter,
             dropout_key=dropout_key,
+            neftune_noise_alpha=self.neftune_noise_alpha,
             attention=self.attention,
             remat=self.remat,
             dtype=self.dtype,
@@ -120,7 +129,6 @@ class Forward:
 
 def place_adapter(adapter: Adapter, cfg: LlamaConfig, mesh: jax.sharding.Mesh) -> Adapter:
     """The adapter laid out over `mesh` like the weights it belongs to; abstract in, abstract out."""
-    axes = adapter_axes(cfg)
 
     def lay_out(array: Array, dims: tuple[str, ...]) -> Array:
         sharding = named_sharding(mesh, dims)
@@ -128,10 +136,7 @@ def place_adapter(adapter: Adapter, cfg: LlamaConfig, mesh: jax.sharding.Mesh) -
             return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)  # type: ignore[return-value]
         return place(np.asarray(array), sharding)
 
-    return {
-        name: replace(lora, lora_a=lay_out(lora.lora_a, axes[name][0]), lora_b=lay_out(lora.lora_b, axes[name][1]))
-        for name, lora in adapter.items()
-    }
+    return jax.tree.map(lay_out, adapter, adapter_axes(cfg, adapter))
 
 
 def state_shardings(
@@ -207,7 +212,7 @@ def make_train_step(
 
     def step(state: TrainState, frozen: Tree, batch: dict[str, Array]) -> tuple[TrainState, dict[str, Array]]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
-        with_dropout = cfg.method == "lora" and cfg.lora.dropout > 0.0
+        with_dropout = (cfg.method == "lora" and cfg.lora.dropout > 0.0) or forward.neftune_noise_alpha > 0.0
 
         def loss_of(trained: Tree, part: dict[str, Array], part_key: Array) -> tuple[Array, tuple[Array, Any]]:
             params = optim.combine(trained, frozen)
@@ -298,7 +303,8 @@ def make_forward(cfg: Config, model: LlamaConfig, mesh: jax.sharding.Mesh) -> tu
     shown, kernel = attention.choose(
         cfg.model.attention, device, model.head_dim, cfg.data.max_length, dtype, cfg.data.packing
     )
-    return shown, Forward(kernel, cfg.model.remat, dtype, cfg.objective)
+    noise = cfg.training.neftune_noise_alpha or 0.0
+    return shown, Forward(kernel, cfg.model.remat, dtype, cfg.objective, noise)
 
 
 def param_dtype(cfg: Config) -> jnp.dtype:

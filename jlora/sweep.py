@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora import cli, data, distributed, lock, optim, running
-from jlora.adapter import Adapter, Lora, scaling
+from jlora.adapter import Adapter, Lora, scaled, scaling
 from jlora.checkpoint import Checkpoints
 from jlora.config import Config, variants
 from jlora.data import Dataset, Epochs, read_data
@@ -30,6 +30,7 @@ from jlora.evaluate import Evaluator, describe_figures
 from jlora.fitting import compile_fastest
 from jlora.hf.architecture import parse_config
 from jlora.identity import check_identity, run_identity
+from jlora.initial import check_options
 from jlora.metrics import MetricsLog, ProgressLine, StepMeter, require_wandb
 from jlora.preemption import catch_signals
 from jlora.pretrained import Pretrained, load_pretrained, make_adapter, open_pretrained
@@ -72,6 +73,11 @@ class Run:
         """The entry's name: that of its folder."""
         return self.cfg.output_dir.rpartition("/")[2]
 
+    @property
+    def scale(self) -> float:
+        """What its product BA is multiplied by, in every layer."""
+        return scaling(self.cfg.lora, self.cfg.lora.alpha, self.cfg.lora.rank)
+
     def wants(self, step: int, stopped: bool) -> tuple[bool, bool]:
         """Whether the run is evaluated, and whether it is saved, after a step."""
         last = step == self.num_steps
@@ -87,11 +93,6 @@ class _Scaled(Forward):
 
     def loss(self, base: Any, adapter: Adapter, *rest: Any) -> Any:
         return super().loss(base, scaled(adapter, self.scale), *rest)
-
-
-def scaled(adapter: Adapter, scale: Any) -> Adapter:
-    """The adapter with `scale` in A and 1 as its own; the same product, and the same gradients."""
-    return {name: replace(lora, lora_a=lora.lora_a * scale, scale=1.0) for name, lora in adapter.items()}
 
 
 def make_sweep_step(cfg: Config, forward: Forward, labels: Tree) -> Callable[..., tuple[TrainState, list[Any]]]:
@@ -130,7 +131,7 @@ def make_knobs(runs: list[Run]) -> dict[str, jax.Array]:
     return {
         "rates": jnp.stack([jnp.broadcast_to(jnp.float32(jax.vmap(rate)(counts)), counts.shape) for rate in rates]),
         "weight_decay": jnp.float32([run.cfg.optimizer.weight_decay for run in runs]),
-        "scale": jnp.float32([scaling(run.cfg.lora) for run in runs]),
+        "scale": jnp.float32([run.scale for run in runs]),
     }
 
 
@@ -191,6 +192,8 @@ def train_together(cfg: Config, quiet: bool = False, as_json: bool = False) -> i
         opened = open_pretrained(cfg.model.path, cfg.model.tokenizer, cfg.data.chat_template)
         model = parse_config(opened.source.config, opened.name)
         check_divides(model, mesh, cfg)
+        for entry in configs:
+            check_options(entry.lora, model)
         kernel, forward = make_forward(cfg, model, mesh)
         if not quiet:
             warn_of_length(cfg, opened)
@@ -297,7 +300,7 @@ def _train(
                 paused.enter_context(each.meter.paused())
             # At the shapes of all, so that one program serves them.
             adapter = widen(run.state.trained["adapter"], wide.trained["adapter"])
-            figures = run.evaluator.measure(pretrained.base, scaled(adapter, scaling(run.cfg.lora)))
+            figures = run.evaluator.measure(pretrained.base, scaled(adapter, run.scale))
         run.log.write({"step": run.step, **{f"eval_{name}": value for name, value in figures.items()}})
         progress.say(f"{run.name}, step {run.step}: held-out {describe_figures(figures)}")
         return figures["loss"]

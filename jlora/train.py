@@ -25,6 +25,7 @@ from jlora.fitting import compile_fastest
 from jlora.hf.architecture import parse_config
 from jlora.hf.base import base_fingerprint
 from jlora.identity import check_identity, flatten_config, run_identity
+from jlora.initial import check_options
 from jlora.metrics import MetricsLog, ProgressLine, StepMeter, require_wandb
 from jlora.pretrained import Pretrained, load_pretrained, make_adapter, make_reference, open_pretrained
 from jlora.report import write_report
@@ -42,6 +43,7 @@ from jlora.sharding import make_mesh
 from jlora.step import (
     TrainState,
     count_parameters,
+    count_trained,
     init_state,
     make_forward,
     make_train_step,
@@ -75,6 +77,8 @@ def train(cfg: Config, quiet: bool = False) -> dict[str, Any]:
         opened = open_pretrained(cfg.model.path, cfg.model.tokenizer, cfg.data.chat_template)
         model = parse_config(opened.source.config, opened.name)
         check_divides(model, mesh, cfg)
+        if cfg.method == "lora":
+            check_options(cfg.lora, model)
         kernel, forward = make_forward(cfg, model, mesh)
         if not quiet:
             warn_of_length(cfg, opened)
@@ -236,7 +240,7 @@ def announce(
     start: int,
 ) -> None:
     """What is about to happen, in three lines."""
-    trained = count_parameters(state.trained)
+    trained = count_trained(state.trained)
     total = count_parameters(pretrained.base)
     dropped = f", dropped {dict(dataset.dropped)}" if dataset.dropped else ""
     cut = f", {dataset.truncated} cut at {cfg.data.max_length} tokens" if dataset.truncated else ""

@@ -469,6 +469,7 @@ def test_learned_adapter_computes_the_same_in_peft(reviews_run, tmp_path, record
         jnp.ones_like(ids),
         adapter=adapter,
         dropout_key=None,
+        neftune_noise_alpha=0.0,
         attention=run.forward.attention,
         remat="none",
         dtype=jnp.dtype("float32"),
@@ -476,7 +477,7 @@ def test_learned_adapter_computes_the_same_in_peft(reviews_run, tmp_path, record
     with torch.no_grad():
         expected = theirs(torch.from_numpy(ids).long()).logits.numpy()
         bare = LlamaForCausalLM.from_pretrained(STORIES)(torch.from_numpy(ids).long()).logits.numpy()
-    difference = np.abs(np.asarray(run.pretrained.base.logits(hidden)) - expected).max()
+    difference = np.abs(np.asarray(run.pretrained.base.logits(hidden, adapter)) - expected).max()
     record_property("largest_logit_difference", float(difference))
     assert difference <= 1e-4
     assert np.abs(bare - expected).max() > 0.5

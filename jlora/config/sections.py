@@ -5,6 +5,7 @@ model shapes (they come from the base's own config.json, see `jlora.hf`) or of w
 """
 
 import difflib
+import re
 from typing import Annotated, Any, Literal
 
 import yaml
@@ -87,6 +88,29 @@ class LoraSection(Section):
     )
     init_from: str | None = Field(None, description="PEFT adapter folder to start from")
     use_rslora: bool = Field(False, description="scale by alpha / sqrt(rank) (arXiv:2312.03732)")
+    use_dora: bool = Field(
+        False, description="DoRA: a trained magnitude for each output of W + BA, by its direction (arXiv:2402.09353)"
+    )
+    init_lora_weights: (
+        Literal[True, "gaussian", "pissa", "olora"] | Annotated[str, Field(pattern=r"^pissa_niter_[1-9][0-9]*$")]
+    ) = Field(
+        True,
+        description="A and B at the start: true (Kaiming-uniform, 0), gaussian, pissa (arXiv:2404.02948), "
+        "pissa_niter_N (a quicker SVD of N iterations) or olora (arXiv:2406.01775)",
+    )
+    rank_pattern: dict[str, PositiveInt] = Field(
+        {}, description="ranks that differ from rank, by regular expression for the end of a module's name"
+    )
+    alpha_pattern: dict[str, Annotated[float, Field(gt=0.0)]] = Field({}, description="as rank_pattern, for alpha")
+    layers_to_transform: list[Annotated[int, Field(ge=0)]] | None = Field(
+        None, description="numbers of the layers that get an adapter, from 0; null: all"
+    )
+    modules_to_save: list[Literal["embed_tokens", "lm_head"]] = Field(
+        [], description="trained in full beside the adapter, and exported with it: embed_tokens, lm_head"
+    )
+    bias: Literal["none", "all", "lora_only"] = Field(
+        "none", description="biases that are trained too, where the base has any: all, or those of target_modules"
+    )
 
     @model_validator(mode="after")
     def _known_targets(self) -> "LoraSection":
@@ -97,6 +121,34 @@ class LoraSection(Section):
                 if name not in PROJECTIONS:
                     raise ValueError(f"target_modules holds '{name}'{nearest(name, PROJECTIONS)}")
         return self
+
+    @model_validator(mode="after")
+    def _options_that_agree(self) -> "LoraSection":
+        if self.init_from is not None and self.init_lora_weights is not True:
+            raise ValueError(
+                f"init_from={self.init_from} has the A and B to start from, which "
+                f"init_lora_weights={self.init_lora_weights} would make anew; leave one of them out"
+            )
+        if self.layers_to_transform is not None:
+            if not self.layers_to_transform:
+                raise ValueError("layers_to_transform is empty; name at least one layer, or null for all")
+            if self.bias == "lora_only":
+                raise ValueError("bias=lora_only trains biases of all layers; leave layers_to_transform out")
+        for pattern in (*self.rank_pattern, *self.alpha_pattern):
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"the pattern '{pattern}' is not a regular expression ({error})") from None
+        return self
+
+    def transforms(self, layer: int) -> bool:
+        """Whether a layer gets an adapter."""
+        return self.layers_to_transform is None or layer in self.layers_to_transform
+
+    @property
+    def takes_from_base(self) -> bool:
+        """Whether A and B start as a part of the base's weights."""
+        return isinstance(self.init_lora_weights, str) and self.init_lora_weights != "gaussian"
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -184,6 +236,9 @@ class TrainingSection(Section):
         description="a step whose loss is over so many times the median of the last 32 (once there are 8) is skipped, "
         "such as 3.0; null: none is",
     )
+    neftune_noise_alpha: Annotated[float, Field(gt=0.0)] | None = Field(
+        None, description="noise on embeddings in training, within alpha / sqrt(length * width) (arXiv:2310.05914)"
+    )
     wandb: str | None = Field(None, description="Weights & Biases project to log to; needs the wandb package")
 
     @model_validator(mode="after")
@@ -209,6 +264,9 @@ class OptimizerSection(Section):
         "cosine", description="decay from the peak to zero over the steps after warm-up, or none"
     )
     warmup_steps: Annotated[int, Field(ge=0)] = Field(0, description="steps of linear warm-up from zero")
+    loraplus_lr_ratio: Annotated[float, Field(ge=1.0)] | None = Field(
+        None, description="LoRA+: the learning rate of B is so many times that of A (arXiv:2402.12354)"
+    )
     max_grad_norm: Annotated[float, Field(gt=0.0)] | None = Field(
         1.0, description="gradients are scaled down to this global norm; null: never"
     )
@@ -306,6 +364,12 @@ class Config(Section):
             raise ValueError(f"objective.name={self.objective.name} is for adapters; set method=lora")
         if wanted and self.data.train_on != "response":
             raise ValueError(f"objective.name={self.objective.name} counts answers alone; set data.train_on=response")
+        return self
+
+    @model_validator(mode="after")
+    def _loraplus_has_factors(self) -> "Config":
+        if self.method == "full" and self.optimizer.loraplus_lr_ratio is not None:
+            raise ValueError("optimizer.loraplus_lr_ratio is about an adapter's B, which method=full does not have")
         return self
 
     def dump_yaml(self) -> str:

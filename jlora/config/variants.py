@@ -48,6 +48,11 @@ def variants(cfg: Config) -> list[Config]:
         raise ConfigError("a sweep trains adapters over one frozen base; set method=lora, or take sweep out")
     if cfg.sweep and cfg.training.wandb:
         raise ConfigError("training.wandb logs one run of a process; take it out of the sweep")
+    if cfg.sweep and (cfg.lora.rank_pattern or cfg.lora.alpha_pattern or cfg.lora.layers_to_transform):
+        raise ConfigError(
+            "a sweep has one rank and one scale for all layers of a run; take lora.rank_pattern, alpha_pattern and "
+            "layers_to_transform out"
+        )
     if cfg.optimizer.name == "adafactor" and len({run.lora.rank for run in found}) > 1:
         raise ConfigError("the ranks of a sweep are equal with adafactor, whose update depends on the whole shape")
     if cfg.objective.name not in ("sft", "orpo") and any(run.lora.init_from for run in found):
