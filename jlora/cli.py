@@ -21,6 +21,7 @@ from jlora.redaction import redact
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 COMMANDS = ("train", "plan", "generate", "evaluate", "export", "config")
+MODULES = {"config": "config.__main__"}  # where it is not the command's own name
 PREEMPTED = 75
 # What is wrong with the user's disk, not with us.
 FILE_ERRORS = (
@@ -118,7 +119,7 @@ def main() -> None:
     parser.add_argument("arguments", nargs="*", default=[], help="see jlora COMMAND --help")
     args = parser.parse_args(sys.argv[1:2])
     sys.argv = [f"jlora {args.command}", *sys.argv[2:]]
-    importlib.import_module(f"jlora.{args.command}").main()
+    importlib.import_module(f"jlora.{MODULES.get(args.command, args.command)}").main()
 
 
 if __name__ == "__main__":

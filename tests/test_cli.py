@@ -75,7 +75,7 @@ def here(monkeypatch, capfd):
         capfd.readouterr()
         code = 0
         try:
-            importlib.import_module(f"jlora.{module}").main()
+            importlib.import_module(f"jlora.{cli.MODULES.get(module, module)}").main()
         except SystemExit as exit:
             code = exit.code or 0
         return (code, *capfd.readouterr())
