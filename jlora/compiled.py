@@ -19,7 +19,7 @@ from jlora import attention, optim
 from jlora.adapter import init_adapter
 from jlora.config import Config
 from jlora.counts import collective_bytes, count_flops
-from jlora.divides import check_batch_split, check_divides
+from jlora.divides import check_divides
 from jlora.errors import MemoryExceeded
 from jlora.fitting import HEADROOM, fastest_that_fits, fresh, peak_bytes
 from jlora.hf.architecture import parse_config
@@ -29,16 +29,9 @@ from jlora.model import Decoder, LlamaConfig, abstract_decoder, projection_shape
 from jlora.quant import is_quantized, map_axes
 from jlora.roofline import estimate
 from jlora.sharding import make_mesh, named_sharding
-from jlora.step import (
-    Forward,
-    abstract_state,
-    count_parameters,
-    make_forward,
-    make_train_step,
-    param_dtype,
-    place_adapter,
-)
+from jlora.step import Forward, abstract_state, count_parameters, make_train_step, place_adapter
 from jlora.topology import Target, compiling_for
+from jlora.train import check_batch_split, make_forward, param_dtype
 
 # Named shapes, for a plan without any file of the model.
 SHAPES = {
@@ -66,7 +59,6 @@ def model_shape(path: str) -> LlamaConfig:
         rope_scaling=None,
         sliding_window=None,
         tie_word_embeddings=False,
-        biased=(),
     )
 
 

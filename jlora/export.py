@@ -19,10 +19,8 @@ from jlora import attention, cli, optim, verify
 from jlora.adapter import Adapter, init_adapter
 from jlora.checkpoint import Checkpoints
 from jlora.config import Config
-from jlora.data import read_data
 from jlora.errors import ConfigError, DataError, ModelError
 from jlora.evaluate import Evaluator
-from jlora.folders import inside
 from jlora.generate import one_device_mesh
 from jlora.gguf import GGUFFile
 from jlora.hf.base import open_source
@@ -31,6 +29,7 @@ from jlora.hf.merged import add_adapter, merged_tensor, save_checkpoint, trained
 from jlora.model import Decoder, projection_shapes
 from jlora.pretrained import Pretrained, load_pretrained, open_pretrained, run_config
 from jlora.step import Forward, init_state, place_adapter
+from jlora.train import read_data
 
 # The proof is in float32, where rounding can not hide a mistake.
 PROOF_DTYPE = jnp.dtype("float32")
@@ -51,10 +50,7 @@ def restore(
     if not steps or (step is not None and step not in steps):
         wanted = "checkpoint" if step is None else f"checkpoint of step {step}"
         raise ModelError(f"{run_dir}: holds no {wanted}; it has {', '.join(map(str, steps)) or 'none'}")
-    if step is None:
-        step = checkpoints.newest_whole()
-    elif (found := checkpoints.fault(step)) is not None:
-        raise ModelError(f"{run_dir}/checkpoints/{step}: the checkpoint is damaged ({found}); export another step")
+    step = steps[-1] if step is None else step
     saved = checkpoints.identity(step)["hashes"]["base"]
     if saved != pretrained.base_hash:
         raise ModelError(
@@ -131,9 +127,7 @@ def add_tokenizer(pretrained: Pretrained, folder: Path) -> None:
     """The tokenizer's own files, and the generation config, beside the weights."""
     if isinstance(pretrained.source, GGUFFile) and not pretrained.tokenizer.files:
         pretrained.source.tokenizer().save_pretrained(folder)
-    files = list(pretrained.tokenizer.files)
-    if pretrained.path.is_dir():
-        files.append(inside(pretrained.path, "generation_config.json"))
+    files = [*pretrained.tokenizer.files, pretrained.path / "generation_config.json"]
     for file in files:
         if file.is_file():
             shutil.copyfile(file, folder / file.name)

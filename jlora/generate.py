@@ -263,7 +263,7 @@ def read_prompts(args: argparse.Namespace, format: str) -> list[Row]:
         return rows
     if format == "messages":
         return [Row("--prompt", {"messages": [{"role": "user", "content": args.prompt}]})]
-    return [Row("--prompt", {{"alpaca": "instruction", "text": "text"}.get(format, "prompt"): args.prompt})]
+    return [Row("--prompt", {{"alpaca": "instruction", "completion": "prompt", "text": "text"}[format]: args.prompt})]
 
 
 def answer_rows(args: argparse.Namespace, run: Any, section: DataSection, pretrained: Pretrained) -> None:

@@ -39,11 +39,6 @@ class LlamaConfig:
     rope_scaling: RopeScaling | None
     sliding_window: int | None
     tie_word_embeddings: bool
-    biased: tuple[str, ...]  # projections that have a bias
-
-
-# Input dims of a projection: heads and head_dim; every other one has one.
-NUM_INPUTS = {"o_proj": 2}
 
 
 @dataclass(frozen=True)
@@ -55,10 +50,10 @@ class Weight:
 
 
 def block_weights(cfg: LlamaConfig) -> dict[str, Weight]:
-    """The weights of one layer, in the order of their use, then the biases."""
+    """The weights of one layer, in the order of their use."""
     d, f, h = cfg.hidden_size, cfg.intermediate_size, cfg.head_dim
     n, k = cfg.num_attention_heads, cfg.num_key_value_heads
-    weights = {
+    return {
         "input_layernorm": Weight((d,), ("embed",)),
         "q_proj": Weight((d, n, h), ("embed", "heads", "head_dim")),
         "k_proj": Weight((d, k, h), ("embed", "kv_heads", "head_dim")),
@@ -69,10 +64,6 @@ def block_weights(cfg: LlamaConfig) -> dict[str, Weight]:
         "up_proj": Weight((d, f), ("embed", "mlp")),
         "down_proj": Weight((f, d), ("mlp", "embed")),
     }
-    for name in cfg.biased:
-        weight, inputs = weights[name], NUM_INPUTS.get(name, 1)
-        weights[f"{name}_bias"] = Weight(weight.shape[inputs:], weight.axes[inputs:])
-    return weights
 
 
 def outer_weights(cfg: LlamaConfig) -> dict[str, Weight]:
@@ -85,8 +76,9 @@ def outer_weights(cfg: LlamaConfig) -> dict[str, Weight]:
 
 def projection_shapes(cfg: LlamaConfig) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
     """Projection name -> (input dims, output dims) of one layer, for its adapter."""
+    inputs = {"o_proj": 2}  # heads and head_dim; every other projection has one input dim
     return {
-        name: (weight.shape[: NUM_INPUTS.get(name, 1)], weight.shape[NUM_INPUTS.get(name, 1) :])
+        name: (weight.shape[: inputs.get(name, 1)], weight.shape[inputs.get(name, 1) :])
         for name, weight in block_weights(cfg).items()
         if name.endswith("_proj")
     }
@@ -136,12 +128,9 @@ class Block(nnx.Module):
           adapter: this layer's factors by projection name.
         """
 
-        biased = self.cfg.biased
-
         def weighted(name: str, equation: str, inputs: Array) -> Array:
             key = None if dropout_key is None else layer_keys(dropout_key, name)
-            y = project(equation, inputs, getattr(self, name).get_value(), adapter.get(name), key)
-            return y + getattr(self, f"{name}_bias")[...].astype(y.dtype)[None, None] if name in biased else y
+            return project(equation, inputs, getattr(self, name).get_value(), adapter.get(name), key)
 
         normed = rms_norm(x, self.input_layernorm[...], self.cfg.rms_norm_eps)
         q = constrain(weighted("q_proj", "btd,dnh->btnh", normed), "act_batch", None, "act_heads", None)
@@ -186,7 +175,7 @@ def empty_cache(cfg: LlamaConfig, batch_size: int, num_slots: int, dtype: jnp.dt
 
 
 class Decoder(nnx.Module):
-    """A Llama with its language-model head; logits match transformers' class of its family."""
+    """A Llama with its language-model head; logits match transformers' LlamaForCausalLM and MistralForCausalLM."""
 
     embed_tokens: nnx.Param
     norm: nnx.Param

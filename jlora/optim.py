@@ -54,11 +54,7 @@ def learning_rate(cfg: OptimizerSection, num_steps: int) -> optax.Schedule:
 
 def make_optimizer(cfg: OptimizerSection, num_steps: int, label_tree: Tree) -> optax.GradientTransformation:
     """Clipping, then the update rule, for the leaves labelled trained; nothing for the others."""
-    return update_rule(cfg, learning_rate(cfg, num_steps), label_tree)
-
-
-def update_rule(cfg: OptimizerSection, schedule: optax.Schedule, label_tree: Tree) -> optax.GradientTransformation:
-    """As `make_optimizer`, with any schedule; the weight decay may be a traced scalar."""
+    schedule = learning_rate(cfg, num_steps)
     match cfg.name:
         case "adamw":
             rule = optax.adamw(schedule, cfg.b1, cfg.b2, cfg.eps, weight_decay=cfg.weight_decay)

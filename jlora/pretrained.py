@@ -1,21 +1,21 @@
 """A base model with its tokenizer, as every command opens it, and the adapter folder it is given."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import yaml
 from pydantic import ValidationError
 
-from jlora.adapter import Adapter, init_adapter
-from jlora.config import Config, describe, read_yaml
+from jlora.adapter import Adapter
+from jlora.config import Config, describe
 from jlora.errors import ModelError
 from jlora.hf.architecture import parse_config
 from jlora.hf.base import Source, open_source, resolve
 from jlora.hf.load import load_base
-from jlora.hf.peft import CONFIG, load_adapter, read_adapter_config
-from jlora.model import Decoder, projection_shapes
+from jlora.hf.peft import CONFIG, load_adapter
+from jlora.model import Decoder
 from jlora.tokens import Tokenizer, load_tokenizer
 
 # A tokenizer this much smaller than the embedding is another model's; padding of the vocabulary is not.
@@ -106,42 +106,9 @@ def run_config(folder: str | Path | None) -> Config | None:
         file = candidate / "config.yaml"
         if file.is_file() and (candidate == Path(folder) or (candidate / "checkpoints").is_dir()):
             try:
-                return Config.model_validate(read_yaml(file))
+                return Config.model_validate(yaml.safe_load(file.read_text(encoding="utf-8")))
             except ValidationError as error:
                 raise ModelError(f"{file}: not the config of a run ({describe(error)})") from None
-            except (OSError, ValueError) as error:
+            except (ValueError, yaml.YAMLError) as error:
                 raise ModelError(f"{file}: not the config of a run ({' '.join(str(error).split())})") from None
     return None
-
-
-def make_adapter(cfg: Config, pretrained: Pretrained) -> Adapter:
-    """A fresh adapter, one read from `lora.init_from`, or none for full fine-tuning."""
-    if cfg.method == "full":
-        return {}
-    model = pretrained.base.cfg
-    if cfg.lora.init_from is None:
-        return init_adapter(cfg.lora, projection_shapes(model), model.num_hidden_layers, cfg.training.seed)
-    folder = find_adapter(cfg.lora.init_from)
-    theirs = read_adapter_config(folder)
-    for key, ours in (
-        ("rank", cfg.lora.rank),
-        ("alpha", cfg.lora.alpha),
-        ("targets", cfg.lora.targets),
-        ("use_rslora", cfg.lora.use_rslora),
-    ):
-        if getattr(theirs, key) != ours:
-            name = "target_modules" if key == "targets" else key
-            value = json.dumps(getattr(theirs, key))
-            raise ModelError(
-                f"{folder}: the adapter has {name}={value}, the config {json.dumps(ours)}; set lora.{name}={value}"
-            )
-    return load_adapter(folder, model, pretrained.base_hash, cfg.lora.dropout)
-
-
-def make_reference(cfg: Config, pretrained: Pretrained) -> Adapter | None:
-    """The adapter of the model that an objective on pairs compares with; None where that is the bare base.
-
-    It is the one that training begins with: as TRL, a policy that starts from an adapter is compared with it.
-    """
-    fresh = cfg.lora.init_from is None  # its B is zero
-    return None if fresh or cfg.objective.name in ("sft", "orpo") else make_adapter(cfg, pretrained)

@@ -5,7 +5,7 @@ Knows nothing of files, loops or logs.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import jax
@@ -15,20 +15,16 @@ import optax
 from jax.tree_util import keystr, tree_leaves_with_path, tree_map_with_path
 from jaxtyping import Array, Float, Int
 
-from jlora import attention, optim, quant
+from jlora import optim
 from jlora.adapter import Adapter
 from jlora.attention import Attention
-from jlora.config import Config, ObjectiveSection
+from jlora.config import Config
 from jlora.model import Decoder, LlamaConfig, adapter_axes
-from jlora.objective import next_token_loss, token_cross_entropy
-from jlora.preference import pair_loss, pair_sums
+from jlora.objective import next_token_loss
 from jlora.quant import is_quantized
 from jlora.sharding import named_sharding, place
 
 Tree = Any
-
-# A spike is told by the median of so many losses, once there are at least so many.
-LOSS_WINDOW, FEWEST_LOSSES = 32, 8
 
 
 def count_parameters(tree: Tree) -> int:
@@ -42,12 +38,10 @@ class TrainState:
 
     Attributes:
       step: batches taken so far, skipped ones included; scalar int32.
-      skipped: of these, batches that were skipped, see `make_train_step`; scalar int32.
+      skipped: of these, batches that were skipped for a non-finite loss or gradient; scalar int32.
       trained: the trained leaves of {"adapter": Adapter, "base": Decoder}, None elsewhere; float32.
       opt_state: optimizer state of the trained leaves.
       key: raw PRNG key that dropout draws from; a step folds its number into it.
-      moved: batches that changed a trained leaf by their gradients; scalar int32.
-      losses: of the last batches that were not skipped, NaN before there were so many; [LOSS_WINDOW] float32.
     """
 
     step: Int[Array, ""]
@@ -55,14 +49,10 @@ class TrainState:
     trained: Tree
     opt_state: optax.OptState
     key: Array
-    moved: Int[Array, ""]
-    losses: Float[Array, " window"]
 
 
 jax.tree_util.register_dataclass(
-    TrainState,
-    data_fields=["step", "skipped", "trained", "opt_state", "key", "moved", "losses"],
-    meta_fields=[],
+    TrainState, data_fields=["step", "skipped", "trained", "opt_state", "key"], meta_fields=[]
 )
 
 
@@ -73,40 +63,13 @@ class Forward:
     attention: Attention
     remat: str
     dtype: jnp.dtype
-    objective: ObjectiveSection = ObjectiveSection()
 
     def loss(
-        self,
-        base: Decoder,
-        adapter: Adapter,
-        batch: dict[str, Array],
-        dropout_key: Array | None,
-        reference: Adapter | None = None,
-    ) -> tuple[Float[Array, ""], Float[Array, ""], dict[str, Float[Array, ""]]]:
-        """Loss summed over what the objective averages (trained tokens, or pairs), their number, sums of its metrics.
-
-        Args:
-          reference: the adapter that makes the base the model that pairs are compared with; None: the base alone.
-        """
-        if self.objective.name == "sft":
-            hidden = partial(self._hidden, base, adapter, batch, dropout_key)
-            return *next_token_loss(hidden, base.head, batch["targets"], batch["weights"]), {}
-
-        def answers(adapter: Adapter, dropout_key: Array | None) -> Float[Array, "B P 2"]:
-            hidden = self._hidden(base, adapter, batch, dropout_key)
-            losses = token_cross_entropy(hidden, base.head, batch["targets"], batch["weights"])
-            return pair_sums(-losses, batch["segments"])
-
-        policy = answers(adapter, dropout_key)
-        compared = jax.lax.stop_gradient(policy)
-        if self.objective.name != "orpo":
-            compared = jax.lax.stop_gradient(answers(reference or {}, None))
-        return pair_loss(self.objective, policy, compared, pair_sums(batch["weights"], batch["segments"]))
-
-    def _hidden(
         self, base: Decoder, adapter: Adapter, batch: dict[str, Array], dropout_key: Array | None
-    ) -> Float[Array, "B T D"]:
-        return base.hidden(
+    ) -> tuple[Float[Array, ""], Float[Array, ""]]:
+        """Loss summed over the batch's trained tokens, and their number."""
+        hidden = partial(
+            base.hidden,
             batch["tokens"],
             batch["positions"],
             batch["segments"],
@@ -116,6 +79,7 @@ class Forward:
             remat=self.remat,
             dtype=self.dtype,
         )
+        return next_token_loss(hidden, base.head, batch["targets"], batch["weights"])
 
 
 def place_adapter(adapter: Adapter, cfg: LlamaConfig, mesh: jax.sharding.Mesh) -> Adapter:
@@ -162,15 +126,15 @@ def init_state(
     """The state before the first step, laid out over `mesh`.
 
     Args:
-      params: {"adapter": Adapter, "base": Decoder}, all of it, and the reference's adapter where it has one; the
-        optimizer looks at the labels.
+      params: {"adapter": Adapter, "base": Decoder}, all of it; the optimizer looks at the labels.
     """
     shardings = state_shardings(params, optimizer, cfg, mesh)
     # Made in place: a moment as large as a sharded model never exists on one device.
     opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(params)
     state = _new_state(params, opt_state, cfg)
-    names = ("step", "skipped", "key", "moved", "losses")
-    counts = {name: place(np.asarray(getattr(state, name)), getattr(shardings, name)) for name in names}
+    counts = {
+        name: place(np.asarray(getattr(state, name)), getattr(shardings, name)) for name in ("step", "skipped", "key")
+    }
     return replace(state, **counts)
 
 
@@ -189,9 +153,9 @@ def abstract_state(
 def _new_state(params: dict[str, Tree], opt_state: optax.OptState, cfg: Config) -> TrainState:
     trained, _ = optim.partition(params, optim.labels(params, cfg.method))
     key = jax.random.key_data(jax.random.key(cfg.training.seed))
-    # Three arrays, not one thrice: the step donates its state, and a buffer can be given away only once.
-    step, skipped, moved = (jnp.zeros((), jnp.int32) for _ in range(3))
-    return TrainState(step, skipped, trained, opt_state, key, moved, jnp.full(LOSS_WINDOW, jnp.nan))
+    # Two arrays, not one twice: the step donates its state, and a buffer can be given away only once.
+    step, skipped = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
+    return TrainState(step, skipped, trained, opt_state, key)
 
 
 def make_train_step(
@@ -200,33 +164,27 @@ def make_train_step(
     """(state, frozen leaves, batch [A B T]) -> (new state, metrics); A micro-batches make one step.
 
     Gradients exist for the trained leaves alone. Their sum over micro-batches and devices is divided
-    once, by the number of trained tokens (or of pairs, as the objective has it) of the whole batch. A step
-    whose loss, gradients or update are not finite, or whose loss is a spike, changes nothing but the counts:
-    metrics["skip"] is 1 or 2 then, else 0.
+    once, by the number of trained tokens of the whole batch. A step whose loss or gradients are not
+    finite changes nothing but the counts.
     """
 
     def step(state: TrainState, frozen: Tree, batch: dict[str, Array]) -> tuple[TrainState, dict[str, Array]]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         with_dropout = cfg.method == "lora" and cfg.lora.dropout > 0.0
 
-        def loss_of(trained: Tree, part: dict[str, Array], part_key: Array) -> tuple[Array, tuple[Array, Any]]:
+        def loss_of(trained: Tree, part: dict[str, Array], part_key: Array) -> tuple[Array, Array]:
             params = optim.combine(trained, frozen)
-            dropout_key = part_key if with_dropout else None
-            loss, count, sums = forward.loss(
-                params["base"], params["adapter"], part, dropout_key, params.get("reference")
-            )
-            return loss, (count, sums)
+            return forward.loss(params["base"], params["adapter"], part, part_key if with_dropout else None)
 
-        def accumulate(gradients: Tree, scanned: tuple[dict[str, Array], Array]) -> tuple[Tree, Tree]:
-            figures, more = jax.value_and_grad(loss_of, has_aux=True)(state.trained, *scanned)
-            return jax.tree.map(jnp.add, gradients, more), figures
+        def accumulate(carry: Tree, scanned: tuple[dict[str, Array], Array]) -> tuple[Tree, None]:
+            (loss, tokens), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.trained, *scanned)
+            return jax.tree.map(jnp.add, carry, (loss, tokens, gradients)), None
 
         parts = jax.random.split(key, cfg.training.gradient_accumulation_steps)
-        zeros = jax.tree.map(jnp.zeros_like, state.trained)
-        gradients, figures = jax.lax.scan(accumulate, zeros, (batch, parts))
-        loss, (count, sums) = jax.tree.map(lambda x: x.sum(axis=0), figures)
-        count = jnp.maximum(count, 1.0)
-        loss, sums, gradients = jax.tree.map(lambda x: x / count, (loss, sums, gradients))
+        zeros = (jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.trained))
+        (loss, tokens, gradients), _ = jax.lax.scan(accumulate, zeros, (batch, parts))
+        count = jnp.maximum(tokens, 1.0)
+        loss, gradients = loss / count, jax.tree.map(lambda g: g / count, gradients)
         norm = optax.tree.norm(gradients)
 
         # The optimizer knows the whole tree. Frozen leaves stand in for gradients that do not exist;
@@ -236,28 +194,19 @@ def make_train_step(
         trained_updates, _ = optim.partition(updates, optim.labels(params, cfg.method))
         trained = optax.apply_updates(state.trained, trained_updates)
 
-        # Not the update's norm: the squares of small changes are zero in float32.
-        changes = jax.tree.map(lambda new, old: jnp.max(jnp.abs(new - old)), trained, state.trained)
-        change = jnp.max(jnp.stack(jax.tree.leaves(changes)))
-        finite = jnp.isfinite(loss) & jnp.isfinite(norm) & jnp.isfinite(change)
-        spike = finite & is_spike(loss, state.losses, cfg.training.max_loss_spike)
-        accepted = finite & ~spike
-        keep = partial(jax.tree.map, partial(jnp.where, accepted))
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        keep = partial(jax.tree.map, partial(jnp.where, finite))
         metrics = {
             "loss": loss,
             "grad_norm": norm,
             "learning_rate": jnp.asarray(schedule(state.step - state.skipped), jnp.float32),
-            "trained_tokens": batch["weights"].sum(),
-            "skipped_steps": state.skipped + ~accepted,
-            "skip": jnp.where(finite, jnp.where(spike, 2, 0), 1),
-            **sums,
+            "trained_tokens": tokens,
+            "skipped_steps": state.skipped + ~finite,
         }
         new_state = replace(
             state,
             step=state.step + 1,
             skipped=metrics["skipped_steps"],
-            moved=state.moved + (accepted & (norm > 0.0) & (change > 0.0)),
-            losses=jnp.where(accepted, jnp.roll(state.losses, 1).at[0].set(loss), state.losses),
             trained=keep(trained, state.trained),
             opt_state=keep(opt_state, state.opt_state),
         )
@@ -266,41 +215,12 @@ def make_train_step(
     return step
 
 
-def is_spike(loss: Float[Array, ""], losses: Float[Array, " window"], factor: float | None) -> Array:
-    """Whether a loss is over `factor` times the median of the losses before it, NaN where there was none."""
-    if factor is None:
-        return jnp.zeros((), bool)
-    enough = jnp.sum(~jnp.isnan(losses)) >= FEWEST_LOSSES
-    return enough & (loss > factor * jnp.nanmedian(losses))
-
-
-@cache
 def make_eval_step(
     forward: Forward,
-) -> Callable[[Decoder, Adapter, Adapter | None, dict[str, Array]], tuple[Array, Array, dict[str, Array]]]:
-    """Jitted (base, adapter, the reference's adapter, batch [B T]) -> what `Forward.loss` gives without dropout.
+) -> Callable[[Decoder, Adapter, dict[str, Array]], tuple[Float[Array, ""], Float[Array, ""]]]:
+    """Jitted (base, adapter, batch [B T]) -> (loss sum, trained tokens), without dropout."""
 
-    One for all that ask with an equal `forward`, so that runs of a sweep share what is compiled.
-    """
-
-    def step(
-        base: Decoder, adapter: Adapter, reference: Adapter | None, batch: dict[str, Array]
-    ) -> tuple[Array, Array, dict[str, Array]]:
-        return forward.loss(base, adapter, batch, None, reference)
+    def step(base: Decoder, adapter: Adapter, batch: dict[str, Array]) -> tuple[Array, Array]:
+        return forward.loss(base, adapter, batch, None)
 
     return jax.jit(step)
-
-
-def make_forward(cfg: Config, model: LlamaConfig, mesh: jax.sharding.Mesh) -> tuple[str, Forward]:
-    """The static choices of the forward pass, and what attention runs, for the log."""
-    dtype, device = jnp.dtype(cfg.model.dtype), mesh.devices.flat[0]
-    quant.check_device(cfg.model.quantization, device)
-    shown, kernel = attention.choose(
-        cfg.model.attention, device, model.head_dim, cfg.data.max_length, dtype, cfg.data.packing
-    )
-    return shown, Forward(kernel, cfg.model.remat, dtype, cfg.objective)
-
-
-def param_dtype(cfg: Config) -> jnp.dtype:
-    """Dtype of the base's weights: float32 masters where they are trained."""
-    return jnp.dtype("float32" if cfg.method == "full" else cfg.model.dtype)

@@ -3,7 +3,6 @@
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -32,23 +31,25 @@ def probe_tokens(vocab_size: int) -> np.ndarray:
 
 def probe_logits(base: Decoder, adapter: Adapter, dtype: jnp.dtype) -> np.ndarray:
     """Logits of base and adapter on the probe, [T V] float32."""
-    return np.asarray(_probed(base, adapter, dtype))
-
-
-@partial(jax.jit, static_argnames="dtype")
-def _probed(base: Decoder, adapter: Adapter, dtype: jnp.dtype) -> jax.Array:
     tokens = probe_tokens(base.cfg.vocab_size)
-    hidden = base.hidden(
-        jnp.asarray(tokens),
-        jnp.arange(PROBE_LENGTH, dtype=jnp.int32)[None],
-        jnp.ones(tokens.shape, jnp.int32),
-        adapter=adapter,
-        dropout_key=None,
-        attention=attention.reference,
-        remat="none",
-        dtype=dtype,
-    )
-    return constrain(base.logits(hidden)[0], None, None)
+    positions = np.arange(PROBE_LENGTH, dtype=np.int32)[None]
+    segments = np.ones_like(tokens)
+
+    @jax.jit
+    def logits(base: Decoder, adapter: Adapter) -> jax.Array:
+        hidden = base.hidden(
+            jnp.asarray(tokens),
+            jnp.asarray(positions),
+            jnp.asarray(segments),
+            adapter=adapter,
+            dropout_key=None,
+            attention=attention.reference,
+            remat="none",
+            dtype=dtype,
+        )
+        return constrain(base.logits(hidden)[0], None, None)
+
+    return np.asarray(logits(base, adapter))
 
 
 def require_equal(where: Path, expected: np.ndarray, found: np.ndarray, tolerance: float) -> float:

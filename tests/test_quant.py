@@ -402,7 +402,6 @@ MID = LlamaConfig(
     rope_scaling=None,
     sliding_window=None,
     tie_word_embeddings=False,
-    biased=(),
 )
 
 

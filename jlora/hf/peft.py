@@ -18,7 +18,6 @@ from safetensors.numpy import save
 from jlora.adapter import Adapter, Lora, scaling
 from jlora.config import PROJECTIONS, LoraSection, describe
 from jlora.errors import ModelError
-from jlora.folders import inside
 from jlora.hf.base import open_safetensors, read_floats, read_json, replace_folder
 from jlora.hf.names import BLOCK
 from jlora.model import LlamaConfig, projection_shapes
@@ -50,7 +49,7 @@ def read_adapter_config(folder: Path) -> LoraSection:
     Raises:
       ModelError: not a LoRA adapter, or an option that jlora does not compute, by name.
     """
-    where = inside(folder, CONFIG)
+    where = folder / CONFIG
     raw = read_json(where)
     if raw.get("peft_type") != "LORA":
         raise ModelError(f"{where}: peft_type is {raw.get('peft_type')!r}; only LORA adapters are read")
@@ -91,9 +90,9 @@ def load_adapter(folder: Path, cfg: LlamaConfig, base_hash: str, dropout: float)
       ModelError: no adapter, missing, extra, misshapen or non-finite tensors, or another base.
     """
     section = read_adapter_config(folder)
-    where = inside(folder, WEIGHTS)
+    where = folder / WEIGHTS
     with open_safetensors(where) as file:
-        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+        tensors = {name: read_floats(file, name, where) for name in file.keys()}
         trained_on = (file.metadata() or {}).get("jlora_base_sha256")
     if trained_on is not None and trained_on != base_hash:
         raise ModelError(
@@ -106,22 +105,18 @@ def load_adapter(folder: Path, cfg: LlamaConfig, base_hash: str, dropout: float)
         for layer in range(cfg.num_hidden_layers):
             wanted[tensor_name(name, layer, "lora_A")] = (section.rank, width_in)
             wanted[tensor_name(name, layer, "lora_B")] = (width_out, section.rank)
-    problems = [f"{name} is missing" for name in wanted if name not in shapes]
-    problems += [f"{name} is not known" for name in shapes if name not in wanted]
+    problems = [f"{name} is missing" for name in wanted if name not in tensors]
+    problems += [f"{name} is not known" for name in tensors if name not in wanted]
     problems += [
-        f"{name} is {list(shapes[name])} instead of {list(shape)}"
+        f"{name} is {list(tensors[name].shape)} instead of {list(shape)}"
         for name, shape in wanted.items()
-        if name in shapes and shapes[name] != shape
+        if name in tensors and tensors[name].shape != shape
     ]
-    tensors: dict[str, np.ndarray] = {}
-    if not problems:  # a file of other tensors may be of any size, so it is not read
-        with open_safetensors(where) as file:
-            tensors = {name: read_floats(file, name, where) for name in wanted}
-        problems = [
-            f"{name} holds NaN or infinity"
-            for name, tensor in tensors.items()
-            if not np.isfinite(tensor.astype(np.float32)).all()
-        ]
+    problems += [
+        f"{name} holds NaN or infinity"
+        for name in wanted
+        if name in tensors and not np.isfinite(tensors[name].astype(np.float32)).all()
+    ]
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise ModelError(f"{where}: does not fit this base and its own configuration: {problems[0]}{more}")
