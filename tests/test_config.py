@@ -214,6 +214,8 @@ def test_contract_of_defaults(file):
     assert cfg["lora"] == {
         **{"rank": 16, "alpha": 32.0, "dropout": 0.0, "init_from": None, "use_rslora": False},
         "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"],
+        **{"use_dora": False, "init_lora_weights": True, "rank_pattern": {}, "alpha_pattern": {}, "bias": "none"},
+        **{"layers_to_transform": None, "modules_to_save": []},
     }
     assert cfg["mesh"] == {"data": 1, "fsdp": -1, "tensor": 1}
     assert cfg["method"] == "lora"
