@@ -1,22 +1,26 @@
-"""LoRA: shape, initialisation, the projection that an adapter takes part in, and merging.
+"""LoRA and its kin: shape, initialisation, the projection that an adapter takes part in, and merging.
 
-The adapter of a model is a dict from projection name to `Lora`, its factors stacked over layers like
-the weights they belong to. Knows nothing of files (`jlora.hf`) or of the optimizer.
+The adapter of a model is a dict: from projection name to `Lora`, its factors stacked over layers like the weights they
+belong to, and from the name of any other weight to `Saved`, where that is trained in full. Knows nothing of files
+(`jlora.hf`) or of the optimizer.
 """
 
 import math
+import re
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.tree_util import register_dataclass
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from jlora.config import PROJECTIONS, LoraSection
-from jlora.quant import Leaf, Quantized, quantized_einsum
+from jlora.config import ATTENTION_PROJECTIONS, PROJECTIONS, LoraSection
+from jlora.quant import Leaf, Quantized, dequantize, quantized_einsum
 
 # The checkpoint name of a product with a quantised weight, for `jlora.remat`.
 QUANTIZED_PRODUCT = "quantized_product"
@@ -29,34 +33,91 @@ class Lora:
     Attributes:
       lora_a: the projection's input dims, then R; float32.
       lora_b: R, then the projection's output dims; float32.
-      scale: alpha / R, or alpha / sqrt(R) with rsLoRA.
+      scale: alpha / R, or alpha / sqrt(R) with rsLoRA: a number; a tuple of each layer's where they differ, 0 where it
+        has no adapter; and of these, within a scan over layers, the layer's own as a traced scalar.
       dropout: probability with which an element of the adapter's input is dropped in training.
-    Stacked over layers, both arrays have a leading dim L.
+      magnitude: DoRA's (arXiv:2402.09353), the projection's output dims; float32. None without DoRA.
+      initial: A and B at the start, whose product is taken from W (PiSSA, OLoRA); never changed. None elsewhere.
+      ranks: of each layer where they differ; R is the largest, and what a layer lacks is zero, and stays so, since
+        the gradient of each half of a zero pair is a product with the other half.
+    Stacked over layers, all arrays have a leading dim L.
     """
 
     lora_a: Float[Array, "..."]
     lora_b: Float[Array, "..."]
-    scale: float
+    scale: Any
     dropout: float
+    magnitude: Float[Array, "..."] | None = None
+    initial: tuple[Float[Array, "..."], Float[Array, "..."]] | None = None
+    ranks: tuple[int, ...] | None = None
 
 
-register_dataclass(Lora, data_fields=["lora_a", "lora_b"], meta_fields=["scale", "dropout"])
+@dataclass(frozen=True)
+class Saved:
+    """A weight that is trained in full, in place of the base's (`modules_to_save`, `bias`).
 
-Adapter = dict[str, Lora]
+    Attributes:
+      weight: as the base's, stacked over layers where that is; float32.
+    """
+
+    weight: Float[Array, "..."]
 
 
-def scaling(cfg: LoraSection) -> float:
+register_dataclass(Lora, ["lora_a", "lora_b", "magnitude", "initial"], ["scale", "dropout", "ranks"])
+register_dataclass(Saved, ["weight"], [])
+
+Adapter = dict[str, Lora | Saved]
+
+
+def module_path(projection: str, layer: int) -> str:
+    """The name that PEFT matches patterns with."""
+    part = "self_attn" if projection in ATTENTION_PROJECTIONS else "mlp"
+    return f"model.layers.{layer}.{part}.{projection}"
+
+
+def _by_pattern(patterns: dict[str, float], projection: str, layer: int, default: float) -> float:
+    """The value of the first pattern that matches, as `get_pattern_key` of PEFT does."""
+    path = module_path(projection, layer)
+    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", path)), default)
+
+
+def scaling(cfg: LoraSection, alpha: float, rank: int) -> float:
     """What the product BA is multiplied by, as `LoraLayer.update_layer` of PEFT has it."""
-    return cfg.alpha / (math.sqrt(cfg.rank) if cfg.use_rslora else cfg.rank)
+    return alpha / (math.sqrt(rank) if cfg.use_rslora else rank)
+
+
+def layer_ranks(cfg: LoraSection, projection: str, num_layers: int) -> tuple[int, ...]:
+    """The rank of each layer's adapter; 0 where it has none."""
+    return tuple(
+        int(_by_pattern(dict(cfg.rank_pattern), projection, layer, cfg.rank)) if cfg.transforms(layer) else 0
+        for layer in range(num_layers)
+    )
+
+
+def layer_scales(cfg: LoraSection, projection: str, num_layers: int) -> float | tuple[float, ...]:
+    """What each layer's product BA is multiplied by, 0 where there is none; one number if alike."""
+    scales = tuple(
+        scaling(cfg, _by_pattern(cfg.alpha_pattern, projection, layer, cfg.alpha), rank) if rank else 0.0
+        for layer, rank in enumerate(layer_ranks(cfg, projection, num_layers))
+    )
+    return scales[0] if len(set(scales)) == 1 else scales
+
+
+def new_lora(cfg: LoraSection, projection: str, factors: tuple[Array, Array], num_layers: int, dropout: float) -> Lora:
+    """Stacked factors with what the options say of them."""
+    ranks = layer_ranks(cfg, projection, num_layers)
+    scale = layer_scales(cfg, projection, num_layers)
+    return Lora(*factors, scale, dropout, ranks=ranks if len(set(ranks)) > 1 else None)
 
 
 def init_adapter(
     cfg: LoraSection, shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...]]], num_layers: int, seed: int
 ) -> Adapter:
-    """A Kaiming-uniform, B zero, as `LoraLayer.reset_lora_parameters` of PEFT.
+    """A Kaiming-uniform or, if so configured, Gaussian; B zero, as `LoraLayer.reset_lora_parameters` of PEFT.
 
     PyTorch's `kaiming_uniform_(a=sqrt(5))` draws from U(-1/sqrt(fan_in), 1/sqrt(fan_in)). The draw of
     a projection depends on the seed and its name alone, so adding a target does not move the others.
+    What is made of the base (DoRA's magnitude, factors of PiSSA and OLoRA) is zero here: see `jlora.initial`.
 
     Args:
       shapes: projection name -> (input dims, output dims) of one layer.
@@ -64,15 +125,47 @@ def init_adapter(
     adapter: Adapter = {}
     for name in cfg.targets:
         inputs, outputs = shapes[name]
-        bound = 1.0 / math.sqrt(math.prod(inputs))
+        ranks = layer_ranks(cfg, name, num_layers)
+        shape = (num_layers, *inputs, max(ranks))
         key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
-        adapter[name] = Lora(
-            lora_a=jax.random.uniform(key, (num_layers, *inputs, cfg.rank), jnp.float32, -bound, bound),
-            lora_b=jnp.zeros((num_layers, cfg.rank, *outputs), jnp.float32),
-            scale=scaling(cfg),
-            dropout=cfg.dropout,
+        lora_b = jnp.zeros((num_layers, max(ranks), *outputs), jnp.float32)
+        if cfg.init_lora_weights == "gaussian":
+            spread = np.array([1.0 / max(rank, 1) for rank in ranks], np.float32)
+            lora_a = jax.random.normal(key, shape, jnp.float32) * spread.reshape(-1, *(1 for _ in shape[1:]))
+        else:
+            bound = 1.0 / math.sqrt(math.prod(inputs))
+            lora_a = jax.random.uniform(key, shape, jnp.float32, -bound, bound)
+        if cfg.takes_from_base:
+            lora_a = jnp.zeros_like(lora_a)
+        elif len(set(ranks)) > 1:
+            held = np.arange(max(ranks))[None] < np.array(ranks)[:, None]
+            lora_a = jnp.where(held.reshape(num_layers, *(1 for _ in inputs), -1), lora_a, 0.0)
+        adapter[name] = replace(
+            new_lora(cfg, name, (lora_a, lora_b), num_layers, cfg.dropout),
+            magnitude=jnp.zeros((num_layers, *outputs), jnp.float32) if cfg.use_dora else None,
+            initial=(jnp.zeros_like(lora_a), jnp.zeros_like(lora_b)) if cfg.takes_from_base else None,
         )
     return adapter
+
+
+def scaled(adapter: Adapter, scale: Any) -> Adapter:
+    """The adapter with `scale` in A and 1 as its own; the same product, and the same gradients."""
+
+    def fold(lora: Lora) -> Lora:
+        initial = None if lora.initial is None else (lora.initial[0] * scale, lora.initial[1])
+        return replace(lora, lora_a=lora.lora_a * scale, initial=initial, scale=1.0)
+
+    return {name: fold(part) if isinstance(part, Lora) else part for name, part in adapter.items()}
+
+
+def scales_to_scan(adapter: dict[str, Lora]) -> dict[str, Float[Array, "L"]]:
+    """The scales that differ between layers, for a scan over layers along with the adapter: see `at_layer`."""
+    return {name: jnp.array(lora.scale) for name, lora in adapter.items() if isinstance(lora.scale, tuple)}
+
+
+def at_layer(adapter: dict[str, Lora], scales: dict[str, Float[Array, ""]]) -> dict[str, Lora]:
+    """The adapter of one layer with its own scale of those that differ, a traced scalar."""
+    return {name: replace(lora, scale=scales.get(name, lora.scale)) for name, lora in adapter.items()}
 
 
 def project(
@@ -87,22 +180,70 @@ def project(
     A quantised weight is dequantised here, to the dtype of `x`, and nowhere else.
 
     The adapter's input dims are the ones that `equation` sums over. Dropout falls on the adapter's
-    input, as in PEFT. Result in the dtype of `x`.
+    input, as in PEFT; with DoRA that is the input of the base's share of the rescaling too. Result in the dtype of `x`.
 
     Args:
       weight: the projection's array, or its `jlora.quant.Quantized`.
       dropout_key: None when not training.
     """
+    y = _dense(equation, x, weight, lora)
+    if lora is None:
+        return y
+    dropped = x
+    if dropout_key is not None and lora.dropout > 0.0:
+        keep = jax.random.bernoulli(dropout_key, 1.0 - lora.dropout, x.shape)
+        dropped = jnp.where(keep, x / (1.0 - lora.dropout), jnp.zeros_like(x))
+    delta = _scaled(_low_rank(equation, dropped, lora.lora_a, lora.lora_b), lora)
+    if lora.magnitude is None:
+        return y + delta
+    ratio = lora.magnitude / jnp.maximum(weight_norm(weight, lora, x.dtype), jnp.finfo(jnp.float32).tiny)
+    if isinstance(lora.scale, Array):  # of one layer of many, perhaps one without an adapter
+        ratio = jnp.where(lora.scale == 0.0, 1.0, ratio)
+    ratio = ratio.reshape((1,) * (y.ndim - ratio.ndim) + ratio.shape)
+    rescaled = y if dropped is x else _dense(equation, dropped, weight, lora)
+    return y + (ratio - 1.0).astype(y.dtype) * rescaled + ratio.astype(y.dtype) * delta
+
+
+def _scaled(delta: Float[Array, "..."], lora: Lora) -> Float[Array, "..."]:
+    return delta * jnp.asarray(lora.scale, delta.dtype)
+
+
+def _dense(equation: str, x: Float[Array, "..."], weight: Leaf, lora: Lora | None) -> Float[Array, "..."]:
+    """x W, less the product of the initial factors: with PiSSA and OLoRA the adapter stands on W - scale * B0 A0.
+
+    W itself stays as it is, whole and shared: a residual rounded to bfloat16, or quantised, would be another base.
+    """
     if isinstance(weight, Quantized):
         y = checkpoint_name(quantized_einsum(equation, x, weight), QUANTIZED_PRODUCT)
     else:
         y = jnp.einsum(equation, x, weight.astype(x.dtype))
-    if lora is None:
+    if lora is None or lora.initial is None:
         return y
-    if dropout_key is not None and lora.dropout > 0.0:
-        keep = jax.random.bernoulli(dropout_key, 1.0 - lora.dropout, x.shape)
-        x = jnp.where(keep, x / (1.0 - lora.dropout), jnp.zeros_like(x))
-    return y + _low_rank(equation, x, lora.lora_a, lora.lora_b) * lora.scale
+    a, b = map(jax.lax.stop_gradient, lora.initial)
+    return y - _scaled(_low_rank(equation, x, a, b), lora)
+
+
+def weight_norm(weight: Leaf, lora: Lora, dtype: jnp.dtype) -> Float[Array, "..."]:
+    """Norm over the inputs of W + scale * B A, the output dims; float32 and without gradient (arXiv:2402.09353, 4.3).
+
+    From |W|^2 + 2 scale <W, B A> + scale^2 |B A|^2, by products of rank R: B A is never formed, which would take as
+    much memory as W in float32. The product with W costs what R more tokens would.
+
+    Args:
+      dtype: what a quantised W is dequantised to.
+    """
+    num_outputs = math.prod(lora.lora_b.shape[1:])
+    w = dequantize(weight, dtype).reshape(-1, num_outputs)
+    a, b = lora.lora_a, lora.lora_b
+    if lora.initial is not None:
+        a, b = jnp.concatenate([a, lora.initial[0]], -1), jnp.concatenate([b, -lora.initial[1]])
+    a, b = a.reshape(-1, a.shape[-1]), b.reshape(-1, num_outputs)
+    in_float32 = partial(jnp.matmul, preferred_element_type=jnp.float32)
+    of_w = jnp.sum(jnp.square(w.astype(jnp.float32)), axis=0)
+    mixed = jnp.sum(in_float32(a.T.astype(w.dtype), w) * b, axis=0)
+    of_ba = jnp.sum(in_float32(in_float32(a.T, a), b) * b, axis=0)
+    square = of_w + 2.0 * lora.scale * mixed + lora.scale**2 * of_ba
+    return jax.lax.stop_gradient(jnp.sqrt(jnp.maximum(square, 0.0)).reshape(lora.lora_b.shape[1:]))
 
 
 @dataclass(frozen=True)

@@ -2,20 +2,31 @@
 
 Never holds the base. A state is stored as a flat dict from tree path to array, so what is in a
 checkpoint can be listed by name and does not depend on Python classes.
+
+Orbax writes `STEP.saving`; once all of it is on the disk, with a manifest of its files, it is renamed to `STEP`: that
+is the commit. What another name than a step's is left by a process that was killed, and cleaned by the next.
 """
 
 import math
+import shutil
+import sys
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
-from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
-from jlora.errors import ModelError
+from jlora import distributed, manifest
+from jlora.errors import ConfigError, HostLost, ModelError
 
 Tree = Any
+
+SAVING, DELETING = ".saving", ".deleting"
+DEBRIS = (SAVING, DELETING, ".orbax-checkpoint-tmp")
+# Logs, the report and the file system's own needs, in a run folder.
+SPARE_BYTES = 4 * 2**20
 
 
 @dataclass(frozen=True)
@@ -33,41 +44,116 @@ class Checkpoints:
 
     def __init__(self, folder: Path, keep: int, read_only: bool = False):
         """Args: keep: newest checkpoints kept, beside the one with the lowest held-out loss."""
-
-        def score(metrics: dict[str, float]) -> float:
-            return -metrics["eval_loss"]
-
-        # By themselves, BestN keeps all that was never evaluated, and no metric is written unless best_fn is set.
-        best = BestN(get_metric_fn=score, n=1, keep_checkpoints_without_metrics=False)
-        self._manager = ocp.CheckpointManager(
-            folder.absolute(),
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=AnyPreservationPolicy([LatestN(keep), best]),
-                best_fn=score,
-                cleanup_tmp_directories=not read_only,
-                read_only=read_only,
-                create=not read_only,
-            ),
-            item_names=("state", "data", "identity"),
-        )
+        self._folder, self._keep, self._read_only = folder.absolute(), keep, read_only
+        self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler("state", "data", "identity"))
+        self._background = ThreadPoolExecutor(1, "commit")
+        self._pending: tuple[int, Future[None]] | None = None
+        if not read_only and distributed.is_main():
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._clean()
 
     def steps(self) -> list[int]:
         """Committed steps, oldest first."""
-        return sorted(self._manager.all_steps())
+        if not self._folder.is_dir():
+            return []
+        return sorted(int(path.name) for path in self._folder.iterdir() if path.name.isdecimal() and path.is_dir())
+
+    def fault(self, step: int) -> str | None:
+        """What is wrong with the files of a checkpoint; None if it is whole."""
+        return self._fault(step)
+
+    def newest_whole(self) -> int:
+        """The newest checkpoint whose files are as they were written, or 0 where none was ever committed.
+
+        Newer ones are moved to the run's `quarantine` folder (where this is not read-only), each with a line on stderr.
+
+        Raises:
+          ModelError: there are checkpoints, and none is whole.
+        """
+        faults: dict[int, str] = {}
+        for step in reversed(self.steps()):
+            found = self._fault(step)
+            if found is None:
+                for broken, reason in faults.items():
+                    went = "passed over" if self._read_only else f"moved to {self._quarantine(broken)}"
+                    print(
+                        f"warning: {self._folder}/{broken}: the checkpoint is damaged ({reason}) and {went}; "
+                        f"step {step} is taken",
+                        file=sys.stderr,
+                    )
+                return step
+            faults[step] = found
+        if faults:
+            reasons = "; ".join(f"{step}: {reason}" for step, reason in faults.items())
+            raise ModelError(
+                f"{self._folder}: no checkpoint is whole ({reasons}); bring one back, or delete it to start anew"
+            )
+        return 0
+
+    def require_room(self, state: Tree, saves: int) -> None:
+        """Refuse a run whose checkpoints would not fit on the disk; asked by all processes, answered by the first.
+
+        Args:
+          saves: checkpoints that are still to be written. The exported adapter takes less than one of them.
+
+        Raises:
+          ConfigError: with what is needed and what is free.
+        """
+        if not distributed.is_main() or not saves:
+            return
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+        there = len(self.steps())
+        # The newest, the best, and the one that is being written.
+        more = max(1, min(there + saves, self._keep + 2) - there)
+        need, free = (more + 1) * size + SPARE_BYTES, shutil.disk_usage(self._folder).free
+        if need > free:
+            raise ConfigError(
+                f"output_dir {self._folder.parent}: {free / 2**20:,.0f} MiB are free, and {more} more checkpoints of "
+                f"{size / 2**20:,.0f} MiB and the adapter may take {need / 2**20:,.0f} MiB; make room, lower "
+                "training.keep_checkpoints, or set another"
+            )
 
     def save(
         self, step: int, state: Tree, data: dict[str, Any], identity: dict[str, Any], eval_loss: float | None
     ) -> None:
-        """Save in the background; returns once the state is copied from the devices."""
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(flatten(state)),
-                data=ocp.args.JsonSave(data),
-                identity=ocp.args.JsonSave(identity),
-            ),
-            metrics=None if eval_loss is None or not math.isfinite(eval_loss) else {"eval_loss": eval_loss},
+        """Save in the background; returns once the state is copied from the devices.
+
+        Raises:
+          ConfigError: this save, or the one before, failed; see `wait`.
+        """
+        self.wait()
+        items = ocp.args.Composite(
+            state=ocp.args.StandardSave(flatten(state)),
+            data=ocp.args.JsonSave(data),
+            identity=ocp.args.JsonSave(identity),
         )
+        try:
+            self._checkpointer.save(self._folder / f"{step}{SAVING}", args=items)
+        except Exception as error:
+            raise self._explain(step, error) from error
+        facts = {"step": step, "eval_loss": eval_loss if eval_loss is None or math.isfinite(eval_loss) else None}
+        self._pending = step, self._background.submit(self._commit, step, facts)
+
+    def check(self) -> None:
+        """Raise what a background save raised, if it is over; called after every step."""
+        if self._pending is not None and self._pending[1].done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Until every save is committed.
+
+        Raises:
+          ConfigError: a background save failed; which, why, and which checkpoint stays.
+          HostLost: it waited for a process of the job that is gone.
+        """
+        if self._pending is None:
+            return
+        step, saved = self._pending
+        self._pending = None
+        try:
+            saved.result()
+        except Exception as error:
+            raise self._explain(step, error) from error
 
     def identity(self, step: int) -> dict[str, Any]:
         """The identity of the run that wrote a checkpoint."""
@@ -91,23 +177,96 @@ class Checkpoints:
         state = jax.tree.unflatten(jax.tree.structure(like), leaves)
         return Restored(step, state, restored["data"], restored["identity"])
 
-    def wait(self) -> None:
-        """Until every save is committed; raises what a background save raised."""
-        self._manager.wait_until_finished()
-
     def close(self) -> None:
         """Wait, then let go of the folder."""
-        self._manager.close()
+        try:
+            self.wait()
+        finally:
+            self._background.shutdown()
+            self._checkpointer.close()
+
+    def _commit(self, step: int, facts: dict[str, Any]) -> None:
+        """In the background: what Orbax has written becomes a checkpoint, and older ones go."""
+        self._checkpointer.wait_until_finished()
+        if not distributed.is_main():
+            return
+        saving, final = self._folder / f"{step}{SAVING}", self._folder / str(step)
+        manifest.write(saving, facts)
+        saving.rename(final)
+        manifest.sync_folder(self._folder)
+        found = self._fault(step, cached=False)
+        if found is not None:
+            raise OSError(None, f"{found} on reading it back; moved to {self._quarantine(step)}")
+        for old in self.steps():
+            if old not in self._kept(step):
+                self._delete(self._folder / str(old))
+
+    def _kept(self, newest: int) -> set[int]:
+        steps = [step for step in self.steps() if step <= newest]
+        losses = {}
+        for step in steps:
+            try:
+                losses[step] = manifest.read(self._folder / str(step))["eval_loss"]
+            except (OSError, ValueError):  # damaged meanwhile; it goes when its turn comes
+                continue
+        evaluated = [step for step, loss in losses.items() if loss is not None]
+        # Of equal ones the newest.
+        best = min(reversed(evaluated), key=lambda step: losses[step], default=newest)
+        return {*steps[-self._keep :], best}
+
+    def _fault(self, step: int, cached: bool = True) -> str | None:
+        folder = self._folder / str(step)
+        found = manifest.fault(folder, cached)
+        if found is None and manifest.read(folder)["step"] != step:
+            found = f"it is that of step {manifest.read(folder)['step']}"
+        return found
+
+    def _quarantine(self, step: int) -> Path:
+        folder = self._folder.parent / "quarantine"
+        folder.mkdir(exist_ok=True)
+        taken = [path.name for path in folder.iterdir()]
+        names = [str(step), *(f"{step}.{number}" for number in range(1, len(taken) + 1))]
+        target = folder / next(name for name in names if name not in taken)
+        return (self._folder / str(step)).rename(target)
+
+    def _clean(self) -> None:
+        for path in self._folder.iterdir():
+            if any(mark in path.name for mark in DEBRIS):
+                shutil.rmtree(path)
+
+    def _delete(self, path: Path) -> None:
+        # A folder that is half deleted has another name than a checkpoint.
+        shutil.rmtree(path.rename(path.with_name(path.name + DELETING)))
 
     def _restore(self, step: int, **items: Any) -> Any:
         try:
-            return self._manager.restore(step, args=ocp.args.Composite(**items))
+            return self._checkpointer.restore(self._folder / str(step), args=ocp.args.Composite(**items))
         except (ValueError, KeyError, TypeError, OSError) as error:
             reason = " ".join(str(error).split())[:200]
             raise ModelError(
-                f"{self._manager.directory}/{step}: the checkpoint can not be restored ({reason}); delete this "
+                f"{self._folder}/{step}: the checkpoint can not be restored ({reason}); delete this "
                 "step's folder to go on from an earlier one"
             ) from None
+
+    def _explain(self, step: int, error: Exception) -> Exception:
+        """What a failed save is to a user; the error itself where it is a bug of ours."""
+        reason = " ".join(str(error).split())[:200]
+        if distributed.several() and isinstance(error, TimeoutError | jax.errors.JaxRuntimeError):
+            return HostLost(
+                f"checkpoint {step} could not be saved with all processes of the job ({reason}); run the same command "
+                "again to go on from the last checkpoint"
+            )
+        # TensorStore's own are ValueErrors and RuntimeErrors.
+        if not isinstance(error, OSError | ValueError | RuntimeError):
+            return error
+        if isinstance(error, OSError):
+            reason = error.strerror or reason
+        kept = [old for old in self.steps() if old != step]
+        stays = f"checkpoint {kept[-1]} stays" if kept else "there is no earlier one"
+        return ConfigError(
+            f"{self._folder}/{step}: the checkpoint could not be saved ({reason}); {stays}; make room or way there, "
+            "then run the same command again to go on"
+        )
 
 
 def flatten(tree: Tree) -> dict[str, Any]:

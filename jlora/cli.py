@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 from jlora import distributed, xla
 from jlora.errors import ConfigError, HostLost, MemoryExceeded, UserError
+from jlora.redaction import redact
 
 # Before transformers is imported: it reports at every start that PyTorch is not there, which it need not be.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -24,7 +25,7 @@ PREEMPTED = 75
 # What is wrong with the user's disk, not with us.
 FILE_ERRORS = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM),
-    *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST),
+    *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP),
 )
 # How XLA says it, on accelerators and on the CPU.
 OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "Out of memory")
@@ -34,14 +35,14 @@ class Parser(argparse.ArgumentParser):
     """Bad usage is one line on stderr, like every other error."""
 
     def error(self, message: str) -> NoReturn:
-        print(f"error: {message}; see {self.prog} --help", file=sys.stderr)
+        print(f"error: {redact(message)}; see {self.prog} --help", file=sys.stderr)
         sys.exit(ConfigError.exit_code)
 
 
 def run(command: Callable[[], int | None]) -> None:
     """Run a command's body and exit: a `UserError` becomes one line on stderr and its exit code."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax logs its every step
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs its every step, and tracebacks of failed saves
     logging.getLogger("tensorboardX").setLevel(logging.ERROR)  # it warns of every loss that is not finite
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # what else fails once Orbax has met a damaged file
     sys.unraisablehook = _unraisable
@@ -63,7 +64,7 @@ def run(command: Callable[[], int | None]) -> None:
                 raise
             traceback.print_exc()
         code = known.exit_code if known else 1
-        sentence = " ".join(str(known or error).splitlines())
+        sentence = redact(" ".join(str(known or error).splitlines()))
         if known:
             print(f"error: {sentence}", file=sys.stderr)
     if distributed.several() and code not in (0, PREEMPTED):

@@ -8,6 +8,7 @@ compiler each time, never from JAX's persistent cache: see `jlora.fitting.fresh`
 import math
 import re
 import time
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,22 +17,30 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jlora import attention, optim
-from jlora.adapter import init_adapter
 from jlora.config import Config
 from jlora.counts import collective_bytes, count_flops
-from jlora.divides import check_divides
+from jlora.divides import check_batch_split, check_divides
 from jlora.errors import MemoryExceeded
 from jlora.fitting import HEADROOM, fastest_that_fits, fresh, peak_bytes
 from jlora.hf.architecture import parse_config
 from jlora.hf.base import open_source, resolve
+from jlora.initial import check_options, new_adapter
 from jlora.layouts import with_settings
-from jlora.model import Decoder, LlamaConfig, abstract_decoder, projection_shapes
+from jlora.model import Decoder, LlamaConfig, abstract_decoder
 from jlora.quant import is_quantized, map_axes
 from jlora.roofline import estimate
 from jlora.sharding import make_mesh, named_sharding
-from jlora.step import Forward, abstract_state, count_parameters, make_train_step, place_adapter
+from jlora.step import (
+    Forward,
+    abstract_state,
+    count_parameters,
+    count_trained,
+    make_forward,
+    make_train_step,
+    param_dtype,
+    place_adapter,
+)
 from jlora.topology import Target, compiling_for
-from jlora.train import check_batch_split, make_forward, param_dtype
 
 # Named shapes, for a plan without any file of the model.
 SHAPES = {
@@ -59,6 +68,7 @@ def model_shape(path: str) -> LlamaConfig:
         rope_scaling=None,
         sliding_window=None,
         tie_word_embeddings=False,
+        biased=(),
     )
 
 
@@ -82,7 +92,8 @@ def abstract_step(
     base = place_base(abstract_decoder(model, param_dtype(cfg), cfg.model.quantization), mesh)
     adapter = {}
     if cfg.method == "lora":
-        make = partial(init_adapter, cfg.lora, projection_shapes(model), model.num_hidden_layers, 0)
+        check_options(cfg.lora, model)
+        make = partial(new_adapter, cfg.lora, model, 0)
         adapter = place_adapter(jax.eval_shape(make), model, mesh)
     params = {"adapter": adapter, "base": base}
     labels = optim.labels(params, cfg.method)
@@ -108,7 +119,7 @@ def step_flops(cfg: Config, model: LlamaConfig, mesh: jax.sharding.Mesh, forward
 
     Kernels hide their products, so they are counted over the reference attention.
     """
-    counted = Forward(attention.reference, forward.remat, forward.dtype)
+    counted = replace(forward, attention=attention.reference)
     step, arguments, _ = abstract_step(cfg, model, mesh, counted)
     return count_flops(jax.make_jaxpr(step)(*arguments).jaxpr)
 
@@ -175,7 +186,7 @@ def plan(cfg: Config, target: Target, model: LlamaConfig | None = None, flops: f
                 arguments_bytes, temp, offloaded = bytes_per_device((state, frozen, batch)), None, None
                 peak = _wanted_bytes(str(error), arguments_bytes)
     tokens = cfg.training.batch_size * cfg.data.max_length
-    trained = count_parameters(state.trained)
+    trained = count_trained(state.trained)
     total = count_parameters(params)
     base_bytes = bytes_per_device(params["base"])
     time_estimate = None

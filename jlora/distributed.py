@@ -18,6 +18,8 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -64,8 +66,12 @@ def expected(cfg: DistributedSection) -> bool:
     return cfg.num_processes > 1 if cfg.num_processes is not None else detected()
 
 
-def supervise() -> None:
-    """Go on in a child process; its parent waits, passes signals on, and explains an end that Python did not see."""
+def supervise(stopped_seconds: float) -> None:
+    """Go on in a child process; its parent waits, passes signals on, and explains an end that Python did not see.
+
+    Args:
+      stopped_seconds: a child that is stopped (SIGSTOP) for longer is ended; the job has given it up by then.
+    """
     global _board
     _board = mmap.mmap(-1, 4096)
     child = os.fork()
@@ -75,17 +81,20 @@ def supervise() -> None:
         return
 
     def pass_on(number: int, frame: Any) -> None:
-        os.kill(child, number)
+        with suppress(ProcessLookupError):  # it has just ended
+            os.kill(child, number)
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, pass_on)
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    code, was_stopped = _wait_for(child, stopped_seconds)
     if code < 0:
         stood = _board[:].rstrip(b"\0").decode() or "at its start"
         name = signal.Signals(-code).name
         why = {
             signal.SIGABRT: "another process of the job was lost, or could not be reached in time",
-            signal.SIGKILL: "somebody killed it, or the host ran out of memory",
+            signal.SIGKILL: f"it was stopped for {stopped_seconds:.0f} s (distributed.host_timeout)"
+            if was_stopped
+            else "somebody killed it, or the host ran out of memory",
         }.get(signal.Signals(-code), "it crashed")
         print(
             f"error: {socket.gethostname()}: ended by {name} {stood}: {why}; see the logs of all processes, then "
@@ -95,6 +104,25 @@ def supervise() -> None:
         code = HostLost.exit_code
     sys.stderr.flush()
     os._exit(code)
+
+
+def _wait_for(child: int, stopped_seconds: float) -> tuple[int, bool]:
+    """Exit code of a child, and whether it was ended for being stopped too long."""
+    since = math.inf
+    while True:
+        look = os.WUNTRACED | os.WCONTINUED | (0 if since == math.inf else os.WNOHANG)
+        pid, status = os.waitpid(child, look)
+        if pid == 0:
+            if time.monotonic() - since > stopped_seconds:
+                os.kill(child, signal.SIGKILL)
+                return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), True
+            time.sleep(0.1)
+        elif os.WIFSTOPPED(status):
+            since = time.monotonic()
+        elif os.WIFCONTINUED(status):
+            since = math.inf
+        else:
+            return os.waitstatus_to_exitcode(status), False
 
 
 def stands(text: str) -> None:
@@ -201,6 +229,18 @@ def least(value: int) -> int:
         return value
     found = multihost_utils.process_allgather(np.asarray([value // 2**20], np.int32))  # JAX has no wider one
     return int(found.min()) * 2**20
+
+
+def from_first(name: str, make: Callable[[], Any]) -> Any:
+    """What process 0 makes, a JSON value, in every process; each name counts once."""
+    if not several():
+        return make()
+    client, key = _client(), f"jlora/first/{name}"
+    if is_main():
+        value = make()
+        client.key_value_set(key, json.dumps(value))
+        return value
+    return json.loads(client.blocking_key_value_get(key, 24 * 3600 * 1000))
 
 
 def require_agreement(stage: str, error: type[UserError], items: dict[str, Any]) -> None:

@@ -69,3 +69,14 @@ def check_divides(model: LlamaConfig, mesh: Mesh, cfg: Config) -> None:
             raise ConfigError(f"mesh.{axis}={size} does not divide {', '.join(uneven)}; {listed} would")
     for cut in input_cuts(model, mesh.shape):
         quant.check_shards(cfg.model.quantization, *cut)
+
+
+def check_batch_split(cfg: Config, mesh: Mesh) -> None:
+    """Every micro-batch must split evenly over the devices that share a batch."""
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    rows = cfg.training.batch_size // cfg.training.gradient_accumulation_steps
+    if rows % shards:
+        raise ConfigError(
+            f"training.batch_size / gradient_accumulation_steps = {rows} rows can not be split over {shards} "
+            f"devices (data x fsdp); make it a multiple of {shards}"
+        )

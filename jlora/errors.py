@@ -36,7 +36,13 @@ class MemoryExceeded(UserError):
 
 
 class NonFiniteError(UserError):
-    """Loss or gradients were not finite more often than the configured limit."""
+    """More steps than the configured limit were skipped, for what was not finite or for a spike of the loss."""
+
+    exit_code = 6
+
+
+class NothingTrained(UserError):
+    """A run came to its end, and no step of it changed what it trains."""
 
     exit_code = 6
 

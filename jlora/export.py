@@ -4,6 +4,7 @@ Every export proves itself before it is called done: what was written is read ba
 compared with the run's own.
 """
 
+import math
 import os
 import shutil
 import sys
@@ -16,20 +17,23 @@ import jax
 import jax.numpy as jnp
 
 from jlora import attention, cli, optim, verify
-from jlora.adapter import Adapter, init_adapter
+from jlora.adapter import Adapter
 from jlora.checkpoint import Checkpoints
+from jlora.combine import COMBINATIONS, combine_adapters
 from jlora.config import Config
+from jlora.data import read_data
 from jlora.errors import ConfigError, DataError, ModelError
 from jlora.evaluate import Evaluator
+from jlora.folders import inside
 from jlora.generate import one_device_mesh
 from jlora.gguf import GGUFFile
 from jlora.hf.base import open_source
 from jlora.hf.load import load_base
-from jlora.hf.merged import add_adapter, merged_tensor, save_checkpoint, trained_tensor
-from jlora.model import Decoder, projection_shapes
-from jlora.pretrained import Pretrained, load_pretrained, open_pretrained, run_config
+from jlora.hf.merged import add_adapter, merged_tensor, save_checkpoint, trained_tensor, untied
+from jlora.initial import new_adapter
+from jlora.model import Decoder
+from jlora.pretrained import Pretrained, load_pretrained, open_adapter, open_pretrained, run_config
 from jlora.step import Forward, init_state, place_adapter
-from jlora.train import read_data
 
 # The proof is in float32, where rounding can not hide a mistake.
 PROOF_DTYPE = jnp.dtype("float32")
@@ -50,7 +54,10 @@ def restore(
     if not steps or (step is not None and step not in steps):
         wanted = "checkpoint" if step is None else f"checkpoint of step {step}"
         raise ModelError(f"{run_dir}: holds no {wanted}; it has {', '.join(map(str, steps)) or 'none'}")
-    step = steps[-1] if step is None else step
+    if step is None:
+        step = checkpoints.newest_whole()
+    elif (found := checkpoints.fault(step)) is not None:
+        raise ModelError(f"{run_dir}/checkpoints/{step}: the checkpoint is damaged ({found}); export another step")
     saved = checkpoints.identity(step)["hashes"]["base"]
     if saved != pretrained.base_hash:
         raise ModelError(
@@ -60,8 +67,7 @@ def restore(
     model = pretrained.base.cfg
     adapter: Adapter = {}
     if cfg.method == "lora":
-        adapter = init_adapter(cfg.lora, projection_shapes(model), model.num_hidden_layers, cfg.training.seed)
-        adapter = place_adapter(adapter, model, mesh)
+        adapter = place_adapter(new_adapter(cfg.lora, model, cfg.training.seed), model, mesh)
     params = {"adapter": adapter, "base": pretrained.base}
     labels = optim.labels(params, cfg.method)
     state = init_state(params, optim.make_optimizer(cfg.optimizer, 1, labels), cfg, mesh)
@@ -89,7 +95,8 @@ def export_full(
             return add_adapter(trained_tensor(base, entry), entry, adapter)
         return merged_tensor(source, entry, name, adapter)
 
-    save_checkpoint(folder, base.cfg, tensor, source.config, dtype, partial(add_tokenizer, pretrained))
+    shape, config = untied(base.cfg, source.config, adapter)
+    save_checkpoint(folder, shape, tensor, config, dtype, partial(add_tokenizer, pretrained))
     expected = verify.probe_logits(base, adapter, PROOF_DTYPE)
     with verify.removed_if_wrong(folder):
         written, _ = load_base(open_source(folder), str(folder), PROOF_DTYPE, one_device_mesh())
@@ -127,7 +134,9 @@ def add_tokenizer(pretrained: Pretrained, folder: Path) -> None:
     """The tokenizer's own files, and the generation config, beside the weights."""
     if isinstance(pretrained.source, GGUFFile) and not pretrained.tokenizer.files:
         pretrained.source.tokenizer().save_pretrained(folder)
-    files = [*pretrained.tokenizer.files, pretrained.path / "generation_config.json"]
+    files = list(pretrained.tokenizer.files)
+    if pretrained.path.is_dir():
+        files.append(inside(pretrained.path, "generation_config.json"))
     for file in files:
         if file.is_file():
             shutil.copyfile(file, folder / file.name)
@@ -142,14 +151,7 @@ def export(run_dir: Path, out: Path, step: int | None, merge: bool, dtype: str |
     cfg = run_config(run_dir)
     if cfg is None:
         raise ModelError(f"{run_dir}: not a run folder (it has no config.yaml)")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"--out {out}: exists and is not an empty folder; name a new one")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"--out {out}: {out.parent} can not be made ({error.strerror}); name another") from None
-    if not os.access(out.parent, os.W_OK):
-        raise ConfigError(f"--out {out}: {out.parent} can not be written to; name another")
+    require_new_folder(out)
     full = merge or cfg.method == "full"
     if peft and full:
         raise ConfigError("--verify loads an adapter in PEFT; leave --merge out")
@@ -171,10 +173,66 @@ def export(run_dir: Path, out: Path, step: int | None, merge: bool, dtype: str |
     return result
 
 
+def require_new_folder(out: Path) -> None:
+    """Something can be written to `--out`, and nothing lies there."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"--out {out}: exists and is not an empty folder; name a new one")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out {out}: {out.parent} can not be made ({error.strerror}); name another") from None
+    if not os.access(out.parent, os.W_OK):
+        raise ConfigError(f"--out {out}: {out.parent} can not be written to; name another")
+
+
+def export_combined(
+    weighted: list[str], how: str, rank: int | None, base: str | None, out: Path, dtype: jnp.dtype = PROOF_DTYPE
+) -> dict[str, Any]:
+    """Several adapters of one base as one PEFT folder.
+
+    Args:
+      weighted: FOLDER=WEIGHT of each adapter.
+
+    Raises:
+      ConfigError, ModelError: see `jlora.combine`; or no base, or a weight that is no number.
+    """
+    if base is None:
+        raise ConfigError("--adapters needs --base, the base that they were trained on")
+    if rank is not None and (how != "svd" or rank < 1):
+        raise ConfigError(f"--rank {rank} is the rank of --combination svd, a positive number; leave it out")
+    require_new_folder(out)
+    folders, weights = [], []
+    for one in weighted:
+        folder, _, weight = one.rpartition("=")
+        try:
+            weights.append(float(weight))
+        except ValueError:
+            raise ConfigError(f"--adapters {one}: must be FOLDER=WEIGHT, such as runs/a=0.7") from None
+        if not folder or folder in folders or not math.isfinite(weights[-1]):
+            raise ConfigError(f"--adapters {one}: each folder is named once, with a finite weight")
+        folders.append(folder)
+    mesh = one_device_mesh()
+    with jax.set_mesh(mesh):
+        pretrained = load_pretrained(open_pretrained(base, None, None), dtype, mesh)
+        adapters = {folder: open_adapter(folder, pretrained) for folder in folders}
+        adapter, section = combine_adapters(adapters, weights, how, rank)
+        placed = place_adapter(adapter, pretrained.base.cfg, mesh)
+        difference = verify.export_adapter(out, placed, section, base, pretrained, dtype, mesh)
+    result = {"out": str(out), "kind": "adapter", "combination": how, "rank": section.rank}
+    return result | {"logits_relative_difference": difference}
+
+
 def main() -> None:
     """Command line."""
     parser = cli.Parser(prog="python -m jlora.export", description="Export a run.")
-    parser.add_argument("--run", required=True, help="run folder")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--run", help="run folder")
+    source.add_argument("--adapters", nargs="+", metavar="FOLDER=WEIGHT", help="adapters of one base, to be made one")
+    parser.add_argument("--base", help="the base of --adapters")
+    parser.add_argument(
+        "--combination", choices=COMBINATIONS, default="cat", help="of --adapters (default %(default)s)"
+    )
+    parser.add_argument("--rank", type=int, help="of --combination svd; default: the adapters' largest")
     parser.add_argument("--step", type=int, help="checkpoint; default: the newest")
     parser.add_argument("--out", required=True, help="new folder to write")
     parser.add_argument("--merge", action="store_true", help="a full checkpoint with the adapter merged in")
@@ -185,6 +243,15 @@ def main() -> None:
     args = parser.parse_args()
 
     def body() -> None:
+        if args.adapters:
+            if args.merge or args.verify or args.step is not None or args.dtype:
+                raise ConfigError("--adapters makes an adapter; leave --merge, --verify, --step and --dtype out")
+            result = export_combined(args.adapters, args.combination, args.rank, args.base, Path(args.out))
+            if args.json:
+                cli.print_json(result)
+            elif not args.quiet:
+                print(f"{result['out']}: {len(args.adapters)} adapters as one of rank {result['rank']}, read back")
+            return
         result = export(Path(args.run), Path(args.out), args.step, args.merge, args.dtype, args.verify)
         if args.json:
             cli.print_json(result)

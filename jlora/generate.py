@@ -115,7 +115,7 @@ def prefill(
         num_out=jnp.zeros((), jnp.int32),
         key=key,
     )
-    return _take(state, base.logits(hidden[:, -1:])[:, 0], stop_ids, sampling)
+    return _take(state, base.logits(hidden[:, -1:], adapter)[:, 0], stop_ids, sampling)
 
 
 @partial(jax.jit, static_argnames=("kernel", "sampling"), donate_argnames=("state",))
@@ -144,7 +144,7 @@ def decode(
             attention=kernel,
         )
         moved = Decoding(cache, state.last, state.lengths, state.ended, state.out, state.num_out, state.key)
-        return _take(moved, base.logits(hidden)[:, 0], stop_ids, sampling)
+        return _take(moved, base.logits(hidden, adapter)[:, 0], stop_ids, sampling)
 
     return jax.lax.while_loop(running, one, state)
 
@@ -263,7 +263,7 @@ def read_prompts(args: argparse.Namespace, format: str) -> list[Row]:
         return rows
     if format == "messages":
         return [Row("--prompt", {"messages": [{"role": "user", "content": args.prompt}]})]
-    return [Row("--prompt", {{"alpaca": "instruction", "completion": "prompt", "text": "text"}[format]: args.prompt})]
+    return [Row("--prompt", {{"alpaca": "instruction", "text": "text"}.get(format, "prompt"): args.prompt})]
 
 
 def answer_rows(args: argparse.Namespace, run: Any, section: DataSection, pretrained: Pretrained) -> None:

@@ -291,6 +291,8 @@ class GGUFFile:
         """`shapes`, and the GGUF name for each, after checking that the file has exactly these."""
         c = self.config
         d, ffn, layers = c["hidden_size"], c["intermediate_size"], c["num_hidden_layers"]
+        if layers > max(1000, len(self._tensors)):  # before a table of so many layers is made
+            raise self._error(f"says {layers} layers but has {len(self._tensors)} tensors", _CONVERT)
         q, kv = (c[key] * c["head_dim"] for key in ("num_attention_heads", "num_key_value_heads"))
         layer: dict[str, tuple[int, ...]] = {
             "self_attn.q_proj": (q, d), "self_attn.k_proj": (kv, d), "self_attn.v_proj": (kv, d),

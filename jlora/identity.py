@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from jlora.config import Config
+from jlora.config import Config, nearest
 from jlora.data import Dataset
-from jlora.errors import ModelError
+from jlora.errors import ConfigError, ModelError
 from jlora.pretrained import Pretrained
 
 # Keys that may differ between a run and its continuation: they do not change what is computed.
@@ -20,7 +20,7 @@ FREE_KEYS = {
     "training.wandb",
 }
 # Where a run is computed changes nothing but the order in which devices add numbers.
-FREE_SECTIONS = ("mesh.", "distributed.")
+FREE_SECTIONS = ("mesh.", "distributed.", "resume.")
 
 
 def run_identity(cfg: Config, pretrained: Pretrained, train_data: Dataset, eval_data: Dataset | None) -> dict[str, Any]:
@@ -47,16 +47,34 @@ def flatten_config(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def check_identity(run_dir: Path, saved: dict[str, Any], current: dict[str, Any]) -> None:
-    """Refuse to go on from a checkpoint of another run, saying what differs."""
-    differences = [
-        f"{part}.{key}: {saved[part].get(key)!r} -> {current[part].get(key)!r}"
-        for part in ("config", "hashes")
-        for key in sorted(saved[part].keys() | current[part].keys())
-        if saved[part].get(key) != current[part].get(key)
-    ]
-    if differences:
+def check_identity(
+    run_dir: Path, step: int, saved: dict[str, Any], current: dict[str, Any], allowed: list[str]
+) -> list[dict[str, Any]]:
+    """The run's history, of what was changed on the way; refuses to go on from a checkpoint of another run.
+
+    Args:
+      step: of the checkpoint. allowed: names such as config.optimizer.learning_rate that may differ.
+
+    Returns:
+      one entry for each start that changed something: `step`, and `changes`, name -> [from, to].
+
+    Raises:
+      ModelError: saying what differs. ConfigError: `allowed` holds a name that there is not.
+    """
+    before, now = _named(saved), _named(current)
+    known = before.keys() | now.keys()
+    for name in allowed:
+        if name not in known:
+            raise ConfigError(f"resume.allow_changes holds '{name}'{nearest(name, sorted(known))}")
+    changes = {name: [before.get(name), now.get(name)] for name in sorted(known) if before.get(name) != now.get(name)}
+    refused = [f"{name}: {old!r} -> {new!r}" for name, (old, new) in changes.items() if name not in allowed]
+    if refused:
         raise ModelError(
-            f"{run_dir}: holds a checkpoint of another run ({'; '.join(differences)}); undo the change, or "
-            "set another output_dir"
+            f"{run_dir}: holds a checkpoint of another run ({'; '.join(refused)}); undo the change, set "
+            "another output_dir, or name it in resume.allow_changes"
         )
+    return saved.get("history", []) + ([{"step": step, "changes": changes}] if changes else [])
+
+
+def _named(identity: dict[str, Any]) -> dict[str, Any]:
+    return {f"{part}.{key}": value for part in ("config", "hashes") for key, value in identity[part].items()}

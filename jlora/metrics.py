@@ -23,6 +23,10 @@ from jlora.errors import ConfigError, NonFiniteError
 # Lines of a log file come this often where no terminal shows a bar.
 PLAIN_LINE_SECONDS = 10.0
 
+# What a step was skipped for, by its metric `skip`; and how many of its rows a sentence names.
+SKIPS = (None, "the loss, the gradients or the update are not finite", "the loss is a spike")
+NAMED_ROWS = 8
+
 
 class MetricsLog:
     """Appends one JSON object a logged step, and mirrors its numbers to TensorBoard and W&B."""
@@ -47,8 +51,12 @@ class MetricsLog:
         """Log one object; `step` is its x value."""
         if not self._main:
             return
-        self._stream.write(strict_json(line) + "\n")
-        self._stream.flush()
+        try:
+            self._stream.write(strict_json(line) + "\n")
+            self._stream.flush()
+        except OSError as error:  # a stream does not say which file it is
+            error.filename = str(self._path)
+            raise
         numbers = {k: v for k, v in line.items() if k != "step" and isinstance(v, int | float)}
         for name, value in numbers.items():
             self._tensorboard.add_scalar(name, value, line["step"])
@@ -110,9 +118,9 @@ class ProgressLine:
             self._task = self._bar.add_task("train", total=total, completed=start, text="")
             self._bar.start()
 
-    def update(self, step: int, loss: float, tokens_per_second: float) -> None:
-        """Show a step's figures."""
-        text = f"loss {loss:.4f}  {tokens_per_second:,.0f} tokens/s"
+    def update(self, step: int, losses: list[float], tokens_per_second: float) -> None:
+        """Show a step's figures; several losses are those of a sweep's runs."""
+        text = f"loss {' '.join(f'{loss:.4f}' for loss in losses)}  {tokens_per_second:,.0f} tokens/s"
         if self._bar is not None:
             self._bar.update(self._task, completed=step, text=text)
             return
@@ -156,6 +164,7 @@ class StepMeter:
         self.tokens = 0  # not padding, since this process started
         self.tokens_before = epochs.tokens_at(start)
         self._log, self._progress, self._epochs, self._cfg, self._num_steps = log, progress, epochs, cfg, num_steps
+        self.loss = math.nan  # of the last step settled
         self._pending: tuple[int, dict[str, jax.Array], int] | None = None
         self._logged_tokens = 0
         self._began = self._clock = self._ended = time.monotonic()
@@ -181,20 +190,30 @@ class StepMeter:
         step, metrics, tokens = self._pending
         self._pending = None
         values = {name: value.item() for name, value in metrics.items()}
+        skip = SKIPS[values.pop("skip")]
+        rows = self._epochs.places_in(step - 1) if skip else []
         self._ended = now = time.monotonic()
-        if step % self._cfg.log_every == 0 or step == self._num_steps:
+        self.loss = values["loss"]
+        if step % self._cfg.log_every == 0 or step == self._num_steps or skip:
             rate = (tokens - self._logged_tokens) / (now - self._clock)
             self._clock, self._logged_tokens = now, tokens
             total = self.tokens_before + tokens
             line = {"step": step, "epoch": self._epochs.epoch_at(step), **values}
+            if skip:
+                line |= {"skipped": skip, "rows": rows}
             self._log.write(line | {"tokens": total, "tokens_per_second": rate})
-            self._progress.update(step, values["loss"], rate)
-        if values["skipped_steps"] > self._cfg.max_nonfinite_steps:
+            self._progress.update(step, [self.loss], rate)
+        if not skip:
+            return
+        more = f" and {len(rows) - NAMED_ROWS} more" if len(rows) > NAMED_ROWS else ""
+        cause = f"step {step}: {skip} (loss {values['loss']:.4g}), on rows {', '.join(rows[:NAMED_ROWS])}{more}"
+        limit = self._cfg.max_nonfinite_steps
+        if values["skipped_steps"] > limit:
             raise NonFiniteError(
-                f"step {step}: loss or gradients were not finite in {values['skipped_steps']} steps, more than "
-                f"training.max_nonfinite_steps={self._cfg.max_nonfinite_steps}; lower optimizer.learning_rate "
-                "or look at the data"
+                f"{cause}; {values['skipped_steps']} steps were skipped, more than training.max_nonfinite_steps="
+                f"{limit}; lower optimizer.learning_rate or look at the rows"
             )
+        self._progress.say(f"{cause}; skipped ({values['skipped_steps']} of at most {limit})")
 
     @contextmanager
     def paused(self) -> Iterator[None]:

@@ -4,9 +4,12 @@ Owns the shapes and logical axes of the weights and the forward pass. Knows noth
 losses or optimizers. A module is a pytree, so it passes through `jax.jit` and `jax.grad` as it is.
 """
 
+import math
+import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +17,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from jlora.adapter import Adapter, layer_keys, project
+from jlora.adapter import Adapter, Lora, Saved, at_layer, layer_keys, project, scales_to_scan
 from jlora.attention import Attention
 from jlora.layers import rms_norm
 from jlora.quant import in_turn, quantize
@@ -39,6 +42,11 @@ class LlamaConfig:
     rope_scaling: RopeScaling | None
     sliding_window: int | None
     tie_word_embeddings: bool
+    biased: tuple[str, ...]  # projections that have a bias
+
+
+# Input dims of a projection: heads and head_dim; every other one has one.
+NUM_INPUTS = {"o_proj": 2}
 
 
 @dataclass(frozen=True)
@@ -50,10 +58,10 @@ class Weight:
 
 
 def block_weights(cfg: LlamaConfig) -> dict[str, Weight]:
-    """The weights of one layer, in the order of their use."""
+    """The weights of one layer, in the order of their use, then the biases."""
     d, f, h = cfg.hidden_size, cfg.intermediate_size, cfg.head_dim
     n, k = cfg.num_attention_heads, cfg.num_key_value_heads
-    return {
+    weights = {
         "input_layernorm": Weight((d,), ("embed",)),
         "q_proj": Weight((d, n, h), ("embed", "heads", "head_dim")),
         "k_proj": Weight((d, k, h), ("embed", "kv_heads", "head_dim")),
@@ -64,6 +72,10 @@ def block_weights(cfg: LlamaConfig) -> dict[str, Weight]:
         "up_proj": Weight((d, f), ("embed", "mlp")),
         "down_proj": Weight((f, d), ("mlp", "embed")),
     }
+    for name in cfg.biased:
+        weight, inputs = weights[name], NUM_INPUTS.get(name, 1)
+        weights[f"{name}_bias"] = Weight(weight.shape[inputs:], weight.axes[inputs:])
+    return weights
 
 
 def outer_weights(cfg: LlamaConfig) -> dict[str, Weight]:
@@ -76,21 +88,30 @@ def outer_weights(cfg: LlamaConfig) -> dict[str, Weight]:
 
 def projection_shapes(cfg: LlamaConfig) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
     """Projection name -> (input dims, output dims) of one layer, for its adapter."""
-    inputs = {"o_proj": 2}  # heads and head_dim; every other projection has one input dim
     return {
-        name: (weight.shape[: inputs.get(name, 1)], weight.shape[inputs.get(name, 1) :])
+        name: (weight.shape[: NUM_INPUTS.get(name, 1)], weight.shape[NUM_INPUTS.get(name, 1) :])
         for name, weight in block_weights(cfg).items()
         if name.endswith("_proj")
     }
 
 
-def adapter_axes(cfg: LlamaConfig) -> dict[str, tuple[tuple[str, ...], tuple[str, ...]]]:
-    """Projection name -> logical axes of its stacked factors A and B: those of the weight, cut at the rank."""
-    weights, axes = block_weights(cfg), {}
-    for name, (inputs, _) in projection_shapes(cfg).items():
-        ins, outs = weights[name].axes[: len(inputs)], weights[name].axes[len(inputs) :]
-        axes[name] = (("layers", *ins, "rank"), ("layers", "rank", *outs))
-    return axes
+def adapter_axes(cfg: LlamaConfig, adapter: Adapter) -> Any:
+    """A tree like the adapter, with logical axes for arrays: those of the weight, cut at the rank in A and B."""
+    stacked, outer = block_weights(cfg), outer_weights(cfg)
+    tree: dict[str, Any] = {}
+    part: Any
+    for name, part in adapter.items():
+        if isinstance(part, Saved):
+            axes = ("layers", *stacked[name].axes) if name in stacked else outer.get(name, outer["embed_tokens"]).axes
+            tree[name] = Saved(axes)  # type: ignore[arg-type]
+            continue
+        inputs = NUM_INPUTS.get(name, 1)
+        ins, outs = stacked[name].axes[:inputs], stacked[name].axes[inputs:]
+        a, b = ("layers", *ins, "rank"), ("layers", "rank", *outs)
+        magnitude = None if part.magnitude is None else ("layers", *outs)
+        initial = None if part.initial is None else (a, b)
+        tree[name] = replace(part, lora_a=a, lora_b=b, magnitude=magnitude, initial=initial)
+    return tree
 
 
 class Block(nnx.Module):
@@ -117,7 +138,7 @@ class Block(nnx.Module):
         x: Float[Array, "B T D"],
         rotary: Rotary,
         attend: Callable[..., Array],
-        adapter: Adapter,
+        adapter: dict[str, Lora],
         dropout_key: PRNGKeyArray | None,
     ) -> Float[Array, "B T D"]:
         """One layer.
@@ -128,9 +149,12 @@ class Block(nnx.Module):
           adapter: this layer's factors by projection name.
         """
 
+        biased = self.cfg.biased
+
         def weighted(name: str, equation: str, inputs: Array) -> Array:
             key = None if dropout_key is None else layer_keys(dropout_key, name)
-            return project(equation, inputs, getattr(self, name).get_value(), adapter.get(name), key)
+            y = project(equation, inputs, getattr(self, name).get_value(), adapter.get(name), key)
+            return y + getattr(self, f"{name}_bias")[...].astype(y.dtype)[None, None] if name in biased else y
 
         normed = rms_norm(x, self.input_layernorm[...], self.cfg.rms_norm_eps)
         q = constrain(weighted("q_proj", "btd,dnh->btnh", normed), "act_batch", None, "act_heads", None)
@@ -175,7 +199,7 @@ def empty_cache(cfg: LlamaConfig, batch_size: int, num_slots: int, dtype: jnp.dt
 
 
 class Decoder(nnx.Module):
-    """A Llama with its language-model head; logits match transformers' LlamaForCausalLM and MistralForCausalLM."""
+    """A Llama with its language-model head; logits match transformers' class of its family."""
 
     embed_tokens: nnx.Param
     norm: nnx.Param
@@ -188,10 +212,25 @@ class Decoder(nnx.Module):
         for name, weight in outer_weights(cfg).items():
             setattr(self, name, nnx.Param(fill(weight), axes=weight.axes))
 
-    @property
-    def head(self) -> Float[Array, "V D"]:
-        """The output projection; the embedding itself where they are tied."""
+    def head(self, adapter: Adapter) -> Float[Array, "V D"]:
+        """The output projection: the adapter's own, or the base's, which is its embedding where they are tied."""
+        saved = adapter.get("lm_head")
+        if isinstance(saved, Saved):
+            return saved.weight
         return (self.embed_tokens if self.cfg.tie_word_embeddings else self.lm_head)[...]
+
+    def adapted(self, adapter: Adapter) -> tuple["Decoder", dict[str, Lora]]:
+        """The model with the weights that the adapter has in full but the head, and the adapter's low-rank part.
+
+        As in PEFT, an embedding that is trained leaves a head that is tied to it where it was.
+        """
+        saved = {name: part for name, part in adapter.items() if isinstance(part, Saved) and name != "lm_head"}
+        low_rank = {name: part for name, part in adapter.items() if isinstance(part, Lora)}
+        model = jax.tree.map(lambda leaf: leaf, self) if saved else self
+        for name, part in saved.items():
+            owner = model if name == "embed_tokens" else model.layers
+            getattr(owner, name).set_raw_value(part.weight)
+        return model, low_rank
 
     def hidden(
         self,
@@ -201,6 +240,7 @@ class Decoder(nnx.Module):
         *,
         adapter: Adapter,
         dropout_key: PRNGKeyArray | None,
+        neftune_noise_alpha: float,
         attention: Attention,
         remat: str,
         dtype: jnp.dtype,
@@ -212,7 +252,9 @@ class Decoder(nnx.Module):
           segments: 1, 2, ... within a row; 0 is padding.
           adapter: empty for the bare base.
           dropout_key: None when not training.
+          neftune_noise_alpha: of the noise on embeddings in training, or 0.
         """
+        model, low_rank = self.adapted(adapter)
         attend = partial(
             attention,
             q_segments=segments,
@@ -223,13 +265,15 @@ class Decoder(nnx.Module):
         )
         rotary = self._rotary(positions, segments)
 
-        def layer(x: Array, scanned: tuple[Block, Adapter, PRNGKeyArray | None]) -> tuple[Array, None]:
-            block, factors, key = scanned
-            return block(checkpoint_name(x, LAYER_INPUT), rotary, attend, factors, key), None
+        def layer(x: Array, scanned: tuple[Block, dict[str, Lora], Any, PRNGKeyArray | None]) -> tuple[Array, None]:
+            block, factors, scales, key = scanned
+            return block(checkpoint_name(x, LAYER_INPUT), rotary, attend, at_layer(factors, scales), key), None
 
         keys = None if dropout_key is None else jax.random.split(dropout_key, self.cfg.num_hidden_layers)
-        x = self._embed(tokens, dtype)
-        x, _ = jax.lax.scan(checkpointed(layer, remat), x, (self.layers, adapter, keys))
+        x = model._embed(tokens, dtype)
+        if dropout_key is not None and neftune_noise_alpha > 0.0:
+            x = x + embedding_noise(dropout_key, x, neftune_noise_alpha)
+        x, _ = jax.lax.scan(checkpointed(layer, remat), x, (model.layers, low_rank, scales_to_scan(low_rank), keys))
         return rms_norm(x, self.norm[...], self.cfg.rms_norm_eps)
 
     def hidden_cached(
@@ -243,16 +287,17 @@ class Decoder(nnx.Module):
         attention: Attention,
     ) -> tuple[Float[Array, "B T D"], Cache]:
         """As `hidden`, for the next T tokens of rows whose earlier tokens are in `cache`."""
+        model, low_rank = self.adapted(adapter)
         slot = cache.used
         all_segments = jax.lax.dynamic_update_slice(cache.segments, segments, (0, slot))
         all_positions = jax.lax.dynamic_update_slice(cache.positions, positions, (0, slot))
         rotary = self._rotary(positions, segments)
 
         def layer(
-            carry: tuple[Array, Array, Array], scanned: tuple[Block, Adapter, Array]
+            carry: tuple[Array, Array, Array], scanned: tuple[Block, dict[str, Lora], Any, Array]
         ) -> tuple[tuple[Array, Array, Array], None]:
             x, keys, values = carry
-            block, factors, index = scanned
+            block, factors, scales, index = scanned
 
             def attend(q: Array, k: Array, v: Array) -> Array:
                 nonlocal keys, values
@@ -261,21 +306,21 @@ class Decoder(nnx.Module):
                 rows = segments, all_segments, positions, all_positions
                 return attention(q, keys[index], values[index], *rows, self.cfg.sliding_window)
 
-            return (block(x, rotary, attend, factors, None), keys, values), None
+            return (block(x, rotary, attend, at_layer(factors, scales), None), keys, values), None
 
-        x = self._embed(tokens, cache.keys.dtype)
+        x = model._embed(tokens, cache.keys.dtype)
         # The cache is carried, not scanned over, so that a step writes its own slots and copies nothing.
         (x, keys, values), _ = jax.lax.scan(
             layer,
             (x, cache.keys, cache.values),
-            (self.layers, adapter, jnp.arange(self.cfg.num_hidden_layers)),
+            (model.layers, low_rank, scales_to_scan(low_rank), jnp.arange(self.cfg.num_hidden_layers)),
         )
         cache = Cache(keys, values, all_segments, all_positions, slot + tokens.shape[1])
         return rms_norm(x, self.norm[...], self.cfg.rms_norm_eps), cache
 
-    def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+    def logits(self, hidden: Float[Array, "B T D"], adapter: Adapter) -> Float[Array, "B T V"]:
         """Logits in float32."""
-        head = self.head.astype(hidden.dtype)
+        head = self.head(adapter).astype(hidden.dtype)
         return jnp.einsum("btd,vd->btv", hidden, head, preferred_element_type=jnp.float32)
 
     def _rotary(self, positions: Int[Array, "B T"], segments: Int[Array, "B T"]) -> Rotary:
@@ -286,6 +331,13 @@ class Decoder(nnx.Module):
     def _embed(self, tokens: Int[Array, "B T"], dtype: jnp.dtype) -> Float[Array, "B T D"]:
         x = self.embed_tokens[...][tokens].astype(dtype)
         return constrain(x, "act_batch", "act_seq", "act_embed")
+
+
+def embedding_noise(key: PRNGKeyArray, x: Float[Array, "B T D"], alpha: float) -> Float[Array, "B T D"]:
+    """NEFTune (arXiv:2310.05914): uniform within alpha / sqrt(T D), as the hook of transformers has it."""
+    bound = alpha / math.sqrt(x.shape[1] * x.shape[2])
+    noise_key = jax.random.fold_in(key, zlib.crc32(b"neftune"))
+    return jax.random.uniform(noise_key, x.shape, jnp.float32, -bound, bound).astype(x.dtype)
 
 
 def abstract_decoder(cfg: LlamaConfig, dtype: jnp.dtype, quantization: str | None = None) -> Decoder:

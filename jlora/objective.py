@@ -1,7 +1,7 @@
-"""Losses. Takes a function to hidden states and a batch; knows nothing of how they are made.
+"""Cross-entropy, summed or token by token. Takes hidden states; knows nothing of how they are made.
 
-Every loss is a sum over trained tokens, returned with their number: whoever adds up micro-batches and
-devices divides once.
+A loss is a sum over trained tokens, returned with their number: whoever adds up micro-batches and
+devices divides once. Losses on pairs of answers are made from its tokens in `jlora.preference`.
 """
 
 import math
@@ -46,15 +46,34 @@ def chunked_cross_entropy(
     are there, as Liger Kernel does (arXiv:2410.10989, section 3.2): two products with the head for a
     frozen head, where recomputing the logits takes three. There is no gradient for `weights`.
     """
+    return _cross_entropy(*_grouped(hidden, head, targets, weights))
+
+
+def token_cross_entropy(
+    hidden: Float[Array, "B T D"],
+    head: Float[Array, "V D"],
+    targets: Int[Array, "B T"],
+    weights: Float[Array, "B T"],
+) -> Float[Array, "B T"]:
+    """Weighted cross-entropy of each token, for losses that are no sum over tokens.
+
+    Held in memory as `chunked_cross_entropy` is. What a token's loss counts is known only once all are
+    added up, so the backward pass computes the logits again: three products with a frozen head.
+    """
+    losses = _token_losses(*_grouped(hidden, head, targets, weights))
+    return constrain(losses.reshape(targets.shape), "act_batch", None)
+
+
+def _grouped(hidden: Array, head: Array, targets: Array, weights: Array) -> tuple[int, Array, Array, Array, Array]:
+    """Tokens of a chunk, then hidden states [G N D], head, targets and weights [G N] of G groups, one a device."""
     mesh = jax.sharding.get_abstract_mesh()
     batch, length, width = hidden.shape
     shards, split = (1, 1) if mesh.empty else (mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["tensor"])
     groups = math.gcd(batch, shards)
     hidden = constrain(hidden, "act_batch", None, "act_embed")  # whole rows: they are put in another order
-    # G groups, one a device, of N tokens.
     h = constrain(hidden.reshape(groups, -1, width), "act_batch", None, "act_embed")
     num_tokens = h.shape[1]
-    return _cross_entropy(
+    return (
         chunk_size(num_tokens, head.shape[0] // split),
         h,
         head.astype(hidden.dtype),
@@ -64,20 +83,51 @@ def chunked_cross_entropy(
 
 
 def chunk_size(num_tokens: int, vocab: int) -> int:
-    """Tokens of a device whose logits are held at once, by the share of the vocabulary that it holds."""
-    return min(num_tokens, max(MIN_CHUNK, 2 ** int(math.log2(max(1, CHUNK_LOGITS // vocab)))))
+    """Tokens of a device whose logits are held at once, by the share of the vocabulary that it holds.
+
+    A quarter of its tokens at most, or few chunks would be without a trained token.
+    """
+    most = min(CHUNK_LOGITS // vocab, num_tokens // 4)
+    return min(num_tokens, max(MIN_CHUNK, 2 ** int(math.log2(max(1, most)))))
 
 
-def _sum_over_chunks(
+def _over_chunks(
+    chunk: int, to_hidden: bool, to_head: bool, hidden: Array, head: Array, targets: Array, weights: Array
+) -> tuple[Float[Array, "G N"], Float[Array, "G N D"] | None, Float[Array, "V D"] | None]:
+    """As `_chunk_by_chunk`, but where it is mapped over a leading dim (adapters that share a head), the tokens of all
+    become those of one call: one product with the head, and still no more logits at once than a chunk's."""
+    compute = jax.custom_batching.custom_vmap(partial(_chunk_by_chunk, chunk, to_hidden, to_head))
+
+    @compute.def_vmap
+    def _(size: int, batched: Any, *arguments: Array) -> tuple[Any, Any]:
+        hidden, head, targets, weights = arguments
+        assert not (batched[1] or to_head), "the head is shared by what is mapped, and frozen"
+
+        def merge(x: Array, has: bool) -> Array:
+            x = x if has else jnp.broadcast_to(x, (size, *x.shape))
+            return jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, *x.shape[3:])
+
+        def part(x: Array) -> Array:
+            return jnp.moveaxis(x.reshape(x.shape[0], size, -1, *x.shape[2:]), 1, 0)
+
+        flags = batched[0], batched[2], batched[3]
+        flat = [merge(x, has) for x, has in zip((hidden, targets, weights), flags, strict=True)]
+        result = jax.tree.map(part, _over_chunks(chunk, to_hidden, False, flat[0], head, *flat[1:]))
+        return result, jax.tree.map(lambda _: True, result)
+
+    return compute(hidden, head, targets, weights)
+
+
+def _chunk_by_chunk(
     chunk: int,
+    to_hidden: bool,
+    to_head: bool,
     hidden: Float[Array, "G N D"],
     head: Float[Array, "V D"],
     targets: Int[Array, "G N"],
     weights: Float[Array, "G N"],
-    to_hidden: bool,
-    to_head: bool,
-) -> tuple[Float[Array, ""], Float[Array, "G N D"] | None, Float[Array, "V D"] | None]:
-    """The loss, and its gradients as far as they are asked for; the head's in float32."""
+) -> tuple[Float[Array, "G N"], Float[Array, "G N D"] | None, Float[Array, "V D"] | None]:
+    """Each token's loss, and the gradients of their sum as far as they are asked for; the head's in float32."""
     groups, num_tokens, width = hidden.shape
     num_chunks = -(-num_tokens // chunk)
     padding = num_chunks * chunk - num_tokens
@@ -93,7 +143,7 @@ def _sum_over_chunks(
         logits = constrain(logits, "act_batch", None, "act_vocab")
         normalizer = jax.nn.logsumexp(logits, axis=2, keepdims=True)
         target_logit = jnp.take_along_axis(logits, t[:, :, None], axis=2)
-        loss = jnp.sum((normalizer - target_logit)[:, :, 0] * w)
+        loss = (normalizer - target_logit)[:, :, 0] * w
         if not (to_hidden or to_head):
             return loss, None, None
         is_target = jnp.arange(head.shape[0])[None, None] == t[:, :, None]
@@ -106,32 +156,36 @@ def _sum_over_chunks(
 
     def skipped(h: Array, t: Array, w: Array) -> tuple[Array, Array | None, Array | None]:
         return (
-            jnp.zeros(()),
+            jnp.zeros(t.shape),
             jnp.zeros_like(h) if to_hidden else None,
             jnp.zeros(head.shape, jnp.float32) if to_head else None,
         )
 
-    def add(totals: Any, scanned: tuple[Array, Array, Array]) -> tuple[Any, Array | None]:
+    def add(total: Array | None, scanned: tuple[Array, Array, Array]) -> tuple[Array | None, Any]:
         loss, to_h, to_w = jax.lax.cond(scanned[2].any(), computed, skipped, *scanned)
-        return jax.tree.map(jnp.add, totals, (loss, to_w)), to_h
+        return jax.tree.map(jnp.add, total, to_w), (loss, to_h)
 
-    zeros = (jnp.zeros(()), jnp.zeros(head.shape, jnp.float32) if to_head else None)
-    (loss, to_w), to_h = jax.lax.scan(add, zeros, (chunks(hidden), chunks(targets), chunks(weights)))
-    if to_h is not None:
-        to_h = jnp.moveaxis(to_h, 0, 1).reshape(groups, -1, width)
-        to_h = jnp.take_along_axis(to_h, jnp.argsort(order, axis=1)[:, :, None], axis=1)
-    return loss, to_h, to_w
+    zeros = jnp.zeros(head.shape, jnp.float32) if to_head else None
+    to_w, by_token = jax.lax.scan(add, zeros, (chunks(hidden), chunks(targets), chunks(weights)))
+    back = jnp.argsort(order, axis=1)
+
+    def in_place(x: Array) -> Array:
+        x = jnp.moveaxis(x, 0, 1).reshape(groups, -1, *x.shape[3:])
+        return jnp.take_along_axis(x, back.reshape(*back.shape, *[1] * (x.ndim - 2)), axis=1)
+
+    losses, to_h = jax.tree.map(in_place, by_token)
+    return losses, to_h, to_w
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _cross_entropy(chunk: int, hidden: Array, head: Array, targets: Array, weights: Array) -> Array:
-    return _sum_over_chunks(chunk, hidden, head, targets, weights, False, False)[0]
+    return _over_chunks(chunk, False, False, hidden, head, targets, weights)[0].sum()
 
 
 def _forward(chunk: int, hidden: Any, head: Any, targets: Any, weights: Any) -> tuple[Array, Any]:
     values = hidden.value, head.value, targets.value, weights.value
-    loss, to_hidden, to_head = _sum_over_chunks(chunk, *values, hidden.perturbed, head.perturbed)
-    return loss, (to_hidden, None if to_head is None else to_head.astype(head.value.dtype))
+    losses, to_hidden, to_head = _over_chunks(chunk, hidden.perturbed, head.perturbed, *values)
+    return losses.sum(), (to_hidden, None if to_head is None else to_head.astype(head.value.dtype))
 
 
 def _backward(chunk: int, gradients: tuple[Array | None, Array | None], scale: Array) -> tuple[Array | None, ...]:
@@ -140,3 +194,23 @@ def _backward(chunk: int, gradients: tuple[Array | None, Array | None], scale: A
 
 
 _cross_entropy.defvjp(_forward, _backward, symbolic_zeros=True)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _token_losses(chunk: int, hidden: Array, head: Array, targets: Array, weights: Array) -> Array:
+    return _over_chunks(chunk, False, False, hidden, head, targets, weights)[0]
+
+
+def _token_forward(chunk: int, hidden: Any, head: Any, targets: Any, weights: Any) -> tuple[Array, Any]:
+    values = hidden.value, head.value, targets.value, weights.value
+    return _token_losses(chunk, *values), (values, () if head.perturbed else None)
+
+
+def _token_backward(chunk: int, saved: Any, scales: Array) -> tuple[Array | None, ...]:
+    (hidden, head, targets, weights), head_is_trained = saved
+    to_head = head_is_trained is not None
+    _, to_h, to_w = _over_chunks(chunk, True, to_head, hidden, head, targets, weights * scales)
+    return to_h, None if to_w is None else to_w.astype(head.dtype), None, None
+
+
+_token_losses.defvjp(_token_forward, _token_backward, symbolic_zeros=True)

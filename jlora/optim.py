@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import optax
+from jax.tree_util import keystr, tree_map_with_path
 
 from jlora.config import OptimizerSection
 
@@ -15,17 +16,26 @@ Tree = Any
 
 
 def labels(params: dict[str, Tree], method: str) -> dict[str, Tree]:
-    """`trained` or `frozen` for every leaf of {"adapter": ..., "base": ...}."""
+    """`trained`, `held` or `frozen` for every leaf of {"adapter": ..., "base": ...}.
+
+    What is held never changes, as what is frozen, but is kept with what is trained: it is the run's own.
+    """
     trained = {"lora": "adapter", "full": "base"}[method]
-    return {
-        part: jax.tree.map(lambda _, part=part: "trained" if part == trained else "frozen", tree)
-        for part, tree in params.items()
-    }
+
+    def label(path: Any, _: Any) -> str:
+        return "frozen" if path[0].key != trained else "held" if is_held(path) else "trained"
+
+    return tree_map_with_path(label, params)
+
+
+def is_held(path: Any) -> bool:
+    """Whether a leaf belongs to the factors that an adapter started from (`jlora.adapter.Lora.initial`)."""
+    return ".initial" in keystr(path)
 
 
 def partition(params: Tree, label_tree: Tree) -> tuple[Tree, Tree]:
-    """Split into (trained, frozen); each has None for the leaves of the other."""
-    trained = jax.tree.map(lambda x, label: x if label == "trained" else None, params, label_tree)
+    """Split into (trained and held, frozen); each has None for the leaves of the other."""
+    trained = jax.tree.map(lambda x, label: None if label == "frozen" else x, params, label_tree)
     frozen = jax.tree.map(lambda x, label: x if label == "frozen" else None, params, label_tree)
     return trained, frozen
 
@@ -54,7 +64,15 @@ def learning_rate(cfg: OptimizerSection, num_steps: int) -> optax.Schedule:
 
 def make_optimizer(cfg: OptimizerSection, num_steps: int, label_tree: Tree) -> optax.GradientTransformation:
     """Clipping, then the update rule, for the leaves labelled trained; nothing for the others."""
-    schedule = learning_rate(cfg, num_steps)
+    return update_rule(cfg, learning_rate(cfg, num_steps), label_tree)
+
+
+def update_rule(cfg: OptimizerSection, schedule: optax.Schedule, label_tree: Tree) -> optax.GradientTransformation:
+    """As `make_optimizer`, with any schedule; the weight decay may be a traced scalar.
+
+    With LoRA+ (arXiv:2402.12354) the updates of B, and of vectors, are then multiplied by its ratio: every rule is
+    proportional to the learning rate, and all leaves are clipped together, which groups of their own would not be.
+    """
     match cfg.name:
         case "adamw":
             rule = optax.adamw(schedule, cfg.b1, cfg.b2, cfg.eps, weight_decay=cfg.weight_decay)
@@ -72,4 +90,16 @@ def make_optimizer(cfg: OptimizerSection, num_steps: int, label_tree: Tree) -> o
                 optax.add_decayed_weights(cfg.weight_decay), optax.sgd(schedule, momentum=cfg.b1 or None)
             )
     clip = [] if cfg.max_grad_norm is None else [optax.clip_by_global_norm(cfg.max_grad_norm)]
-    return optax.multi_transform({"trained": optax.chain(*clip, rule), "frozen": optax.set_to_zero()}, label_tree)
+    faster = [] if cfg.loraplus_lr_ratio is None else [scale_by_loraplus(cfg.loraplus_lr_ratio)]
+    rules = {"trained": optax.chain(*clip, rule, *faster), "held": optax.set_to_zero(), "frozen": optax.set_to_zero()}
+    return optax.multi_transform(rules, label_tree)
+
+
+def scale_by_loraplus(ratio: float) -> optax.GradientTransformation:
+    """Multiplies what `peft.optimizers.create_loraplus_optimizer` has in groups B: lora_b, magnitudes and biases."""
+
+    def scale(path: Any, update: Any) -> Any:
+        name = keystr(path)
+        return update * ratio if name.endswith((".lora_b", ".magnitude", "_bias'].weight")) else update
+
+    return optax.stateless(lambda updates, _: tree_map_with_path(scale, updates))

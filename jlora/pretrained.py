@@ -1,25 +1,30 @@
 """A base model with its tokenizer, as every command opens it, and the adapter folder it is given."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import yaml
 from pydantic import ValidationError
 
 from jlora.adapter import Adapter
-from jlora.config import Config, describe
+from jlora.config import Config, describe, read_yaml
 from jlora.errors import ModelError
 from jlora.hf.architecture import parse_config
 from jlora.hf.base import Source, open_source, resolve
 from jlora.hf.load import load_base
-from jlora.hf.peft import CONFIG, load_adapter
+from jlora.hf.peft import CONFIG, load_adapter, read_adapter_config
+from jlora.initial import complete, new_adapter
 from jlora.model import Decoder
 from jlora.tokens import Tokenizer, load_tokenizer
 
 # A tokenizer this much smaller than the embedding is another model's; padding of the vocabulary is not.
 SMALLEST_VOCAB_SHARE = 0.75
+
+
+# Options that an adapter to start from must have as the config says.
+COMPARED = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "layers_to_transform", "modules_to_save", "bias")
 
 
 @dataclass(frozen=True)
@@ -106,9 +111,43 @@ def run_config(folder: str | Path | None) -> Config | None:
         file = candidate / "config.yaml"
         if file.is_file() and (candidate == Path(folder) or (candidate / "checkpoints").is_dir()):
             try:
-                return Config.model_validate(yaml.safe_load(file.read_text(encoding="utf-8")))
+                return Config.model_validate(read_yaml(file))
             except ValidationError as error:
                 raise ModelError(f"{file}: not the config of a run ({describe(error)})") from None
-            except (ValueError, yaml.YAMLError) as error:
+            except (OSError, ValueError) as error:
                 raise ModelError(f"{file}: not the config of a run ({' '.join(str(error).split())})") from None
     return None
+
+
+def make_adapter(cfg: Config, pretrained: Pretrained) -> Adapter:
+    """A fresh adapter, one read from `lora.init_from`, or none for full fine-tuning."""
+    if cfg.method == "full":
+        return {}
+    model = pretrained.base.cfg
+    if cfg.lora.init_from is None:
+        seed = cfg.training.seed
+        return complete(new_adapter(cfg.lora, model, seed), cfg.lora, pretrained.base, seed)
+    folder = find_adapter(cfg.lora.init_from)
+    theirs = read_adapter_config(folder)
+    for key, ours in (
+        ("rank", cfg.lora.rank),
+        ("alpha", cfg.lora.alpha),
+        ("targets", cfg.lora.targets),
+        *((key, getattr(cfg.lora, key)) for key in COMPARED),
+    ):
+        if getattr(theirs, key) != ours:
+            name = "target_modules" if key == "targets" else key
+            value = json.dumps(getattr(theirs, key))
+            raise ModelError(
+                f"{folder}: the adapter has {name}={value}, the config {json.dumps(ours)}; set lora.{name}={value}"
+            )
+    return load_adapter(folder, model, pretrained.base_hash, cfg.lora.dropout)
+
+
+def make_reference(cfg: Config, pretrained: Pretrained) -> Adapter | None:
+    """The adapter of the model that an objective on pairs compares with; None where that is the bare base.
+
+    It is the one that training begins with: as TRL, a policy that starts from an adapter is compared with it.
+    """
+    fresh = cfg.lora.init_from is None  # its B is zero
+    return None if fresh or cfg.objective.name in ("sft", "orpo") else make_adapter(cfg, pretrained)

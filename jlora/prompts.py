@@ -13,7 +13,7 @@ import numpy as np
 from jlora.errors import DataError
 from jlora.tokens import Tokenizer
 
-FORMATS = ("alpaca", "completion", "text", "messages")
+FORMATS = ("alpaca", "completion", "text", "messages", "preference")
 
 # Stanford Alpaca's prompts (tatsu-lab/stanford_alpaca, train.py), which models know to the byte.
 STANFORD_WITH_INPUT = (
@@ -38,18 +38,28 @@ class BadRow(Exception):
 
 
 class Example(NamedTuple):
-    """One row. `trained[i]`: the loss counts predicting token i, so `trained[0]` is always false."""
+    """One row. `trained[i]`: the loss counts predicting token i, so `trained[0]` is always false.
+
+    Of a preference row, the chosen sequence and then the rejected one, which begins at `second`.
+    """
 
     ids: np.ndarray  # int32 [n]
     trained: np.ndarray  # bool [n]
+    second: int | None = None
+
+    def sequences(self) -> "list[Example]":
+        """The sequences that the row consists of: one, or both of a pair."""
+        if self.second is None:
+            return [self]
+        return [Example(self.ids[part], self.trained[part]) for part in (slice(self.second), slice(self.second, None))]
 
 
 def encode_row(tokenizer: Tokenizer, row: dict[str, Any], *, format: str, prompt: str, train_on: str) -> Example:
     """The tokens of a whole row, not truncated, and which of them are trained.
 
-    `format` is one of FORMATS; `prompt` ("stanford" or "chat") matters to alpaca rows only; `train_on` is
-    "response" or "all". Text that goes through no chat template gets EOS and, where the tokenizer adds it,
-    BOS, unless it has them already; EOS is trained like the rest of the response. A token across the
+    `format` is one of FORMATS but preference; `prompt` ("stanford" or "chat") matters to alpaca rows only;
+    `train_on` is "response" or "all". Text that goes through no chat template gets EOS and, where the tokenizer
+    adds it, BOS, unless it has them already; EOS is trained like the rest of the response. A token across the
     border of prompt and response counts to the prompt, as in Stanford Alpaca's train.py, Axolotl and TRL.
 
     Raises BadRow, and ConfigError if a chat template is needed and there is none.
@@ -77,6 +87,57 @@ def encode_row(tokenizer: Tokenizer, row: dict[str, Any], *, format: str, prompt
     return Example(np.asarray(ids, dtype=np.int32), trained)
 
 
+def encode_pair(tokenizer: Tokenizer, row: dict[str, Any]) -> tuple[Example, Example]:
+    """The chosen and the rejected sequence of a preference row, not truncated, as TRL's `DPOTrainer` makes them.
+
+    `prompt`, `chosen` and `rejected` are strings, or lists of messages that go through the chat template. Without a
+    prompt, or with one in string form beside lists, what both answers begin with is the prompt. An answer begins
+    where its tokens part from those of the prompt alone; EOS is added to strings.
+
+    Raises BadRow, and ConfigError if a chat template is needed and there is none.
+    """
+    kind = list if isinstance(row.get("chosen"), list) else str
+    prompt: Any = row.get("prompt")
+    chosen, rejected = _get(row, "chosen", kind), _get(row, "rejected", kind)
+    if chosen == rejected:
+        raise BadRow("equal_answers", 'the fields "chosen" and "rejected" are equal')
+    if not isinstance(prompt, kind):
+        common = _common(chosen, rejected)
+        if kind is str and chosen[common - 1 : common] == " ":
+            common -= 1  # a space goes with the word behind it
+        prompt, chosen, rejected = chosen[:common], chosen[common:], rejected[common:]
+    if not (prompt if kind is list else prompt.strip()):
+        raise BadRow("empty_prompt", "there is no prompt before the answers")
+    answers = {"chosen": chosen, "rejected": rejected}
+    if kind is str:
+        for name, answer in answers.items():
+            if not answer.strip():
+                raise BadRow("empty_response", f'the field "{name}" is empty')
+        eos = tokenizer.eos_token
+        ended = [answer if answer.endswith(eos) else answer + eos for answer in answers.values()]
+        head = _encode(tokenizer, prompt, chat=False)
+        whole = [_encode(tokenizer, prompt + answer, chat=False) for answer in ended]
+    else:
+        for name, turns in answers.items():
+            if not turns:
+                raise BadRow("empty_response", f'the field "{name}" holds no answer')
+            if _turns(turns)[-1]["role"] != "assistant":
+                raise BadRow("no_assistant_turn", f'the last turn of "{name}" is not the assistant\'s')
+        context = _turns(prompt)
+        head = _encode(tokenizer, _render(tokenizer, context, add_generation_prompt=True), chat=True)
+        texts = [_render(tokenizer, context + _turns(turns), add_generation_prompt=False) for turns in answers.values()]
+        whole = [_encode(tokenizer, text, chat=True) for text in texts]
+    start = min(_common(head, ids) for ids in whole)
+    pair = [Example(np.asarray(ids, np.int32), np.arange(len(ids)) >= max(start, 1)) for ids in whole]
+    return pair[0], pair[1]
+
+
+def _common(first: Any, second: Any) -> int:
+    """How many items two sequences begin with alike."""
+    pairs = zip(first, second, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))
+
+
 def encode_prompt(tokenizer: Tokenizer, row: dict[str, Any], *, format: str, prompt: str) -> list[int]:
     """The ids generation starts from: the untrained prefix of `encode_row`; the row needs no response.
 
@@ -85,6 +146,10 @@ def encode_prompt(tokenizer: Tokenizer, row: dict[str, Any], *, format: str, pro
 
     Raises BadRow, and ConfigError if a chat template is needed and there is none.
     """
+    if format == "preference" and isinstance(row.get("prompt"), str):
+        format = "completion"
+    elif format == "preference":
+        row, format = {"messages": _get(row, "prompt", list)}, "messages"
     if not _is_chat(format, prompt):
         return _encode(tokenizer, (_response if format == "text" else _head)(row, format), chat=False)
     messages = _messages(row, format, answered=False)
@@ -153,7 +218,14 @@ def _messages(row: dict[str, Any], format: str, *, answered: bool) -> list[dict[
     if format == "alpaca":
         user = {"role": "user", "content": "\n\n".join(filter(None, _instruction(row)))}
         return [user, {"role": "assistant", "content": _response(row, format)}] if answered else [user]
-    turns = _get(row, "messages", list)
+    messages = _turns(_get(row, "messages", list))
+    if answered and all(message["role"] != "assistant" for message in messages):
+        raise BadRow("no_assistant_turn", "no turn is the assistant's")
+    return messages
+
+
+def _turns(turns: list[Any]) -> list[dict[str, str]]:
+    """The messages of a list, checked."""
     messages = [{key: _get(turn, key, str) for key in ("role", "content")} for turn in turns]
     if not messages:
         raise BadRow("empty_messages", 'the list "messages" is empty')
@@ -164,8 +236,6 @@ def _messages(row: dict[str, Any], format: str, *, answered: bool) -> list[dict[
         if role != "system" and not content.strip():
             reason = "empty_response" if role == "assistant" else "empty_prompt"
             raise BadRow(reason, f"a turn of the {role} is empty")
-    if answered and all(message["role"] != "assistant" for message in messages):
-        raise BadRow("no_assistant_turn", "no turn is the assistant's")
     return messages
 
 

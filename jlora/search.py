@@ -22,8 +22,8 @@ from jlora.layouts import (
 )
 from jlora.model import LlamaConfig
 from jlora.sharding import make_mesh
+from jlora.step import make_forward
 from jlora.topology import Target
-from jlora.train import make_forward
 
 ENOUGH = 4  # layouts that fit, met in the guessed order, after which the guessed order is trusted for the rest
 

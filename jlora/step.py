@@ -5,7 +5,7 @@ Knows nothing of files, loops or logs.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -15,21 +15,31 @@ import optax
 from jax.tree_util import keystr, tree_leaves_with_path, tree_map_with_path
 from jaxtyping import Array, Float, Int
 
-from jlora import optim
+from jlora import attention, optim, quant
 from jlora.adapter import Adapter
 from jlora.attention import Attention
-from jlora.config import Config
+from jlora.config import Config, ObjectiveSection
 from jlora.model import Decoder, LlamaConfig, adapter_axes
-from jlora.objective import next_token_loss
+from jlora.objective import next_token_loss, token_cross_entropy
+from jlora.preference import pair_loss, pair_sums
 from jlora.quant import is_quantized
 from jlora.sharding import named_sharding, place
 
 Tree = Any
 
+# A spike is told by the median of so many losses, once there are at least so many.
+LOSS_WINDOW, FEWEST_LOSSES = 32, 8
+
 
 def count_parameters(tree: Tree) -> int:
     """Number of elements of all leaves, arrays or shapes; a quantised weight has as many as it stands for."""
     return sum(leaf.size for leaf in jax.tree.leaves(tree, is_leaf=is_quantized))
+
+
+def count_trained(trained: Tree) -> int:
+    """Number of elements of the trained leaves, without factors that are only held (see `jlora.optim.labels`)."""
+    leaves = tree_leaves_with_path(trained, is_leaf=is_quantized)
+    return sum(leaf.size for path, leaf in leaves if not optim.is_held(path))
 
 
 @dataclass(frozen=True)
@@ -38,10 +48,13 @@ class TrainState:
 
     Attributes:
       step: batches taken so far, skipped ones included; scalar int32.
-      skipped: of these, batches that were skipped for a non-finite loss or gradient; scalar int32.
-      trained: the trained leaves of {"adapter": Adapter, "base": Decoder}, None elsewhere; float32.
+      skipped: of these, batches that were skipped, see `make_train_step`; scalar int32.
+      trained: the trained leaves of {"adapter": Adapter, "base": Decoder}, and those of the adapter that are only
+        held, so that a checkpoint has them; None elsewhere; float32.
       opt_state: optimizer state of the trained leaves.
       key: raw PRNG key that dropout draws from; a step folds its number into it.
+      moved: batches that changed a trained leaf by their gradients; scalar int32.
+      losses: of the last batches that were not skipped, NaN before there were so many; [LOSS_WINDOW] float32.
     """
 
     step: Int[Array, ""]
@@ -49,10 +62,14 @@ class TrainState:
     trained: Tree
     opt_state: optax.OptState
     key: Array
+    moved: Int[Array, ""]
+    losses: Float[Array, " window"]
 
 
 jax.tree_util.register_dataclass(
-    TrainState, data_fields=["step", "skipped", "trained", "opt_state", "key"], meta_fields=[]
+    TrainState,
+    data_fields=["step", "skipped", "trained", "opt_state", "key", "moved", "losses"],
+    meta_fields=[],
 )
 
 
@@ -63,28 +80,55 @@ class Forward:
     attention: Attention
     remat: str
     dtype: jnp.dtype
+    objective: ObjectiveSection = ObjectiveSection()
+    neftune_noise_alpha: float = 0.0
 
     def loss(
+        self,
+        base: Decoder,
+        adapter: Adapter,
+        batch: dict[str, Array],
+        dropout_key: Array | None,
+        reference: Adapter | None = None,
+    ) -> tuple[Float[Array, ""], Float[Array, ""], dict[str, Float[Array, ""]]]:
+        """Loss summed over what the objective averages (trained tokens, or pairs), their number, sums of its metrics.
+
+        Args:
+          reference: the adapter that makes the base the model that pairs are compared with; None: the base alone.
+        """
+        if self.objective.name == "sft":
+            hidden = partial(self._hidden, base, adapter, batch, dropout_key)
+            return *next_token_loss(hidden, base.head(adapter), batch["targets"], batch["weights"]), {}
+
+        def answers(adapter: Adapter, dropout_key: Array | None) -> Float[Array, "B P 2"]:
+            hidden = self._hidden(base, adapter, batch, dropout_key)
+            losses = token_cross_entropy(hidden, base.head(adapter), batch["targets"], batch["weights"])
+            return pair_sums(-losses, batch["segments"])
+
+        policy = answers(adapter, dropout_key)
+        compared = jax.lax.stop_gradient(policy)
+        if self.objective.name != "orpo":
+            compared = jax.lax.stop_gradient(answers(reference or {}, None))
+        return pair_loss(self.objective, policy, compared, pair_sums(batch["weights"], batch["segments"]))
+
+    def _hidden(
         self, base: Decoder, adapter: Adapter, batch: dict[str, Array], dropout_key: Array | None
-    ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-        """Loss summed over the batch's trained tokens, and their number."""
-        hidden = partial(
-            base.hidden,
+    ) -> Float[Array, "B T D"]:
+        return base.hidden(
             batch["tokens"],
             batch["positions"],
             batch["segments"],
             adapter=adapter,
             dropout_key=dropout_key,
+            neftune_noise_alpha=self.neftune_noise_alpha,
             attention=self.attention,
             remat=self.remat,
             dtype=self.dtype,
         )
-        return next_token_loss(hidden, base.head, batch["targets"], batch["weights"])
 
 
 def place_adapter(adapter: Adapter, cfg: LlamaConfig, mesh: jax.sharding.Mesh) -> Adapter:
     """The adapter laid out over `mesh` like the weights it belongs to; abstract in, abstract out."""
-    axes = adapter_axes(cfg)
 
     def lay_out(array: Array, dims: tuple[str, ...]) -> Array:
         sharding = named_sharding(mesh, dims)
@@ -92,10 +136,7 @@ def place_adapter(adapter: Adapter, cfg: LlamaConfig, mesh: jax.sharding.Mesh) -
             return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)  # type: ignore[return-value]
         return place(np.asarray(array), sharding)
 
-    return {
-        name: replace(lora, lora_a=lay_out(lora.lora_a, axes[name][0]), lora_b=lay_out(lora.lora_b, axes[name][1]))
-        for name, lora in adapter.items()
-    }
+    return jax.tree.map(lay_out, adapter, adapter_axes(cfg, adapter))
 
 
 def state_shardings(
@@ -126,15 +167,15 @@ def init_state(
     """The state before the first step, laid out over `mesh`.
 
     Args:
-      params: {"adapter": Adapter, "base": Decoder}, all of it; the optimizer looks at the labels.
+      params: {"adapter": Adapter, "base": Decoder}, all of it, and the reference's adapter where it has one; the
+        optimizer looks at the labels.
     """
     shardings = state_shardings(params, optimizer, cfg, mesh)
     # Made in place: a moment as large as a sharded model never exists on one device.
     opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(params)
     state = _new_state(params, opt_state, cfg)
-    counts = {
-        name: place(np.asarray(getattr(state, name)), getattr(shardings, name)) for name in ("step", "skipped", "key")
-    }
+    names = ("step", "skipped", "key", "moved", "losses")
+    counts = {name: place(np.asarray(getattr(state, name)), getattr(shardings, name)) for name in names}
     return replace(state, **counts)
 
 
@@ -153,9 +194,9 @@ def abstract_state(
 def _new_state(params: dict[str, Tree], opt_state: optax.OptState, cfg: Config) -> TrainState:
     trained, _ = optim.partition(params, optim.labels(params, cfg.method))
     key = jax.random.key_data(jax.random.key(cfg.training.seed))
-    # Two arrays, not one twice: the step donates its state, and a buffer can be given away only once.
-    step, skipped = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
-    return TrainState(step, skipped, trained, opt_state, key)
+    # Three arrays, not one thrice: the step donates its state, and a buffer can be given away only once.
+    step, skipped, moved = (jnp.zeros((), jnp.int32) for _ in range(3))
+    return TrainState(step, skipped, trained, opt_state, key, moved, jnp.full(LOSS_WINDOW, jnp.nan))
 
 
 def make_train_step(
@@ -164,27 +205,33 @@ def make_train_step(
     """(state, frozen leaves, batch [A B T]) -> (new state, metrics); A micro-batches make one step.
 
     Gradients exist for the trained leaves alone. Their sum over micro-batches and devices is divided
-    once, by the number of trained tokens of the whole batch. A step whose loss or gradients are not
-    finite changes nothing but the counts.
+    once, by the number of trained tokens (or of pairs, as the objective has it) of the whole batch. A step
+    whose loss, gradients or update are not finite, or whose loss is a spike, changes nothing but the counts:
+    metrics["skip"] is 1 or 2 then, else 0.
     """
 
     def step(state: TrainState, frozen: Tree, batch: dict[str, Array]) -> tuple[TrainState, dict[str, Array]]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
-        with_dropout = cfg.method == "lora" and cfg.lora.dropout > 0.0
+        with_dropout = (cfg.method == "lora" and cfg.lora.dropout > 0.0) or forward.neftune_noise_alpha > 0.0
 
-        def loss_of(trained: Tree, part: dict[str, Array], part_key: Array) -> tuple[Array, Array]:
+        def loss_of(trained: Tree, part: dict[str, Array], part_key: Array) -> tuple[Array, tuple[Array, Any]]:
             params = optim.combine(trained, frozen)
-            return forward.loss(params["base"], params["adapter"], part, part_key if with_dropout else None)
+            dropout_key = part_key if with_dropout else None
+            loss, count, sums = forward.loss(
+                params["base"], params["adapter"], part, dropout_key, params.get("reference")
+            )
+            return loss, (count, sums)
 
-        def accumulate(carry: Tree, scanned: tuple[dict[str, Array], Array]) -> tuple[Tree, None]:
-            (loss, tokens), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.trained, *scanned)
-            return jax.tree.map(jnp.add, carry, (loss, tokens, gradients)), None
+        def accumulate(gradients: Tree, scanned: tuple[dict[str, Array], Array]) -> tuple[Tree, Tree]:
+            figures, more = jax.value_and_grad(loss_of, has_aux=True)(state.trained, *scanned)
+            return jax.tree.map(jnp.add, gradients, more), figures
 
         parts = jax.random.split(key, cfg.training.gradient_accumulation_steps)
-        zeros = (jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.trained))
-        (loss, tokens, gradients), _ = jax.lax.scan(accumulate, zeros, (batch, parts))
-        count = jnp.maximum(tokens, 1.0)
-        loss, gradients = loss / count, jax.tree.map(lambda g: g / count, gradients)
+        zeros = jax.tree.map(jnp.zeros_like, state.trained)
+        gradients, figures = jax.lax.scan(accumulate, zeros, (batch, parts))
+        loss, (count, sums) = jax.tree.map(lambda x: x.sum(axis=0), figures)
+        count = jnp.maximum(count, 1.0)
+        loss, sums, gradients = jax.tree.map(lambda x: x / count, (loss, sums, gradients))
         norm = optax.tree.norm(gradients)
 
         # The optimizer knows the whole tree. Frozen leaves stand in for gradients that do not exist;
@@ -194,19 +241,28 @@ def make_train_step(
         trained_updates, _ = optim.partition(updates, optim.labels(params, cfg.method))
         trained = optax.apply_updates(state.trained, trained_updates)
 
-        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-        keep = partial(jax.tree.map, partial(jnp.where, finite))
+        # Not the update's norm: the squares of small changes are zero in float32.
+        changes = jax.tree.map(lambda new, old: jnp.max(jnp.abs(new - old)), trained, state.trained)
+        change = jnp.max(jnp.stack(jax.tree.leaves(changes)))
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm) & jnp.isfinite(change)
+        spike = finite & is_spike(loss, state.losses, cfg.training.max_loss_spike)
+        accepted = finite & ~spike
+        keep = partial(jax.tree.map, partial(jnp.where, accepted))
         metrics = {
             "loss": loss,
             "grad_norm": norm,
             "learning_rate": jnp.asarray(schedule(state.step - state.skipped), jnp.float32),
-            "trained_tokens": tokens,
-            "skipped_steps": state.skipped + ~finite,
+            "trained_tokens": batch["weights"].sum(),
+            "skipped_steps": state.skipped + ~accepted,
+            "skip": jnp.where(finite, jnp.where(spike, 2, 0), 1),
+            **sums,
         }
         new_state = replace(
             state,
             step=state.step + 1,
             skipped=metrics["skipped_steps"],
+            moved=state.moved + (accepted & (norm > 0.0) & (change > 0.0)),
+            losses=jnp.where(accepted, jnp.roll(state.losses, 1).at[0].set(loss), state.losses),
             trained=keep(trained, state.trained),
             opt_state=keep(opt_state, state.opt_state),
         )
@@ -215,12 +271,42 @@ def make_train_step(
     return step
 
 
+def is_spike(loss: Float[Array, ""], losses: Float[Array, " window"], factor: float | None) -> Array:
+    """Whether a loss is over `factor` times the median of the losses before it, NaN where there was none."""
+    if factor is None:
+        return jnp.zeros((), bool)
+    enough = jnp.sum(~jnp.isnan(losses)) >= FEWEST_LOSSES
+    return enough & (loss > factor * jnp.nanmedian(losses))
+
+
+@cache
 def make_eval_step(
     forward: Forward,
-) -> Callable[[Decoder, Adapter, dict[str, Array]], tuple[Float[Array, ""], Float[Array, ""]]]:
-    """Jitted (base, adapter, batch [B T]) -> (loss sum, trained tokens), without dropout."""
+) -> Callable[[Decoder, Adapter, Adapter | None, dict[str, Array]], tuple[Array, Array, dict[str, Array]]]:
+    """Jitted (base, adapter, the reference's adapter, batch [B T]) -> what `Forward.loss` gives without dropout.
 
-    def step(base: Decoder, adapter: Adapter, batch: dict[str, Array]) -> tuple[Array, Array]:
-        return forward.loss(base, adapter, batch, None)
+    One for all that ask with an equal `forward`, so that runs of a sweep share what is compiled.
+    """
+
+    def step(
+        base: Decoder, adapter: Adapter, reference: Adapter | None, batch: dict[str, Array]
+    ) -> tuple[Array, Array, dict[str, Array]]:
+        return forward.loss(base, adapter, batch, None, reference)
 
     return jax.jit(step)
+
+
+def make_forward(cfg: Config, model: LlamaConfig, mesh: jax.sharding.Mesh) -> tuple[str, Forward]:
+    """The static choices of the forward pass, and what attention runs, for the log."""
+    dtype, device = jnp.dtype(cfg.model.dtype), mesh.devices.flat[0]
+    quant.check_device(cfg.model.quantization, device)
+    shown, kernel = attention.choose(
+        cfg.model.attention, device, model.head_dim, cfg.data.max_length, dtype, cfg.data.packing
+    )
+    noise = cfg.training.neftune_noise_alpha or 0.0
+    return shown, Forward(kernel, cfg.model.remat, dtype, cfg.objective, noise)
+
+
+def param_dtype(cfg: Config) -> jnp.dtype:
+    """Dtype of the base's weights: float32 masters where they are trained."""
+    return jnp.dtype("float32" if cfg.method == "full" else cfg.model.dtype)

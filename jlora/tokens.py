@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from jlora.confined import BYTES, SECONDS, confined
 from jlora.errors import ConfigError, DataError, ModelError
+from jlora.folders import inside
 
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
@@ -40,6 +42,9 @@ CHAT_TEMPLATES = {
         r"{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
     ),
 }
+
+# Characters of one conversation's text.
+MAX_TEXT = 16 * 2**20
 
 _FILES = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
@@ -113,7 +118,8 @@ class Tokenizer:
     def render(self, messages: list[dict[str, str]], *, add_generation_prompt: bool) -> str:
         """The text of a conversation by the chat template, run in a sandbox.
 
-        Raises ConfigError if there is no template or it does not parse, DataError if it refuses the messages.
+        Raises ConfigError if there is no template, it does not parse or it takes up too much time, memory or
+        text, DataError if it refuses the messages.
         """
         from jinja2 import TemplateSyntaxError
         from transformers.utils.chat_template_utils import render_jinja_template
@@ -123,12 +129,20 @@ class Tokenizer:
                 "no chat template: set data.chat_template (--chat-template) to llama2, chatml or a .jinja file"
             )
         try:
-            rendered = render_jinja_template(
-                [messages], chat_template=self.chat_template, add_generation_prompt=add_generation_prompt,
-                bos_token=self.bos_token or "", eos_token=self.eos_token,
-            )  # fmt: skip
+            with confined():
+                rendered = render_jinja_template(
+                    [messages], chat_template=self.chat_template, add_generation_prompt=add_generation_prompt,
+                    bos_token=self.bos_token or "", eos_token=self.eos_token,
+                )  # fmt: skip
+            if len(rendered[0][0]) > MAX_TEXT:
+                raise MemoryError
         except TemplateSyntaxError as error:
             raise ConfigError(f"chat template, line {error.lineno}: {error.message}") from error
+        except (TimeoutError, MemoryError):
+            raise ConfigError(
+                f"the chat template takes more than {SECONDS} seconds, {BYTES >> 30} GiB or {MAX_TEXT >> 20} MiB of "
+                "text for one conversation; set data.chat_template (--chat-template) to another"
+            ) from None
         except Exception as error:  # a template is a program: any error can come out of it
             raise DataError(f"the chat template refuses the messages: {error}") from error
         return rendered[0][0]
@@ -150,7 +164,7 @@ def load_tokenizer(path: str | Path, chat_template: str | None) -> Tokenizer:
         tokenizer = _from_fast(hf, hf.backend_tokenizer.to_str().encode(), (), path)
     else:
         folder = _folder(path)
-        files = tuple(folder / name for name in _FILES if (folder / name).is_file())
+        files = tuple(path for path in (inside(folder, name) for name in _FILES) if path.is_file())
         if folder / "tokenizer.json" in files:
             from transformers import PreTrainedTokenizerFast
 
@@ -160,7 +174,10 @@ def load_tokenizer(path: str | Path, chat_template: str | None) -> Tokenizer:
                 raise ModelError(f"the tokenizer files in {folder} cannot be read: {error}") from error
             tokenizer = _from_fast(hf, (folder / "tokenizer.json").read_bytes(), files, path)
         elif folder / "tokenizer.model" in files:
-            tokenizer = _from_sentencepiece(folder, files)
+            try:
+                tokenizer = _from_sentencepiece(folder, files)
+            except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+                raise ModelError(f"the tokenizer files in {folder} cannot be read: {error}") from error
         else:
             raise ModelError(f"{folder} has no tokenizer: it needs a tokenizer.json or a tokenizer.model")
     if chat_template is None:
@@ -194,7 +211,7 @@ def _folder(path: str | Path) -> Path:
 def _from_fast(hf: "PreTrainedTokenizerFast", content: bytes, files: tuple[Path, ...], where: str | Path) -> Tokenizer:
     if hf.eos_token_id is None:
         raise ModelError(f"the tokenizer of {where} names no eos_token that has an id")
-    add_bos = hf.bos_token_id is not None and hf("x").input_ids[0] == hf.bos_token_id
+    add_bos = hf.bos_token_id is not None and hf("x").input_ids[:1] == [hf.bos_token_id]
     template = hf.chat_template
     fast = hf.backend_tokenizer
     fast.no_truncation()  # a tokenizer.json may carry both; here a row is encoded whole

@@ -18,11 +18,10 @@ from unittest import mock
 
 import jax
 import pydantic
-import yaml
 from jax.experimental import topologies
 from pydantic import ConfigDict, PositiveFloat, PositiveInt, TypeAdapter, ValidationError
 
-from jlora.config import parse_yaml
+from jlora.config import read_yaml
 from jlora.errors import ConfigError
 from jlora.xla import GPU_MEMORY_FRACTION
 
@@ -193,11 +192,11 @@ def read_gpu(path: Path) -> Gpu:
       ConfigError: the file can not be read, or a key is unknown, missing or of a wrong value.
     """
     try:
-        tree = parse_yaml(path.read_text(encoding="utf-8"))
+        tree = read_yaml(path)
     except OSError as error:
         raise ConfigError(f"{path}: can not be read ({error.strerror}); check --topology") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    except ValueError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from None
     try:
         return TypeAdapter(Gpu).validate_python(tree)
     except ValidationError as error:

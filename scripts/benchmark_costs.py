@@ -97,7 +97,7 @@ def needed_flops(cfg: Any, mesh: Any) -> float:
     backward, each twice, of [T H] x [H T] for every head.
     """
     from jlora.compiled import model_shape, step_flops
-    from jlora.train import make_forward
+    from jlora.step import make_forward
 
     model = model_shape(cfg.model.path)
     square = cfg.training.batch_size * cfg.data.max_length**2 * model.num_attention_heads * model.head_dim

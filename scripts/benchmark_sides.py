@@ -116,10 +116,11 @@ def write_config(args: argparse.Namespace, folder: Path) -> None:
     import yaml
 
     tree = {
-        "model": {"path": str(folder / "base"), "dtype": "float32", "remat": "none", "attention": "auto"},
+        "model": {"path": str(folder / "base"), "dtype": "float32", "remat": "dots", "attention": "auto"},
         "lora": {"rank": args.rank, "alpha": 2 * args.rank, "init_from": str(folder / "adapter")},
         "data": {"train": args.data, "max_length": args.length, "packing": True},
         "training": {"batch_size": args.batch, "max_steps": 10**6},
+        "mesh": {"data": args.devices, "fsdp": 1},
         "optimizer": {"learning_rate": args.learning_rate, "schedule": "constant", "max_grad_norm": None},
         "output_dir": str(folder / "run"),
     }
@@ -140,14 +141,14 @@ class Ours:
         """Args: cfg: Config; base: Decoder on the devices of `mesh`, base_hash: of its files."""
         import jax
 
-        from jlora import optim, train
+        from jlora import optim
         from jlora.adapter import init_adapter
         from jlora.hf.peft import load_adapter
         from jlora.model import projection_shapes
-        from jlora.step import init_state, make_train_step, place_adapter
+        from jlora.step import init_state, make_forward, make_train_step, place_adapter
 
         self.cfg, self.mesh, self.compiled = cfg, mesh, None
-        self.kernel, self.forward = train.make_forward(cfg, base.cfg, mesh)
+        self.kernel, self.forward = make_forward(cfg, base.cfg, mesh)
         if cfg.lora.init_from is None:
             adapter = init_adapter(cfg.lora, projection_shapes(base.cfg), base.cfg.num_hidden_layers, cfg.training.seed)
         else:

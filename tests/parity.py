@@ -37,6 +37,7 @@ def hidden(base: Decoder, adapter: Adapter, tokens, positions, segments, remat: 
         segments,
         adapter=adapter,
         dropout_key=dropout_key,
+        neftune_noise_alpha=0.0,
         attention=attention.reference,
         remat=remat,
         dtype=jnp.dtype("float32"),
@@ -45,7 +46,7 @@ def hidden(base: Decoder, adapter: Adapter, tokens, positions, segments, remat: 
 
 @jax.jit
 def _logits(base: Decoder, adapter: Adapter, tokens, positions, segments) -> jax.Array:
-    return base.logits(hidden(base, adapter, tokens, positions, segments, "none"))
+    return base.logits(hidden(base, adapter, tokens, positions, segments, "none"), adapter)
 
 
 def logits(base: Decoder, adapter: Adapter, tokens: np.ndarray, positions=None, segments=None) -> np.ndarray:

@@ -19,7 +19,7 @@ from shared_data import SHARED, needs_data
 from tiny import copy_folder, make_llama
 from transformers import LlamaForCausalLM
 
-from jlora.adapter import Adapter, Lora, init_adapter, project, scaling
+from jlora.adapter import Adapter, Lora, init_adapter, layer_scales, project
 from jlora.config import ATTENTION_PROJECTIONS, PROJECTIONS, LoraSection
 from jlora.errors import ModelError
 from jlora.hf.base import open_source
@@ -118,7 +118,7 @@ def test_fresh_adapter_changes_nothing(base):
 @pytest.mark.parametrize(("use_rslora", "expected"), [(False, 12 / 16), (True, 12 / 4)])
 def test_scale(base, use_rslora, expected):
     section = LoraSection(rank=16, alpha=12, use_rslora=use_rslora)
-    assert scaling(section) == expected
+    assert layer_scales(section, "q_proj", 3) == expected
     assert {lora.scale for lora in fresh(base, rank=16, alpha=12, use_rslora=use_rslora).values()} == {expected}
 
 
@@ -422,14 +422,10 @@ def refused(folder: Path, base_and_hash, *says: str) -> None:
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("use_dora", True),
-        ("rank_pattern", {"up_proj": 2}),
-        ("alpha_pattern", {"up_proj": 2}),
-        ("bias", "all"),
-        ("modules_to_save", ["lm_head"]),
+        ("bias", "most"),
+        ("modules_to_save", ["norm"]),
         ("lora_bias", True),
         ("fan_in_fan_out", True),
-        ("layers_to_transform", [0]),
         ("layer_replication", [[0, 1]]),
         ("trainable_token_indices", [1]),
         ("use_something_of_next_year", True),

@@ -131,6 +131,7 @@ def arguments(**changed) -> argparse.Namespace:
         **({"mode": "dense", "peer_modes": ("eager", "compile"), "alternations": 3} | changed),
         threads=1,
         peer_huge_pages=False,
+        devices=1,
     )
 
 

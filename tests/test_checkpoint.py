@@ -1,6 +1,8 @@
-"""Checkpoints: bitwise round trips, which ones are kept, and what a damaged one says."""
+"""Checkpoints: bitwise round trips, which ones are kept, what is cleaned, and what a damaged one says."""
 
+import errno
 import json
+import os
 import shutil
 
 import jax
@@ -8,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jlora import manifest
 from jlora.checkpoint import Checkpoints, flatten
-from jlora.errors import ModelError
+from jlora.errors import ConfigError, ModelError
 from jlora.identity import FREE_KEYS, check_identity, flatten_config
 from jlora.step import TrainState
 
@@ -24,7 +27,15 @@ def make_state(seed=0, rank=4):
     trained = {"adapter": {"q_proj": {"lora_a": jnp.asarray(a), "lora_b": jnp.zeros((3, rank, 2, 4))}}, "base": None}
     moments = (jax.tree.map(lambda x: x * 2, trained), jnp.asarray(7, jnp.int32), ())
     key = jax.random.key_data(jax.random.key(seed))
-    return TrainState(jnp.asarray(5, jnp.int32), jnp.zeros((), jnp.int32), trained, moments, key)
+    return TrainState(
+        jnp.asarray(5, jnp.int32),
+        jnp.zeros((), jnp.int32),
+        trained,
+        moments,
+        key,
+        jnp.asarray(4),
+        jnp.full(32, jnp.nan),
+    )
 
 
 def assert_bitwise(a, b):
@@ -64,6 +75,23 @@ def test_names_do_not_depend_on_classes():
         "step", "skipped", "trained/adapter/q_proj/lora_a", "trained/adapter/q_proj/lora_b"
     ]  # fmt: skip
     assert len(set(names)) == len(names)
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """A folder with checkpoints 4 and 8; to be copied."""
+    folder = tmp_path_factory.mktemp("two") / "checkpoints"
+    checkpoints = Checkpoints(folder, keep=2)
+    save(checkpoints, 4)
+    save(checkpoints, 8, seed=8)
+    checkpoints.close()
+    return folder
+
+
+@pytest.fixture
+def copy(two, tmp_path):
+    """A copy of it, with other modules' run folder around it."""
+    return shutil.copytree(two, tmp_path / "run" / "checkpoints")
 
 
 @pytest.mark.parametrize("reopened", [False, True], ids=["one process", "resumed each time"])
@@ -126,55 +154,191 @@ def test_read_only_writes_nothing(tmp_path):
     assert not (tmp_path / "none").exists()
 
 
-def test_half_written_checkpoint_is_not_seen(tmp_path):
-    checkpoints = Checkpoints(tmp_path, keep=2)
-    save(checkpoints, 4)
-    checkpoints.close()
-    shutil.copytree(tmp_path / "4", tmp_path / "8.orbax-checkpoint-tmp-1700000000000000")
-    (tmp_path / "notes.txt").write_text("a stray file", encoding="utf-8")
-    checkpoints = Checkpoints(tmp_path, keep=2)
-    assert checkpoints.steps() == [4]
-    save(checkpoints, 8, seed=8)
+def test_debris_of_a_killed_save_is_cleaned(copy):
+    """Cut short before Orbax's commit, before ours, or while it was deleted."""
+    for name in ("12.saving.orbax-checkpoint-tmp", "12.saving", "0.deleting", "8.orbax-checkpoint-tmp-1700000000"):
+        shutil.copytree(copy / "4", copy / name)
+    (copy / "12.saving" / manifest.NAME).unlink()
+    (copy / "notes.txt").write_text("a stray file", encoding="utf-8")
+    checkpoints = Checkpoints(copy, keep=2)
+    assert sorted(path.name for path in copy.iterdir()) == ["4", "8", "notes.txt"]
+    assert checkpoints.steps() == [4, 8] and checkpoints.newest_whole() == 8
+    save(checkpoints, 12, seed=12)
     checkpoints.wait()
-    assert_bitwise(checkpoints.restore(8, make_state()).state, make_state(seed=8))
+    assert_bitwise(checkpoints.restore(12, make_state()).state, make_state(seed=12))
     checkpoints.close()
 
 
-def damage_nothing(folder):
-    shutil.rmtree(folder)
-    folder.mkdir()
+def test_the_manifest_names_every_file(two):
+    text = json.loads((two / "8" / manifest.NAME).read_text(encoding="utf-8"))
+    files = {str(f.relative_to(two / "8")): f for f in (two / "8").rglob("*") if f.is_file()}
+    assert text["content"]["files"].keys() == files.keys() - {manifest.NAME}
+    for name, entry in text["content"]["files"].items():
+        assert entry["bytes"] == files[name].stat().st_size
+    assert manifest.read(two / "8") == {"step": 8, "eval_loss": None}
 
 
-def damage_arrays(folder):
-    for file in (folder / "state").rglob("d/*"):
-        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+def damages(folder):
+    """Every file of a checkpoint, each with every kind of harm: (name, file, content before)."""
+    for file in sorted(folder.rglob("*")):
+        if file.is_file():
+            before = file.read_bytes()
+            for name in ("flipped", "cut", "longer", "emptied", "missing"):
+                if before or name in ("longer", "missing"):
+                    yield name, file, before
 
 
-def damage_position(folder):
-    (folder / "data" / "metadata").write_text("{", encoding="utf-8")
+def test_every_damage_of_every_file_is_noticed(copy):
+    """No file of a checkpoint can change by a bit or a byte, and the one before it is taken."""
+    rng = np.random.default_rng(0)
+    reader = Checkpoints(copy, keep=2, read_only=True)
+    count = 0
+    for name, file, before in damages(copy / "8"):
+        match name:
+            case "flipped":
+                bits = rng.integers(8 * len(before), size=5)
+                contents = [bytearray(before) for _ in bits]
+                for content, bit in zip(contents, bits, strict=True):
+                    content[bit // 8] ^= 1 << bit % 8
+            case "missing":
+                contents = [None]
+            case _:
+                contents = [{"cut": before[:-1], "longer": before + b"\0", "emptied": b""}[name]]
+        for content in contents:
+            file.unlink()
+            if content is not None:
+                file.write_bytes(content)
+            assert reader.fault(8) is not None, (name, file)
+            count += 1
+        assert reader.newest_whole() == 4
+        file.write_bytes(before)
+    assert reader.fault(8) is None and reader.newest_whole() == 8
+    assert count > 100
+    reader.close()
 
 
-def damage_item(folder):
-    shutil.rmtree(folder / "identity")
+def test_a_damaged_checkpoint_goes_to_quarantine_and_the_one_before_is_taken(copy, capsys):
+    for again in range(2):
+        [array] = [file for file in (copy / "8" / "state").rglob("d/*") if file.stat().st_size > 1000][:1]
+        content = bytearray(array.read_bytes())
+        content[500] ^= 4
+        array.write_bytes(content)
+        checkpoints = Checkpoints(copy, keep=2)
+        assert checkpoints.newest_whole() == 4
+        [line] = capsys.readouterr().err.splitlines()
+        assert line.startswith("warning: ") and f"{copy}/8: the checkpoint is damaged" in line
+        assert "SHA-256 differs" in line and "step 4 is taken" in line
+        where = copy.parent / "quarantine" / ("8.1" if again else "8")
+        assert where.is_dir() and str(where) in line
+        assert_bitwise(checkpoints.restore(4, make_state(seed=1)).state, make_state())
+        save(checkpoints, 8, seed=8)
+        checkpoints.close()
+        assert checkpoints.steps() == [4, 8]
 
 
-@pytest.mark.parametrize("damage", [damage_nothing, damage_arrays, damage_position, damage_item])
-def test_damaged_checkpoint_is_named_and_can_be_deleted(tmp_path, damage):
-    checkpoints = Checkpoints(tmp_path, keep=2)
-    save(checkpoints, 4)
-    save(checkpoints, 8)
+def test_one_whose_manifest_is_not_its_own_is_damaged(copy):
+    shutil.copytree(copy / "4", copy / "16")
+    reader = Checkpoints(copy, keep=2, read_only=True)
+    assert reader.fault(16) == "it is that of step 4" and reader.newest_whole() == 8
+    (copy / "8" / manifest.NAME).unlink()
+    assert reader.fault(8) == f"{manifest.NAME} is missing" and reader.newest_whole() == 4
+    reader.close()
+
+
+def test_none_whole_is_refused_and_nothing_moves(copy):
+    (copy / "4" / "_CHECKPOINT_METADATA").unlink()
+    shutil.rmtree(copy / "8")
+    (copy / "8").mkdir()
+    before = snapshot(copy.parent)
+    for _ in range(2):
+        checkpoints = Checkpoints(copy, keep=2)
+        with pytest.raises(
+            ModelError, match=r"no checkpoint is whole \(8: manifest.json is missing; 4: _CHECK"
+        ) as error:
+            checkpoints.newest_whole()
+        assert error.value.exit_code == 4 and "\n" not in str(error.value)
+        checkpoints.close()
+    assert snapshot(copy.parent) == before
+    shutil.rmtree(copy)
+    checkpoints = Checkpoints(copy, keep=2)
+    assert checkpoints.newest_whole() == 0
     checkpoints.close()
-    damage(tmp_path / "8")
-    checkpoints = Checkpoints(tmp_path, keep=2)
-    with pytest.raises(ModelError, match=r"/8: the checkpoint can not be restored .* delete this") as error:
-        checkpoints.identity(8)
-        checkpoints.restore(8, make_state())
-    assert error.value.exit_code == 4 and "\n" not in str(error.value)
+
+
+def test_old_ones_stay_until_the_new_one_is_verified(copy, monkeypatch):
+    """A disk that gives back something else than was written: the save fails, and nothing was deleted for it."""
+    before = snapshot(copy)
+    digest = manifest._digest
+    monkeypatch.setattr(manifest, "_digest", lambda path, cached=True: digest(path) if cached else "0" * 64)
+    checkpoints = Checkpoints(copy, keep=1)
+    save(checkpoints, 12)
+    with pytest.raises(
+        ConfigError, match=r"/12: the checkpoint could not be saved .* reading it back.*checkpoint 8 stay"
+    ):
+        checkpoints.wait()
+    assert snapshot(copy) == before and (copy.parent / "quarantine" / "12").is_dir()
+    monkeypatch.undo()
+    save(checkpoints, 12)
     checkpoints.close()
-    shutil.rmtree(tmp_path / "8")
-    checkpoints = Checkpoints(tmp_path, keep=2)
-    assert checkpoints.steps() == [4]
-    assert_bitwise(checkpoints.restore(4, make_state(seed=1)).state, make_state())
+    assert checkpoints.steps() == [12]
+
+
+def full(*args, **kwargs):
+    """Instead of Orbax's last act, of our manifest, or of what follows our commit."""
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "somewhere")
+
+
+@pytest.mark.parametrize("where", ["finalize", "write", "sync_folder"])
+def test_a_failed_background_save_surfaces_at_the_next_step(copy, monkeypatch, where):
+    """Disk full while it is written: one sentence, exit code 2, and what was there is whole."""
+    checkpoints = Checkpoints(copy, keep=2)
+    owner = {"write": manifest, "sync_folder": manifest, "finalize": checkpoints._checkpointer.handler}[where]
+    monkeypatch.setattr(owner, where, full)
+    checkpoints.check()
+    save(checkpoints, 12)
+    saved = checkpoints._pending[1]
+    assert isinstance(saved.exception(timeout=60), OSError)
+    with pytest.raises(ConfigError) as error:
+        checkpoints.check()
+    message = str(error.value)
+    assert f"{copy}/12: the checkpoint could not be saved (No space left on device); checkpoint 8 stays" in message
+    assert error.value.exit_code == 2 and "\n" not in message
+    checkpoints.check()
+    monkeypatch.undo()
+    checkpoints.close()
+    again = Checkpoints(copy, keep=2)
+    assert again.newest_whole() == (12 if where == "sync_folder" else 8)
+    again.close()
+
+
+def test_a_save_that_can_not_begin_says_so(copy, monkeypatch):
+    checkpoints = Checkpoints(copy, keep=2)
+    monkeypatch.setattr(checkpoints._checkpointer, "save", full)
+    with pytest.raises(ConfigError, match=r"/12: the checkpoint could not be saved \(No space left on device\)"):
+        save(checkpoints, 12)
+    monkeypatch.setattr(checkpoints._checkpointer, "save", lambda *args, **kwargs: [].pop())
+    with pytest.raises(IndexError):  # a bug of ours stays one
+        save(checkpoints, 12)
+    monkeypatch.undo()
+    checkpoints.close()
+
+
+def test_room_is_asked_for_before(copy, monkeypatch):
+    """Free bytes against what the rest of the run still adds: up to `keep`, the best, and the one being written."""
+    state = make_state()
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    checkpoints = Checkpoints(copy, keep=2)
+
+    def require(saves, free):
+        monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(0, 0, free))
+        checkpoints.require_room(state, saves)
+
+    spare = 4 * 2**20
+    for saves, more in ((1, 1), (2, 2), (100, 2)):  # two are there already
+        require(saves, (more + 1) * size + spare)
+        with pytest.raises(ConfigError, match=f"{more} more checkpoints of .* make room"):
+            require(saves, (more + 1) * size + spare - 1)
+    require(0, 0)
     checkpoints.close()
 
 
@@ -192,14 +356,29 @@ def test_another_shape_is_refused(tmp_path):
 
 
 def test_identity_names_every_difference(tmp_path):
-    check_identity(tmp_path, IDENTITY, json.loads(json.dumps(IDENTITY)))
+    assert check_identity(tmp_path, 4, IDENTITY, json.loads(json.dumps(IDENTITY)), []) == []
     other = {"config": {"lora.rank": 8, "new.key": 1}, "hashes": {"base": "abc", "eval": "def"}}
     with pytest.raises(ModelError) as error:
-        check_identity(tmp_path, IDENTITY, other)
+        check_identity(tmp_path, 4, IDENTITY, other, [])
     message = str(error.value)
     assert str(tmp_path) in message and "config.lora.rank: 4 -> 8" in message
     assert "config.new.key: None -> 1" in message and "hashes.eval: None -> 'def'" in message
-    assert "hashes.base" not in message
+    assert "hashes.base" not in message and "resume.allow_changes" in message
+
+
+def test_allowed_changes_are_recorded_and_others_refused(tmp_path):
+    other = {"config": {"lora.rank": 8}, "hashes": {"base": "abc", "eval": "def"}}
+    with pytest.raises(ModelError, match=r"\(hashes.eval: None -> 'def'\)"):
+        check_identity(tmp_path, 4, IDENTITY, other, ["config.lora.rank"])
+    history = check_identity(tmp_path, 4, IDENTITY, other, ["hashes.eval", "config.lora.rank"])
+    assert history == [{"step": 4, "changes": {"config.lora.rank": [4, 8], "hashes.eval": [None, "def"]}}]
+    saved = other | {"history": history}
+    assert check_identity(tmp_path, 6, saved, other, ["hashes.eval"]) == history
+    again = check_identity(tmp_path, 9, saved, IDENTITY, ["hashes.eval", "config.lora.rank"])
+    assert again[0] == history[0] and again[1]["changes"]["config.lora.rank"] == [8, 4]
+    with pytest.raises(ConfigError, match="'config.lora.rnk'; did you mean 'config.lora.rank'") as error:
+        check_identity(tmp_path, 4, IDENTITY, other, ["config.lora.rnk"])
+    assert error.value.exit_code == 2
 
 
 def test_free_keys_are_keys_of_the_config():

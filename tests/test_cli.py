@@ -21,7 +21,7 @@ from safetensors.numpy import load_file
 from shared_data import SHARED, needs_data
 from tiny import copy_folder, make_llama, make_rows, make_tokenizer, write_config
 
-from jlora import cli
+from jlora import cli, manifest
 from jlora.config import load_config
 from jlora.errors import DataError, MemoryExceeded
 
@@ -700,16 +700,32 @@ def test_export_of_a_run_whose_base_has_changed(world, here, tmp_path):
 
 
 def test_damaged_checkpoint_as_a_program(world, tmp_path):
-    """Orbax's threads have much to say then, and none of it may reach the user."""
+    """One that was written wrong: Orbax's threads have much to say then, and none of it may reach the user."""
     run = tmp_path / "run"
     shutil.copytree(world / "run", run)
     (run / "summary.json").unlink()  # as if it had been stopped before its end
     for file in (run / "checkpoints" / "4" / "state" / "d").iterdir():
         file.write_bytes(bytes(file.stat().st_size))
+    manifest.write(run / "checkpoints" / "4", manifest.read(run / "checkpoints" / "4"))
     done = shell("train", "--config", world / "config.yaml", f"output_dir={run}", "-q")
     assert done.returncode == 4 and done.stderr.count("\n") == 1
     message = one_sentence(done.stderr)
     assert "checkpoints/4" in message and "can not be restored" in message
+
+
+def test_damaged_checkpoint_is_not_exported(world, here, tmp_path):
+    """The newest gives way to the one before, with a word; one that is asked for by its step is refused."""
+    run = tmp_path / "run"
+    shutil.copytree(world / "run", run)
+    [array] = [file for file in (run / "checkpoints" / "4" / "state").rglob("d/*")][:1]
+    array.write_bytes(array.read_bytes()[:-1])
+    code, _, err = here("export", "--run", run, "--step", 4, "--out", tmp_path / "out")
+    assert code == 4 and "checkpoints/4: the checkpoint is damaged (state/" in one_sentence(err)
+    assert not (tmp_path / "out").exists()
+    code, out, err = here("export", "--run", run, "--out", tmp_path / "out")
+    assert code == 0 and "of step 2" in out
+    assert "checkpoints/4: the checkpoint is damaged" in err and "passed over; step 2 is taken" in err
+    assert (run / "checkpoints" / "4").is_dir() and not (run / "quarantine").exists()
 
 
 # Usage

@@ -82,7 +82,7 @@ def run(tmp_path_factory):
 
     def of_adapter(kernel, remat, base, adapter):
         def loss(adapter):
-            total, count = Forward(ATTENTION[kernel], remat, FLOAT32).loss(base, adapter, batch, None)
+            total, count, _ = Forward(ATTENTION[kernel], remat, FLOAT32).loss(base, adapter, batch, None)
             return total / count
 
         return jax.value_and_grad(loss)(adapter)

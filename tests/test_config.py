@@ -86,7 +86,7 @@ def test_missing_key_is_named(file, key):
         ("lora.target_modules=q_proj", ["lora.target_modules", "list", "'all-linear'", "'q_proj'"]),
         ("lora=3", ["lora", "rank, alpha", "3"]),
         ("data=null", ["data", "train, eval", "None"]),
-        ("data.format=alpca", ["data.format", "'alpaca', 'completion', 'text' or 'messages'", "'alpca'"]),
+        ("data.format=alpca", ["data.format", "'text', 'messages' or 'preference'", "'alpca'"]),
         ("data.eval=1.5", ["data.eval", "string", "less than 1", "1.5"]),
         ("data.eval=0", ["data.eval", "greater than 0"]),
         ("data.train=", ["data.train", "string", "None"]),
@@ -214,6 +214,8 @@ def test_contract_of_defaults(file):
     assert cfg["lora"] == {
         **{"rank": 16, "alpha": 32.0, "dropout": 0.0, "init_from": None, "use_rslora": False},
         "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"],
+        **{"use_dora": False, "init_lora_weights": True, "rank_pattern": {}, "alpha_pattern": {}, "bias": "none"},
+        **{"layers_to_transform": None, "modules_to_save": []},
     }
     assert cfg["mesh"] == {"data": 1, "fsdp": -1, "tensor": 1}
     assert cfg["method"] == "lora"

@@ -70,7 +70,7 @@ def lengths_dataset(lengths):
         trained = np.ones(length, bool)
         trained[0] = False
         examples.append(Example(np.full(length, number + 10, np.int32), trained))
-    return Dataset(examples, read=len(examples))
+    return Dataset(examples, read=len(examples), places=[f"rows.jsonl:{n}" for n in range(1, len(examples) + 1)])
 
 
 RANDOM_LENGTHS = np.random.default_rng(3).integers(2, 33, 60).tolist()
@@ -131,7 +131,7 @@ def test_folder_of_files_is_read_in_the_order_of_names(tmp_path):
     write(folder / "notes.txt", "not data")
     assert values(folder) == ROWS
     assert [row.where for row in read_rows(str(folder), "train")][:3] == [
-        *("rows/a.jsonl:1", "rows/a.jsonl:2", "rows/b.json: row 1"),
+        *("rows/a.jsonl:1", "rows/a.jsonl:2", "rows/b.json:1: row 1"),
     ]
 
 
@@ -158,8 +158,8 @@ def test_saved_data_set_of_the_datasets_library(tmp_path):
     [
         ("missing.jsonl", "missing.jsonl: no such file"),
         ("missing_folder", "missing_folder: no such file"),
-        ("empty_folder", "empty_folder: holds no json, jsonl, csv or parquet file"),
-        ("rows.txt", "files ending in '.txt' are not read; use json, jsonl, csv or parquet"),
+        ("empty_folder", "empty_folder: holds no json, jsonl, csv, parquet or txt file"),
+        ("rows.xml", "files ending in '.xml' are not read; use json, jsonl, csv, parquet or txt"),
         ("torn.parquet", "torn.parquet: not a whole parquet file"),
         ("no.parquet", "no.parquet: not a whole parquet file"),
         ("empty.jsonl", "empty.jsonl: holds no usable row"),
@@ -168,8 +168,8 @@ def test_saved_data_set_of_the_datasets_library(tmp_path):
         ("empty.csv", "empty.csv: holds no usable row"),
         ("header.csv", "header.csv: holds no usable row"),
         ("torn.json", "torn.json:3: malformed JSON"),
-        ("deep.json", "deep.json: malformed JSON"),
-        ("bytes.json", "bytes.json: not valid UTF-8 (invalid start byte at byte 12)"),
+        ("deep.json", "deep.json:1: JSON nested too deep in row 1"),
+        ("bytes.json", "bytes.json:1: row 1: not valid UTF-8"),
         ("quote.csv", "quote.csv:3: malformed CSV"),
     ],
 )
@@ -178,7 +178,7 @@ def test_unusable_file(tmp_path, tokenizer, name, words):
     write_parquet(tmp_path / "whole.parquet", ROWS)
     write(tmp_path / "torn.parquet", (tmp_path / "whole.parquet").read_bytes()[:-20])
     write(tmp_path / "no.parquet", b"")
-    for empty in ("empty.jsonl", "empty.csv", "rows.txt"):
+    for empty in ("empty.jsonl", "empty.csv", "rows.xml"):
         write(tmp_path / empty, b"")
     write(tmp_path / "blank.jsonl", b"\n \r\n\t\n")
     write(tmp_path / "empty.json", b"[]")
@@ -192,11 +192,12 @@ def test_unusable_file(tmp_path, tokenizer, name, words):
         assert words in error_of(tmp_path / name, on_bad_row=on_bad_row, tokenizer=tokenizer)
 
 
-def test_torn_json_array_of_the_first_row_is_not_half_read(tmp_path):
+@pytest.mark.parametrize("rest", [b", {", b",]", b",", b"", b"} ]", b" 1]", b"] {", b"]]", b', {"a": 12'])
+def test_torn_json_array_is_not_half_read(tmp_path, rest):
     """A file that can not be read whole gives no rows at all."""
-    path = write(tmp_path / "torn.json", b"[" + GOOD + b", {")
-    with pytest.raises(DataError):
-        next(read_rows(str(path), "train"))
+    path = write(tmp_path / "torn.json", b"[\n" + GOOD + rest)
+    with pytest.raises(DataError, match=r"torn\.json:2: malformed JSON \("):
+        list(read_rows(str(path), "train"))
 
 
 def test_name_that_is_no_file_is_looked_up_on_the_hub_and_explained():
@@ -271,15 +272,16 @@ def test_bad_row_of_an_array_and_of_parquet(tmp_path, tokenizer):
     rows = [ROWS[0], ROWS[1] | {"completion": ""}, ROWS[2]]
     array = write(tmp_path / "rows.json", json.dumps(rows))
     parquet = write_parquet(tmp_path / "rows.parquet", rows)
-    assert "rows.json: row 2: " in error_of(array, tokenizer=tokenizer)
+    assert "rows.json:1: row 2: " in error_of(array, tokenizer=tokenizer)
     assert "rows.parquet: row 2: " in error_of(parquet, tokenizer=tokenizer)
 
 
 def test_line_that_is_no_line(tmp_path, monkeypatch):
-    monkeypatch.setattr(jlora.rows, "MAX_LINE_BYTES", 1 << 10)
-    path = write(tmp_path / "rows.jsonl", GOOD + b"\n" + b'{"prompt": "' + b"x" * 2000 + b'"}\n')
-    with pytest.raises(DataError, match=r"rows\.jsonl:2: the line is longer"):
-        values(path)
+    monkeypatch.setattr(jlora.rows, "MAX_ROW_BYTES", 1 << 10)
+    path = write(tmp_path / "rows.jsonl", GOOD + b"\n" + b'{"prompt": "' + b"x" * 2000 + b'"}\n' + GOOD)
+    good, bad, after = read_rows(str(path), "train")
+    assert bad.where == "rows.jsonl:2" and bad.value.message.startswith("the line is longer than")
+    assert (after.where, after.value) == ("rows.jsonl:3", good.value)
 
 
 def test_first_bad_row_is_named_and_the_others_are_counted(tmp_path, tokenizer):
@@ -303,6 +305,34 @@ def test_rows_of_another_format(tmp_path, tokenizer):
     assert 'the field "prompt" is missing' in error_of(path, tokenizer=tokenizer)
     assert 'the field "messages" is missing' in error_of(path, tokenizer=tokenizer, format="messages")
     assert len(tokenize(str(path), tokenizer, section(format="alpaca", max_length=320)).examples) == 1
+
+
+# Plain text
+
+
+def test_plain_text_files_are_documents(tmp_path, tokenizer):
+    folder = tmp_path / "books"
+    folder.mkdir()
+    write(folder / "b.txt", "second\n")
+    write(folder / "a.txt", b"\xef\xbb\xbffirst\nline")
+    write(folder / "c.txt", b"")
+    assert values(folder) == [{"text": "first\nline"}, {"text": "second\n"}]
+    write(folder / "d.txt", b"\xff")
+    assert "d.txt: not valid UTF-8" in error_of(folder, tokenizer=tokenizer, format="text")
+
+
+def test_a_long_text_is_split_and_every_token_trained_once(tmp_path, tokenizer):
+    for length in (5, 30, 31, 61, 62, 100):  # 30 bytes, BOS and EOS just fit; 61 and 62 border on a third piece
+        path = write(tmp_path / "book.txt", "".join(chr(97 + i % 26) for i in range(length)))
+        whole = tokenize(str(path), tokenizer, section(format="text", max_length=200)).examples[0]
+        found = tokenize(str(path), tokenizer, section(format="text"))
+        assert found.read == 1 and found.truncated == 0
+        assert len(found.examples) == -(-(length + 1) // 31)
+        trained = np.concatenate([example.ids[1:][example.trained[1:]] for example in found.examples])
+        np.testing.assert_array_equal(trained, whole.ids[1:])
+        assert all(2 <= len(example.ids) <= 32 for example in found.examples)
+    cut = tokenize(str(path), tokenizer, section(format="text", split_long=False))
+    assert len(cut.examples) == cut.truncated == 1 and len(cut.examples[0].ids) == 32
 
 
 # Truncation

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import pytest
 from safetensors.numpy import load_file
 from tiny import make_completions, make_llama, make_tokenizer, write_config
 
+from jlora import distributed
 from jlora.config import load_config
 from jlora.metrics import read_metrics
 from jlora.train import train
@@ -216,6 +218,19 @@ jlora.train.main()
     assert any("in hang" in text and "most recent call first" in text for text in errors)
     assert any("no step was finished for 8 s" in last_error(text) for text in errors)
     assert any(re.search("process 1 stands after step 2, the others after step 3", last_error(text)) for text in errors)
+
+
+def test_a_stopped_child_is_ended():
+    """By SIGSTOP, for longer than the job waits for it; one that goes on in time is let be."""
+    started = time.monotonic()
+    child = subprocess.Popen(["sleep", "1"])
+    child.send_signal(signal.SIGSTOP)
+    threading.Timer(0.3, child.send_signal, (signal.SIGCONT,)).start()
+    assert distributed._wait_for(child.pid, 5.0) == (0, False)
+    child = subprocess.Popen(["sleep", "100"])
+    child.send_signal(signal.SIGSTOP)
+    assert distributed._wait_for(child.pid, 0.5) == (-signal.SIGKILL, True)
+    assert time.monotonic() - started < 10
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import pytest
 from tiny import make_completions, make_llama, make_tokenizer, write_config
 
 import jlora.compiled
+import jlora.preemption
 import jlora.train
 from jlora import fitting
 from jlora.compiled import held_bytes, plan
@@ -97,7 +98,7 @@ def test_a_run_goes_on_with_the_policy_it_took(tmp_path, monkeypatch):
 
     def run(free, name, stop_after):
         monkeypatch.setattr(fitting, "free_bytes", lambda devices: free)
-        monkeypatch.setattr(jlora.train, "catch_signals", lambda: lambda step: step == stop_after)
+        monkeypatch.setattr(jlora.preemption, "catch_signals", lambda: lambda step: step == stop_after)
         return train(load_config(config, ["model.remat=auto", f"output_dir={tmp_path / name}"]), quiet=True)
 
     stopped = run(2**40, "run", stop_after=2)

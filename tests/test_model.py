@@ -199,7 +199,8 @@ def test_no_numerics_field_is_forgotten():
     for scaling in (LinearRope, DynamicRope, Llama3Rope, YarnRope):
         fields |= {f"{scaling.__name__}.{field.name}" for field in dataclasses.fields(scaling)}
     for name in fields - {field for field, *_ in PERTURBED}:
-        changed = dataclasses.replace(cfg, **{name: getattr(cfg, name) + 2})
+        value = getattr(cfg, name)
+        changed = dataclasses.replace(cfg, **{name: ("up_proj",) if name == "biased" else value + 2})
         before, after = (
             [c.num_hidden_layers, *(weight.shape for weight in (block_weights(c) | outer_weights(c)).values())]
             for c in (cfg, changed)

@@ -402,6 +402,7 @@ MID = LlamaConfig(
     rope_scaling=None,
     sliding_window=None,
     tie_word_embeddings=False,
+    biased=(),
 )
 
 

@@ -1,5 +1,6 @@
 """Runs that are killed, stopped or changed, and go on: every bit as if nothing had happened."""
 
+import errno
 import hashlib
 import json
 import os
@@ -17,9 +18,10 @@ from shared_data import SHARED, read_rows
 from tiny import make_completions, make_llama, make_tokenizer, write_config
 
 import jlora.train
+from jlora import cli, lock, manifest
 from jlora.config import load_config
-from jlora.errors import ModelError
-from jlora.metrics import StepMeter, read_metrics
+from jlora.errors import ConfigError, ModelError
+from jlora.metrics import MetricsLog, StepMeter, read_metrics
 from jlora.train import train
 
 ROOT = Path(__file__).parents[1]
@@ -52,13 +54,18 @@ def committed(run_dir):
     return sorted(int(f.name) for f in folder.iterdir() if f.name.isdigit()) if folder.is_dir() else []
 
 
-def send_when(process, number, condition):
-    """Send a signal as soon as `condition` holds; the process must still be at work then."""
+def wait_while_running(process, condition):
+    """Until `condition` holds; the process must still be at work then."""
     deadline = time.monotonic() + 240
     while not condition():
         assert process.poll() is None, process.stdout.read().decode()
         assert time.monotonic() < deadline
         time.sleep(0.002)
+
+
+def send_when(process, number, condition):
+    """Send a signal as soon as `condition` holds."""
+    wait_while_running(process, condition)
     os.kill(process.pid, number)
     process.communicate(timeout=120)
     return process.returncode
@@ -74,7 +81,7 @@ def final_state(run_dir, step=NUM_STEPS):
         leaf = np.asarray(arrays[name])
         found.update(f"{name} {leaf.dtype} {leaf.shape} ".encode() + leaf.tobytes())
     kinds = {name.split("/")[0] for name in arrays}
-    assert kinds == {"step", "skipped", "trained", "opt_state", "key"}
+    assert kinds == {"step", "skipped", "moved", "losses", "trained", "opt_state", "key"}
     return found.hexdigest(), json.loads((folder / "data" / "metadata").read_text(encoding="utf-8"))
 
 
@@ -161,7 +168,7 @@ def test_killed_before_and_after_a_checkpoint(material, unbroken, tmp_path):
 
 def test_killed_while_a_checkpoint_is_written(material, unbroken, tmp_path):
     config, run_dir = configure(material, tmp_path / "killed"), tmp_path / "killed" / "run"
-    code = send_when(start(config), signal.SIGKILL, lambda: any(run_dir.glob("checkpoints/*.orbax-checkpoint-tmp*")))
+    code = send_when(start(config), signal.SIGKILL, lambda: any(run_dir.glob("checkpoints/*.saving*")))
     assert code == -signal.SIGKILL
     # A later one that was cut short, too, and a line of metrics that was.
     (run_dir / "checkpoints" / "999.orbax-checkpoint-tmp-1700000000000000" / "state").mkdir(parents=True)
@@ -174,9 +181,17 @@ def test_killed_while_a_checkpoint_is_written(material, unbroken, tmp_path):
 
 
 def test_sigterm_saves_and_exits_75(material, unbroken, tmp_path):
+    """The first is enough, and those that follow, of both kinds, until the process is gone, change nothing."""
     config, run_dir = configure(material, tmp_path / "stopped"), tmp_path / "stopped" / "run"
-    code = send_when(start(config), signal.SIGTERM, lambda: last_step(run_dir) >= 5)
-    assert code == 75
+    process = start(config)
+    wait_while_running(process, lambda: last_step(run_dir) >= 5)
+    while process.poll() is None:
+        process.send_signal(signal.SIGTERM)
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.005)
+    output = process.communicate()[0].decode()
+    assert process.returncode == 75, output
+    assert "Traceback" not in output
     summary = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
     assert summary["status"] == "preempted" and summary["adapter"] is None
     assert committed(run_dir)[-1] == summary["steps"] == last_step(run_dir) >= 5
@@ -184,6 +199,17 @@ def test_sigterm_saves_and_exits_75(material, unbroken, tmp_path):
     code, output = finish(config)
     assert code == 0, output
     assert_as_unbroken(run_dir, unbroken)
+
+
+def test_a_signal_before_the_first_step_ends_the_run_there(finished, tmp_path, monkeypatch):
+    """While model and data are read: nothing is compiled for a step that is not wanted any more."""
+    config, run_dir = finished
+    shutil.rmtree(run_dir / "checkpoints" / "18")
+    read = jlora.train.read_data
+    monkeypatch.setattr(jlora.train, "read_data", lambda *args: [read(*args), os.kill(os.getpid(), signal.SIGTERM)][0])
+    monkeypatch.setattr(jlora.train, "make_train_step", None)
+    summary = train(load_config(config), quiet=True)
+    assert (summary["status"], summary["steps"]) == ("preempted", 16) and committed(run_dir)[-1] == 16
 
 
 def contents(run_dir, *folders):
@@ -259,14 +285,99 @@ def test_free_keys_may_change(finished):
     assert contents(run_dir, "adapter") == before
 
 
-def test_damaged_newest_checkpoint_is_named(finished):
-    """One that was cut short without Orbax's knowing, as by a copy that failed."""
+def test_a_damaged_newest_checkpoint_is_gone_on_without(finished, unbroken, capsys):
+    """One bit of the newest, and a later one that a copy has left empty: the one before, and the same end."""
     config, run_dir = finished
     (run_dir / "checkpoints" / "999").mkdir()
-    with pytest.raises(ModelError, match=r"checkpoints/999: the checkpoint can not be restored .* delete this"):
-        train(load_config(config), quiet=True)
-    (run_dir / "checkpoints" / "999").rmdir()
+    [array] = [file for file in (run_dir / "checkpoints" / "18" / "state").rglob("d/*")][:1]
+    content = bytearray(array.read_bytes())
+    content[len(content) // 2] ^= 16
+    array.write_bytes(content)
     assert train(load_config(config), quiet=True)["status"] == "finished"
+    said = capsys.readouterr().err
+    assert "checkpoints/999: the checkpoint is damaged (manifest.json is missing)" in said
+    assert "checkpoints/18: the checkpoint is damaged (state/" in said and said.count("step 16 is taken") == 2
+    assert_as_unbroken(run_dir, unbroken)
+    assert sorted(path.name for path in (run_dir / "quarantine").iterdir()) == ["18", "999"]
+
+
+def test_no_whole_checkpoint_is_refused(finished):
+    config, run_dir = finished
+    for step in committed(run_dir):
+        (run_dir / "checkpoints" / str(step) / "manifest.json").write_text("{}", encoding="utf-8")
+    before = contents(run_dir, ".")
+    with pytest.raises(ModelError, match="no checkpoint is whole"):
+        train(load_config(config), quiet=True)
+    assert contents(run_dir, ".") == before
+
+
+def test_a_change_that_is_allowed_is_recorded(finished, unbroken):
+    config, run_dir = finished
+    shutil.rmtree(run_dir / "checkpoints" / "18")
+    before = json.loads((unbroken / "summary.json").read_text(encoding="utf-8"))
+    assert before["history"] == []
+    changed = ["optimizer.learning_rate=1e-3", "resume.allow_changes=[config.optimizer.learning_rate]"]
+    with pytest.raises(ConfigError, match="resume.allow_changes holds 'config.optimizer.rate'; did you mean"):
+        train(load_config(config, ["resume.allow_changes=[config.optimizer.rate]"]), quiet=True)
+    summary = train(load_config(config, changed), quiet=True)
+    history = [{"step": 16, "changes": {"config.optimizer.learning_rate": [5e-3, 1e-3]}}]
+    assert summary["status"] == "finished" and summary["history"] == history
+    assert json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))["history"] == history
+    assert final_state(run_dir) != final_state(unbroken)
+    # From now on it is what the run is; back is a change again.
+    assert train(load_config(config, changed[:1]), quiet=True)["history"] == history
+    with pytest.raises(ModelError, match="learning_rate: 0.001 -> 0.005"):
+        train(load_config(config), quiet=True)
+    fewer = ["training.max_steps=10", "resume.allow_changes=[config.training.max_steps]"]
+    with pytest.raises(ConfigError, match="is at step 18 already, past the 10 asked for"):
+        train(load_config(config, changed[:1] + fewer), quiet=True)
+
+
+def test_two_runs_in_one_folder_are_refused(finished, monkeypatch):
+    config, run_dir = finished
+    monkeypatch.setattr(lock, "WAIT_SECONDS", 0.0)
+    with lock.held(run_dir), pytest.raises(ConfigError, match=f"process {os.getpid()} on .* is training there"):
+        train(load_config(config), quiet=True)
+    assert train(load_config(config), quiet=True)["status"] == "finished"
+
+
+def test_a_disk_too_small_is_refused_before_training(finished, monkeypatch):
+    config, run_dir = finished
+    shutil.rmtree(run_dir / "checkpoints" / "18")
+    before = contents(run_dir, "checkpoints")
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(0, 0, 2**20))
+        patch.setattr(jlora.train, "make_train_step", None)
+        with pytest.raises(ConfigError, match="1 MiB are free, and 1 more checkpoints of .* make room"):
+            train(load_config(config), quiet=True)
+    assert contents(run_dir, "checkpoints") == before
+
+
+def test_a_disk_that_fills_up_stops_the_run_with_one_sentence(finished, unbroken, monkeypatch):
+    """At the log's next line, or in a save in the background; the checkpoint before stays, and room lets it go on."""
+    config, run_dir = finished
+    shutil.rmtree(run_dir / "checkpoints" / "18")
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    for owner, name, sentence in (
+        (
+            manifest,
+            "write",
+            "checkpoints/18: the checkpoint could not be saved (No space left on device); checkpoint 16",
+        ),
+        (MetricsLog, "write", "No space left on device; make room"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, full)
+            with pytest.raises((ConfigError, OSError)) as error:
+                train(load_config(config), quiet=True)
+        known = cli.explain(error.value)
+        assert known.exit_code == 2 and sentence in str(known) and "\n" not in str(known)
+        assert committed(run_dir)[-1] == 16
+    assert train(load_config(config), quiet=True)["status"] == "finished"
+    assert_as_unbroken(run_dir, unbroken)
 
 
 def test_figures_do_not_depend_on_where_it_was_stopped(tmp_path, monkeypatch):

@@ -24,14 +24,21 @@ import jlora.train
 from jlora import data, optim
 from jlora.checkpoint import flatten
 from jlora.config import load_config
-from jlora.data import Epochs
+from jlora.data import Epochs, read_data
 from jlora.errors import ModelError, NonFiniteError
 from jlora.export import export
 from jlora.hf.peft import load_adapter, save_adapter
 from jlora.metrics import read_metrics
-from jlora.pretrained import load_pretrained, open_pretrained
-from jlora.step import init_state, make_eval_step, make_train_step, place_adapter
-from jlora.train import make_adapter, make_forward, param_dtype, put_batch, read_data, train
+from jlora.pretrained import load_pretrained, make_adapter, open_pretrained
+from jlora.step import (
+    init_state,
+    make_eval_step,
+    make_forward,
+    make_train_step,
+    param_dtype,
+    place_adapter,
+)
+from jlora.train import put_batch, train
 
 STORIES = SHARED / "stories260K"
 REVIEWS = SHARED / "reviews" / "sephora_reviews.jsonl"
@@ -311,7 +318,7 @@ def test_packing_changes_neither_loss_nor_gradients(tiny, tmp_path, record_prope
         adapter = with_random_b(run.state.trained["adapter"])
 
         def loss(adapter, base, batch, run=run):
-            return run.forward.loss(base, adapter, batch, None)
+            return run.forward.loss(base, adapter, batch, None)[:2]
 
         of_adapter = jax.jit(jax.value_and_grad(loss, has_aux=True))
         (total, count), gradients = of_adapter(adapter, run.pretrained.base, batch)
@@ -428,14 +435,14 @@ def test_training_leaves_the_base_as_it_was(reviews_run):
 def test_checkpoint_holds_nothing_of_the_base(reviews_run):
     step_folder = reviews_run.run_dir / "checkpoints" / "60"
     arrays = restore_raw(step_folder)
-    parts = {"trained/adapter", "opt_state", "step", "skipped", "key"}
+    parts = {"trained/adapter", "opt_state", "step", "skipped", "moved", "losses", "key"}
     assert all(any(name == part or name.startswith(f"{part}/") for part in parts) for name in arrays)
     assert not [name for name in arrays if "base" in name or "embed" in name or "layernorm" in name]
     adapter = [array for name, array in arrays.items() if name.startswith("trained/")]
     assert len(adapter) == 6
     small = sum(array.nbytes for array in arrays.values() if array.ndim < 2)
     assert sum(array.nbytes for array in arrays.values()) == 3 * sum(a.nbytes for a in adapter) + small
-    assert small < 100
+    assert small < 200
     base_bytes = (STORIES / "model.safetensors").stat().st_size
     assert sum(file.stat().st_size for file in step_folder.rglob("*") if file.is_file()) < base_bytes
     assert sum(file.stat().st_size for file in (reviews_run.run_dir / "adapter").iterdir()) < base_bytes
@@ -462,6 +469,7 @@ def test_learned_adapter_computes_the_same_in_peft(reviews_run, tmp_path, record
         jnp.ones_like(ids),
         adapter=adapter,
         dropout_key=None,
+        neftune_noise_alpha=0.0,
         attention=run.forward.attention,
         remat="none",
         dtype=jnp.dtype("float32"),
@@ -469,7 +477,7 @@ def test_learned_adapter_computes_the_same_in_peft(reviews_run, tmp_path, record
     with torch.no_grad():
         expected = theirs(torch.from_numpy(ids).long()).logits.numpy()
         bare = LlamaForCausalLM.from_pretrained(STORIES)(torch.from_numpy(ids).long()).logits.numpy()
-    difference = np.abs(np.asarray(run.pretrained.base.logits(hidden)) - expected).max()
+    difference = np.abs(np.asarray(run.pretrained.base.logits(hidden, adapter)) - expected).max()
     record_property("largest_logit_difference", float(difference))
     assert difference <= 1e-4
     assert np.abs(bare - expected).max() > 0.5
@@ -644,7 +652,7 @@ def test_too_many_steps_that_are_not_finite_end_the_run(tiny, tmp_path):
     assert steps and steps[-1] < lines[-1]["step"]
     for step in steps:
         arrays = restore_raw(run_dir / "checkpoints" / str(step))
-        assert all(np.isfinite(array).all() for array in arrays.values())
+        assert all(np.isfinite(array).all() for name, array in arrays.items() if name != "losses")
         assert arrays["skipped"] <= 3
 
     # The same command meets the same end; it starts from the checkpoint.

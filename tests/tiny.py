@@ -13,6 +13,8 @@ from transformers import (
     MistralForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
 )
 
 # No numerics field has its default here, and no two dims are equal.
@@ -57,12 +59,20 @@ def make_mistral(folder: Path, *, seed: int = 0, **overrides: Any) -> MistralFor
     return save_random(MistralForCausalLM(MistralConfig(**(OFF_DEFAULT | {"sliding_window": 7} | overrides))), folder)
 
 
+def make_qwen2(folder: Path, *, seed: int = 0, **overrides: Any) -> Qwen2ForCausalLM:
+    """As `make_llama`, a Qwen2, whose q, k and v have biases."""
+    torch.manual_seed(seed)
+    return save_random(Qwen2ForCausalLM(Qwen2Config(**(OFF_DEFAULT | overrides))), folder)
+
+
 def save_random(model: PreTrainedModel, folder: Path, shard: str | None = None) -> Any:
-    """The fresh model in float32, its norms random too, as it was saved to `folder`."""
+    """The fresh model in float32, its norms and biases random too, as it was saved to `folder`."""
     model = model.float().eval()
     for name, parameter in model.named_parameters():
         if "norm" in name:
             torch.nn.init.uniform_(parameter, 0.5, 1.5)
+        elif name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.5)
     model.save_pretrained(folder, **({"max_shard_size": shard} if shard else {}))
     return model
 

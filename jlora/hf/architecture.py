@@ -4,9 +4,11 @@ A family is a class of transformers, some defaults of its own, and nothing else:
 """
 
 import math
+import sys
 from dataclasses import dataclass
 from typing import Any
 
+from jlora.config import ATTENTION_PROJECTIONS, MLP_PROJECTIONS
 from jlora.errors import ModelError
 from jlora.model import LlamaConfig
 from jlora.rope import DynamicRope, LinearRope, Llama3Rope, RopeScaling, YarnRope
@@ -18,7 +20,9 @@ class Family:
 
     Attributes:
       kv_heads, sliding_window: None where there are as many as attention heads, and no window.
-      windowed: config.json's `sliding_window` is read at all.
+      windowed: config.json's `sliding_window` is read at all; with a switch, only where `use_sliding_window` is true,
+        and then from layer `max_window_layers` on.
+      biased: projections with a bias, or None where config.json says it (`attention_bias`, `mlp_bias`).
     """
 
     architecture: str
@@ -26,11 +30,22 @@ class Family:
     max_position_embeddings: int
     windowed: bool
     sliding_window: int | None
+    biased: tuple[str, ...] | None
+    switch: bool
 
 
 FAMILIES = {
-    "llama": Family("LlamaForCausalLM", None, 2048, windowed=False, sliding_window=None),
-    "mistral": Family("MistralForCausalLM", 8, 4096 * 32, windowed=True, sliding_window=4096),
+    "llama": Family("LlamaForCausalLM", None, 2048, False, sliding_window=None, biased=None, switch=False),
+    "mistral": Family("MistralForCausalLM", 8, 4096 * 32, True, sliding_window=4096, biased=(), switch=False),
+    "qwen2": Family(
+        "Qwen2ForCausalLM",
+        32,
+        32768,
+        True,
+        sliding_window=4096,
+        biased=("q_proj", "k_proj", "v_proj"),
+        switch=True,
+    ),
 }
 
 # Fields that change the numerics, with the values that jlora computes. What transformers' class does not read
@@ -38,8 +53,6 @@ FAMILIES = {
 ONLY_SUPPORTED: dict[str, tuple[Any, ...]] = {
     "model_type": tuple(FAMILIES),
     "hidden_act": ("silu", "swish", None),
-    "attention_bias": (False, None),
-    "mlp_bias": (False, None),
     "attention_dropout": (0, None),
     "partial_rotary_factor": (1, None),
     "quantization_config": (None,),
@@ -76,7 +89,6 @@ def parse_config(raw: dict[str, Any], where: str) -> LlamaConfig:
     kv_heads, head_dim = integer("num_key_value_heads", kv_heads), integer("head_dim", max(1, hidden // heads))
     if heads % kv_heads or head_dim % 2:
         raise ModelError(f"{where}: {heads} heads of {head_dim} with {kv_heads} key/value heads do not divide")
-    window = raw.get("sliding_window", family.sliding_window) if family.windowed else None
     tied = raw.get("tie_word_embeddings", False)
     if not isinstance(tied, bool):
         raise ModelError(f"{where}: tie_word_embeddings must be true or false, not {tied!r}")
@@ -94,8 +106,9 @@ def parse_config(raw: dict[str, Any], where: str) -> LlamaConfig:
         rms_norm_eps=_real(raw.get("rms_norm_eps", 1e-6), "rms_norm_eps", where),
         rope_theta=theta,
         rope_scaling=scaling,
-        sliding_window=None if window is None else _integer(window, "sliding_window", where),
+        sliding_window=_window(raw, family, where),
         tie_word_embeddings=tied,
+        biased=_biased(raw, family, where),
     )
 
 
@@ -105,7 +118,7 @@ def _family(raw: dict[str, Any], where: str) -> Family:
     architectures = raw.get("architectures")
     if not architectures:
         return FAMILIES.get(str(raw.get("model_type")), FAMILIES["llama"])  # an unknown type is refused later
-    if not isinstance(architectures, list) or len(architectures) != 1 or architectures[0] not in known:
+    if not isinstance(architectures, list) or len(architectures) != 1 or str(architectures[0]) not in known:
         named = ", ".join(map(str, architectures)) if isinstance(architectures, list) else repr(architectures)
         raise ModelError(f"{where}: architecture {named} is not supported, only {' and '.join(known)}")
     if raw.get("model_type") != known[architectures[0]]:
@@ -114,6 +127,38 @@ def _family(raw: dict[str, Any], where: str) -> Family:
             f"only {known[architectures[0]]!r}"
         )
     return FAMILIES[known[architectures[0]]]
+
+
+def _window(raw: dict[str, Any], family: Family, where: str) -> int | None:
+    """The window of every layer; layers that differ are refused."""
+    window = raw.get("sliding_window", family.sliding_window)
+    if not family.windowed or window is None or (family.switch and not raw.get("use_sliding_window")):
+        return None
+    if family.switch:
+        layers, first = raw["num_hidden_layers"], raw.get("max_window_layers", 28)
+        if not isinstance(first, int):
+            raise ModelError(f"{where}: max_window_layers must be an integer, not {first!r}")
+        by_number = ["full_attention" if i < first else "sliding_attention" for i in range(layers)]
+        kinds = raw.get("layer_types") or by_number
+        if kinds == ["full_attention"] * layers:
+            return None
+        if kinds != ["sliding_attention"] * layers:
+            raise ModelError(
+                f"{where}: use_sliding_window=True with max_window_layers={first!r} changes the numerics from layer to "
+                "layer, and is supported only where all layers have a window or none"
+            )
+    return _integer(window, "sliding_window", where)
+
+
+def _biased(raw: dict[str, Any], family: Family, where: str) -> tuple[str, ...]:
+    """The projections that have a bias."""
+    found: tuple[str, ...] = family.biased or ()
+    for field, projections in (("attention_bias", ATTENTION_PROJECTIONS), ("mlp_bias", MLP_PROJECTIONS)):
+        value = raw.get(field, False)
+        if value not in (False, None) and (value is not True or family.biased is not None):
+            raise ModelError(f"{where}: {field}={value!r} changes the numerics and is not supported")
+        found += projections if value else ()
+    return found
 
 
 def _rope(raw: dict[str, Any], max_positions: int, where: str) -> tuple[float, RopeScaling | None]:
@@ -177,12 +222,13 @@ def _yarn_attention_factor(scaling: dict[str, Any], factor: float, real: Any) ->
 
 
 def _integer(value: Any, field: str, where: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**31:
         raise ModelError(f"{where}: {field} must be a positive integer, not {value!r}")
     return value
 
 
 def _real(value: Any, field: str, where: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+    # An integer may be greater than every float, and is smaller than infinity all the same.
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= sys.float_info.max:
         raise ModelError(f"{where}: {field} must be a positive number, not {value!r}")
     return float(value)

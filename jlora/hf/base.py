@@ -19,6 +19,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from jlora.errors import ModelError
+from jlora.folders import inside
 from jlora.gguf import GGUFFile
 from jlora.hf.names import Entry, name_table
 from jlora.model import LlamaConfig
@@ -30,6 +31,9 @@ FLOATS: dict[str, np.dtype] = {
     "F32": np.dtype(np.float32),
     "F64": np.dtype(np.float64),
 }
+
+# The largest that are read: of real models an index is below 10 MB, a safetensors header below 1 MB.
+MAX_JSON_BYTES, MAX_HEADER_BYTES = 64 * 2**20, 16 * 2**20
 
 # How much of each tensor `base_fingerprint` looks at.
 NUM_SAMPLES, SAMPLE_BYTES = 8, 4096
@@ -77,14 +81,14 @@ class SafetensorsFolder:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.config = read_json(folder / "config.json")
-        index = folder / "model.safetensors.index.json"
+        self.config = read_json(inside(folder, "config.json"))
+        index = inside(folder, "model.safetensors.index.json")
         if index.is_file():
             weight_map = read_json(index).get("weight_map")
             if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
                 raise ModelError(f"{index}: holds no weight_map from tensor to file; download it again")
             files = sorted(set(weight_map.values()))
-        elif (folder / "model.safetensors").is_file():
+        elif inside(folder, "model.safetensors").is_file():
             files = ["model.safetensors"]
         else:
             hint = "convert it to safetensors" if any(folder.glob("*.bin")) else "download the model again"
@@ -94,9 +98,7 @@ class SafetensorsFolder:
         self.sizes: dict[str, int] = {}
         self._places: dict[str, tuple[Path, int]] = {}
         for file in files:
-            if Path(file).name != file:
-                raise ModelError(f"{index}: names '{file}', which lies outside the folder; it is refused")
-            self._read_header(folder / file)
+            self._read_header(inside(folder, file))
 
     def _read_header(self, path: Path) -> None:
         with open_safetensors(path), path.open("rb") as file:  # the first refuses offsets that do not fit
@@ -154,6 +156,10 @@ def read_floats(tensors: Any, name: str, path: Path) -> np.ndarray:
 def open_safetensors(path: Path) -> Iterator[Any]:
     """`safe_open` with errors that name the file."""
     try:
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+        if size > MAX_HEADER_BYTES:
+            raise SafetensorError(f"a header of {size} bytes, more than the {MAX_HEADER_BYTES} that are read")
         with safe_open(str(path), framework="np") as tensors:
             yield tensors
     except FileNotFoundError:
@@ -171,10 +177,12 @@ def read_json(path: Path) -> dict[str, Any]:
       ModelError: missing, unreadable, or not an object.
     """
     try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise ValueError(f"it has more than {MAX_JSON_BYTES >> 20} MiB")
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ModelError(f"{path}: missing; is {path.parent} the right folder?") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path}: can not be read as JSON ({error})") from None
     if not isinstance(value, dict):
         raise ModelError(f"{path}: holds {type(value).__name__}, not a JSON object")
@@ -210,6 +218,8 @@ def check_names(cfg: LlamaConfig, shapes: dict[str, tuple[int, ...]], where: str
     Raises:
       ModelError: missing, extra or misshapen tensors, all in one sentence.
     """
+    if cfg.num_hidden_layers > max(1000, len(shapes)):  # before a table of so many layers is made
+        raise ModelError(f"{where}: its config says {cfg.num_hidden_layers} layers, but it holds {len(shapes)} tensors")
     table = name_table(cfg)
     ignored = {"lm_head.weight"} if cfg.tie_word_embeddings else set()  # a tied head may be stored too
     missing = [name for name in table if name not in shapes]

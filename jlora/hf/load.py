@@ -93,8 +93,8 @@ def share_of(
       whole_rows: devices are sent whole rows of the file, whichever columns of them they keep.
     """
     stacked = len(shape) - len(entry.shape)
-    # A projection has its input dims first, which are the file's columns. A table has its rows first.
-    split = len(projection_shapes(cfg)[entry.leaf][0]) if entry.transposed else len(entry.shape) - 1
+    # A projection has its input dims first, which are the file's columns. A table has its rows first, a vector none.
+    split = len(projection_shapes(cfg)[entry.leaf][0]) if entry.transposed else len(entry.hf_shape) - 1
     regions = []
     indices = sharding.addressable_devices_indices_map(shape)
     for device in sharding.mesh.local_devices:

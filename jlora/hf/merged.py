@@ -6,6 +6,7 @@ Tensor by tensor into shards, so that the host holds one shard at a time.
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,11 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
-from jlora.adapter import Adapter
+from jlora.adapter import Adapter, Saved
 from jlora.errors import ModelError
 from jlora.hf.architecture import FAMILIES
 from jlora.hf.base import Source, replace_folder
-from jlora.hf.names import Entry, name_table, to_hf
+from jlora.hf.names import OUTER, Entry, name_table, to_hf
 from jlora.model import Decoder, LlamaConfig
 from jlora.quant import dequantize
 
@@ -29,24 +30,48 @@ DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16, "float32": np.f
 
 def merged_tensor(source: Source, entry: Entry, name: str, adapter: Adapter) -> np.ndarray:
     """One tensor of the stored base with its adapter's share added, W + scale * B A, in float32."""
-    return add_adapter(source.read(name).astype(np.float32), entry, adapter)
+    stored = name if name in source.shapes else OUTER["embed_tokens"]  # a head that was tied
+    return add_adapter(source.read(stored).astype(np.float32), entry, adapter)
 
 
 def add_adapter(weight: np.ndarray, entry: Entry, adapter: Adapter) -> np.ndarray:
-    """A tensor of a base, in the file's layout, with its adapter's share added; float32."""
-    lora = adapter.get(entry.leaf)
-    if lora is None or entry.layer is None:
+    """A tensor of a base, in the file's layout, with its adapter's share added, or the adapter's own; float32.
+
+    With DoRA, every output's row of the sum is brought to its magnitude.
+    """
+    part = adapter.get(entry.leaf)
+    if isinstance(part, Saved):
+        own = part.weight if entry.layer is None else part.weight[entry.layer]
+        return to_hf(entry, np.asarray(own, np.float32))
+    if part is None or entry.layer is None or (part.ranks is not None and not part.ranks[entry.layer]):
         return weight
-    rank = lora.lora_b.shape[1]
-    a = np.asarray(lora.lora_a[entry.layer], np.float32).reshape(-1, rank)
-    b = np.asarray(lora.lora_b[entry.layer], np.float32).reshape(rank, -1)
-    return weight + np.float32(lora.scale) * (a @ b).T
+    layer, rank = entry.layer, part.lora_b.shape[1]
+
+    def product(a: Any, b: Any) -> np.ndarray:
+        return np.asarray(a[layer], np.float32).reshape(-1, rank) @ np.asarray(b[layer], np.float32).reshape(rank, -1)
+
+    delta = product(part.lora_a, part.lora_b)
+    if part.initial is not None:
+        delta -= product(*part.initial)
+    scale = part.scale[layer] if isinstance(part.scale, tuple) else part.scale
+    merged = weight + np.float32(scale) * delta.T
+    if part.magnitude is None:
+        return merged
+    magnitude = np.asarray(part.magnitude[layer], np.float32).reshape(-1, 1)
+    return merged * (magnitude / np.linalg.norm(merged, axis=1, keepdims=True))
+
+
+def untied(cfg: LlamaConfig, config: dict[str, Any], adapter: Adapter) -> tuple[LlamaConfig, dict[str, Any]]:
+    """Shape and config.json of the merged model: an adapter that has the embedding or the head in full unties them."""
+    if not cfg.tie_word_embeddings or not {"embed_tokens", "lm_head"} & adapter.keys():
+        return cfg, config
+    return replace(cfg, tie_word_embeddings=False), config | {"tie_word_embeddings": False}
 
 
 def trained_tensor(decoder: Decoder, entry: Entry) -> np.ndarray:
     """One tensor as the model has it on the devices, fully fine-tuned or quantised, in float32."""
     owner = decoder if entry.layer is None else decoder.layers
-    leaf = getattr(owner, entry.leaf).get_value()
+    leaf = getattr(owner, entry.leaf if hasattr(owner, entry.leaf) else "embed_tokens").get_value()
     if entry.layer is not None:
         leaf = jax.tree.map(lambda array: array[entry.layer], leaf)
     return to_hf(entry, np.asarray(dequantize(leaf, jnp.dtype("float32"))))

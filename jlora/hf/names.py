@@ -26,6 +26,7 @@ BLOCK = {
     "up_proj": "mlp.up_proj.weight",
     "down_proj": "mlp.down_proj.weight",
 }
+BLOCK |= {f"{leaf}_bias": name.replace(".weight", ".bias") for leaf, name in BLOCK.items() if leaf.endswith("_proj")}
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,8 @@ def name_table(cfg: LlamaConfig) -> dict[str, Entry]:
             if leaf in projections:
                 inputs, outputs = projections[leaf]
                 hf_shape = (int(np.prod(outputs)), int(np.prod(inputs)))
+            elif leaf.endswith("_bias"):
+                hf_shape = (int(np.prod(weight.shape)),)
             name = f"model.layers.{layer}.{BLOCK[leaf]}"
             table[name] = Entry(leaf, layer, hf_shape, weight.shape, leaf in projections)
     return table
@@ -66,4 +69,4 @@ def name_table(cfg: LlamaConfig) -> dict[str, Entry]:
 
 def to_hf(entry: Entry, array: np.ndarray) -> np.ndarray:
     """One layer's leaf in the file's layout."""
-    return array.reshape(entry.hf_shape[::-1]).T if entry.transposed else array
+    return array.reshape(entry.hf_shape[::-1]).T if entry.transposed else array.reshape(entry.hf_shape)

@@ -6,6 +6,7 @@ PEFT keeps A as [R, in] and B as [out, R], one pair a layer.
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,13 @@ import numpy as np
 from pydantic import ValidationError
 from safetensors.numpy import save
 
-from jlora.adapter import Adapter, Lora, scaling
+from jlora.adapter import Adapter, Lora, Saved, layer_ranks, module_path, new_lora
 from jlora.config import PROJECTIONS, LoraSection, describe
 from jlora.errors import ModelError
+from jlora.folders import inside
 from jlora.hf.base import open_safetensors, read_floats, read_json, replace_folder
-from jlora.hf.names import BLOCK
+from jlora.hf.names import OUTER
+from jlora.initial import saved_weights
 from jlora.model import LlamaConfig, projection_shapes
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -29,18 +32,47 @@ WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 INITS_OF_ADAPTER_ALONE = (True, False, None, "gaussian", "eva", "orthogonal")
 
 # Keys of PEFT's LoraConfig that jlora reads, or that say nothing about the adapter's maths.
-READ = ("peft_type", "init_lora_weights", "r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora")
+READ = (
+    *("peft_type", "init_lora_weights", "r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "use_dora"),
+    *("rank_pattern", "alpha_pattern", "layers_to_transform", "layers_pattern", "modules_to_save", "bias"),
+)
 SILENT = (
     *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
-    *("megatron_core", "qalora_group_size", "exclude_modules", "layers_pattern"),
+    *("megatron_core", "qalora_group_size", "exclude_modules"),
     *("eva_config", "corda_config", "loftq_config", "lora_ga_config", "runtime_config"),
 )
 
 
 def tensor_name(projection: str, layer: int, factor: str) -> str:
-    """PEFT's name of one factor, `lora_A` or `lora_B`."""
-    module = BLOCK[projection].removesuffix(".weight")
-    return f"base_model.model.model.layers.{layer}.{module}.{factor}.weight"
+    """PEFT's name of a tensor of one layer: `lora_A.weight`, `lora_B.weight`, `lora_magnitude_vector` or a bias."""
+    return f"base_model.model.{module_path(projection, layer)}.{factor}"
+
+
+def bias_name(projection: str, layer: int, adapted: bool) -> str:
+    """PEFT's name of one layer's bias: an adapted projection hides its own in a `base_layer`."""
+    return tensor_name(projection, layer, "base_layer.bias" if adapted else "bias")
+
+
+def tensor_shapes(section: LoraSection, cfg: LlamaConfig) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every tensor of an adapter with these options."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name in section.targets:
+        width_in, width_out = (math.prod(dims) for dims in projection_shapes(cfg)[name])
+        for layer, rank in enumerate(layer_ranks(section, name, cfg.num_hidden_layers)):
+            if rank:
+                shapes[tensor_name(name, layer, "lora_A.weight")] = (rank, width_in)
+                shapes[tensor_name(name, layer, "lora_B.weight")] = (width_out, rank)
+                if section.use_dora:
+                    shapes[tensor_name(name, layer, "lora_magnitude_vector")] = (width_out,)
+    for name, shape in saved_weights(section, cfg).items():
+        if name in OUTER:
+            shapes[f"base_model.model.{OUTER[name]}"] = shape
+            continue
+        projection = name.removesuffix("_bias")
+        for layer in range(cfg.num_hidden_layers):
+            adapted = projection in section.targets and section.transforms(layer)
+            shapes[bias_name(projection, layer, adapted)] = (math.prod(shape[1:]),)
+    return shapes
 
 
 def read_adapter_config(folder: Path) -> LoraSection:
@@ -49,7 +81,7 @@ def read_adapter_config(folder: Path) -> LoraSection:
     Raises:
       ModelError: not a LoRA adapter, or an option that jlora does not compute, by name.
     """
-    where = folder / CONFIG
+    where = inside(folder, CONFIG)
     raw = read_json(where)
     if raw.get("peft_type") != "LORA":
         raise ModelError(f"{where}: peft_type is {raw.get('peft_type')!r}; only LORA adapters are read")
@@ -62,6 +94,9 @@ def read_adapter_config(folder: Path) -> LoraSection:
         neutral = value in (None, False, "none") or value == {} or value == []
         if key not in READ and key not in SILENT and not neutral:
             raise ModelError(f"{where}: option {key}={value!r} is not supported, so the adapter is not loaded")
+    layers = raw.get("layers_to_transform")
+    if layers not in (None, []) and raw.get("layers_pattern") not in (None, "", [], "layers", ["layers"]):
+        raise ModelError(f"{where}: layers_pattern={raw['layers_pattern']!r} is not where this model's layers are")
     try:
         targets = raw["target_modules"]
         if not isinstance(targets, str | list):
@@ -73,6 +108,12 @@ def read_adapter_config(folder: Path) -> LoraSection:
             dropout=raw.get("lora_dropout") or 0.0,
             target_modules=sorted(set(named)),
             use_rslora=bool(raw.get("use_rslora")),
+            use_dora=bool(raw.get("use_dora")),
+            rank_pattern=raw.get("rank_pattern") or {},
+            alpha_pattern=raw.get("alpha_pattern") or {},
+            layers_to_transform=[layers] if isinstance(layers, int) else layers or None,
+            modules_to_save=[str(name).rpartition(".")[2] for name in raw.get("modules_to_save") or ()],  # type: ignore[misc]
+            bias=raw.get("bias") or "none",
         )
     except (KeyError, TypeError, ValueError) as error:
         reason = describe(error) if isinstance(error, ValidationError) else repr(error)
@@ -90,48 +131,71 @@ def load_adapter(folder: Path, cfg: LlamaConfig, base_hash: str, dropout: float)
       ModelError: no adapter, missing, extra, misshapen or non-finite tensors, or another base.
     """
     section = read_adapter_config(folder)
-    where = folder / WEIGHTS
+    where = inside(folder, WEIGHTS)
     with open_safetensors(where) as file:
-        tensors = {name: read_floats(file, name, where) for name in file.keys()}
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
         trained_on = (file.metadata() or {}).get("jlora_base_sha256")
     if trained_on is not None and trained_on != base_hash:
         raise ModelError(
             f"{where}: was trained on another base (tensors {trained_on[:12]}..., this base "
             f"{base_hash[:12]}...); give the base it belongs to"
         )
-    wanted: dict[str, tuple[int, int]] = {}
-    for name in section.targets:
-        width_in, width_out = (math.prod(dims) for dims in projection_shapes(cfg)[name])
-        for layer in range(cfg.num_hidden_layers):
-            wanted[tensor_name(name, layer, "lora_A")] = (section.rank, width_in)
-            wanted[tensor_name(name, layer, "lora_B")] = (width_out, section.rank)
-    problems = [f"{name} is missing" for name in wanted if name not in tensors]
-    problems += [f"{name} is not known" for name in tensors if name not in wanted]
+    wanted = tensor_shapes(section, cfg)
+    problems = [f"{name} is missing" for name in wanted if name not in shapes]
+    problems += [f"{name} is not known" for name in shapes if name not in wanted]
     problems += [
-        f"{name} is {list(tensors[name].shape)} instead of {list(shape)}"
+        f"{name} is {list(shapes[name])} instead of {list(shape)}"
         for name, shape in wanted.items()
-        if name in tensors and tensors[name].shape != shape
+        if name in shapes and shapes[name] != shape
     ]
-    problems += [
-        f"{name} holds NaN or infinity"
-        for name in wanted
-        if name in tensors and not np.isfinite(tensors[name].astype(np.float32)).all()
-    ]
+    tensors: dict[str, np.ndarray] = {}
+    if not problems:  # a file of other tensors may be of any size, so it is not read
+        with open_safetensors(where) as file:
+            tensors = {name: read_floats(file, name, where) for name in wanted}
+        problems = [
+            f"{name} holds NaN or infinity"
+            for name, tensor in tensors.items()
+            if not np.isfinite(tensor.astype(np.float32)).all()
+        ]
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise ModelError(f"{where}: does not fit this base and its own configuration: {problems[0]}{more}")
     adapter: Adapter = {}
+    num_layers = cfg.num_hidden_layers
+
+    def stack(shape: tuple[int, ...], names: list[str]) -> np.ndarray:
+        """Every layer's tensor, transposed, at the front of zeros."""
+        stacked = np.zeros((num_layers, *shape), np.float32)
+        for layer, name in enumerate(names):
+            if name in tensors:
+                value = tensors[name].astype(np.float32).T
+                front: Any = (layer, *(slice(size) for size in value.shape))
+                stacked[front] = value
+        return stacked
+
     for name in section.targets:
         inputs, outputs = projection_shapes(cfg)[name]
-        layers = range(cfg.num_hidden_layers)
-        a = np.stack([tensors[tensor_name(name, i, "lora_A")].astype(np.float32).T for i in layers])
-        b = np.stack([tensors[tensor_name(name, i, "lora_B")].astype(np.float32).T for i in layers])
-        adapter[name] = Lora(
-            lora_a=jnp.asarray(a.reshape(-1, *inputs, section.rank)),
-            lora_b=jnp.asarray(b.reshape(-1, section.rank, *outputs)),
-            scale=scaling(section),
-            dropout=dropout,
+        widths, rank = (math.prod(inputs), math.prod(outputs)), max(layer_ranks(section, name, num_layers))
+        a, b, m = (
+            stack(shape, [tensor_name(name, layer, factor) for layer in range(num_layers)])
+            for shape, factor in (
+                ((widths[0], rank), "lora_A.weight"),
+                ((rank, widths[1]), "lora_B.weight"),
+                ((widths[1],), "lora_magnitude_vector"),
+            )
         )
+        factors = jnp.asarray(a.reshape(-1, *inputs, rank)), jnp.asarray(b.reshape(-1, rank, *outputs))
+        lora = new_lora(section, name, factors, num_layers, dropout)
+        magnitude = jnp.asarray(m.reshape(-1, *outputs)) if section.use_dora else None
+        adapter[name] = replace(lora, magnitude=magnitude)
+    for name, shape in saved_weights(section, cfg).items():
+        if name in OUTER:
+            weight = tensors[f"base_model.model.{OUTER[name]}"].astype(np.float32)
+        else:
+            projection = name.removesuffix("_bias")
+            adapted = [projection in section.targets and section.transforms(layer) for layer in range(num_layers)]
+            weight = stack((math.prod(shape[1:]),), [bias_name(projection, i, own) for i, own in enumerate(adapted)])
+        adapter[name] = Saved(jnp.asarray(weight.reshape(shape)))
     return adapter
 
 
@@ -143,6 +207,76 @@ def serialize(tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> bytes
     return file[:8] + json.dumps(header, separators=(",", ":")).encode().ljust(end - 8) + file[end:]
 
 
+def plain(section: LoraSection) -> LoraSection:
+    """The options of an export: of an adapter that took its start from the base (PiSSA, OLoRA), twice the rank.
+
+    As PEFT's `save_pretrained(path_initial_model_for_weight_conversion=...)`, the scale stays as it was.
+    """
+    if not section.takes_from_base:
+        return section
+    times = math.sqrt(2.0) if section.use_rslora else 2.0
+    changed = {
+        "rank": 2 * section.rank,
+        "alpha": times * section.alpha,
+        "rank_pattern": {key: 2 * rank for key, rank in section.rank_pattern.items()},
+        "alpha_pattern": {key: times * alpha for key, alpha in section.alpha_pattern.items()},
+        "init_lora_weights": True,
+    }
+    return section.model_copy(update=changed)
+
+
+def exported_tensors(folder: Path, adapter: Adapter) -> dict[str, np.ndarray]:
+    """Every tensor by PEFT's name, float32.
+
+    Raises:
+      ModelError: one is not finite.
+    """
+    tensors: dict[str, np.ndarray] = {}
+
+    def host(name: str, array: Any) -> np.ndarray:
+        found = np.asarray(jax.device_get(array), np.float32)
+        if not np.isfinite(found).all():
+            raise ModelError(f"{folder}: the adapter of {name} is not finite, so nothing was written")
+        return found
+
+    for name, part in adapter.items():
+        if isinstance(part, Saved):
+            weight = host(name, part.weight)
+            if name in OUTER:
+                tensors[f"base_model.model.{OUTER[name]}"] = weight
+                continue
+            projection = name.removesuffix("_bias")
+            adapted = layers_adapted(adapter, projection, len(weight))
+            for layer, bias in enumerate(weight.reshape(len(weight), -1)):
+                tensors[bias_name(projection, layer, adapted[layer])] = bias
+            continue
+        num_layers, rank = part.lora_b.shape[:2]
+        a = host(name, part.lora_a).reshape(num_layers, -1, rank)
+        b = host(name, part.lora_b).reshape(num_layers, rank, -1)
+        a0, b0 = (None, None) if part.initial is None else (host(name, factor) for factor in part.initial)
+        magnitude = None if part.magnitude is None else host(name, part.magnitude).reshape(num_layers, -1)
+        for layer, kept in enumerate(part.ranks or (rank,) * num_layers):
+            if not kept:
+                continue
+            down, up = a[layer, :, :kept].T, b[layer, :kept].T
+            if a0 is not None and b0 is not None:
+                down = np.concatenate([down, a0[layer].reshape(-1, rank)[:, :kept].T])
+                up = np.concatenate([up, -b0[layer].reshape(rank, -1)[:kept].T], axis=1)
+            tensors[tensor_name(name, layer, "lora_A.weight")] = np.ascontiguousarray(down)
+            tensors[tensor_name(name, layer, "lora_B.weight")] = np.ascontiguousarray(up)
+            if magnitude is not None:
+                tensors[tensor_name(name, layer, "lora_magnitude_vector")] = magnitude[layer]
+    return tensors
+
+
+def layers_adapted(adapter: Adapter, projection: str, num_layers: int) -> list[bool]:
+    """Which layers have an adapter on a projection."""
+    lora = adapter.get(projection)
+    if not isinstance(lora, Lora):
+        return [False] * num_layers
+    return [True] * num_layers if lora.ranks is None else [rank > 0 for rank in lora.ranks]
+
+
 def save_adapter(folder: Path, adapter: Adapter, section: LoraSection, base: str, base_hash: str) -> None:
     """Write a PEFT folder, whole or not at all; tensors in float32.
 
@@ -152,16 +286,8 @@ def save_adapter(folder: Path, adapter: Adapter, section: LoraSection, base: str
     Raises:
       ModelError: a factor is not finite.
     """
-    tensors: dict[str, np.ndarray] = {}
-    for name, lora in adapter.items():
-        num_layers, rank = lora.lora_b.shape[:2]
-        a = np.asarray(jax.device_get(lora.lora_a), np.float32).reshape(num_layers, -1, rank)
-        b = np.asarray(jax.device_get(lora.lora_b), np.float32).reshape(num_layers, rank, -1)
-        if not (np.isfinite(a).all() and np.isfinite(b).all()):
-            raise ModelError(f"{folder}: the adapter of {name} is not finite, so nothing was written")
-        for layer in range(num_layers):
-            tensors[tensor_name(name, layer, "lora_A")] = np.ascontiguousarray(a[layer].T)
-            tensors[tensor_name(name, layer, "lora_B")] = np.ascontiguousarray(b[layer].T)
+    tensors = exported_tensors(folder, adapter)
+    section = plain(section)
     config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -171,12 +297,15 @@ def save_adapter(folder: Path, adapter: Adapter, section: LoraSection, base: str
         "lora_dropout": section.dropout,
         "target_modules": [name for name in PROJECTIONS if name in adapter],
         "use_rslora": section.use_rslora,
-        "bias": "none",
+        "bias": section.bias,
         "fan_in_fan_out": False,
         "inference_mode": True,
         "init_lora_weights": True,
-        "modules_to_save": None,
-        "use_dora": False,
+        "modules_to_save": section.modules_to_save or None,
+        "use_dora": section.use_dora,
+        "rank_pattern": section.rank_pattern,
+        "alpha_pattern": section.alpha_pattern,
+        "layers_to_transform": section.layers_to_transform,
     }
     temporary = folder.with_name(folder.name + ".partial")
     shutil.rmtree(temporary, ignore_errors=True)

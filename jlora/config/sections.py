@@ -1,4 +1,4 @@
-"""The run configuration: YAML file + `dotted.key=value` overrides -> one validated `Config`.
+"""The sections and keys of a run's configuration.
 
 Owns every default, each exactly once, and the line that documents it. Knows nothing of JAX, of
 model shapes (they come from the base's own config.json, see `jlora.hf`) or of what a key causes.
@@ -6,13 +6,12 @@ model shapes (they come from the base's own config.json, see `jlora.hf`) or of w
 
 import difflib
 import re
-from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
 
-from jlora.errors import ConfigError
+from jlora.redaction import find_secret
 
 ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
@@ -24,7 +23,7 @@ Dtype = Literal["bfloat16", "float32"]
 Quantization = Literal["int8", "fp8", "nf4", "int4"]
 # Fastest first, and each holds less than the one before it: see `jlora.remat`.
 Remat = Literal["none", "dots", "qkv", "attention", "full", "offload", "auto"]
-Format = Literal["alpaca", "completion", "text", "messages"]
+Format = Literal["alpaca", "completion", "text", "messages", "preference"]
 TrainOn = Literal["response", "all"]
 Prompt = Literal["stanford", "chat"]
 
@@ -33,6 +32,20 @@ class Section(BaseModel):
     """Base of every section: unknown keys are errors, and values do not change once validated."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*")
+    @classmethod
+    def _text_for_a_file(cls, value: Any) -> Any:
+        """What goes into config.yaml, logs and names of files."""
+        if isinstance(value, str):
+            if "\0" in value:
+                raise ValueError("holds a NUL character")
+            if secret := find_secret(value):
+                raise ValueError(
+                    f"holds {secret}, which would be written to config.yaml and to logs; leave it in the environment "
+                    "or log in (hf auth login)"
+                )
+        return value
 
 
 class ModelSection(Section):
@@ -75,6 +88,29 @@ class LoraSection(Section):
     )
     init_from: str | None = Field(None, description="PEFT adapter folder to start from")
     use_rslora: bool = Field(False, description="scale by alpha / sqrt(rank) (arXiv:2312.03732)")
+    use_dora: bool = Field(
+        False, description="DoRA: a trained magnitude for each output of W + BA, by its direction (arXiv:2402.09353)"
+    )
+    init_lora_weights: (
+        Literal[True, "gaussian", "pissa", "olora"] | Annotated[str, Field(pattern=r"^pissa_niter_[1-9][0-9]*$")]
+    ) = Field(
+        True,
+        description="A and B at the start: true (Kaiming-uniform, 0), gaussian, pissa (arXiv:2404.02948), "
+        "pissa_niter_N (a quicker SVD of N iterations) or olora (arXiv:2406.01775)",
+    )
+    rank_pattern: dict[str, PositiveInt] = Field(
+        {}, description="ranks that differ from rank, by regular expression for the end of a module's name"
+    )
+    alpha_pattern: dict[str, Annotated[float, Field(gt=0.0)]] = Field({}, description="as rank_pattern, for alpha")
+    layers_to_transform: list[Annotated[int, Field(ge=0)]] | None = Field(
+        None, description="numbers of the layers that get an adapter, from 0; null: all"
+    )
+    modules_to_save: list[Literal["embed_tokens", "lm_head"]] = Field(
+        [], description="trained in full beside the adapter, and exported with it: embed_tokens, lm_head"
+    )
+    bias: Literal["none", "all", "lora_only"] = Field(
+        "none", description="biases that are trained too, where the base has any: all, or those of target_modules"
+    )
 
     @model_validator(mode="after")
     def _known_targets(self) -> "LoraSection":
@@ -83,8 +119,36 @@ class LoraSection(Section):
                 raise ValueError("target_modules is empty; name at least one projection")
             for name in self.target_modules:
                 if name not in PROJECTIONS:
-                    raise ValueError(f"target_modules holds '{name}'{_nearest(name, PROJECTIONS)}")
+                    raise ValueError(f"target_modules holds '{name}'{nearest(name, PROJECTIONS)}")
         return self
+
+    @model_validator(mode="after")
+    def _options_that_agree(self) -> "LoraSection":
+        if self.init_from is not None and self.init_lora_weights is not True:
+            raise ValueError(
+                f"init_from={self.init_from} has the A and B to start from, which "
+                f"init_lora_weights={self.init_lora_weights} would make anew; leave one of them out"
+            )
+        if self.layers_to_transform is not None:
+            if not self.layers_to_transform:
+                raise ValueError("layers_to_transform is empty; name at least one layer, or null for all")
+            if self.bias == "lora_only":
+                raise ValueError("bias=lora_only trains biases of all layers; leave layers_to_transform out")
+        for pattern in (*self.rank_pattern, *self.alpha_pattern):
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"the pattern '{pattern}' is not a regular expression ({error})") from None
+        return self
+
+    def transforms(self, layer: int) -> bool:
+        """Whether a layer gets an adapter."""
+        return self.layers_to_transform is None or layer in self.layers_to_transform
+
+    @property
+    def takes_from_base(self) -> bool:
+        """Whether A and B start as a part of the base's weights."""
+        return isinstance(self.init_lora_weights, str) and self.init_lora_weights != "gaussian"
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -96,15 +160,15 @@ class LoraSection(Section):
 class DataSection(Section):
     """Rows, and how they become batches."""
 
-    train: NonEmpty = Field(description="json, jsonl, parquet or csv file, a folder of them, or a hub data set")
+    train: NonEmpty = Field(description="json, jsonl, parquet, csv or txt file, a folder of them, or a hub data set")
     eval: NonEmpty | Annotated[float, Field(gt=0.0, lt=1.0)] | None = Field(
         None, description="held-out rows: another file or data set, or a fraction of train"
     )
     split: str = Field("train", description="split to read where the source is a hub data set")
     format: Format = Field(
         "alpaca",
-        description="alpaca (instruction, input, output), completion (prompt, completion), text (text) or "
-        "messages (messages: role, content)",
+        description="alpaca (instruction, input, output), completion (prompt, completion), text (text), "
+        "messages (messages: role, content) or preference (prompt, chosen, rejected)",
     )
     prompt: Prompt = Field(
         "stanford", description="how an alpaca row is written: Stanford's prompt, or the model's chat template"
@@ -112,12 +176,40 @@ class DataSection(Section):
     chat_template: str | None = Field(
         None, description="llama2, chatml or a .jinja file; null takes the tokenizer's own"
     )
-    max_length: Annotated[int, Field(ge=2, le=2**20)] = Field(1024, description="tokens in a row of a batch")
+    max_length: Annotated[int, Field(ge=2, le=2**20)] = Field(
+        1024,
+        description="tokens in a row of a batch; the two sequences of a preference pair share a row, half of it each",
+    )
     packing: bool = Field(True, description="several short rows in one row of a batch, isolated from each other")
+    split_long: bool = Field(
+        True, description="a text row longer than max_length becomes several sequences; false cuts it at its end"
+    )
     train_on: TrainOn = Field("response", description="which tokens the loss counts")
     on_bad_row: Literal["error", "skip"] = Field(
         "error", description="a row that can not be trained on stops the run, or is dropped and counted"
     )
+
+
+class ObjectiveSection(Section):
+    """What is minimised."""
+
+    name: Literal["sft", "dpo", "ipo", "hinge", "orpo"] = Field(
+        "sft",
+        description="the next token's cross-entropy (sft), or a loss on pairs of answers, with data.format=preference: "
+        "see docs/objectives.md",
+    )
+    beta: Annotated[float, Field(gt=0.0)] = Field(
+        0.1, description="how much a pair's log-ratios count (dpo, hinge), tau of ipo, the weight of orpo's odds"
+    )
+    label_smoothing: Annotated[float, Field(ge=0.0, lt=0.5)] = Field(
+        0.0, description="share of the pairs that may be the wrong way round (dpo)"
+    )
+
+    @model_validator(mode="after")
+    def _smoothed_if_dpo(self) -> "ObjectiveSection":
+        if self.label_smoothing and self.name != "dpo":
+            raise ValueError(f"label_smoothing is dpo's, and name is {self.name}; set it to 0")
+        return self
 
 
 class TrainingSection(Section):
@@ -135,7 +227,17 @@ class TrainingSection(Section):
     save_every: PositiveInt | None = Field(None, description="steps between checkpoints; null: at the end only")
     keep_checkpoints: PositiveInt = Field(2, description="newest checkpoints kept, beside the best by held-out loss")
     max_nonfinite_steps: Annotated[int, Field(ge=0)] = Field(
-        10, description="steps with non-finite loss or gradients that are skipped before the run stops (exit 6)"
+        10,
+        description="steps skipped, for a loss or gradients that are not finite or a spike, before the run stops "
+        "(exit 6)",
+    )
+    max_loss_spike: Annotated[float, Field(gt=1.0)] | None = Field(
+        None,
+        description="a step whose loss is over so many times the median of the last 32 (once there are 8) is skipped, "
+        "such as 3.0; null: none is",
+    )
+    neftune_noise_alpha: Annotated[float, Field(gt=0.0)] | None = Field(
+        None, description="noise on embeddings in training, within alpha / sqrt(length * width) (arXiv:2310.05914)"
     )
     wandb: str | None = Field(None, description="Weights & Biases project to log to; needs the wandb package")
 
@@ -162,8 +264,21 @@ class OptimizerSection(Section):
         "cosine", description="decay from the peak to zero over the steps after warm-up, or none"
     )
     warmup_steps: Annotated[int, Field(ge=0)] = Field(0, description="steps of linear warm-up from zero")
+    loraplus_lr_ratio: Annotated[float, Field(ge=1.0)] | None = Field(
+        None, description="LoRA+: the learning rate of B is so many times that of A (arXiv:2402.12354)"
+    )
     max_grad_norm: Annotated[float, Field(gt=0.0)] | None = Field(
         1.0, description="gradients are scaled down to this global norm; null: never"
+    )
+
+
+class ResumeSection(Section):
+    """Going on from a checkpoint."""
+
+    allow_changes: list[str] = Field(
+        [],
+        description="what may differ from the run that wrote the checkpoint, by the names of the refusal, such as "
+        "config.optimizer.learning_rate or hashes.data; recorded in summary.json",
     )
 
 
@@ -214,8 +329,15 @@ class Config(Section):
     method: Literal["lora", "full"] = Field("lora", description="train adapters, or every weight of the base")
     lora: LoraSection = LoraSection()
     data: DataSection
+    objective: ObjectiveSection = ObjectiveSection()
     training: TrainingSection = TrainingSection()
     optimizer: OptimizerSection = OptimizerSection()
+    resume: ResumeSection = ResumeSection()
+    sweep: list[dict[str, Any]] = Field(
+        [],
+        description="runs trained together over one base: each a name and the dotted keys in which it differs; see "
+        "docs/sweep.md",
+    )
     mesh: MeshSection = MeshSection()
     distributed: DistributedSection = DistributedSection()
     output_dir: NonEmpty = Field(
@@ -231,164 +353,31 @@ class Config(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _pairs_if_preferred(self) -> "Config":
+        pairs, wanted = self.data.format == "preference", self.objective.name != "sft"
+        if pairs and not wanted:
+            raise ValueError("data.format=preference holds pairs, which sft can not use; set objective.name=dpo")
+        if wanted and not pairs:
+            raise ValueError(f"objective.name={self.objective.name} needs pairs; set data.format=preference")
+        if wanted and self.method != "lora":
+            raise ValueError(f"objective.name={self.objective.name} is for adapters; set method=lora")
+        if wanted and self.data.train_on != "response":
+            raise ValueError(f"objective.name={self.objective.name} counts answers alone; set data.train_on=response")
+        return self
+
+    @model_validator(mode="after")
+    def _loraplus_has_factors(self) -> "Config":
+        if self.method == "full" and self.optimizer.loraplus_lr_ratio is not None:
+            raise ValueError("optimizer.loraplus_lr_ratio is about an adapter's B, which method=full does not have")
+        return self
+
     def dump_yaml(self) -> str:
         """The resolved configuration, every default filled in, as YAML."""
         return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
 
 
-def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
-    """Read YAML, apply `dotted.key=value` overrides (values are YAML), validate.
-
-    Raises:
-      ConfigError: unreadable file, bad YAML, unknown key (with the nearest name) or bad value.
-    """
-    path = Path(path)
-    try:
-        tree = parse_yaml(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: can not be read ({error.strerror}); check --config") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not valid YAML: {_one_line(error)}") from None
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: must hold keys such as model and data, not {type(tree).__name__}")
-    for override in overrides:
-        _apply_override(tree, override)
-    try:
-        return Config.model_validate(tree)
-    except ValidationError as error:
-        raise ConfigError(f"{path}: {describe(error)}") from None
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1, but `2e-4` is a number, as in YAML 1.2, and a key that stands twice is an error."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        twice = next((key for key in keys if keys.count(key) > 1), None)
-        if twice is not None:
-            raise yaml.constructor.ConstructorError(None, None, f"key '{twice}' stands twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\.\d+|\d+(\.\d*)?)[eE][-+]?\d+$"), list("-+.0123456789")
-)
-
-
-def parse_yaml(text: str) -> Any:
-    """YAML text as plain values, by the rules of a config: `2e-4` is a number, a key stands once."""
-    return yaml.load(text, _Loader)  # noqa: S506, a SafeLoader
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()).replace('in "<unicode string>", ', "at ")
-
-
-def _apply_override(tree: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise ConfigError(f"override '{override}' is not of the form dotted.key=value")
-    *parents, leaf = key.split(".")
-    for name in parents:
-        tree = tree.setdefault(name, {})
-        if not isinstance(tree, dict):
-            raise ConfigError(f"override '{override}': '{name}' is not a section")
-    try:
-        tree[leaf] = parse_yaml(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"override '{override}': {_one_line(error)}") from None
-
-
-def describe(error: ValidationError) -> str:
-    """The first problem in one sentence; the number of others behind it."""
-    problems = error.errors()
-    first = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
-    # Members of a union show up behind the key as type tags; the keys of the file are the known fields.
-    section: Any = Config
-    names: list[str] = []
-    for part in first["loc"]:
-        names.append(str(part))
-        field = section.model_fields.get(str(part))
-        if field is None:
-            break
-        if not (isinstance(field.annotation, type) and issubclass(field.annotation, Section)):
-            break
-        section = field.annotation
-    key = ".".join(names)
-    if first["type"] == "extra_forbidden":
-        text = f"unknown key '{key}'{_nearest(names[-1], section.model_fields)}"
-        elsewhere = [
-            f"{name}.{names[-1]}"
-            for name, field in Config.model_fields.items()
-            if isinstance(field.annotation, type)
-            and issubclass(field.annotation, Section)
-            and names[-1] in field.annotation.model_fields
-        ]
-        if elsewhere:
-            text = f"unknown key '{key}'; did you mean '{elsewhere[0]}'?"
-    elif first["type"] == "missing":
-        text = f"key '{key}' is missing; set it in the file or as {key}=VALUE"
-    elif first["type"] == "value_error":
-        text = f"{key}: {first['ctx']['error']}"
-    elif first["type"] == "model_type":
-        text = f"{key}: must hold keys of its own ({', '.join(section.model_fields)}), but it is {first['input']!r}"
-    else:
-        # Each member of a union has its say.
-        says = [p["msg"] for p in problems if p["loc"][: len(names)] == first["loc"][: len(names)]]
-        wanted = " or ".join(dict.fromkeys(say.removeprefix("Input should be ") for say in says))
-        text = f"{key}: should be {wanted}, but it is {first['input']!r}"
-    text = text.removeprefix(": ")  # a problem of the whole has no key
-    others = len(problems) - 1
-    return text if not others or first["type"] != "extra_forbidden" else f"{text} ({others} more problems)"
-
-
-def _nearest(name: str, known: Any) -> str:
+def nearest(name: str, known: Any) -> str:
+    """What follows a name that is not known: the nearest one, or all of them."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f"; did you mean '{close[0]}'?" if close else f"; known are {', '.join(known)}"
-
-
-def reference() -> str:
-    """The configuration reference as Markdown, one table a section, made from the models above."""
-    lines = [
-        "# Configuration reference",
-        "",
-        "Made by `python -m jlora.config`. Any key can be overridden on the command line as `dotted.key=value`.",
-    ]
-    top = [name for name, field in Config.model_fields.items() if not _is_section(field.annotation)]
-    lines += ["", "## Top level", "", *_table({name: Config.model_fields[name] for name in top})]
-    for name, field in Config.model_fields.items():
-        section = field.annotation
-        if isinstance(section, type) and issubclass(section, Section):
-            lines += ["", f"## {name}", "", *_table(section.model_fields)]
-    return "\n".join(lines) + "\n"
-
-
-def _is_section(annotation: Any) -> bool:
-    return isinstance(annotation, type) and issubclass(annotation, Section)
-
-
-def _table(fields: Any) -> list[str]:
-    rows = ["| key | default | meaning |", "| --- | --- | --- |"]
-    for name, field in fields.items():
-        default = "required" if field.is_required() else f"`{yaml_scalar(field.default)}`"
-        choices = [f"`{choice}`" for choice in get_args(field.annotation) if isinstance(choice, str)]
-        meaning = field.description + (f" ({', '.join(choices)})" if choices and len(choices) > 1 else "")
-        rows.append(f"| `{name}` | {default} | {meaning} |")
-    return rows
-
-
-def yaml_scalar(value: Any) -> str:
-    """`value` as one line of YAML."""
-    return yaml.safe_dump(value, default_flow_style=True).strip().removesuffix("...").strip()
-
-
-def main() -> None:
-    """Print the configuration reference."""
-    from jlora.cli import Parser  # here alone: nothing else of a config is a command
-
-    Parser(prog="python -m jlora.config", description=reference.__doc__).parse_args()
-    print(reference(), end="")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,105 @@
+"""Several adapters of one base as one adapter: PEFT's `add_weighted_adapter`, `linear`, `cat` and `svd`.
+
+Knows nothing of files or of the base; runs on the host, a layer at a time.
+"""
+
+import numpy as np
+
+from jlora.adapter import Adapter, Lora, new_lora
+from jlora.config import PROJECTIONS, LoraSection
+from jlora.errors import ConfigError, ModelError
+
+COMBINATIONS = ("linear", "cat", "svd")
+
+# A [in, R], B [R, out] and what their product is multiplied by, the adapter's weight included.
+Part = tuple[np.ndarray, np.ndarray, float]
+
+
+def combine_adapters(
+    adapters: dict[str, Adapter], weights: list[float], how: str, rank: int | None
+) -> tuple[Adapter, LoraSection]:
+    """One adapter of scale 1, and its options. Where an adapter has nothing, the others count alone.
+
+    linear adds factors, each by the root of its weight: cheap, and not the sum of the products. cat sets the factors
+    side by side: exactly the weighted sum, at the sum of the ranks. svd is the sum's best approximation of its rank.
+
+    Args:
+      adapters: by what the user calls them.
+      rank: of svd; the largest of the adapters' without it.
+
+    Raises:
+      ConfigError: linear for adapters of different ranks.
+      ModelError: an adapter that is more than low-rank factors.
+    """
+    for name, adapter in adapters.items():
+        if any(not isinstance(part, Lora) or part.magnitude is not None for part in adapter.values()):
+            raise ModelError(
+                f"{name}: has DoRA's magnitudes, or weights and biases of its own, which can not be added to others'; "
+                "merge it into the base instead"
+            )
+    parts = [{name: part for name, part in one.items() if isinstance(part, Lora)} for one in adapters.values()]
+    ranks = [max(lora.lora_b.shape[1] for lora in one.values()) for one in parts]
+    if how == "linear" and len(set(ranks)) > 1:
+        listed = ", ".join(f"{name} has {rank}" for name, rank in zip(adapters, ranks, strict=True))
+        raise ConfigError(f"--combination linear adds factors of one rank, but {listed}; take cat or svd")
+    rank = sum(ranks) if how == "cat" else rank if how == "svd" and rank else max(ranks)
+    targets = [name for name in PROJECTIONS if any(name in one for one in parts)]
+    num_layers = next(iter(parts[0].values())).lora_a.shape[0]
+    found: dict[str, list[list[Part]]] = {
+        name: [
+            [_at(one[name], layer, weight) for one, weight in zip(parts, weights, strict=True) if name in one]
+            for layer in range(num_layers)
+        ]
+        for name in targets
+    }
+    adapted = [any(any(part[2] for part in found[name][layer]) for name in targets) for layer in range(num_layers)]
+    section = LoraSection(
+        rank=rank,
+        alpha=float(rank),
+        target_modules=targets,
+        layers_to_transform=None if all(adapted) else [layer for layer, has in enumerate(adapted) if has],
+    )
+    combined: Adapter = {}
+    for name in targets:
+        example = next(one[name] for one in parts if name in one)
+        inputs, outputs = example.lora_a.shape[1:-1], example.lora_b.shape[2:]
+        layers = [_combined([part for part in layer if part[2]], how, rank) for layer in found[name]]
+        a, b = np.zeros((num_layers, *inputs, rank), np.float32), np.zeros((num_layers, rank, *outputs), np.float32)
+        for layer, factors in enumerate(layers):
+            if factors is not None:
+                width = factors[0].shape[1]
+                a[layer, ..., :width] = factors[0].reshape(*inputs, width)
+                b[layer, :width] = factors[1].reshape(width, *outputs)
+        combined[name] = new_lora(section, name, (a, b), num_layers, 0.0)  # type: ignore[arg-type]
+    return combined, section
+
+
+def _at(lora: Lora, layer: int, weight: float) -> Part:
+    """One layer's factors; multiplied by 0 where it has no adapter."""
+    kept = lora.lora_b.shape[1] if lora.ranks is None else lora.ranks[layer]
+    scale = lora.scale[layer] if isinstance(lora.scale, tuple) else lora.scale
+    a, b = np.asarray(lora.lora_a[layer], np.float32), np.asarray(lora.lora_b[layer], np.float32)
+    rank = a.shape[-1]
+    return a.reshape(-1, rank)[:, : kept or rank], b.reshape(rank, -1)[: kept or rank], scale * weight
+
+
+def _combined(parts: list[Part], how: str, rank: int) -> tuple[np.ndarray, np.ndarray] | None:
+    """The factors of one layer, of `rank` or less; None where no adapter has any."""
+    if not parts:
+        return None
+    if how == "cat":
+        return np.concatenate([a * times for a, _, times in parts], axis=1), np.concatenate([b for _, b, _ in parts])
+    if how == "svd":
+        left, values, right = np.linalg.svd(sum(times * (a @ b) for a, b, times in parts), full_matrices=False)
+        # Singular values with the output's side, as PEFT has them.
+        return left[:, :rank], values[:rank, None] * right[:rank]
+    width = max(a.shape[1] for a, _, _ in parts)
+    total_a, total_b = (
+        np.zeros((len(parts[0][0]), width), np.float32),
+        np.zeros((width, parts[0][1].shape[1]), np.float32),
+    )
+    for a, b, times in parts:
+        root = np.sqrt(abs(times))
+        total_a[:, : a.shape[1]] += np.sign(times) * root * a
+        total_b[: b.shape[0]] += root * b
+    return total_a, total_b

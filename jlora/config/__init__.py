@@ -1,0 +1,51 @@
+"""The run configuration: YAML file + `dotted.key=value` overrides -> one validated `Config`."""
+
+from jlora.config.reading import describe, load_config, read_yaml
+from jlora.config.reference import main, reference, yaml_scalar
+from jlora.config.sections import (
+    ATTENTION_PROJECTIONS,
+    MLP_PROJECTIONS,
+    PROJECTIONS,
+    Config,
+    DataSection,
+    DistributedSection,
+    LoraSection,
+    MeshSection,
+    ModelSection,
+    ObjectiveSection,
+    OptimizerSection,
+    Quantization,
+    Remat,
+    ResumeSection,
+    Section,
+    TrainingSection,
+    nearest,
+)
+from jlora.config.variants import variants
+
+__all__ = [
+    "ATTENTION_PROJECTIONS",
+    "MLP_PROJECTIONS",
+    "PROJECTIONS",
+    "Config",
+    "DataSection",
+    "DistributedSection",
+    "LoraSection",
+    "MeshSection",
+    "ModelSection",
+    "ObjectiveSection",
+    "OptimizerSection",
+    "Quantization",
+    "Remat",
+    "ResumeSection",
+    "Section",
+    "TrainingSection",
+    "describe",
+    "load_config",
+    "main",
+    "nearest",
+    "read_yaml",
+    "reference",
+    "variants",
+    "yaml_scalar",
+]

@@ -1,0 +1,163 @@
+"""YAML file + `dotted.key=value` overrides -> one validated `Config`, and what is wrong in one sentence."""
+
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from jlora.config.sections import Config, Section, nearest
+from jlora.config.variants import variants
+from jlora.errors import ConfigError
+
+# PyYAML takes some twenty seconds a MiB.
+MAX_YAML_BYTES = 64 * 2**10
+
+# Characters of a wrong value that a sentence repeats.
+MAX_SHOWN = 200
+
+
+def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """Read YAML, apply `dotted.key=value` overrides (values are YAML), validate.
+
+    Raises:
+      ConfigError: unreadable file, bad YAML, unknown key (with the nearest name) or bad value.
+    """
+    path = Path(path)
+    try:
+        tree = read_yaml(path)
+    except OSError as error:
+        raise ConfigError(f"{path}: can not be read ({error.strerror}); check --config") from None
+    except ValueError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: must hold keys such as model and data, not {type(tree).__name__}")
+    for override in overrides:
+        _apply_override(tree, override)
+    try:
+        cfg = Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(f"{path}: {describe(error)}") from None
+    try:
+        variants(cfg)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    return cfg
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1, but `2e-4` is a number, as in YAML 1.2, and a key that stands twice is an error.
+
+    Nothing can be referred to by `*name`: a few lines of that stand for more values than fit in memory.
+    """
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            raise yaml.composer.ComposerError(None, None, f"*{event.anchor}: write the value itself", event.start_mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        for key, count in keys.most_common(1):
+            if count > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"key '{key}' stands twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\.\d+|\d+(\.\d*)?)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def parse_yaml(text: str) -> Any:
+    """YAML text as plain values, by the rules of a config: `2e-4` is a number, a key stands once.
+
+    Raises:
+      ValueError: not such YAML; one line says why and where.
+    """
+    try:
+        return yaml.load(text, _Loader)  # noqa: S506, a SafeLoader
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split()).replace('in "<unicode string>", ', "at ")) from None
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+    except (ValueError, AttributeError, TypeError, KeyError, ArithmeticError) as error:
+        # What PyYAML raises where a value is not what its tag or its look says, such as 2020-99-99.
+        raise ValueError(f"a value that can not be read ({error})") from None
+
+
+def read_yaml(path: Path) -> Any:
+    """A YAML file as plain values, by the rules of a config.
+
+    Raises:
+      OSError: it can not be read.
+      ValueError: it is no such YAML, no UTF-8, or longer than any config.
+    """
+    with path.open("rb") as file:
+        content = file.read(MAX_YAML_BYTES + 1)
+    if len(content) > MAX_YAML_BYTES:
+        raise ValueError(f"more than {MAX_YAML_BYTES >> 10} KiB")
+    return parse_yaml(content.decode("utf-8"))
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"override '{override}' is not of the form dotted.key=value")
+    *parents, leaf = key.split(".")
+    for name in parents:
+        tree = tree.setdefault(name, {})
+        if not isinstance(tree, dict):
+            raise ConfigError(f"override '{override}': '{name}' is not a section")
+    try:
+        tree[leaf] = parse_yaml(text)
+    except ValueError as error:
+        raise ConfigError(f"override '{override}': {error}") from None
+
+
+def describe(error: ValidationError) -> str:
+    """The first problem in one sentence; the number of others behind it."""
+    problems = error.errors()
+    first = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
+    # Members of a union show up behind the key as type tags; the keys of the file are the known fields.
+    section: Any = Config
+    names: list[str] = []
+    for part in first["loc"]:
+        names.append(str(part))
+        field = section.model_fields.get(str(part))
+        if field is None:
+            break
+        if not (isinstance(field.annotation, type) and issubclass(field.annotation, Section)):
+            break
+        section = field.annotation
+    key = ".".join(names)
+    shown = repr(first["input"])
+    shown = shown if len(shown) <= MAX_SHOWN else f"{shown[:MAX_SHOWN]}..."
+    if first["type"] == "extra_forbidden":
+        text = f"unknown key '{key}'{nearest(names[-1], section.model_fields)}"
+        elsewhere = [
+            f"{name}.{names[-1]}"
+            for name, field in Config.model_fields.items()
+            if isinstance(field.annotation, type)
+            and issubclass(field.annotation, Section)
+            and names[-1] in field.annotation.model_fields
+        ]
+        if elsewhere:
+            text = f"unknown key '{key}'; did you mean '{elsewhere[0]}'?"
+    elif first["type"] == "missing":
+        text = f"key '{key}' is missing; set it in the file or as {key}=VALUE"
+    elif first["type"] == "value_error":
+        text = f"{key}: {first['ctx']['error']}"
+    elif first["type"] == "model_type":
+        text = f"{key}: must hold keys of its own ({', '.join(section.model_fields)}), but it is {shown}"
+    else:
+        # Each member of a union has its say.
+        says = [p["msg"] for p in problems if p["loc"][: len(names)] == first["loc"][: len(names)]]
+        wanted = " or ".join(dict.fromkeys(say.removeprefix("Input should be ") for say in says))
+        text = f"{key}: should be {wanted}, but it is {shown}"
+    text = text.removeprefix(": ")  # a problem of the whole has no key
+    others = len(problems) - 1
+    return text if not others or first["type"] != "extra_forbidden" else f"{text} ({others} more problems)"

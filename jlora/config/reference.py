@@ -1,0 +1,50 @@
+"""The configuration as documentation: a table a section, made from the models."""
+
+from typing import Any, get_args
+
+import yaml
+
+from jlora.config.sections import Config, Section
+
+
+def reference() -> str:
+    """The configuration reference as Markdown, one table a section, made from the models above."""
+    lines = [
+        "# Configuration reference",
+        "",
+        "Made by `python -m jlora.config`. Any key can be overridden on the command line as `dotted.key=value`.",
+    ]
+    top = [name for name, field in Config.model_fields.items() if not _is_section(field.annotation)]
+    lines += ["", "## Top level", "", *_table({name: Config.model_fields[name] for name in top})]
+    for name, field in Config.model_fields.items():
+        section = field.annotation
+        if isinstance(section, type) and issubclass(section, Section):
+            lines += ["", f"## {name}", "", *_table(section.model_fields)]
+    return "\n".join(lines) + "\n"
+
+
+def _is_section(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, Section)
+
+
+def _table(fields: Any) -> list[str]:
+    rows = ["| key | default | meaning |", "| --- | --- | --- |"]
+    for name, field in fields.items():
+        default = "required" if field.is_required() else f"`{yaml_scalar(field.default)}`"
+        choices = [f"`{choice}`" for choice in get_args(field.annotation) if isinstance(choice, str)]
+        meaning = field.description + (f" ({', '.join(choices)})" if choices and len(choices) > 1 else "")
+        rows.append(f"| `{name}` | {default} | {meaning} |")
+    return rows
+
+
+def yaml_scalar(value: Any) -> str:
+    """`value` as one line of YAML."""
+    return yaml.safe_dump(value, default_flow_style=True).strip().removesuffix("...").strip()
+
+
+def main() -> None:
+    """Print the configuration reference."""
+    from jlora.cli import Parser  # here alone: nothing else of a config is a command
+
+    Parser(prog="python -m jlora.config", description=reference.__doc__).parse_args()
+    print(reference(), end="")

@@ -1,0 +1,159 @@
+"""What an adapter starts from: what its options ask of the model, and what of it is made from the base's weights.
+
+PiSSA and OLoRA take their factors out of W. They are held beside the trained ones, and `jlora.adapter.project` takes
+their product from W's: the base in memory stays the one on disk, and an export is plain LoRA of rank 2R against it
+(B A - B0 A0), as PEFT's `path_initial_model_for_weight_conversion` makes it.
+"""
+
+import math
+import re
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from jlora.adapter import Adapter, Lora, Saved, init_adapter, layer_ranks, module_path, weight_norm
+from jlora.config import LoraSection
+from jlora.errors import ConfigError
+from jlora.model import Decoder, LlamaConfig, block_weights, outer_weights, projection_shapes
+from jlora.quant import Leaf, dequantize
+
+
+def check_options(cfg: LoraSection, model: LlamaConfig) -> None:
+    """Whether the options fit the model, asked before anything is computed.
+
+    Raises:
+      ConfigError: a layer or pattern that names nothing, a rank that a weight does not have, no biases to train.
+    """
+    num_layers, shapes = model.num_hidden_layers, projection_shapes(model)
+    if missing := [layer for layer in cfg.layers_to_transform or () if layer >= num_layers]:
+        raise ConfigError(
+            f"lora.layers_to_transform names layer {missing[0]}, but the model has {num_layers}, 0 to {num_layers - 1}"
+        )
+    paths = [module_path(name, layer) for name in cfg.targets for layer in range(num_layers) if cfg.transforms(layer)]
+    for key, patterns in (("rank_pattern", cfg.rank_pattern), ("alpha_pattern", cfg.alpha_pattern)):
+        for pattern in patterns:
+            if not any(re.match(rf"(.*\.)?({pattern})$", path) for path in paths):
+                raise ConfigError(f"lora.{key}: '{pattern}' matches no adapted module, such as {paths[0]}")
+    for name in cfg.targets if cfg.takes_from_base else ():
+        most, rank = min(map(math.prod, shapes[name])), max(layer_ranks(cfg, name, num_layers))
+        if rank > most:
+            raise ConfigError(
+                f"lora.init_lora_weights={cfg.init_lora_weights} takes {rank} ranks from {name}, which has {most}; "
+                "lower lora.rank"
+            )
+    if cfg.bias != "none" and not trained_biases(cfg, model):
+        raise ConfigError(f"lora.bias={cfg.bias}, but the model has no biases to train there; set lora.bias=none")
+
+
+def trained_biases(cfg: LoraSection, model: LlamaConfig) -> tuple[str, ...]:
+    """The projections whose biases are trained."""
+    chosen = {"none": (), "all": model.biased, "lora_only": cfg.targets}[cfg.bias]
+    return tuple(name for name in model.biased if name in chosen)
+
+
+def saved_weights(cfg: LoraSection, model: LlamaConfig) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of the weights that are trained in full; of biases, stacked over layers."""
+    table = outer_weights(model)["embed_tokens"].shape
+    stacked = {f"{name}_bias": block_weights(model)[f"{name}_bias"].shape for name in trained_biases(cfg, model)}
+    return dict.fromkeys(cfg.modules_to_save, table) | {
+        name: (model.num_hidden_layers, *shape) for name, shape in stacked.items()
+    }
+
+
+def new_adapter(cfg: LoraSection, model: LlamaConfig, seed: int) -> Adapter:
+    """The adapter with everything that no weight of the base goes into; the rest is zero, for `complete`."""
+    adapter = init_adapter(cfg, projection_shapes(model), model.num_hidden_layers, seed)
+    return adapter | {name: Saved(jnp.zeros(shape, jnp.float32)) for name, shape in saved_weights(cfg, model).items()}
+
+
+def complete(adapter: Adapter, cfg: LoraSection, base: Decoder, seed: int) -> Adapter:
+    """A fresh adapter with what is made of the base's weights, whole on every device. All processes must call this."""
+    done: Adapter = {}
+    for name, part in adapter.items():
+        owner = base.layers if hasattr(base.layers, name) else base
+        if isinstance(part, Saved):
+            param = base.embed_tokens if not hasattr(owner, name) else getattr(owner, name)  # a head that was tied
+            make = jax.jit(lambda w: w.astype(jnp.float32), out_shardings=_whole(param.get_raw_value()))
+            done[name] = Saved(make(param.get_raw_value()))
+            continue
+        leaf = getattr(base.layers, name).get_raw_value()
+        if cfg.takes_from_base:
+            part = _taken_from(leaf, name, part, cfg, base.cfg.num_hidden_layers, seed)
+        if cfg.use_dora:
+            part = _with_magnitude(leaf, part)
+        done[name] = part
+    return done
+
+
+def _whole(leaf: Leaf) -> jax.sharding.Sharding | None:
+    sharding = jax.tree.leaves(leaf)[0].sharding
+    if not isinstance(sharding, jax.sharding.NamedSharding):
+        return None
+    return jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
+
+
+def _with_magnitude(leaf: Leaf, lora: Lora) -> Lora:
+    """DoRA's magnitude: the norm of what the projection starts from."""
+    scales = jnp.broadcast_to(jnp.asarray(lora.scale, jnp.float32), (lora.lora_b.shape[0],))
+    one_layer = partial(weight_norm, dtype=jnp.dtype("float32"))
+
+    def norms(leaf: Leaf, lora: Lora, scales: Array) -> Array:
+        return jax.lax.map(lambda at: one_layer(at[0], replace(at[1], scale=at[2])), (leaf, lora, scales))
+
+    return replace(lora, magnitude=jax.jit(norms, out_shardings=_whole(leaf))(leaf, lora, scales))
+
+
+def _taken_from(leaf: Leaf, name: str, lora: Lora, cfg: LoraSection, num_layers: int, seed: int) -> Lora:
+    """Factors taken from each layer's weight, held and trained."""
+    ranks = layer_ranks(cfg, name, num_layers)
+    scales = lora.scale if isinstance(lora.scale, tuple) else (lora.scale,) * num_layers
+    make = jax.jit(principal, static_argnames=("init", "rank", "num_outputs"), out_shardings=_whole(leaf))
+    how = {"init": str(cfg.init_lora_weights), "num_outputs": len(lora.lora_b.shape) - 2}
+    found = []
+    for layer, (rank, scale) in enumerate(zip(ranks, scales, strict=True)):
+        weight = jax.tree.map(lambda array, layer=layer: array[layer], leaf)
+        key = jax.random.fold_in(jax.random.key(seed), layer)
+        a, b = lora.lora_a[layer, ..., :0], lora.lora_b[layer, :0]
+        if rank:
+            a, b = make(weight, key=key, scale=scale, rank=rank, **how)
+        missing = max(ranks) - rank
+        a = jnp.pad(a, [(0, 0)] * (a.ndim - 1) + [(0, missing)])
+        found.append((a, jnp.pad(b, [(0, missing)] + [(0, 0)] * (b.ndim - 1))))
+    lora_a, lora_b = (jnp.stack(factors) for factors in zip(*found, strict=True))
+    return replace(lora, lora_a=lora_a, lora_b=lora_b, initial=(jnp.copy(lora_a), jnp.copy(lora_b)))
+
+
+def principal(
+    leaf: Leaf, init: str, rank: int, num_outputs: int, key: PRNGKeyArray, scale: float
+) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+    """A [*inputs, R] and B [R, *outputs] of one layer's weight, in float32, as `LoraLayer` of PEFT makes them.
+
+    pissa: scale * B A is W's best approximation of rank R, its singular values shared evenly (arXiv:2404.02948).
+    pissa_niter_N: the same by N subspace iterations from a random start (arXiv:0909.4061, 4.4), as
+    `torch.svd_lowrank`. olora: B has the first R columns of Q and A the first R rows of R in W^T = Q R
+    (arXiv:2406.01775), whatever the scale.
+    """
+    whole = dequantize(leaf, jnp.dtype("float32"))
+    inputs, outputs = whole.shape[: whole.ndim - num_outputs], whole.shape[whole.ndim - num_outputs :]
+    w = whole.reshape(math.prod(inputs), math.prod(outputs))
+    if init == "olora":
+        q, r = jnp.linalg.qr(w.T)
+        a, b = r[:rank].T, q[:, :rank].T
+    else:
+        if init == "pissa":
+            left, values, right = jnp.linalg.svd(w, full_matrices=False)
+        else:
+            start, _ = jnp.linalg.qr(w @ jax.random.normal(key, (w.shape[1], rank), jnp.float32))
+
+            def iterate(_: int, q: Array) -> Array:
+                return jnp.linalg.qr(w @ jnp.linalg.qr(w.T @ q)[0])[0]
+
+            q = jax.lax.fori_loop(0, int(init.removeprefix("pissa_niter_")), iterate, start)
+            left, values, right = jnp.linalg.svd(q.T @ w, full_matrices=False)
+            left = q @ left
+        root = jnp.sqrt(values[:rank] / scale)
+        a, b = left[:, :rank] * root[None], root[:, None] * right[:rank]
+    return a.reshape(*inputs, rank), b.reshape(rank, *outputs)

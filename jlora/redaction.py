@@ -1,0 +1,43 @@
+"""Secrets: those of the environment, of URLs, and what looks like a token.
+
+A configuration that holds one is refused, since it would go into config.yaml, logs and reports; a sentence that
+holds one, such as a server's answer, is told without it.
+"""
+
+import os
+import re
+from collections.abc import Iterator
+
+_SECRET_NAME = re.compile(r"(TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|(ACCESS|SECRET|PRIVATE)_KEY)$", re.IGNORECASE)
+_SHORTEST = 8  # a shorter value may stand anywhere by chance
+_SHAPES = {
+    "a password in a URL": re.compile(r"(?<=://)[^/\s@]+(?=@)"),
+    "a signature in a URL": re.compile(
+        r"(?<=[?&])(?:[\w-]*(?:token|signature|secret|password|api_?key)|sig)=[^&\s]+", re.IGNORECASE
+    ),
+    "an access token": re.compile(r"\b(?:hf_[A-Za-z0-9]{20,}|gh[pousr]_\w{30,}|sk-[\w-]{20,}|AKIA[0-9A-Z]{16})\b"),
+}
+HIDDEN = "[secret]"
+
+
+def find_secret(text: str) -> str | None:
+    """What kind of secret `text` holds; None without one."""
+    for name, value in _environment():
+        if value in text:
+            return f"the value of the environment variable {name}"
+    return next((kind for kind, pattern in _SHAPES.items() if pattern.search(text)), None)
+
+
+def redact(text: str) -> str:
+    """`text` without the secrets in it."""
+    for _, value in _environment():
+        text = text.replace(value, HIDDEN)
+    for pattern in _SHAPES.values():
+        text = pattern.sub(HIDDEN, text)
+    return text
+
+
+def _environment() -> Iterator[tuple[str, str]]:
+    for name, value in os.environ.items():
+        if _SECRET_NAME.search(name) and len(value) >= _SHORTEST:
+            yield name, value

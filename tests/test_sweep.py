@@ -1,0 +1,163 @@
+"""Many adapters in one step: each is that of its separate run, with its folder, whatever becomes of the others."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from safetensors.numpy import load_file
+from shared_data import SHARED, needs_data
+from tiny import make_completions, make_llama, make_tokenizer, write_config
+
+import jlora.train
+from jlora.config import load_config, variants
+from jlora.errors import ConfigError, NonFiniteError
+from jlora.metrics import read_metrics
+from jlora.sweep import train_together
+from jlora.train import train
+
+ROOT = Path(__file__).parents[1]
+SWEEP = [
+    {"name": "rate", "optimizer.learning_rate": 1e-3},
+    {"name": "rank", "lora.rank": 2, "lora.use_rslora": True, "training.seed": 3, "training.save_every": 3},
+    {
+        "name": "data",
+        "optimizer.weight_decay": 0.1,
+        "optimizer.schedule": "linear",
+        "optimizer.warmup_steps": 1,
+        "training.max_steps": 2,
+    },
+    {"name": "wild", "optimizer.learning_rate": 1e30, "training.max_nonfinite_steps": 0},
+]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sweep")
+    make_llama(folder / "base")
+    make_tokenizer(folder / "base")
+    make_completions(folder / "rows.jsonl")
+    make_completions(folder / "other.jsonl", 17)
+    return folder
+
+
+def configure(tiny, sweep, name="run.yaml", **sections):
+    sections["data"] = {"format": "completion", "max_length": 64, "eval": str(tiny / "other.jsonl")}
+    sections["training"] = {"max_steps": 4, "batch_size": 4, "gradient_accumulation_steps": 2}
+    sections["lora"] = {"rank": 4, "alpha": 8, "dropout": 0.1}
+    path = write_config(tiny / name, tiny / "base", tiny / "rows.jsonl", tiny / "together", **sections)
+    tree = yaml.safe_load(path.read_text()) | {"sweep": sweep}
+    path.write_text(yaml.safe_dump(tree), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def together(tiny):
+    """The config of a finished sweep, of which one run has failed."""
+    sweep = [entry | ({"data.train": str(tiny / "other.jsonl")} if entry["name"] == "data" else {}) for entry in SWEEP]
+    cfg = load_config(configure(tiny, sweep))
+    with pytest.raises(NonFiniteError, match="^wild: step 2: "):
+        train_together(cfg, quiet=True)
+    return cfg
+
+
+def weights(folder):
+    return load_file(folder / "adapter" / "adapter_model.safetensors")
+
+
+def curve(folder):
+    names = ("step", "loss", "grad_norm", "learning_rate", "eval_loss", "tokens", "trained_tokens", "epoch")
+    return [{name: line[name] for name in names if name in line} for line in read_metrics(folder / "metrics.jsonl")]
+
+
+@pytest.mark.parametrize("number", [pytest.param(0, marks=pytest.mark.slow), 1, 2], ids=["rate", "rank", "data"])
+def test_each_adapter_is_that_of_its_separate_run(tiny, together, number, record_property):
+    cfg = variants(together)[number]
+    folder, alone = Path(cfg.output_dir), tiny / "alone" / SWEEP[number]["name"]
+    summary = train(cfg.model_copy(update={"output_dir": str(alone)}), quiet=True)
+    ours, theirs = weights(folder), weights(alone)
+    assert ours.keys() == theirs.keys() and max(np.abs(x).max() for x in ours.values()) > 1e-3
+    worst = max(np.abs(ours[name] - theirs[name]).max() for name in ours)
+    record_property("largest_difference", float(worst))
+    assert worst <= 1e-5
+    for found, right in zip(curve(folder), curve(alone), strict=True):
+        assert found == pytest.approx(right, abs=1e-5)
+    mine = json.loads((folder / "summary.json").read_text())
+    assert mine.keys() == summary.keys() and mine["steps"] == summary["steps"] == cfg.training.max_steps
+    assert sorted(path.name for path in folder.iterdir()) == sorted(path.name for path in alone.iterdir())
+    # What it left is a run folder: the same command alone finds it finished.
+    assert train(cfg, quiet=True)["hashes"] == summary["hashes"]
+
+
+def test_a_run_that_fails_ends_alone(together):
+    summary = json.loads((Path(together.output_dir) / "summary.json").read_text())
+    states = {name: run["status"] for name, run in summary["runs"].items()}
+    assert states == {"rate": "finished", "rank": "finished", "data": "finished", "wild": "failed"}
+    assert not (Path(together.output_dir) / "wild" / "adapter").exists()
+
+
+def test_a_sweep_goes_on_from_each_runs_checkpoint(tiny, together):
+    shutil.copytree(together.output_dir, tiny / "resumed")
+    shutil.rmtree(tiny / "resumed" / "rank" / "checkpoints" / "4")
+    shutil.rmtree(tiny / "resumed" / "rate" / "checkpoints")
+    for name in ("rank", "rate"):
+        (tiny / "resumed" / name / "summary.json").unlink()
+    sweep = [entry for entry in together.sweep if entry["name"] != "wild"]
+    cfg = together.model_copy(update={"output_dir": str(tiny / "resumed"), "sweep": sweep})
+    assert train_together(cfg, quiet=True) == 0
+    for name in ("rank", "rate"):
+        ours, theirs = weights(tiny / "resumed" / name), weights(Path(together.output_dir) / name)
+        assert max(np.abs(ours[key] - theirs[key]).max() for key in ours) <= 1e-6
+        assert curve(tiny / "resumed" / name)[-1] == pytest.approx(
+            curve(Path(together.output_dir) / name)[-1], abs=1e-5
+        )
+
+
+@pytest.mark.parametrize(
+    ("entries", "says"),
+    [
+        ([{"name": "a"}, {"name": "a"}], "the name 'a' stands twice"),
+        ([{"name": "a", "optimizer.learning_rte": 1}], "unknown key 'optimizer.learning_rte'; did you mean"),
+        ([{"name": "a", "training.batch_size": 1}], "'training.batch_size' is the same for all runs"),
+        ([{"name": "a", "lora": {"rank": 1}}], "'lora' is the same for all runs"),
+        ([{"lora.rank": 1}], "sweep entry 1: needs a name"),
+        ([{"name": "../a"}], "needs a name"),
+        ([{"name": "a", "lora.rank": 0}], "sweep entry 'a': lora.rank: Input should be greater than 0"),
+        ([{"name": "a", "data.format": "preference"}], "sweep entry 'a': data.format=preference holds pairs"),
+        (["a"], "sweep"),
+    ],
+)
+def test_a_bad_entry_is_one_sentence(tiny, entries, says, capsys):
+    path = configure(tiny, entries, "bad.yaml")
+    with pytest.raises(ConfigError) as error:
+        load_config(path)
+    assert says in str(error.value) and "\n" not in str(error.value)
+
+
+def test_what_can_not_be_trained_together_is_refused(tiny, capsys, monkeypatch):
+    path = configure(tiny, [{"name": "a"}, {"name": "b", "lora.rank": 2}], "bad.yaml")
+    for override, says in (("method=full", "set method=lora"), ("optimizer.name=adafactor", "ranks of a sweep")):
+        monkeypatch.setattr("sys.argv", ["train", "--config", str(path), override])
+        with pytest.raises(SystemExit) as ended:
+            jlora.train.main()
+        assert ended.value.code == 2 and says in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@needs_data
+def test_eight_adapters_take_less_time_together(tmp_path):
+    """Eight processes after another, on the real small model: each adapter the same, in less wall time."""
+    sweep = [{"name": f"r{i}", "optimizer.learning_rate": 1e-3 * (i + 1), "training.seed": i} for i in range(8)]
+    data = {"max_length": 256, "on_bad_row": "skip"}
+    rows = SHARED / "reviews" / "sephora_reviews.jsonl"
+    path = write_config(tmp_path / "run.yaml", SHARED / "stories260K", rows, tmp_path / "run", data=data)
+    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | {"sweep": sweep}), encoding="utf-8")
+    script = ROOT / "scripts" / "sweep_side_by_side"
+    done = subprocess.run([sys.executable, script, "--config", path, "--json"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout)
+    assert found["adapters"] == 8 and found["largest_difference"] <= 1e-5 and found["ratio"] > 1.0
