@@ -22,7 +22,7 @@ from jlora.train import train
 SHAPE = LlamaConfig(
     **{"vocab_size": 512, "hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 24, "head_dim": 32},
     **{"num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "rope_theta": 1e4},
-    **{"rope_scaling": None, "sliding_window": None, "tie_word_embeddings": False},
+    **{"rope_scaling": None, "sliding_window": None, "tie_word_embeddings": False, "biased": ()},
 )
 ON_CPU = [name for name in LADDER if name != "offload"]
 
