@@ -129,8 +129,9 @@ def test_lora_makes_no_gradient_of_the_base(config):
     assert 5.9 < flops_per_token_and_parameter(config, "model.remat=none", "method=full") < 6.8
 
 
-def test_flops_are_the_compilers_where_it_can_count(config):
+def test_flops_are_the_compilers_where_it_can_count(config, monkeypatch):
     """XLA counts a loop's body once, so one layer and one chunk are compared."""
+    monkeypatch.setattr("jlora.objective.chunk_size", lambda num_tokens, vocab: num_tokens)
     cfg = load_config(config, ["data.max_length=128", "training.batch_size=4"])
     model = type(m := model_shape(cfg.model.path))(**vars(m) | {"num_hidden_layers": 1})
     mesh = make_mesh(cfg.mesh, jax.devices()[:1])
