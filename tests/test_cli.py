@@ -46,7 +46,10 @@ FLAGS = {
         *("--base", "--adapter", "--tokenizer", "--chat-template", "--dtype", "--quantization", "--format"),
         *("--prompt-style", "--data", "--max-length", "--train-on", "--on-bad-row", "--batch-size", "-q", "--json"),
     ],
-    "export": ["--run", "--step", "--out", "--merge", "--dtype", "--verify", "-q", "--json"],
+    "export": [
+        *("--run", "--adapters", "--base", "--combination", "--rank", "--step", "--out", "--merge", "--dtype", "--verify"),
+        *("-q", "--json"),
+    ],
     "config": ["--help"],
 }
 
@@ -621,8 +624,9 @@ def change_adapter(world, tmp_path, **changes):
         ({"target_modules": ["q_proj", "c_attn"]}, ["c_attn"]),
         ({"target_modules": None}, ["not a usable LoRA configuration"]),
         ({"peft_type": "IA3"}, ["'IA3'", "LORA"]),
-        ({"use_dora": True}, ["use_dora", "not supported"]),
-        ({"rank_pattern": {"q_proj": 2}}, ["rank_pattern", "not supported"]),
+        ({"use_dora": True}, ["does not fit", "lora_magnitude_vector is missing"]),
+        ({"rank_pattern": {"q_proj": 2}}, ["does not fit", "q_proj.lora_A", "[4, 48] instead of [2, 48]"]),
+        ({"use_qalora": True}, ["use_qalora", "not supported"]),
     ],
 )
 def test_adapter_that_does_not_fit(world, here, tmp_path, changes, words):
