@@ -89,7 +89,8 @@ def _instruction_rows(args: argparse.Namespace) -> Rows:
             f"{args.data}: {len(examples)} rows are too few for {args.alternations} alternations of {args.rows} and "
             f"{warm} to warm up; lower --rows, --alternations or --peer-batch"
         )
-    return [(examples[i].ids, examples[i].trained) for i in np.random.default_rng(args.seed).permutation(len(examples))[:needed]]
+    order = np.random.default_rng(args.seed).permutation(len(examples))[:needed]
+    return [(examples[i].ids, examples[i].trained) for i in order]
 
 
 def _warm_rows(args: argparse.Namespace) -> int:
