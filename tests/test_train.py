@@ -604,8 +604,8 @@ def test_init_from_goes_on_from_a_peft_adapter(reviews_run, tmp_path):
     batch = next(data.batches(run.epochs, 4))
     adapter = load_adapter(folder, run.pretrained.base.cfg, run.pretrained.base_hash, dropout=0.0)
     assert digest(adapter) == digest(run.state.trained["adapter"])
-    total, count = make_eval_step(run.forward)(run.pretrained.base, adapter, batch)
-    bare, _ = make_eval_step(run.forward)(run.pretrained.base, {}, batch)
+    total, count, _ = make_eval_step(run.forward)(run.pretrained.base, adapter, None, batch)
+    bare, _, _ = make_eval_step(run.forward)(run.pretrained.base, {}, None, batch)
     (line,) = take_steps(run, 1)
     assert line["loss"] == pytest.approx(total.item() / count.item(), rel=0, abs=1e-6)
     assert line["loss"] < bare.item() / count.item() - 0.3
