@@ -161,7 +161,8 @@ def rows(base: Path, folder: Path):
         (folder / f"rows.{kind}").write_bytes(content)
         try:
             dataset = tokenize(str(folder / f"rows.{kind}"), chat, DataSection.model_validate(section))
-            assert dataset.read == len(dataset.examples) + sum(dataset.dropped.values())
+            used = len(set(dataset.places))  # a long text is several examples of one place
+            assert dataset.read == used + sum(dataset.dropped.values()) and len(dataset.places) == len(dataset.examples)
             assert all(example.trained[1:].any() for example in dataset.examples)
         except DataError as error:
             # It names the file, and a line or row of it unless there is none.
