@@ -45,6 +45,7 @@ FLAGS = {
     "evaluate": [
         *("--base", "--adapter", "--tokenizer", "--chat-template", "--dtype", "--quantization", "--format"),
         *("--prompt-style", "--data", "--max-length", "--train-on", "--on-bad-row", "--batch-size", "-q", "--json"),
+        *("--generate", "--max-new-tokens", "--compare", "--html"),
     ],
     "export": ["--run", "--step", "--out", "--merge", "--dtype", "--verify", "-q", "--json"],
     "config": ["--help"],
