@@ -39,11 +39,13 @@ class Answers:
 
     Attributes:
       texts, tokens: the answers, and how many tokens each has, without the one that ends it.
+      ended: whether each came to its end, or is cut at the most tokens.
       seconds: it took to answer all; compilation is left out where it was asked to be.
     """
 
     texts: list[str]
     tokens: list[int]
+    ended: list[bool]
     seconds: float
 
 
@@ -87,7 +89,7 @@ def answer(
     max_new_tokens: int,
     batch_size: int,
     timed: bool = False,
-    cut_at: str | None = None,
+    until: tuple[str, ...] = (),
     on_batch: Callable[[int], None] = lambda _: None,
 ) -> Answers:
     """Greedy answers.
@@ -95,7 +97,7 @@ def answer(
     Args:
       batch_size: prompts answered together; prompts of like length are, and the last batch is filled up.
       timed: compile, by a few tokens of each shape, before the clock starts.
-      cut_at: text with which an answer is over, and that is left out; its tokens count as said.
+      until: texts with any of which an answer is over, and that are left out; its tokens count as said.
       on_batch: called after every batch with the number of prompts answered.
     """
     batches: list[tuple[int, list[int]]] = []
@@ -118,17 +120,25 @@ def answer(
             width=width,
         )
 
+    def is_over(ids: list[int]) -> bool:
+        text = pretrained.tokenizer.decode(ids)
+        return any(end in text for end in until)
+
     if timed:
         for width, members in dict(batches).items():
             list(islice(grow(width, members), 2))  # prefill, and the first tokens of decoding
     found: dict[int, list[int]] = {}
     began = time.monotonic()
     for width, members in batches:
-        *_, said = grow(width, members)
+        for said in grow(width, members):
+            if until and all(is_over(ids) for ids in said if len(ids) == max(map(len, said))):
+                break
         found.update(zip(members, said, strict=False))
         on_batch(len(found))
     seconds = time.monotonic() - began
     ids = [found[i] for i in range(len(prompts))]
     texts = [pretrained.tokenizer.decode(one) for one in ids]
-    texts = [text.partition(cut_at)[0] if cut_at else text for text in texts]
-    return Answers(texts, [len(one) for one in ids], seconds)
+    cut = [min((text.find(end) for end in until if end in text), default=len(text)) for text in texts]
+    ended = [at < len(text) or len(one) < max_new_tokens for text, at, one in zip(texts, cut, ids, strict=True)]
+    texts = [text[:at] for text, at in zip(texts, cut, strict=True)]
+    return Answers(texts, [len(one) for one in ids], ended, seconds)

@@ -99,12 +99,12 @@ def answer_and_score(
     max_new_tokens: int,
     batch_size: int,
     timed: bool = False,
-    cut_at: str | None = None,
+    until: tuple[str, ...] = (),
 ) -> dict[str, Any]:
     """Greedy answers with their scores.
 
     Returns {"exact_match", "rouge_l", "chrf"} of all (see `jlora.scores.score`), "generated" (how many), "mean_tokens",
-    "seconds" and "answers", which holds {"text", "tokens", "ended"} and the scores of each. For `timed` and `cut_at`
+    "seconds" and "answers", which holds {"text", "tokens", "ended"} and the scores of each. For `timed` and `until`
     see `jlora.answers.answer`.
     """
     found = answer(
@@ -115,12 +115,12 @@ def answer_and_score(
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
         timed=timed,
-        cut_at=cut_at,
+        until=until,
     )
     total, each = score(found.texts, [question.reference for question in questions])
     answers = [
-        {"text": text, "tokens": tokens, "ended": tokens < max_new_tokens} | scores
-        for text, tokens, scores in zip(found.texts, found.tokens, each, strict=True)
+        {"text": text, "tokens": tokens, "ended": ended} | scores
+        for text, tokens, ended, scores in zip(found.texts, found.tokens, found.ended, each, strict=True)
     ]
     mean = sum(found.tokens) / len(answers)
     rest = {"generated": len(answers), "mean_tokens": mean, "seconds": found.seconds, "answers": answers}

@@ -100,7 +100,7 @@ class Forward:
         if self.objective.name == "sft":
             hidden = self._hidden(base, adapter, batch, dropout_key)
             scored = hidden, base.head(adapter), batch["targets"], batch["weights"]
-            sums = {"token_accuracy": correct_tokens(*scored)} if self.token_accuracy else {}
+            sums = {"token_accuracy": correct_tokens(*scored).sum()} if self.token_accuracy else {}
             return *next_token_loss(lambda: hidden, *scored[1:]), sums
 
         def answers(adapter: Adapter, dropout_key: Array | None) -> Float[Array, "B P 2"]:
@@ -113,6 +113,14 @@ class Forward:
         if self.objective.name != "orpo":
             compared = jax.lax.stop_gradient(answers(reference or {}, None))
         return pair_loss(self.objective, policy, compared, pair_sums(batch["weights"], batch["segments"]))
+
+    def by_token(
+        self, base: Decoder, adapter: Adapter, batch: dict[str, Array]
+    ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
+        """Of every trained token its log-probability, and 1 where it is the likeliest; 0 of the others."""
+        hidden = self._hidden(base, adapter, batch, None)
+        scored = hidden, base.head(adapter), batch["targets"], batch["weights"]
+        return -token_cross_entropy(*scored), correct_tokens(*scored)
 
     def _hidden(
         self, base: Decoder, adapter: Adapter, batch: dict[str, Array], dropout_key: Array | None

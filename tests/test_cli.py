@@ -47,6 +47,10 @@ FLAGS = {
         *("--prompt-style", "--data", "--max-length", "--train-on", "--on-bad-row", "--batch-size", "-q", "--json"),
         *("--generate", "--max-new-tokens", "--compare", "--html"),
     ],
+    "effort": [
+        *("--config", "--base", "--rows", "--shots", "--heldout", "--max-new-tokens", "--batch-size", "--price"),
+        *("-q", "--json"),
+    ],
     "export": ["--run", "--step", "--out", "--merge", "--dtype", "--verify", "-q", "--json"],
     "config": ["--help"],
 }

@@ -11,7 +11,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from test_report import Page
-from tiny import make_llama, make_rows, make_tokenizer
+from tiny import make_completions, make_llama, make_tokenizer
 
 from jlora import answers, compare, page, scores
 from jlora.answers import Question
@@ -28,7 +28,7 @@ def world(tmp_path_factory):
     """A base with two PEFT adapters, `one` and `two`, and rows."""
     folder = tmp_path_factory.mktemp("judge")
     for seed, name in enumerate(("one", "two")):
-        model = make_llama(folder / "base", max_position_embeddings=512)
+        model = make_llama(folder / "base", num_hidden_layers=2)
         torch.manual_seed(seed)
         adapted = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"]))
         for key, parameter in adapted.named_parameters():
@@ -36,7 +36,7 @@ def world(tmp_path_factory):
                 torch.nn.init.normal_(parameter, std=0.3)
         adapted.save_pretrained(folder / name)
     make_tokenizer(folder / "base")
-    make_rows(folder / "rows.jsonl", 7)
+    make_completions(folder / "rows.jsonl", 7)
     return folder
 
 
@@ -71,7 +71,9 @@ def by_transformers(world, pretrained, adapter=None):
     losses, right = [], []
     for line in (world / "rows.jsonl").read_text().splitlines():
         row = json.loads(line)
-        ids, trained, _ = encode_row(pretrained.tokenizer, row, format="alpaca", prompt="stanford", train_on="response")
+        ids, trained, _ = encode_row(
+            pretrained.tokenizer, row, format="completion", prompt="stanford", train_on="response"
+        )
         with torch.no_grad():
             logits = model(torch.tensor(ids[None], dtype=torch.long)).logits[0]
         targets = torch.tensor(ids[1:], dtype=torch.long)
@@ -83,7 +85,8 @@ def by_transformers(world, pretrained, adapter=None):
 
 def test_several_models_side_by_side(world, pretrained, evaluate, tmp_path):
     file = tmp_path / "deep" / "page.html"
-    common = ("--base", world / "base", "--data", world / "rows.jsonl", "--dtype", "float32", "--max-length", 320)
+    common = ("--base", world / "base", "--data", world / "rows.jsonl", "--dtype", "float32", "--max-length", 64)
+    common += ("--format", "completion")
     code, out, err = evaluate(
         *common,
         *("--compare", world / "one", f"{world}/two/", "--generate", 3, "--max-new-tokens", 6, "--json"),
@@ -106,8 +109,8 @@ def test_several_models_side_by_side(world, pretrained, evaluate, tmp_path):
     assert shown.problems == []
     rows = [json.loads(line) for line in (world / "rows.jsonl").read_text().splitlines()]
     for row in rows[:3]:
-        assert row["instruction"] in shown.text and row["output"] in shown.text
-    assert rows[3]["instruction"] not in shown.text
+        assert row["prompt"] in shown.text and row["completion"] in shown.text
+    assert rows[3]["prompt"] not in shown.text
     for model in models:
         assert f"{model['loss']:.4f}" in shown.text and f"{model['chrf']:.2f}" in shown.text
         assert model["answers"][0]["text"].translate(page._REFUSED) in shown.text.replace("\r", "")
@@ -133,6 +136,11 @@ def test_answers_in_batches_are_those_one_by_one(world, pretrained):
     assert together.texts == alone and len(set(alone)) > 1
     assert seen == [2, 3, 4] and together.seconds > 0  # of 32, 32 and 64 tokens
     assert all(0 < count <= 5 for count in together.tokens)
+    assert not any(together.ended)
+    end = alone[0][2:4]
+    with jax.set_mesh(one_device_mesh()):
+        cut = answers.answer(pretrained, adapter, prompts[:1], batch_size=2, until=("no such", end), **common)
+    assert cut.texts == [alone[0].partition(end)[0]] and cut.ended == [True]
     assert [answers.width_of(n) for n in (1, 32, 33, 64, 65, 128, 129)] == [32, 32, 64, 64, 128, 128, 256]
 
 
