@@ -61,9 +61,9 @@ def command(world, *more):
 
 @pytest.fixture(scope="module")
 def done(world):
-    """A whole report, of rows 3 and all."""
+    """A whole report; of 1000 rows there are twelve."""
     cfg = effort.load_config(world / "config.yaml")
-    options = effort.Options([cfg.model.path], [3, 1000], [2], 100, 4, 4, None)
+    options = effort.Options([cfg.model.path], [1000], [2], 100, 4, 4, None)
     result, failures, stopped = effort.effort(cfg, options, quiet=True)
     assert not failures and not stopped
     return result
@@ -87,11 +87,11 @@ def loss_by_transformers(world, rows, shots):
 def test_every_strategy_answers_the_same_held_out_rows(world, done):
     out = world / "out"
     records = done["results"]
-    assert [r["strategy"] for r in records] == ["bare", "shots-2", "rows-3", "rows-12"]  # as many as there are
+    assert [r["strategy"] for r in records] == ["bare", "shots-2", "rows-12"]
     assert json.loads((out / "effort.json").read_text())["results"][0]["identity"] == records[0]["identity"]
     files = {p.stem: p.read_text().splitlines() for p in (out / "data").iterdir()}
-    assert {name: len(lines) for name, lines in files.items()} == {"heldout": 4, "rows-3": 3, "rows-12": 12}
-    assert files["rows-12"][:3] == files["rows-3"] and not {*files["heldout"]} & {*files["rows-12"]}
+    assert {name: len(lines) for name, lines in files.items()} == {"heldout": 4, "rows-12": 12}
+    assert not {*files["heldout"]} & {*files["rows-12"]}
     rows = {name: [json.loads(line) for line in lines] for name, lines in files.items()}
     for record in records:
         assert [a["reference"] for a in record["answers"]] == [row["completion"] for row in rows["heldout"]]
@@ -120,7 +120,7 @@ def test_what_is_done_is_not_done_again(world, done, here, monkeypatch):
     effort_judge = effort.judge
     monkeypatch.setattr(effort, "judge", judge)
     monkeypatch.setattr(effort, "train", lambda cfg, quiet: trained.append(cfg.output_dir))
-    code, out, err = here(*command(world, "--rows", "3,1000", "--price", 2, "--json"))
+    code, out, err = here(*command(world, "--rows", "1000", "--price", 2, "--json"))
     assert (code, err, judged, trained) == (0, "", [], [])
     again = json.loads(out)
     for now, before in zip(again["results"], done["results"], strict=True):
@@ -129,9 +129,9 @@ def test_what_is_done_is_not_done_again(world, done, here, monkeypatch):
         assert now["cost"]["training"] == pytest.approx(seconds * 2 / 3600 * jax.device_count())
         assert now["cost"]["thousand_answers"] == pytest.approx(now["seconds"] / 4 * 1000 * 2 / 3600)
     # One more strategy is one more; another base, seed or length is other work.
-    code, out, _ = here(*command(world, "--rows", "3,1000", "--shots", "2,1", "--json"))
+    code, out, _ = here(*command(world, "--rows", "1000", "--shots", "2,1", "--json"))
     assert code == 0 and judged == ["shots-1"] and trained == []
-    assert [r["strategy"] for r in json.loads(out)["results"]] == ["bare", "shots-1", "shots-2", "rows-3", "rows-12"]
+    assert [r["strategy"] for r in json.loads(out)["results"]] == ["bare", "shots-1", "shots-2", "rows-12"]
 
     shown = Page((world / "out" / "effort.html").read_text(encoding="utf-8"))
     assert shown.problems == []
@@ -270,3 +270,10 @@ def test_rows_that_all_bases_can_use_and_none_twice(world, tmp_path):
     left = [row for row in rows.train if "mountain" in row["prompt"]]
     assert not left and len(rows.heldout) == 2 and rows.left_out >= 2
     assert not {json.dumps(row) for row in rows.train} & {json.dumps(row) for row in rows.heldout}
+    # Fewer rows are the first of more, and the order is the seed's.
+    files = effort.write_rows(tmp_path / "data", rows, choose([], [2, 5], 100))
+    assert files["rows-5"].read_text().startswith(files["rows-2"].read_text())
+    other_seed = effort.load_config(world / "config.yaml", ["training.seed=1"])
+    default = effort.load_config(world / "config.yaml")
+    drawn = [strategies.split_rows(c, [tokenizer], 9) for c in (default, default, other_seed)]
+    assert drawn[0] == drawn[1] != drawn[2]
