@@ -166,13 +166,17 @@ def generate(
     max_new_tokens: int,
     sampling: Sampling,
     seed: int,
+    width: int | None = None,
 ) -> Iterator[list[list[int]]]:
     """Continuations of a batch of prompts, yielded as they grow; the last one yielded is whole.
 
     A stop token is left out. Rows do not influence each other.
+
+    Args:
+      width: tokens that each prompt is padded to, where it is not to follow from the longest; each is compiled for.
     """
     stops = stop_tokens(pretrained)
-    width = -(-max(map(len, prompts)) // LENGTH_STEP) * LENGTH_STEP
+    width = width or -(-max(map(len, prompts)) // LENGTH_STEP) * LENGTH_STEP
     tokens = np.zeros((len(prompts), width), np.int32)
     for row, ids in enumerate(prompts):
         tokens[row, width - len(ids) :] = ids

@@ -6,6 +6,7 @@ and a token is trained when it lies between the token counts of the text up to t
 """
 
 import re
+from os.path import commonprefix
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -156,6 +157,70 @@ def encode_prompt(tokenizer: Tokenizer, row: dict[str, Any], *, format: str, pro
     roles = [message["role"] for message in messages]
     context = messages[: roles.index("assistant")] if roles[-1] == "assistant" else messages
     return _encode(tokenizer, _render(tokenizer, context, add_generation_prompt=True), chat=True)
+
+
+def reference_answer(row: dict[str, Any], *, format: str) -> str:
+    """The answer that a row itself gives to what `encode_prompt` makes of it; of a pair, the chosen one.
+
+    Raises BadRow: it gives none.
+    """
+    if format == "text":
+        raise BadRow("no_answer", "a row of text has no prompt and so no answer to compare with")
+    if format == "preference" and isinstance(row.get("chosen"), str):
+        return _get(row, "chosen", str)
+    if format not in ("messages", "preference"):
+        return _response(row, format)
+    turns = _turns(_get(row, "chosen", list)) if format == "preference" else _messages(row, format, answered=True)
+    if turns[-1]["role"] != "assistant":
+        raise BadRow("no_assistant_turn", "its last turn is not the assistant's, so it has no answer to compare with")
+    return next(turn["content"] for turn in turns if turn["role"] == "assistant")
+
+
+def shown_prompt(row: dict[str, Any], *, format: str) -> str:
+    """What `encode_prompt` asks, for people: without the words and tokens that go around it.
+
+    Raises BadRow.
+    """
+    if format == "alpaca":
+        return "\n\n".join(filter(None, _instruction(row)))
+    if format == "text":
+        return _response(row, format)
+    if format == "completion" or isinstance(row.get("prompt"), str):
+        return _get(row, "prompt", str)
+    turns = _turns(_get(row, "prompt", list)) if format == "preference" else _messages(row, format, answered=False)
+    roles = [turn["role"] for turn in turns]
+    context = turns[: roles.index("assistant")] if format == "messages" and roles[-1] == "assistant" else turns
+    return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in context)
+
+
+def with_shots(
+    row: dict[str, Any], shots: list[dict[str, Any]], *, format: str, prompt: str, answered: bool
+) -> tuple[dict[str, Any], str]:
+    """A row with worked examples before its prompt, and the format that it has then.
+
+    In a chat each example is turns of their own, its system turn left out; elsewhere the rows' texts stand one after
+    another, a blank line between them. `answered`: with the row's own response, for `encode_row`; without, for
+    `encode_prompt`.
+
+    Raises BadRow.
+    """
+    if not _is_chat(format, prompt):
+        text = "".join(f"{_head(shot, format)}{_response(shot, format)}\n\n" for shot in shots)
+        asked = {"prompt": text + _head(row, format)}
+        return asked | ({"completion": _response(row, format)} if answered else {}), "completion"
+    turns = _messages(row, format, answered=answered)
+    if not answered and any(turn["role"] == "assistant" for turn in turns):
+        turns = turns[: [turn["role"] for turn in turns].index("assistant")]
+    examples = [turn for shot in shots for turn in _messages(shot, format, answered=True) if turn["role"] != "system"]
+    start = turns[0]["role"] == "system"
+    return {"messages": [*turns[:start], *examples, *turns[start:]]}, "messages"
+
+
+def shots_separator(shots: list[dict[str, Any]], *, format: str, prompt: str) -> str | None:
+    """With what a model that goes on writing examples after its answer would begin the next; None in a chat."""
+    if _is_chat(format, prompt):
+        return None
+    return "\n\n" + commonprefix([_head(shot, format) for shot in shots])
 
 
 def _encode(tokenizer: Tokenizer, text: str, chat: bool) -> list[int]:
