@@ -261,6 +261,8 @@ def read_prompts(args: argparse.Namespace, format: str) -> list[Row]:
         if not rows:
             raise DataError(f"{args.prompts}: holds no prompt")
         return rows
+    if format == "sharegpt":
+        return [Row("--prompt", {"conversations": [{"from": "human", "value": args.prompt}]})]
     if format == "messages":
         return [Row("--prompt", {"messages": [{"role": "user", "content": args.prompt}]})]
     return [Row("--prompt", {{"alpaca": "instruction", "text": "text"}.get(format, "prompt"): args.prompt})]

@@ -13,7 +13,10 @@ import numpy as np
 from jlora.errors import DataError
 from jlora.tokens import Tokenizer
 
-FORMATS = ("alpaca", "completion", "text", "messages", "preference")
+FORMATS = ("alpaca", "completion", "text", "messages", "sharegpt", "preference")
+
+# Who speaks in a ShareGPT turn ("from") -> the role of a message, as Axolotl and LLaMA-Factory map them.
+SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
 # Stanford Alpaca's prompts (tatsu-lab/stanford_alpaca, train.py), which models know to the byte.
 STANFORD_WITH_INPUT = (
@@ -167,7 +170,7 @@ def _encode(tokenizer: Tokenizer, text: str, chat: bool) -> list[int]:
 
 
 def _is_chat(format: str, prompt: str) -> bool:
-    return format == "messages" or (format == "alpaca" and prompt == "chat")
+    return format in ("messages", "sharegpt") or (format == "alpaca" and prompt == "chat")
 
 
 def _get(row: dict[str, Any], name: str, kind: type) -> Any:
@@ -218,9 +221,24 @@ def _messages(row: dict[str, Any], format: str, *, answered: bool) -> list[dict[
     if format == "alpaca":
         user = {"role": "user", "content": "\n\n".join(filter(None, _instruction(row)))}
         return [user, {"role": "assistant", "content": _response(row, format)}] if answered else [user]
-    messages = _turns(_get(row, "messages", list))
+    messages = _turns(_sharegpt(row) if format == "sharegpt" else _get(row, "messages", list))
     if answered and all(message["role"] != "assistant" for message in messages):
         raise BadRow("no_assistant_turn", "no turn is the assistant's")
+    return messages
+
+
+def _sharegpt(row: dict[str, Any]) -> list[dict[str, str]]:
+    """The messages of a row of `conversations`; a `system` beside them, as LLaMA-Factory has it, is the first."""
+    turns = [{key: _get(turn, key, str) for key in ("from", "value")} for turn in _get(row, "conversations", list)]
+    if not turns:
+        raise BadRow("empty_messages", 'the list "conversations" is empty')
+    system = "" if row.get("system") is None else _get(row, "system", str)
+    messages = [{"role": "system", "content": system}] if system.strip() else []
+    for turn in turns:
+        role = SHAREGPT_ROLES.get(turn["from"])
+        if role is None:
+            raise BadRow("wrong_role", f'a turn is from "{turn["from"]}", which is none of {", ".join(SHAREGPT_ROLES)}')
+        messages.append({"role": role, "content": turn["value"]})
     return messages
 
 

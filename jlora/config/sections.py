@@ -23,7 +23,7 @@ Dtype = Literal["bfloat16", "float32"]
 Quantization = Literal["int8", "fp8", "nf4", "int4"]
 # Fastest first, and each holds less than the one before it: see `jlora.remat`.
 Remat = Literal["none", "dots", "qkv", "attention", "full", "offload", "auto"]
-Format = Literal["alpaca", "completion", "text", "messages", "preference"]
+Format = Literal["alpaca", "completion", "text", "messages", "sharegpt", "preference"]
 TrainOn = Literal["response", "all"]
 Prompt = Literal["stanford", "chat"]
 
@@ -168,7 +168,8 @@ class DataSection(Section):
     format: Format = Field(
         "alpaca",
         description="alpaca (instruction, input, output), completion (prompt, completion), text (text), "
-        "messages (messages: role, content) or preference (prompt, chosen, rejected)",
+        "messages (messages: role, content), sharegpt (conversations: from, value) or preference (prompt, chosen, "
+        "rejected)",
     )
     prompt: Prompt = Field(
         "stanford", description="how an alpaca row is written: Stanford's prompt, or the model's chat template"
