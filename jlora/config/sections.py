@@ -190,6 +190,11 @@ class DataSection(Section):
         "error", description="a row that can not be trained on stops the run, or is dropped and counted"
     )
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence: those of a row of a batch, or of half of it for a pair's."""
+        return self.max_length // 2 if self.format == "preference" else self.max_length
+
 
 class ObjectiveSection(Section):
     """What is minimised."""
