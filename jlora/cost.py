@@ -15,10 +15,10 @@ def count_data(cfg: Config) -> dict[str, int] | None:
     """`count_batches` of the user's own rows; None without rows or tokenizer."""
     if cfg.model.path in SHAPES and cfg.model.tokenizer is None:
         return None
-    if not Path(cfg.data.train).exists():
+    if not all(Path(source.path).exists() for source in cfg.data.sources):
         return None
     opened = open_pretrained(cfg.model.path, cfg.model.tokenizer, cfg.data.chat_template)
-    return count_batches(data.tokenize(cfg.data.train, opened.tokenizer, cfg.data), cfg)
+    return count_batches(data.read_train(cfg.data, opened.tokenizer), cfg)
 
 
 def add_time(

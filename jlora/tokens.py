@@ -65,6 +65,10 @@ class _Fast:
     def encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
+    def encode_all(self, texts: list[str]) -> list[list[int]]:
+        found = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)  # on all cores, without offsets
+        return [encoding.ids for encoding in found]
+
     def decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
@@ -86,6 +90,9 @@ class _SentencePiece:
         for chunk in re.split(f"({pattern})", text):
             ids += [self.added[chunk]] if chunk in self.added else self.processor.encode(chunk)
         return ids
+
+    def encode_all(self, texts: list[str]) -> list[list[int]]:
+        return [self.encode(text) for text in texts]
 
     def decode(self, ids: list[int]) -> str:
         # A model may have more embeddings than there are pieces; an id without a piece decodes to nothing.
@@ -120,6 +127,10 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Token ids of `text` without BOS or EOS; special tokens written out in it are recognised."""
         return self.backend.encode(text)
+
+    def encode_all(self, texts: list[str]) -> list[list[int]]:
+        """`encode` of each text, at once."""
+        return self.backend.encode_all(texts)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of `ids` ([n] integers), special tokens left out."""

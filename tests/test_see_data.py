@@ -1,6 +1,9 @@
 """`python -m jlora.data`: what is shown is what is trained on, and what would train nothing or wrongly fails."""
 
 import json
+import re
+import xml.etree.ElementTree as ET
+from html.parser import HTMLParser
 
 import numpy as np
 import pytest
@@ -155,6 +158,46 @@ def test_histogram(longest, width):
     found = histogram(np.array([0, longest, longest // 2]))
     assert {high - low for low, high, _ in found} == {width} and len(found) <= 20
     assert found[0][0] == 0 and found[-1][0] <= longest < found[-1][1] and sum(count for *_, count in found) == 3
+
+
+class Page(HTMLParser):
+    """The text of each token by its class, and what does not balance or would be fetched."""
+
+    def __init__(self, markup):
+        super().__init__()
+        self.open, self.problems, self.parts = [], [], {}
+        self.feed(markup)
+        self.problems += [f"never closed: {tag}" for tag, _ in self.open]
+
+    def handle_starttag(self, tag, attrs):
+        self.problems += [f"fetches {name}" for name, _ in attrs if name in ("src", "href", "onload", "onclick")]
+        if tag not in ("meta", "br"):
+            self.open.append((tag, dict(attrs).get("class")))
+
+    def handle_endtag(self, tag):
+        if self.open.pop()[0] != tag:
+            self.problems.append(f"unexpected </{tag}>")
+
+    def handle_data(self, data):
+        classes = [name for _, name in self.open] if "pre" in [tag for tag, _ in self.open] else []
+        if part := next((name for name in classes if name in ("context", "trained", "cut", "gap")), None):
+            self.parts[part] = self.parts.get(part, "") + data
+
+
+def test_page_is_whole_and_colours_what_is_trained(config, monkeypatch, tmp_path):
+    rows = [{"prompt": "<b>&amp;\u202e\n:", "completion": "x" * 40}, {"prompt": "a"}, *GOOD]
+    page = tmp_path / "page.html"
+    assert run(monkeypatch, "--config", config(rows, eval=0.3, on_bad_row="skip"), "--html", page, "-q") == 0
+    text = page.read_text(encoding="utf-8")
+    found = Page(text)
+    assert found.problems == [] and "script" not in text and "@import" not in text and "url(" not in text
+    assert found.parts["context"].strip().startswith("<s><b>&amp;\ufffd↵\n:") and "\u202e" not in text
+    assert found.parts["cut"] == "x" * 22 + "</s>" and found.parts["trained"].startswith("x" * 18 + " abc</s>")
+    assert text.count("<svg") == 2 and text.count('<section class="row">') == 5
+    assert "1 of 8 rows (12 %) are dropped (missing_field 1)" in text and "nothing found wrong" not in text
+    for chart in re.findall(r"<svg.*?</svg>", text, re.S):
+        names = ET.fromstring(chart).itertext()
+        assert {"sequences", "tokens in a sequence"} <= set(names)
 
 
 def run(monkeypatch, *arguments):

@@ -4,7 +4,7 @@ Knows nothing of models or devices. What other modules use of it is named here.
 """
 
 from jlora.data.dataset import Dataset, hold_out
-from jlora.data.encoding import read_data, split, tokenize
+from jlora.data.encoding import read_data, read_train, split, tokenize
 from jlora.data.packing import Batch, Epochs, batches, pack, pack_row
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "pack",
     "pack_row",
     "read_data",
+    "read_train",
     "split",
     "tokenize",
 ]

@@ -12,11 +12,13 @@ from jlora.compiled import SHAPES
 from jlora.config import Config, load_config
 from jlora.data.encoding import read_data
 from jlora.data.figures import Check, check, check_overlap, count_batches, describe, scan
+from jlora.data.page import render
 from jlora.data.shown import Shown, show_rows
 from jlora.data.terminal import print_report
 from jlora.errors import ConfigError, DataError
 from jlora.generate import stop_tokens
 from jlora.pretrained import open_pretrained
+from jlora.summary import write_text
 from jlora.tokens import Tokenizer, load_tokenizer
 
 ROWS = 5
@@ -68,7 +70,9 @@ def look(cfg: Config, num_rows: int) -> Seen:
     if eval_data is not None:
         checks += check_overlap(scanned["train"], eval_data, scanned["eval"])
     report["checks"] = [asdict(found) for found in checks]
-    return Seen(report, show_rows(cfg.data.train, num_rows, tokenizer, cfg.data))
+    each = -(-num_rows // len(cfg.data.sources))  # the first rows of every source
+    rows = [row for source in cfg.data.sources for row in show_rows(source.path, each, tokenizer, cfg.data)]
+    return Seen(report, rows[:num_rows])
 
 
 def _tokenizer(cfg: Config) -> tuple[Tokenizer, list[int]]:
@@ -88,6 +92,7 @@ def main() -> None:
     parser.add_argument("--config", required=True, help="YAML file; see docs/config.md for its keys")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a dotted config key")
     parser.add_argument("--rows", type=int, default=ROWS, metavar="N", help=f"rows shown; default {ROWS}")
+    parser.add_argument("--html", metavar="FILE", help="write a page that opens offline")
     parser.add_argument("-q", "--quiet", action="store_true", help="errors alone")
     parser.add_argument("--json", action="store_true", help="one JSON object")
     args = parser.parse_intermixed_args()
@@ -96,6 +101,8 @@ def main() -> None:
         if args.rows < 0:
             raise ConfigError("--rows must be 0 or more")
         seen = look(load_config(args.config, args.overrides), args.rows)
+        if args.html:
+            write_text(Path(args.html), render(Path(args.config).stem, seen.report, seen.rows))
         if args.json:
             cli.print_json({"ok": not seen.errors, **seen.report, "first_rows": [row.as_json() for row in seen.rows]})
         elif not args.quiet:

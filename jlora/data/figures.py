@@ -4,13 +4,14 @@ Knows nothing of how they are shown.
 """
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
 
 from jlora.config import Config
 from jlora.data.dataset import Dataset
+from jlora.data.mixture import drawn
 from jlora.data.packing import Epochs
 
 MAX_BINS = 20
@@ -78,10 +79,16 @@ def count_batches(dataset: Dataset, cfg: Config) -> dict[str, int]:
         section = cfg.data.model_copy(update={"packing": packing})
         epochs = Epochs(dataset, section, cfg.training.batch_size, cfg.training.seed)
         batches = epochs.num_batches(1)
-        counts = counts or {"tokens": epochs.tokens_at(batches), "rows": sum(len(row) for row in epochs.rows(0))}
+        counts = counts or {"tokens": epochs.tokens_at(batches), "rows": len(epochs.rows(0).members)}
         counts[name] = batches
         counts[f"{name}_tokens"] = batches * cfg.training.batch_size * cfg.data.max_length
     return counts
+
+
+def count_sources(dataset: Dataset) -> list[dict[str, Any]]:
+    """What each source of a mixture has, and how many of its sequences the first epoch has."""
+    counts = [last - first for first, last in drawn(dataset.parts, 0)]
+    return [asdict(part) | {"first_epoch": count} for part, count in zip(dataset.parts, counts, strict=True)]
 
 
 def histogram(lengths: np.ndarray) -> list[tuple[int, int, int]]:
@@ -106,6 +113,7 @@ def describe(dataset: Dataset, found: Scan) -> dict[str, Any]:
         "lengths": {name: int(value) for name, value in zip(names, quantiles, strict=True)},
         "histogram": histogram(found.lengths),
         "duplicates": len(found.hashes) - len(np.unique(found.hashes)),
+        "sources": count_sources(dataset),
     }
 
 

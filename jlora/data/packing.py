@@ -3,7 +3,10 @@
 Owns packing and order. Knows nothing of files, formats or devices.
 """
 
+import bisect
 import threading
+from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypedDict
 
@@ -11,8 +14,13 @@ import grain
 import numpy as np
 
 from jlora.config import DataSection
-from jlora.data.dataset import Dataset
+from jlora.data.dataset import Dataset, View
+from jlora.data.mixture import epoch_order
 from jlora.prompts import Example
+
+# Examples whose lengths are Python's numbers at once, and packed ones that are kept beside those of two epochs.
+CHUNK = 2**16
+KEPT = 2**25
 
 
 class Batch(TypedDict):
@@ -29,27 +37,58 @@ class Batch(TypedDict):
     positions: np.ndarray
 
 
-def pack(lengths: list[int], order: np.ndarray, max_length: int, packing: bool) -> list[list[int]]:
+class Packed(View[list[int]]):
+    """The examples of each row: `members`, int32 [n], row after row, of which row r has those from `starts[r]` on."""
+
+    def __init__(self, members: np.ndarray, starts: np.ndarray):
+        self.members, self.starts = members.astype(np.int32), starts
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def one(self, index: int) -> list[int]:
+        """Examples of a row."""
+        return self.members[self.starts[index] : self.starts[index + 1]].tolist()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+    def filled(self, multiple: int) -> "Packed":
+        """With empty rows at the end, so that their number is a multiple."""
+        return Packed(self.members, np.pad(self.starts, (0, -len(self) % multiple), mode="edge"))
+
+
+def pack(lengths: Sequence[int] | np.ndarray, order: np.ndarray, max_length: int, packing: bool) -> Packed:
     """Assign examples to rows of `max_length` tokens, in the given order.
 
     Each goes into the fullest row that still has room (best fit), so short and long examples mix;
     without packing each has a row of its own.
     """
     if not packing:
-        return [[int(i)] for i in order]
-    rows: list[list[int]] = []
-    by_room: list[list[int]] = [[] for _ in range(max_length + 1)]  # room left -> rows
-    for i in order.tolist():
-        length = lengths[i]
-        room = next((r for r in range(length, max_length + 1) if by_room[r]), None)
-        if room is None:
-            rows.append([])
-            row, room = len(rows) - 1, max_length
-        else:
-            row = by_room[room].pop(0)
-        rows[row].append(i)
-        by_room[room - length].append(row)
-    return rows
+        return Packed(order, np.arange(len(order) + 1))
+    lengths = np.asarray(lengths)
+    shortest = int(lengths.min(initial=max_length))
+    row_of, count = np.empty(len(order), np.int32), 0
+    by_room: dict[int, deque[int]] = {}  # room left -> rows, of which none is full for all examples
+    rooms = 0  # bit r: by_room has r
+    for start in range(0, len(order), CHUNK):  # Python's own numbers take up much memory, so few of them at once
+        for place, length in enumerate(lengths[order[start : start + CHUNK]].tolist(), start):
+            fitting = rooms >> length
+            if fitting:
+                room = length + (fitting & -fitting).bit_length() - 1
+                row = by_room[room].popleft()
+                if not by_room[room]:
+                    del by_room[room]
+                    rooms ^= 1 << room
+            else:
+                row, room, count = count, max_length, count + 1
+            row_of[place] = row
+            left = room - length
+            if left >= shortest:
+                by_room.setdefault(left, deque()).append(row)
+                rooms |= 1 << left
+    starts = np.concatenate([[0], np.cumsum(np.bincount(row_of, minlength=count))])
+    return Packed(order[np.argsort(row_of, kind="stable")], starts)
 
 
 class Epochs:
@@ -62,23 +101,29 @@ class Epochs:
     def __init__(self, dataset: Dataset, cfg: DataSection, batch_size: int, seed: int | None):
         """Args: seed: None keeps file order, for evaluation."""
         self._dataset, self._cfg, self._batch_size, self._seed = dataset, cfg, batch_size, seed
-        self._lengths = [len(example.ids) for example in dataset.examples]
+        self._lengths = dataset.lengths
         self._starts = [0]
-        self._rows: list[list[list[int]]] = []
+        self._kept: dict[int, Packed] = {}
         self._lock = threading.Lock()
 
-    def rows(self, epoch: int) -> list[list[int]]:
+    def rows(self, epoch: int) -> Packed:
         """Example indices of each packed row of an epoch."""
         with self._lock:  # the iterator's threads ask at once, and each epoch is made once
-            while len(self._rows) <= epoch:
-                order = np.arange(len(self._lengths))
-                if self._seed is not None:
-                    order = np.random.default_rng([self._seed, len(self._rows)]).permutation(order)
-                rows = pack(self._lengths, order, self._cfg.max_length, self._cfg.packing)
-                rows += [[]] * (-len(rows) % self._batch_size)
-                self._rows.append(rows)
+            while len(self._starts) <= epoch + 1:
+                rows = self._keep(len(self._starts) - 1)
                 self._starts.append(self._starts[-1] + len(rows))
-            return self._rows[epoch]
+            return self._kept[epoch] if epoch in self._kept else self._keep(epoch)
+
+    def _keep(self, epoch: int) -> Packed:
+        """Pack an epoch; of those packed before, the oldest are forgotten where they are large."""
+        order = np.arange(len(self._lengths))
+        if self._seed is not None:
+            order = epoch_order(self._dataset, epoch, self._seed)
+        rows = pack(self._lengths, order, self._cfg.max_length, self._cfg.packing).filled(self._batch_size)
+        self._kept[epoch] = rows
+        while len(self._kept) > 2 and sum(len(each.members) for each in self._kept.values()) > KEPT:
+            del self._kept[next(iter(self._kept))]
+        return rows
 
     def num_batches(self, epochs: int) -> int:
         """Batches in the first `epochs` epochs."""
@@ -87,24 +132,24 @@ class Epochs:
 
     def epoch_at(self, batch: int) -> float:
         """How many epochs the first `batch` batches are."""
-        row, epoch = batch * self._batch_size, 0
-        while self._starts[epoch] + len(self.rows(epoch)) <= row:
-            epoch += 1
-        return epoch + (row - self._starts[epoch]) / len(self.rows(epoch))
+        row = batch * self._batch_size
+        epoch = self._epoch_of(row)
+        return epoch + (row - self._starts[epoch]) / (self._starts[epoch + 1] - self._starts[epoch])
 
     def tokens_at(self, batch: int) -> int:
         """How many tokens the first `batch` batches hold, padding left out."""
         total, rows_left, epoch = 0, batch * self._batch_size, 0
         while rows_left > 0:
-            rows = self.rows(epoch)[:rows_left]
-            total += sum(self._lengths[i] for row in rows for i in row)
+            rows = self.rows(epoch)
+            members = rows.members[: rows.starts[min(rows_left, len(rows))]]
+            total += int(self._lengths[members].sum(dtype=np.int64))
             rows_left, epoch = rows_left - len(rows), epoch + 1
         return total
 
     def tokens_in(self, batch: int) -> int:
         """How many tokens one batch holds, padding left out."""
         rows = range(batch * self._batch_size, (batch + 1) * self._batch_size)
-        return sum(self._lengths[i] for row in rows for i in self._members(row))
+        return sum(int(self._lengths[i]) for row in rows for i in self._members(row))
 
     def places_in(self, batch: int) -> list[str]:
         """Where the rows of the data stand that are in one batch."""
@@ -118,10 +163,13 @@ class Epochs:
         return pack_row([self._dataset.examples[i] for i in self._members(index)], self._cfg.max_length)
 
     def _members(self, index: int) -> list[int]:
-        epoch = 0
-        while self._starts[epoch] + len(self.rows(epoch)) <= index:
-            epoch += 1
-        return self.rows(epoch)[index - self._starts[epoch]]
+        epoch = self._epoch_of(index)
+        return self.rows(epoch).one(index - self._starts[epoch])
+
+    def _epoch_of(self, row: int) -> int:
+        while self._starts[-1] <= row:
+            self.rows(len(self._starts) - 1)
+        return bisect.bisect_right(self._starts, row) - 1
 
 
 def pack_row(examples: list[Example], length: int) -> Batch:

@@ -47,6 +47,12 @@ def _print_set(name: str, found: dict[str, Any], say: Any) -> None:
         f"exact copies {found['duplicates']:,}; tokens a sequence: {lengths['min']:,} to {lengths['max']:,}, "
         f"median {lengths['median']:,}, 90 % at most {lengths['p90']:,}, 99 % at most {lengths['p99']:,}"
     )
+    for source in found["sources"]:
+        weight = "" if source["weight"] is None else f"weight {source['weight']:g}, "
+        say(
+            f"  {source['path']}: {weight}{source['read']:,} rows, {source['examples']:,} sequences, "
+            f"{source['first_epoch']:,} of them in the first epoch"
+        )
     if batches := found.get("batches"):
         for kind in ("packed", "padded"):
             full = batches["tokens"] / batches[f"{kind}_tokens"]
