@@ -2,9 +2,10 @@
 
 import json
 import os
-import resource
+import re
 import sys
 import time
+from pathlib import Path
 
 from jlora.config import DataSection
 from jlora.data import Epochs, batches, tokenize
@@ -20,7 +21,9 @@ def main() -> None:
     peak, seconds, began = {}, {}, time.monotonic()
 
     def done(stage: str) -> None:
-        peak[stage] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        # Not getrusage, whose peak is that of the process that started this one, too.
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+        peak[stage] = int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024
         seconds[stage] = round(time.monotonic() - began, 1)
 
     opened = load_tokenizer(tokenizer, None)

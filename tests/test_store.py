@@ -21,8 +21,10 @@ from jlora.tokens import load_tokenizer
 PAIRS = [{"prompt": f"{i}", "chosen": " yes" * (1 + i), "rejected": " no"} for i in range(3)]
 CHAT = "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
 CHATS = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": f"b{i}"}]} for i in range(3)]
-BYTES = int(os.environ.get("JLORA_TEST_STREAM_BYTES", 200_000_000))
+BYTES = int(float(os.environ.get("JLORA_TEST_STREAM_BYTES", 2e8)))
 LIMIT = 10**9  # of memory, however large the file
+# Long ones, for quick tokenising: memory grows with rows, not with their tokens.
+WORDS = ["lamplighter", "of", "papermaking", "riverbank", "bluebottle", "underneath", "together", "sometimes", "a"]
 
 
 @pytest.fixture(scope="module")
@@ -231,10 +233,10 @@ def test_pages_that_were_read_are_given_back(tmp_path, tokenizer, rows, monkeypa
 
 
 def make_large(path: Path, num_bytes: int) -> None:
-    """A JSONL file of so many bytes: rows of words, over and over, each with its number."""
-    words = np.random.default_rng(0).choice(["one", "lamp", "of", "paper", "river", "blue", "under", "a", "so"], 10**5)
+    """A JSONL file of so many bytes: rows of words of about 1 KB, over and over."""
+    words = np.random.default_rng(0).choice(WORDS, 10**5)
     block = "".join(
-        json.dumps({"prompt": " ".join(words[i : i + 40]), "completion": " ".join(words[i : i + 20 + i % 300])}) + "\n"
+        json.dumps({"prompt": " ".join(words[i : i + 20]), "completion": " ".join(words[i : i + 10 + i % 170])}) + "\n"
         for i in range(0, 99_000, 99)
     ).encode()
     with open(path, "wb") as stream:
@@ -248,7 +250,7 @@ def test_large_file_goes_through_in_bounded_memory(tmp_path):
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = ["<unk>", "<s>", "</s>", "one", "lamp", "of", "paper", "river", "blue", "under", "a", "so"]
+    words = ["<unk>", "<s>", "</s>", *WORDS]
     backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     fast = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>")

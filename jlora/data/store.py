@@ -16,6 +16,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import IO, Any
 
@@ -85,11 +86,15 @@ class StoredPlaces(View[str]):
     """Where the examples of an entry stand."""
 
     def __init__(self, folder: Path):
-        self._starts = _starts(np.fromfile(folder / "place_lengths", np.int32))
+        self._lengths = np.memmap(folder / "place_lengths", np.int32, "r")
         self._text = _Mapped(folder / "places", np.uint8)
 
     def __len__(self) -> int:
-        return len(self._starts) - 1
+        return len(self._lengths)
+
+    @cached_property
+    def _starts(self) -> np.ndarray:
+        return _starts(self._lengths)  # for messages alone, so most runs never need it
 
     def one(self, index: int) -> str:
         """The place at an index."""
