@@ -158,6 +158,8 @@ def check(cfg: Config) -> None:
         raise ConfigError(
             "the effort report judges by held-out rows; set data.eval to a file or a fraction such as 0.1"
         )
+    if not isinstance(cfg.data.train, str):
+        raise ConfigError("the effort report takes the rows of one source; set data.train to a file, not to a mixture")
     if cfg.data.format in ("text", "preference"):
         raise ConfigError(f"rows of {cfg.data.format} hold no prompt with one answer; set data.format to another")
     if cfg.method != "lora" or cfg.sweep:

@@ -91,20 +91,21 @@ def split_rows(cfg: Config, tokenizers: list[Tokenizer], most: int) -> Rows:
     Raises:
       DataError: a bad row, or too few are left.
     """
-    seed = cfg.training.seed
-    train = _usable(cfg.data.train, tokenizers, cfg.data)
+    seed, source = cfg.training.seed, cfg.data.train
+    assert isinstance(source, str), "checked by the command"
+    train = _usable(source, tokenizers, cfg.data)
     if isinstance(cfg.data.eval, str):
         heldout = _usable(cfg.data.eval, tokenizers, cfg.data)
     else:
         assert cfg.data.eval is not None, "checked by the command"
         train, heldout = hold_out(train, cfg.data.eval, seed)
-    learn = _shuffled(_take(cfg.data.train, train, cfg.data), [seed, 2])
-    source = cfg.data.eval if isinstance(cfg.data.eval, str) else cfg.data.train
-    judge = _shuffled(_take(source, heldout, cfg.data), [seed, 3])[:most]
+    learn = _shuffled(_take(source, train, cfg.data), [seed, 2])
+    judged = cfg.data.eval if isinstance(cfg.data.eval, str) else source
+    judge = _shuffled(_take(judged, heldout, cfg.data), [seed, 3])[:most]
     known = {_line(row) for row in judge}
     kept = [row for row in learn if _line(row) not in known]
     if not kept:
-        raise DataError(f"{cfg.data.train}: every training row is among the held-out ones; set another data.eval")
+        raise DataError(f"{source}: every training row is among the held-out ones; set another data.eval")
     return Rows(kept, judge, len(learn) - len(kept))
 
 
