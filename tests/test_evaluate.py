@@ -15,7 +15,8 @@ from tiny import make_completions, make_llama, make_tokenizer
 
 from jlora import answers, compare, page, scores
 from jlora.answers import Question
-from jlora.errors import ConfigError
+from jlora.config import DataSection
+from jlora.errors import ConfigError, DataError
 from jlora.generate import one_device_mesh
 from jlora.pretrained import load_pretrained, open_adapter, open_pretrained
 from jlora.prompts import BadRow, encode_prompt, encode_row, reference_answer, shown_prompt
@@ -179,14 +180,25 @@ def test_a_missing_library_is_one_sentence(world, evaluate, monkeypatch):
         (("--html", "x.html"), "say of how many rows with --generate"),
         (("--generate", "0"), "--generate and --max-new-tokens must be at least 1"),
         (("--compare", "a", "--adapter", "b"), "leave --adapter out"),
-        (("--generate", "2", "--format", "text"), "no prompt and so no answer"),
     ],
 )
-def test_bad_usage(world, evaluate, tmp_path, arguments, words):
-    (tmp_path / "text.jsonl").write_text('{"text": "abc"}\n')
-    rows = tmp_path / "text.jsonl" if "text" in arguments else world / "rows.jsonl"
-    code, out, err = evaluate("--base", world / "base", "--data", rows, *arguments)
-    assert (code, out) == (3 if "text" in arguments else 2, "") and words in err and err.count("\n") == 1
+def test_bad_usage(world, evaluate, arguments, words):
+    code, out, err = evaluate("--base", world / "base", "--data", world / "rows.jsonl", *arguments)
+    assert (code, out) == (2, "") and words in err and err.count("\n") == 1
+
+
+def test_rows_that_can_not_be_asked(pretrained, tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n[]\n{"prompt": "c", "completion": "d"}\n')
+    section = DataSection(train="-", format="completion", on_bad_row="skip")
+    asked = answers.read_questions(str(file), section, pretrained.tokenizer, 9)
+    assert [(q.shown, q.reference) for q in asked] == [("a", "b"), ("c", "d")]
+    assert len(answers.read_questions(str(file), section, pretrained.tokenizer, 1)) == 1
+    strict = section.model_copy(update={"on_bad_row": "error"})
+    with pytest.raises(DataError, match=r'rows.jsonl:2: the field "completion" is missing'):
+        answers.read_questions(str(file), strict, pretrained.tokenizer, 9)
+    with pytest.raises(DataError, match="holds no row with a prompt and an answer"):
+        answers.read_questions(str(file), section.model_copy(update={"format": "text"}), pretrained.tokenizer, 9)
 
 
 def test_hostile_rows_stay_text(tmp_path):
