@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from jlora.compare import answer_card
-from jlora.page import escape, table, write_page
+from jlora.page import clean, escape, table, write_page
 from jlora.scores import METRICS
 
 Record = dict[str, Any]
@@ -34,9 +34,9 @@ def write_effort(folder: Path, settings: Record, results: list[Record]) -> None:
     bases = list(dict.fromkeys(record["base"] for record in results))
     by_base = {name: [r for r in results if r["base"] == base] for base, name in zip(bases, _short(bases), strict=True)}
     draw(by_base, folder / "effort.png")
-    body = "<h2>In short</h2>" + "".join(
-        f"<p>{escape(text)}</p>" for name in by_base for text in verdict(name, by_base[name])
-    )
+    body = "<h2>In short</h2>"
+    for name, records in by_base.items():
+        body += f"<h3>{escape(name)}</h3><ul>{''.join(f'<li>{escape(text)}</li>' for text in verdict(records))}</ul>"
     figures = [_figure(MINUTES if key is None else PANELS[key][0], panel_svg(by_base, key)) for key in (*PANELS, None)]
     body += f'<h2>Effort against benefit</h2><div class="grid wide">{"".join(figures)}</div>'
     for name, records in by_base.items():
@@ -54,11 +54,11 @@ def write_effort(folder: Path, settings: Record, results: list[Record]) -> None:
     write_page(folder / "effort.html", "Does fine-tuning pay?", lead, body)
 
 
-def verdict(name: str, records: list[Record]) -> list[str]:
+def verdict(records: list[Record]) -> list[str]:
     """What the figures of one base say, in sentences."""
     bare, tuned = records[0], [record for record in records if record["rows"]]
     shots = [record for record in records if record["shots"]]
-    said = [f"{name}, bare instruction: {_quality(bare)}."]
+    said = [f"Bare instruction: {_quality(bare)}."]
     if shots:
         best = max(shots, key=lambda record: record["rouge_l"])
         times = best["prompt_tokens"] / bare["prompt_tokens"]
@@ -74,7 +74,7 @@ def verdict(name: str, records: list[Record]) -> list[str]:
                 said.append(
                     f"Against {other['name']} that training is paid back in device time after {queries:,.0f} queries."
                 )
-    return [" ".join(said)]
+    return said
 
 
 def _quality(record: Record) -> str:
@@ -107,21 +107,26 @@ def _tables(records: list[Record]) -> str:
         values = [record[key] for record in records]
         pick = min(values) if least else max(values)
         best.append(values.index(pick) if len(set(values)) > 1 else None)
-    heads = ["Benefit", "Held-out loss", "Tokens right", *(title for _, title in scores), "Answers that end"]
+    heads = ["Strategy", "Held-out loss", "Tokens right", *(title for _, title in scores), "Answers that end"]
     priced = records[0]["cost"] is not None
     effort = [[record["name"], *_effort(record), *(_cost(record) if priced else ())] for record in records]
     costs = ["Training, $", "1,000 answers, $"] if priced else []
-    return table(heads, benefit, [*best, None]) + table(
-        [
-            "Effort",
-            "Training rows",
-            "Training tokens",
-            "Training, minutes",
-            "Prompt tokens",
-            "Seconds an answer",
-            *costs,
-        ],
-        effort,
+    return (
+        "<h3>Benefit</h3>"
+        + table(heads, benefit, [*best, None])
+        + "<h3>Effort</h3>"
+        + table(
+            [
+                "Strategy",
+                "Rows used",
+                "Training tokens",
+                "Training minutes",
+                "Prompt tokens",
+                "Seconds an answer",
+                *costs,
+            ],
+            effort,
+        )
     )
 
 
@@ -185,7 +190,7 @@ def panel_svg(by_base: dict[str, list[Record]], key: str | None) -> str:
     svg = re.sub(
         r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1), count=1
     )
-    svg = re.sub(r'\b(id="|#)(?=[A-Za-z])(?![0-9a-fA-F]{6}\b)', rf"\1{key or 'minutes'}-", svg)
+    svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\1{key or 'minutes'}-", svg)
     for colour, variable in VARIABLES.items():
         svg = svg.replace(colour, variable)
     return svg
@@ -205,7 +210,8 @@ def _panel(axis: Any, by_base: dict[str, list[Record]], key: str | None) -> None
     order = list(dict.fromkeys((r["shots"], r["rows"], r["short"]) for records in by_base.values() for r in records))
     names = [short for _, _, short in sorted(order, key=lambda one: (one[1], one[0]))]
     for number, (name, records) in enumerate(by_base.items()):
-        style = {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)], "label": name}
+        style = {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)]}
+        style["label"] = clean(name).replace("$", "\\$")  # no formula
         if key is None:
             points = [((r["training"] or {}).get("seconds", 0.0) / 60, r["loss"], r["short"]) for r in records]
             axis.plot([x for x, _, _ in points], [y for _, y, _ in points], linestyle="", markersize=5, **style)
@@ -222,6 +228,9 @@ def _panel(axis: Any, by_base: dict[str, list[Record]], key: str | None) -> None
         axis.set_xticks(range(len(names)), names)
         axis.set_xlabel("bare, examples in the prompt, rows trained on", fontsize=10, color=GREY)
         axis.set_ylabel(PANELS[key][1], fontsize=10, color=GREY)
+        if key != "loss":
+            # From zero, so that a small difference of scores looks small.
+            axis.set_ylim(0, 1.1 * max(r[key] for records in by_base.values() for r in records) or 1)
     axis.tick_params(axis="both", length=0, colors=GREY, labelsize=10)
     axis.grid(color=GRID, linewidth=0.8)
     axis.set_axisbelow(True)

@@ -20,7 +20,8 @@ CSS = """
 *{box-sizing:border-box}body{margin:0 auto;max-width:1120px;padding:1rem;background:var(--bg);color:var(--text);
 font:16px/1.45 system-ui,"Segoe UI",Roboto,"DejaVu Sans",sans-serif;overflow-wrap:anywhere}
 h1{font-size:1.5rem;line-height:1.2;margin:.2rem 0}h2{font-size:1.1rem;margin:1.6rem 0 .6rem}
-h3{font-size:.95rem;margin:0 0 .4rem}p{margin:.3rem 0}small,.muted,th,dt{color:var(--muted)}small,dt{font-size:.82rem}
+h3{font-size:.95rem;margin:.3rem 0}p,ul{margin:.3rem 0}ul{padding-left:1.2rem}
+small,.muted,th,dt{color:var(--muted)}small,dt{font-size:.82rem}
 article,figure{background:var(--panel);border:1px solid var(--grid);border-radius:8px;
 padding:.7rem .8rem;margin:0 0 .8rem;min-width:0}figure,.cell{break-inside:avoid}figcaption{font-weight:600}
 figure svg{width:100%;height:auto;display:block}
@@ -41,9 +42,14 @@ td[data-label]:not(:first-child)::before{content:attr(data-label);color:var(--mu
 """
 
 
+def clean(text: str) -> str:
+    """Text without what HTML refuses even where it is escaped."""
+    return text.translate(_REFUSED)
+
+
 def escape(value: object) -> str:
     """Text for HTML, inside an element or a quoted attribute."""
-    return html.escape(str(value).translate(_REFUSED))
+    return html.escape(clean(str(value)))
 
 
 def pre(text: str) -> str:

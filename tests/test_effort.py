@@ -14,7 +14,7 @@ from test_report import Page
 from tiny import make_completions, make_llama, make_tokenizer, write_config
 from transformers import AutoModelForCausalLM
 
-from jlora import effort, strategies
+from jlora import effort, effort_page, strategies
 from jlora.config import DataSection
 from jlora.errors import NonFiniteError
 from jlora.strategies import Strategy, ask, choose
@@ -139,6 +139,9 @@ def test_what_is_done_is_not_done_again(world, done, here, monkeypatch):
         assert record["name"] in shown.text and f"{record['loss']:.4f}" in shown.text
     ids = [attrs["id"] for _, attrs in shown.tags if "id" in attrs]
     assert len(set(ids)) == len(ids)
+    pointed = [a.get("xlink:href") or a.get("clip-path") or "" for _, a in shown.tags]
+    pointed = [re.sub(r"url\(|\)|#", "", one) for one in pointed if one]
+    assert len(pointed) > 20 and {*pointed} <= {*ids}  # marks and clips are found
     picture = (world / "out" / "effort.png").read_bytes()
     assert picture.startswith(b"\x89PNG") and len(picture) > 20_000
 
@@ -158,21 +161,41 @@ def test_a_stopped_and_a_failed_fine_tuning(world, here, tmp_path, monkeypatch):
         raise NonFiniteError("the loss is not finite")
 
     judged = []
-    answer = {"text": "a", "tokens": 1, "ended": True, "prompt": HOSTILE, "reference": "r"}
-    answer |= {"exact_match": 0.0, "rouge_l": 0.1, "chrf": 1.0}
-    figures = {"loss": 1.0, "perplexity": 2.7, "token_accuracy": 0.5, "tokens": 9, "rouge_l": 0.1, "chrf": 1.0}
-    figures |= {"exact_match": 0.0, "generated": 1, "mean_tokens": 1.0, "seconds": 1.0, "prompt_tokens": 9.0}
     monkeypatch.setattr(effort, "train", fail)
-    monkeypatch.setattr(
-        effort, "judge", lambda p, a, way, *_: judged.append(way.key) or figures | {"answers": [answer]}
-    )
+    monkeypatch.setattr(effort, "judge", lambda p, a, way, *_: judged.append(way.key) or figures())
     code, _, err = here(*command(world, "--rows", 3, where))
     assert (code, judged) == (6, ["bare", "shots-2"]) and "the loss is not finite" in err
-    page = (tmp_path / "out" / "effort.html").read_text(encoding="utf-8")
+    shown = Page((tmp_path / "out" / "effort.html").read_text(encoding="utf-8"))
+    assert "3 rows" not in shown.text and "2 examples in the prompt" in shown.text
+
+
+def figures():
+    """What a judge would find."""
+    answer = {"text": HOSTILE, "tokens": 1, "ended": True, "prompt": HOSTILE, "reference": HOSTILE}
+    answer |= {"exact_match": 0.0, "rouge_l": 0.1, "chrf": 1.0}
+    found = {"loss": 1.0, "perplexity": 2.7, "token_accuracy": 0.5, "tokens": 9, "rouge_l": 0.0, "chrf": 1.0}
+    found |= {"exact_match": 0.0, "generated": 1, "mean_tokens": 1.0, "seconds": 1.0, "prompt_tokens": 9.0}
+    return found | {"answers": [answer]}
+
+
+def test_several_bases_with_hostile_names(tmp_path):
+    settings = {"heldout_rows": 1, "training_rows": 9, "left_out": 2, "train": HOSTILE, "seed": 0, "batch_size": 1}
+    settings |= {"max_new_tokens": 4, "device": HOSTILE, "devices": 1, "price": 2.0}
+    training = {"seconds": 90.0, "tokens": 1234}
+    results = [
+        {"base": base, "name": way.name, "short": way.short, "shots": way.shots, "rows": way.rows}
+        | figures()
+        | {"training": training if way.rows else None, "cost": {"training": 0.05, "thousand_answers": 0.5}}
+        for base in ("a/x$_{</script>$", HOSTILE)
+        for way in choose([1, 2], [10], 10)
+    ]
+    effort_page.write_effort(tmp_path, settings, results)
+    page = (tmp_path / "effort.html").read_text(encoding="utf-8")
     shown = Page(page)
-    assert shown.problems == [] and "alert(1)" in shown.text
+    assert shown.problems == [] and "alert(1)" in shown.text and "1,234" in shown.text and "1.5" in shown.text
     assert not {tag for tag, _ in shown.tags} & {"script", "b", "link", "img"} and "\x00" not in page
     assert not re.search(r"https?://(?!www\.w3\.org/)", page)
+    assert all(not name.startswith("on") for _, attrs in shown.tags for name in attrs)
 
 
 @pytest.mark.parametrize(
