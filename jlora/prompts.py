@@ -200,7 +200,7 @@ def reference_answer(row: dict[str, Any], *, format: str) -> str:
         raise BadRow("no_answer", "a row of text has no prompt and so no answer to compare with")
     if format == "preference" and isinstance(row.get("chosen"), str):
         return _get(row, "chosen", str)
-    if format not in ("messages", "preference"):
+    if format in ("alpaca", "completion"):
         return _response(row, format)
     turns = _turns(_get(row, "chosen", list)) if format == "preference" else _messages(row, format, answered=True)
     if turns[-1]["role"] != "assistant":
@@ -221,7 +221,7 @@ def shown_prompt(row: dict[str, Any], *, format: str) -> str:
         return _get(row, "prompt", str)
     turns = _turns(_get(row, "prompt", list)) if format == "preference" else _messages(row, format, answered=False)
     roles = [turn["role"] for turn in turns]
-    context = turns[: roles.index("assistant")] if format == "messages" and roles[-1] == "assistant" else turns
+    context = turns[: roles.index("assistant")] if format != "preference" and roles[-1] == "assistant" else turns
     return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in context)
 
 

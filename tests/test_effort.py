@@ -285,10 +285,10 @@ def test_rows_that_all_bases_can_use_and_none_twice(world, tmp_path):
     )
     tokenizer = load_tokenizer(world / "base", None)
 
-    def longer(text):
-        return tokenizer.encode(text) * (9 if "mountain" in text else 1)
+    def longer(texts):
+        return [tokenizer.encode(text) * (9 if "mountain" in text else 1) for text in texts]
 
-    other = SimpleNamespace(**vars(tokenizer) | {"encode": longer})
+    other = SimpleNamespace(**vars(tokenizer) | {"encode": lambda text: longer([text])[0], "encode_all": longer})
     rows = strategies.split_rows(cfg, [tokenizer, other], 2)
     left = [row for row in rows.train if "mountain" in row["prompt"]]
     assert not left and len(rows.heldout) == 2 and rows.left_out >= 2

@@ -226,6 +226,12 @@ def test_prompt_and_answer_of_a_row(pretrained):
         ("alpaca", {"instruction": "Say", "input": " ", "output": "A"}, "Say", "A"),
         ("completion", {"prompt": "p:", "completion": " c"}, "p:", " c"),
         ("messages", {"messages": more}, "user: Hi", "Yes?"),  # what encode_prompt asks, too
+        (
+            "sharegpt",
+            {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "A"}]},
+            "user: Hi",
+            "A",
+        ),
         ("preference", {"prompt": "p", "chosen": "c", "rejected": "r"}, "p", "c"),
         ("preference", {"prompt": turns[:1], "chosen": turns[1:], "rejected": more[3:]}, "user: Hi", "Yes?"),
     ):
