@@ -85,8 +85,8 @@ def parse_yaml(text: str) -> Any:
         raise ValueError(" ".join(str(error).split()).replace('in "<unicode string>", ', "at ")) from None
     except RecursionError:
         raise ValueError("nested too deep") from None
-    except (ValueError, AttributeError, TypeError, KeyError, ArithmeticError) as error:
-        # What PyYAML raises where a value is not what its tag or its look says, such as 2020-99-99.
+    except (ValueError, AttributeError, TypeError, LookupError, ArithmeticError) as error:
+        # What PyYAML raises where a value is not what its tag or its look says, such as 2020-99-99 or an empty !!int.
         raise ValueError(f"a value that can not be read ({error})") from None
 
 
