@@ -106,17 +106,22 @@ def read_yaml(path: Path) -> Any:
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
+    shown = _shown(override)
     if not equals or not key:
-        raise ConfigError(f"override '{override}' is not of the form dotted.key=value")
+        raise ConfigError(f"override '{shown}' is not of the form dotted.key=value")
     *parents, leaf = key.split(".")
     for name in parents:
         tree = tree.setdefault(name, {})
         if not isinstance(tree, dict):
-            raise ConfigError(f"override '{override}': '{name}' is not a section")
+            raise ConfigError(f"override '{shown}': '{name}' is not a section")
     try:
         tree[leaf] = parse_yaml(text)
     except ValueError as error:
-        raise ConfigError(f"override '{override}': {error}") from None
+        raise ConfigError(f"override '{shown}': {error}") from None
+
+
+def _shown(text: str) -> str:
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
 
 
 def describe(error: ValidationError) -> str:
@@ -135,8 +140,7 @@ def describe(error: ValidationError) -> str:
             break
         section = field.annotation
     key = ".".join(names)
-    shown = repr(first["input"])
-    shown = shown if len(shown) <= MAX_SHOWN else f"{shown[:MAX_SHOWN]}..."
+    shown = _shown(repr(first["input"]))
     if first["type"] == "extra_forbidden":
         text = f"unknown key '{key}'{nearest(names[-1], section.model_fields)}"
         elsewhere = [
