@@ -61,7 +61,7 @@ FLAGS = {
         ),
         *("-q", "--json"),
     ],
-    "config": ["--help"],
+    "config": ["--schema", "--from", "--devices", "--out", "--json"],
 }
 
 

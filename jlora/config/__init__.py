@@ -1,7 +1,7 @@
 """The run configuration: YAML file + `dotted.key=value` overrides -> one validated `Config`."""
 
 from jlora.config.reading import describe, load_config, read_yaml
-from jlora.config.reference import main, reference, yaml_scalar
+from jlora.config.reference import json_schema, reference, yaml_scalar
 from jlora.config.sections import (
     ATTENTION_PROJECTIONS,
     MLP_PROJECTIONS,
@@ -41,6 +41,7 @@ __all__ = [
     "Section",
     "TrainingSection",
     "describe",
+    "json_schema",
     "load_config",
     "main",
     "nearest",
@@ -49,3 +50,10 @@ __all__ = [
     "variants",
     "yaml_scalar",
 ]
+
+
+def main() -> None:
+    """The command; imported late, for it knows of exit codes and of JAX, which a config does not."""
+    from jlora.config.__main__ import main as command
+
+    command()
