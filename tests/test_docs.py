@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+import types
 from pathlib import Path
 
 import pytest
@@ -222,3 +223,44 @@ def test_command_runs_on_tiny_inputs(words, world, tmp_path, monkeypatch, capfd)
     with pytest.raises(SystemExit) as exit:
         importlib.import_module(module).main()
     assert not exit.value.code, capfd.readouterr().err
+
+
+def test_notebook_runs_on_the_tiny_model(world, tmp_path, monkeypatch, capfd):
+    """Its code cells in order, with the settings' values replaced; git, pip and cd are left out."""
+    notebook = json.loads((ROOT / "docs" / "quickstart.ipynb").read_text(encoding="utf-8"))
+    assert notebook["nbformat"] == 4 and all(cell["id"] for cell in notebook["cells"])
+    assert not any(cell.get("outputs") for cell in notebook["cells"])
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(xla, "use_huge_pages", lambda: None)
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+    shown = []
+    fake = types.ModuleType("IPython.display")
+    fake.IFrame = lambda *given: shown.append(given)
+    monkeypatch.setitem(sys.modules, "IPython", types.ModuleType("IPython"))
+    monkeypatch.setitem(sys.modules, "IPython.display", fake)
+    few = str(world / "few.jsonl")
+    tiny = {"BASE": world / "base", "ROWS": few, "HELD_OUT": few, "RUN": tmp_path / "run", "STEPS": 2, "TOKENS": 3}
+    scope: dict[str, object] = {"__name__": "__main__"}
+
+    def shell(line):
+        *_, module = words = shlex.split(line)[:3]
+        assert words[:2] == ["python", "-m"], line
+        monkeypatch.setattr(sys, "argv", [module, *shlex.split(line)[3:]])
+        with pytest.raises(SystemExit) as exit:
+            importlib.import_module(module).main()
+        assert not exit.value.code, capfd.readouterr().err
+
+    for cell in notebook["cells"]:
+        if cell["cell_type"] != "code":
+            continue
+        for part in re.split(r"^([!%].*)$", "".join(cell["source"]), flags=re.MULTILINE):
+            if not part.startswith(("!", "%")):
+                exec(compile(part, "cell", "exec"), scope)  # noqa: S102, our own cell
+            elif not part[1:].startswith(("git ", "pip ", "cd ")):
+                shell(part[1:].format(**scope))
+        if "parameters" in cell["metadata"].get("tags", ()):
+            assert scope.keys() >= tiny.keys()
+            scope |= {name: value if isinstance(value, int) else str(value) for name, value in tiny.items()}
+    assert shown and shown[0][0].startswith("data:text/html;base64,")
+    assert (tmp_path / "run-peft" / "adapter_config.json").is_file()
+    assert capfd.readouterr().out.count("AFTER: ") == 3
