@@ -20,7 +20,7 @@ from jlora.redaction import redact
 # Before transformers is imported: it reports at every start that PyTorch is not there, which it need not be.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
-COMMANDS = ("train", "plan", "generate", "evaluate", "export", "report", "config")
+COMMANDS = ("train", "data", "plan", "generate", "evaluate", "effort", "export", "report", "config")
 PREEMPTED = 75
 # What is wrong with the user's disk, not with us.
 FILE_ERRORS = (
@@ -102,8 +102,15 @@ def _unraisable(stray: Any) -> None:
 
 def strict_json(value: dict[str, Any]) -> str:
     """One line of JSON; a figure that is not finite, for which JSON has no word, becomes null."""
-    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in value.items()}
-    return json.dumps(finite, ensure_ascii=False, allow_nan=False)
+    return json.dumps(_finite(value), ensure_ascii=False, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def print_json(value: Any) -> None:

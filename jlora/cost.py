@@ -6,28 +6,19 @@ from typing import Any
 from jlora import data
 from jlora.compiled import SHAPES
 from jlora.config import Config
-from jlora.data import Epochs
+from jlora.data.figures import count_batches
 from jlora.pretrained import open_pretrained
 from jlora.topology import Target
 
 
 def count_data(cfg: Config) -> dict[str, int] | None:
-    """Tokens of an epoch of the user's own rows, and batches packed and padded; None without rows or tokenizer.
-
-    `packed_tokens` and `padded_tokens` are the tokens that the devices work through, padding included.
-    """
+    """`count_batches` of the user's own rows; None without rows or tokenizer."""
     if cfg.model.path in SHAPES and cfg.model.tokenizer is None:
         return None
-    if not Path(cfg.data.train).exists():
+    if not all(Path(source.path).exists() for source in cfg.data.sources):
         return None
     opened = open_pretrained(cfg.model.path, cfg.model.tokenizer, cfg.data.chat_template)
-    rows = data.tokenize(cfg.data.train, opened.tokenizer, cfg.data)
-    counts = {"tokens": sum(len(e.ids) for e in rows.examples), "rows": len(rows.examples)}
-    for name, packing in (("packed", True), ("padded", False)):
-        section = cfg.data.model_copy(update={"packing": packing})
-        counts[name] = Epochs(rows, section, cfg.training.batch_size, cfg.training.seed).num_batches(1)
-        counts[f"{name}_tokens"] = counts[name] * cfg.training.batch_size * cfg.data.max_length
-    return counts
+    return count_batches(data.read_train(cfg.data, opened.tokenizer), cfg)
 
 
 def add_time(

@@ -24,7 +24,7 @@ from jlora.adapter import Adapter
 from jlora.config import DataSection, MeshSection, Quantization
 from jlora.errors import ConfigError, DataError
 from jlora.model import Cache, Decoder, empty_cache
-from jlora.pretrained import Pretrained, load_pretrained, open_adapter, open_pretrained, run_config
+from jlora.pretrained import Opened, Pretrained, load_pretrained, open_adapter, open_pretrained, run_config
 from jlora.prompts import FORMATS, BadRow, encode_prompt
 from jlora.rows import Row, read_rows
 from jlora.sharding import make_mesh
@@ -149,7 +149,7 @@ def decode(
     return jax.lax.while_loop(running, one, state)
 
 
-def stop_tokens(pretrained: Pretrained) -> list[int]:
+def stop_tokens(pretrained: Pretrained | Opened) -> list[int]:
     """Ids that end a text: the tokenizer's EOS and what the model's own config names."""
     configured = pretrained.source.config.get("eos_token_id")
     ids = configured if isinstance(configured, list) else [configured]
@@ -166,13 +166,17 @@ def generate(
     max_new_tokens: int,
     sampling: Sampling,
     seed: int,
+    width: int | None = None,
 ) -> Iterator[list[list[int]]]:
     """Continuations of a batch of prompts, yielded as they grow; the last one yielded is whole.
 
     A stop token is left out. Rows do not influence each other.
+
+    Args:
+      width: tokens that each prompt is padded to, where it is not to follow from the longest; each is compiled for.
     """
     stops = stop_tokens(pretrained)
-    width = -(-max(map(len, prompts)) // LENGTH_STEP) * LENGTH_STEP
+    width = width or -(-max(map(len, prompts)) // LENGTH_STEP) * LENGTH_STEP
     tokens = np.zeros((len(prompts), width), np.int32)
     for row, ids in enumerate(prompts):
         tokens[row, width - len(ids) :] = ids
@@ -261,6 +265,8 @@ def read_prompts(args: argparse.Namespace, format: str) -> list[Row]:
         if not rows:
             raise DataError(f"{args.prompts}: holds no prompt")
         return rows
+    if format == "sharegpt":
+        return [Row("--prompt", {"conversations": [{"from": "human", "value": args.prompt}]})]
     if format == "messages":
         return [Row("--prompt", {"messages": [{"role": "user", "content": args.prompt}]})]
     return [Row("--prompt", {{"alpaca": "instruction", "text": "text"}.get(format, "prompt"): args.prompt})]

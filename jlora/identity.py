@@ -10,6 +10,7 @@ from jlora.pretrained import Pretrained
 
 # Keys that may differ between a run and its continuation: they do not change what is computed.
 FREE_KEYS = {
+    "data.cache_dir",
     "model.remat",
     "output_dir",
     "training.log_every",

@@ -14,10 +14,10 @@ FULL = {"weights": "#0072B2", "gradients": "#D55E00", "optimizer": "#F0E442"}
 INK, GREY = "#222222", "#666666"
 
 
-def require_matplotlib() -> None:
+def require_matplotlib(what: str = "--plot") -> None:
     """Raises: ConfigError: matplotlib is not installed."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise ConfigError("--plot needs matplotlib, which is not installed; pip install 'jlora[plot]'")
+        raise ConfigError(f"{what} needs matplotlib, which is not installed; pip install 'jlora[plot]'")
 
 
 def draw(results: list[dict[str, Any]], path: Path) -> None:

@@ -64,6 +64,31 @@ def token_cross_entropy(
     return constrain(losses.reshape(targets.shape), "act_batch", None)
 
 
+def correct_tokens(
+    hidden: Float[Array, "B T D"],
+    head: Float[Array, "V D"],
+    targets: Int[Array, "B T"],
+    weights: Float[Array, "B T"],
+) -> Float[Array, "B T"]:
+    """The weight of each token that is the likeliest next one, else 0; of equal logits the lowest id is.
+
+    Held in memory as `chunked_cross_entropy` is.
+    """
+    chunk, hidden, head, grouped, weights = _grouped(hidden, head, targets, weights)
+    order = jnp.argsort(weights == 0.0, axis=1, stable=True)
+
+    def counted(h: Array, t: Array, w: Array) -> Array:
+        logits = jnp.einsum("gnd,vd->gnv", h, head, preferred_element_type=jnp.float32)
+        return (jnp.argmax(constrain(logits, "act_batch", None, "act_vocab"), axis=2) == t) * w
+
+    def of_chunk(scanned: tuple[Array, Array, Array]) -> Array:
+        return jax.lax.cond(scanned[2].any(), counted, lambda h, t, w: jnp.zeros(t.shape), *scanned)
+
+    parts = [_in_chunks(x, order, chunk) for x in (hidden, grouped, weights)]
+    right = _in_place(jax.lax.map(of_chunk, (parts[0], parts[1], parts[2])), order)
+    return constrain(right.reshape(targets.shape), "act_batch", None)
+
+
 def _grouped(hidden: Array, head: Array, targets: Array, weights: Array) -> tuple[int, Array, Array, Array, Array]:
     """Tokens of a chunk, then hidden states [G N D], head, targets and weights [G N] of G groups, one a device."""
     mesh = jax.sharding.get_abstract_mesh()
@@ -89,6 +114,20 @@ def chunk_size(num_tokens: int, vocab: int) -> int:
     """
     most = min(CHUNK_LOGITS // vocab, num_tokens // 4)
     return min(num_tokens, max(MIN_CHUNK, 2 ** int(math.log2(max(1, most)))))
+
+
+def _in_chunks(x: Array, order: Int[Array, "G N"], chunk: int) -> Array:
+    """[G N ...] -> [C G chunk ...]: tokens in the given order, padded to whole chunks."""
+    x = jnp.take_along_axis(x, order.reshape(*order.shape, *[1] * (x.ndim - 2)), axis=1)
+    x = jnp.pad(x, [(0, 0), (0, -x.shape[1] % chunk)] + [(0, 0)] * (x.ndim - 2))
+    return jnp.moveaxis(x.reshape(x.shape[0], -1, chunk, *x.shape[2:]), 1, 0)
+
+
+def _in_place(x: Array, order: Int[Array, "G N"]) -> Array:
+    """The inverse of `_in_chunks`."""
+    x = jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, *x.shape[3:])
+    back = jnp.argsort(order, axis=1)
+    return jnp.take_along_axis(x, back.reshape(*back.shape, *[1] * (x.ndim - 2)), axis=1)
 
 
 def _over_chunks(
@@ -128,15 +167,7 @@ def _chunk_by_chunk(
     weights: Float[Array, "G N"],
 ) -> tuple[Float[Array, "G N"], Float[Array, "G N D"] | None, Float[Array, "V D"] | None]:
     """Each token's loss, and the gradients of their sum as far as they are asked for; the head's in float32."""
-    groups, num_tokens, width = hidden.shape
-    num_chunks = -(-num_tokens // chunk)
-    padding = num_chunks * chunk - num_tokens
     order = jnp.argsort(weights == 0.0, axis=1, stable=True)
-
-    def chunks(x: Array) -> Array:
-        x = jnp.take_along_axis(x, order.reshape(*order.shape, *[1] * (x.ndim - 2)), axis=1)
-        x = jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(groups, num_chunks, chunk, *x.shape[2:]), 1, 0)
 
     def computed(h: Array, t: Array, w: Array) -> tuple[Array, Array | None, Array | None]:
         logits = jnp.einsum("gnd,vd->gnv", h, head, preferred_element_type=jnp.float32)
@@ -166,14 +197,9 @@ def _chunk_by_chunk(
         return jax.tree.map(jnp.add, total, to_w), (loss, to_h)
 
     zeros = jnp.zeros(head.shape, jnp.float32) if to_head else None
-    to_w, by_token = jax.lax.scan(add, zeros, (chunks(hidden), chunks(targets), chunks(weights)))
-    back = jnp.argsort(order, axis=1)
-
-    def in_place(x: Array) -> Array:
-        x = jnp.moveaxis(x, 0, 1).reshape(groups, -1, *x.shape[3:])
-        return jnp.take_along_axis(x, back.reshape(*back.shape, *[1] * (x.ndim - 2)), axis=1)
-
-    losses, to_h = jax.tree.map(in_place, by_token)
+    parts = [_in_chunks(x, order, chunk) for x in (hidden, targets, weights)]
+    to_w, by_token = jax.lax.scan(add, zeros, (parts[0], parts[1], parts[2]))
+    losses, to_h = jax.tree.map(partial(_in_place, order=order), by_token)
     return losses, to_h, to_w
 
 

@@ -5,7 +5,9 @@ the row becomes one text and the character spans of it that are trained; the tex
 and a token is trained when it lies between the token counts of the text up to the span's two ends.
 """
 
+import itertools
 import re
+from os.path import commonprefix
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,7 +15,10 @@ import numpy as np
 from jlora.errors import DataError
 from jlora.tokens import Tokenizer
 
-FORMATS = ("alpaca", "completion", "text", "messages", "preference")
+FORMATS = ("alpaca", "completion", "text", "messages", "sharegpt", "preference")
+
+# Who speaks in a ShareGPT turn ("from") -> the role of a message, as Axolotl and LLaMA-Factory map them.
+SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
 # Stanford Alpaca's prompts (tatsu-lab/stanford_alpaca, train.py), which models know to the byte.
 STANFORD_WITH_INPUT = (
@@ -54,8 +59,27 @@ class Example(NamedTuple):
         return [Example(self.ids[part], self.trained[part]) for part in (slice(self.second), slice(self.second, None))]
 
 
+class Layout(NamedTuple):
+    """The text of a row, and the spans of its characters that are trained; `chat`: it comes from a chat template."""
+
+    text: str
+    spans: list[tuple[int, int]]
+    chat: bool
+
+
 def encode_row(tokenizer: Tokenizer, row: dict[str, Any], *, format: str, prompt: str, train_on: str) -> Example:
-    """The tokens of a whole row, not truncated, and which of them are trained.
+    """The tokens of a whole row, not truncated, and which of them are trained: `lay_out` and `encode_layouts` of one.
+
+    Raises BadRow, and ConfigError if a chat template is needed and there is none.
+    """
+    (found,) = encode_layouts(tokenizer, [lay_out(tokenizer, row, format=format, prompt=prompt, train_on=train_on)])
+    if isinstance(found, BadRow):
+        raise found
+    return found
+
+
+def lay_out(tokenizer: Tokenizer, row: dict[str, Any], *, format: str, prompt: str, train_on: str) -> Layout:
+    """The text of a row, before it is tokenised.
 
     `format` is one of FORMATS but preference; `prompt` ("stanford" or "chat") matters to alpaca rows only;
     `train_on` is "response" or "all". Text that goes through no chat template gets EOS and, where the tokenizer
@@ -64,27 +88,36 @@ def encode_row(tokenizer: Tokenizer, row: dict[str, Any], *, format: str, prompt
 
     Raises BadRow, and ConfigError if a chat template is needed and there is none.
     """
-    chat = _is_chat(format, prompt)
-    if chat:
+    if _is_chat(format, prompt):
         messages = _messages(row, format, answered=True)
         text = _render(tokenizer, messages, add_generation_prompt=False)
         spans = _assistant_spans(tokenizer, messages, text) if train_on == "response" else [(0, len(text))]
-    else:
-        head = _head(row, format)
-        text = head + _response(row, format)
-        spans = [(len(head) if train_on == "response" else 0, len(text))]
-    ids = _encode(tokenizer, text, chat)
-    trained = np.zeros(len(ids), dtype=bool)
-    for start, end in spans:
-        first, last = (len(_encode(tokenizer, text[:n], chat)) for n in (start, end))
-        trained[first:last] = True
-    if not chat and ids[-1] != tokenizer.eos_id:
-        ids.append(tokenizer.eos_id)
-        trained = np.append(trained, True)
-    trained[0] = False
-    if not trained.any():
-        raise BadRow("no_trained_token", "no token of it would be trained")
-    return Example(np.asarray(ids, dtype=np.int32), trained)
+        return Layout(text, spans, True)
+    head = _head(row, format)
+    text = head + _response(row, format)
+    return Layout(text, [(len(head) if train_on == "response" else 0, len(text))], False)
+
+
+def encode_layouts(tokenizer: Tokenizer, layouts: list[Layout]) -> list[Example | BadRow]:
+    """The tokens of rows laid out, encoded together, which is faster than one by one."""
+    ends = [{len(laid.text), *itertools.chain(*laid.spans)} for laid in layouts]
+    texts = [laid.text[:end] for laid, some in zip(layouts, ends, strict=True) for end in some]
+    encoded = iter(tokenizer.encode_all(texts))
+    found: list[Example | BadRow] = []
+    for laid, some in zip(layouts, ends, strict=True):
+        upto = {end: _begun(tokenizer, next(encoded), laid.chat) for end in some}
+        ids = upto[len(laid.text)]
+        trained = np.zeros(len(ids) + 1, dtype=bool)
+        for start, end in laid.spans:
+            trained[len(upto[start]) : len(upto[end])] = True
+        if not laid.chat and ids[-1] != tokenizer.eos_id:
+            ids.append(tokenizer.eos_id)
+            trained[-1] = True
+        trained = trained[: len(ids)]
+        trained[0] = False
+        example = Example(np.asarray(ids, dtype=np.int32), trained)
+        found.append(example if trained.any() else BadRow("no_trained_token", "no token of it would be trained"))
+    return found
 
 
 def encode_pair(tokenizer: Tokenizer, row: dict[str, Any]) -> tuple[Example, Example]:
@@ -158,8 +191,76 @@ def encode_prompt(tokenizer: Tokenizer, row: dict[str, Any], *, format: str, pro
     return _encode(tokenizer, _render(tokenizer, context, add_generation_prompt=True), chat=True)
 
 
+def reference_answer(row: dict[str, Any], *, format: str) -> str:
+    """The answer that a row itself gives to what `encode_prompt` makes of it; of a pair, the chosen one.
+
+    Raises BadRow: it gives none.
+    """
+    if format == "text":
+        raise BadRow("no_answer", "a row of text has no prompt and so no answer to compare with")
+    if format == "preference" and isinstance(row.get("chosen"), str):
+        return _get(row, "chosen", str)
+    if format in ("alpaca", "completion"):
+        return _response(row, format)
+    turns = _turns(_get(row, "chosen", list)) if format == "preference" else _messages(row, format, answered=True)
+    if turns[-1]["role"] != "assistant":
+        raise BadRow("no_assistant_turn", "its last turn is not the assistant's, so it has no answer to compare with")
+    return next(turn["content"] for turn in turns if turn["role"] == "assistant")
+
+
+def shown_prompt(row: dict[str, Any], *, format: str) -> str:
+    """What `encode_prompt` asks, for people: without the words and tokens that go around it.
+
+    Raises BadRow.
+    """
+    if format == "alpaca":
+        return "\n\n".join(filter(None, _instruction(row)))
+    if format == "text":
+        return _response(row, format)
+    if format == "completion" or isinstance(row.get("prompt"), str):
+        return _get(row, "prompt", str)
+    turns = _turns(_get(row, "prompt", list)) if format == "preference" else _messages(row, format, answered=False)
+    roles = [turn["role"] for turn in turns]
+    context = turns[: roles.index("assistant")] if format != "preference" and roles[-1] == "assistant" else turns
+    return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in context)
+
+
+def with_shots(
+    row: dict[str, Any], shots: list[dict[str, Any]], *, format: str, prompt: str, answered: bool
+) -> tuple[dict[str, Any], str]:
+    """A row with worked examples before its prompt, and the format that it has then.
+
+    In a chat each example is turns of their own, its system turn left out; elsewhere the rows' texts stand one after
+    another, a blank line between them. `answered`: with the row's own response, for `encode_row`; without, for
+    `encode_prompt`.
+
+    Raises BadRow.
+    """
+    if not _is_chat(format, prompt):
+        text = "".join(f"{_head(shot, format)}{_response(shot, format)}\n\n" for shot in shots)
+        asked = {"prompt": text + _head(row, format)}
+        return asked | ({"completion": _response(row, format)} if answered else {}), "completion"
+    turns = _messages(row, format, answered=answered)
+    if not answered and any(turn["role"] == "assistant" for turn in turns):
+        turns = turns[: [turn["role"] for turn in turns].index("assistant")]
+    examples = [turn for shot in shots for turn in _messages(shot, format, answered=True) if turn["role"] != "system"]
+    start = turns[0]["role"] == "system"
+    return {"messages": [*turns[:start], *examples, *turns[start:]]}, "messages"
+
+
+def shots_separator(shots: list[dict[str, Any]], *, format: str, prompt: str) -> str | None:
+    """With what a model that goes on writing examples after its answer would begin the next; None in a chat."""
+    if _is_chat(format, prompt):
+        return None
+    return "\n\n" + commonprefix([_head(shot, format) for shot in shots])
+
+
 def _encode(tokenizer: Tokenizer, text: str, chat: bool) -> list[int]:
-    ids = tokenizer.encode(text)
+    return _begun(tokenizer, tokenizer.encode(text), chat)
+
+
+def _begun(tokenizer: Tokenizer, ids: list[int], chat: bool) -> list[int]:
+    """With the BOS that the tokenizer adds to plain text, unless it is there."""
     bos = tokenizer.bos_id if tokenizer.add_bos and not chat else None
     if bos is not None and ids[:1] != [bos]:
         ids.insert(0, bos)
@@ -167,7 +268,7 @@ def _encode(tokenizer: Tokenizer, text: str, chat: bool) -> list[int]:
 
 
 def _is_chat(format: str, prompt: str) -> bool:
-    return format == "messages" or (format == "alpaca" and prompt == "chat")
+    return format in ("messages", "sharegpt") or (format == "alpaca" and prompt == "chat")
 
 
 def _get(row: dict[str, Any], name: str, kind: type) -> Any:
@@ -218,9 +319,24 @@ def _messages(row: dict[str, Any], format: str, *, answered: bool) -> list[dict[
     if format == "alpaca":
         user = {"role": "user", "content": "\n\n".join(filter(None, _instruction(row)))}
         return [user, {"role": "assistant", "content": _response(row, format)}] if answered else [user]
-    messages = _turns(_get(row, "messages", list))
+    messages = _turns(_sharegpt(row) if format == "sharegpt" else _get(row, "messages", list))
     if answered and all(message["role"] != "assistant" for message in messages):
         raise BadRow("no_assistant_turn", "no turn is the assistant's")
+    return messages
+
+
+def _sharegpt(row: dict[str, Any]) -> list[dict[str, str]]:
+    """The messages of a row of `conversations`; a `system` beside them, as LLaMA-Factory has it, is the first."""
+    turns = [{key: _get(turn, key, str) for key in ("from", "value")} for turn in _get(row, "conversations", list)]
+    if not turns:
+        raise BadRow("empty_messages", 'the list "conversations" is empty')
+    system = "" if row.get("system") is None else _get(row, "system", str)
+    messages = [{"role": "system", "content": system}] if system.strip() else []
+    for turn in turns:
+        role = SHAREGPT_ROLES.get(turn["from"])
+        if role is None:
+            raise BadRow("wrong_role", f'a turn is from "{turn["from"]}", which is none of {", ".join(SHAREGPT_ROLES)}')
+        messages.append({"role": role, "content": turn["value"]})
     return messages
 
 

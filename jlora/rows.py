@@ -45,27 +45,33 @@ def read_rows(source: str, split: str) -> Iterator[Row]:
     Raises:
       DataError: missing, unreadable or malformed file, with file and line.
     """
+    files = files_of(source)
+    if files is None:
+        yield from _read_datasets(source, split, Path(source).name if Path(source).is_dir() else source)
+    for path, name in files or ():
+        yield from _read_file(path, name)
+
+
+def files_of(source: str) -> list[tuple[Path, str]] | None:
+    """The files that are read, each with its name in a row's place; None for what `datasets` reads.
+
+    Raises:
+      DataError: there is no such file, or none in a folder.
+    """
     path = Path(source)
-    if path.is_dir():
-        yield from _read_folder(path, split)
-    elif path.is_file():
-        yield from _read_file(path, path.name)
-    elif path.suffix in (*KINDS, ".txt") or source.startswith((".", "/", "~")):
-        raise DataError(f"{source}: no such file; check the path")
-    else:
-        yield from _read_datasets(source, split, source)
-
-
-def _read_folder(path: Path, split: str) -> Iterator[Row]:
+    if path.is_file():
+        return [(path, path.name)]
+    if not path.is_dir():
+        if path.suffix in (*KINDS, ".txt") or source.startswith((".", "/", "~")):
+            raise DataError(f"{source}: no such file; check the path")
+        return None
     if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
-        yield from _read_datasets(str(path), split, path.name)
-        return
+        return None
     files = sorted(f for f in path.iterdir() if f.suffix in KINDS)
     files = files or sorted(f for f in path.iterdir() if f.suffix == ".txt")
     if not files:
         raise DataError(f"{path}: holds no json, jsonl, csv, parquet or txt file")
-    for file in files:
-        yield from _read_file(file, f"{path.name}/{file.name}")
+    return [(file, f"{path.name}/{file.name}") for file in files]
 
 
 def _read_file(path: Path, name: str) -> Iterator[Row]:

@@ -11,6 +11,7 @@ import numpy as np
 
 from jlora.config import Config
 from jlora.data import Dataset, Epochs
+from jlora.data.figures import count_sources
 from jlora.errors import ConfigError, NothingTrained
 from jlora.metrics import StepMeter
 from jlora.pretrained import Opened
@@ -112,6 +113,7 @@ def run_summary(
             "dropped": dict(train_data.dropped),
             "truncated": train_data.truncated,
             "eval": len(eval_data.examples) if eval_data else 0,
+            **({"sources": count_sources(train_data)} if train_data.parts else {}),
         },
         "trainable_params": count_trained(state.trained),
         "frozen_params": count_parameters(frozen),

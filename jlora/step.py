@@ -20,7 +20,7 @@ from jlora.adapter import Adapter
 from jlora.attention import Attention
 from jlora.config import Config, ObjectiveSection
 from jlora.model import Decoder, LlamaConfig, adapter_axes
-from jlora.objective import next_token_loss, token_cross_entropy
+from jlora.objective import correct_tokens, next_token_loss, token_cross_entropy
 from jlora.preference import pair_loss, pair_sums
 from jlora.quant import is_quantized
 from jlora.sharding import named_sharding, place
@@ -82,6 +82,7 @@ class Forward:
     dtype: jnp.dtype
     objective: ObjectiveSection = ObjectiveSection()
     neftune_noise_alpha: float = 0.0
+    token_accuracy: bool = False  # whether sft counts the tokens that are right, at the price of their logits
 
     def loss(
         self,
@@ -97,8 +98,10 @@ class Forward:
           reference: the adapter that makes the base the model that pairs are compared with; None: the base alone.
         """
         if self.objective.name == "sft":
-            hidden = partial(self._hidden, base, adapter, batch, dropout_key)
-            return *next_token_loss(hidden, base.head(adapter), batch["targets"], batch["weights"]), {}
+            hidden = self._hidden(base, adapter, batch, dropout_key)
+            scored = hidden, base.head(adapter), batch["targets"], batch["weights"]
+            sums = {"token_accuracy": correct_tokens(*scored).sum()} if self.token_accuracy else {}
+            return *next_token_loss(lambda: hidden, *scored[1:]), sums
 
         def answers(adapter: Adapter, dropout_key: Array | None) -> Float[Array, "B P 2"]:
             hidden = self._hidden(base, adapter, batch, dropout_key)
@@ -110,6 +113,14 @@ class Forward:
         if self.objective.name != "orpo":
             compared = jax.lax.stop_gradient(answers(reference or {}, None))
         return pair_loss(self.objective, policy, compared, pair_sums(batch["weights"], batch["segments"]))
+
+    def by_token(
+        self, base: Decoder, adapter: Adapter, batch: dict[str, Array]
+    ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
+        """Of every trained token its log-probability, and 1 where it is the likeliest; 0 of the others."""
+        hidden = self._hidden(base, adapter, batch, None)
+        scored = hidden, base.head(adapter), batch["targets"], batch["weights"]
+        return -token_cross_entropy(*scored), correct_tokens(*scored)
 
     def _hidden(
         self, base: Decoder, adapter: Adapter, batch: dict[str, Array], dropout_key: Array | None

@@ -43,6 +43,10 @@ CHAT_TEMPLATES = {
     ),
 }
 
+# Tokens before one that decide how it reads: bytes of a character, or the space of a word.
+PIECE_CONTEXT = 8
+_CUT = "\N{REPLACEMENT CHARACTER}"  # what a part of a character decodes to
+
 # Characters of one conversation's text.
 MAX_TEXT = 16 * 2**20
 
@@ -61,8 +65,15 @@ class _Fast:
     def encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
+    def encode_all(self, texts: list[str]) -> list[list[int]]:
+        found = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)  # on all cores, without offsets
+        return [encoding.ids for encoding in found]
+
     def decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+    def specials(self) -> dict[int, str]:
+        return {i: token.content for i, token in self.tokenizer.get_added_tokens_decoder().items() if token.special}
 
 
 @dataclass(frozen=True)
@@ -80,10 +91,16 @@ class _SentencePiece:
             ids += [self.added[chunk]] if chunk in self.added else self.processor.encode(chunk)
         return ids
 
+    def encode_all(self, texts: list[str]) -> list[list[int]]:
+        return [self.encode(text) for text in texts]
+
     def decode(self, ids: list[int]) -> str:
         # A model may have more embeddings than there are pieces; an id without a piece decodes to nothing.
         skipped, size = set(self.added.values()), self.processor.vocab_size()
         return self.processor.decode([i for i in ids if i < size and i not in skipped])
+
+    def specials(self) -> dict[int, str]:
+        return {i: content for content, i in self.added.items()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,9 +128,30 @@ class Tokenizer:
         """Token ids of `text` without BOS or EOS; special tokens written out in it are recognised."""
         return self.backend.encode(text)
 
+    def encode_all(self, texts: list[str]) -> list[list[int]]:
+        """`encode` of each text, at once."""
+        return self.backend.encode_all(texts)
+
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of `ids` ([n] integers), special tokens left out."""
         return self.backend.decode([int(i) for i in ids])
+
+    def pieces(self, ids: Sequence[int] | np.ndarray) -> list[tuple[str, bool]]:
+        """What each of `ids` ([n] integers) adds to the text, and whether it is a special token, which is written out.
+
+        A character of several tokens is the last one's.
+        """
+        specials, found, start = self.backend.specials(), [], 0
+        for i, token in enumerate(ids):
+            if int(token) in specials:
+                found.append((specials[int(token)], True))
+                start = i + 1  # text on both sides of a special token is decoded apart
+                continue
+            first = max(start, i - PIECE_CONTEXT)
+            before = self.decode(ids[first:i]).rstrip(_CUT)
+            after = self.decode(ids[first : i + 1])
+            found.append((after[len(before) :].rstrip(_CUT) if after.startswith(before) else after, False))
+        return found
 
     def render(self, messages: list[dict[str, str]], *, add_generation_prompt: bool) -> str:
         """The text of a conversation by the chat template, run in a sandbox.

@@ -257,7 +257,8 @@ def announce(
     cut = f", {dataset.truncated} cut at {cfg.data.max_length} tokens" if dataset.truncated else ""
     held = f" in {cfg.model.quantization}" if cfg.model.quantization else ""
     progress.say(f"base {cfg.model.path}{held}: {total:,} parameters, {trained:,} trained; attention {kernel}")
-    progress.say(f"data {cfg.data.train}: {len(dataset.examples)} sequences of {dataset.read} rows{dropped}{cut}")
+    sources = ", ".join(source.path for source in cfg.data.sources)
+    progress.say(f"data {sources}: {len(dataset.examples)} sequences of {dataset.read} rows{dropped}{cut}")
     progress.say(f"{num_steps} steps" + (f", going on from step {start}" if start else ""))
 
 

@@ -45,6 +45,11 @@ FLAGS = {
     "evaluate": [
         *("--base", "--adapter", "--tokenizer", "--chat-template", "--dtype", "--quantization", "--format"),
         *("--prompt-style", "--data", "--max-length", "--train-on", "--on-bad-row", "--batch-size", "-q", "--json"),
+        *("--generate", "--max-new-tokens", "--compare", "--html"),
+    ],
+    "effort": [
+        *("--config", "--base", "--rows", "--shots", "--heldout", "--max-new-tokens", "--batch-size", "--price"),
+        *("-q", "--json"),
     ],
     "export": [
         *(

@@ -86,7 +86,7 @@ def test_missing_key_is_named(file, key):
         ("lora.target_modules=q_proj", ["lora.target_modules", "list", "'all-linear'", "'q_proj'"]),
         ("lora=3", ["lora", "rank, alpha", "3"]),
         ("data=null", ["data", "train, eval", "None"]),
-        ("data.format=alpca", ["data.format", "'text', 'messages' or 'preference'", "'alpca'"]),
+        ("data.format=alpca", ["data.format", "'sharegpt' or 'preference'", "'alpca'"]),
         ("data.eval=1.5", ["data.eval", "string", "less than 1", "1.5"]),
         ("data.eval=0", ["data.eval", "greater than 0"]),
         ("data.train=", ["data.train", "string", "None"]),

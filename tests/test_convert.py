@@ -36,6 +36,8 @@ SHAPE = {
     "rope_theta": 1e4,
     "tie_word_embeddings": False,
 }
+BOTH = [{"path": "pairs.jsonl", "weight": None}, {"path": "more.jsonl", "weight": None}]
+TWO = [{"path": "first.jsonl", "weight": None}, {"path": "second.jsonl", "weight": None}]
 # Of each file: devices, keys of the config, and the peer's keys that change the result and are lost.
 EXPECTED: dict[str, tuple[int, dict[str, object], list[str]]] = {
     "axolotl_alpaca_qlora_7b": (
@@ -81,8 +83,8 @@ EXPECTED: dict[str, tuple[int, dict[str, object], list[str]]] = {
     ),
     "axolotl_int8_sharegpt": (
         1,
-        {"model": {"quantization": "int8"}, "data": {"format": "messages", "split": "train", "train_on": "response"}},
-        ["datasets.type", "early_stopping_patience", "load_in_8bit", "warmup_ratio"],
+        {"model": {"quantization": "int8"}, "data": {"format": "sharegpt", "split": "train", "train_on": "response"}},
+        ["early_stopping_patience", "load_in_8bit", "warmup_ratio"],
     ),
     "axolotl_loraplus_neftune": (
         1,
@@ -103,8 +105,8 @@ EXPECTED: dict[str, tuple[int, dict[str, object], list[str]]] = {
     ),
     "axolotl_orpo_two_sources": (
         1,
-        {"objective": {"name": "orpo", "beta": 0.1}, "data": {"train": "pairs.jsonl", "format": "preference"}},
-        ["datasets", "warmup_ratio"],
+        {"objective": {"name": "orpo", "beta": 0.1}, "data": {"train": BOTH, "format": "preference"}},
+        ["warmup_ratio"],
     ),
     "axolotl_own_columns_fp16": (
         1,
@@ -188,8 +190,8 @@ EXPECTED: dict[str, tuple[int, dict[str, object], list[str]]] = {
     ),
     "torchtune_two_sources_mesh": (
         8,
-        {"mesh": {"tensor": 2, "data": 2, "fsdp": 2}, "training": {"batch_size": 8}, "data": {"train": "first.jsonl"}},
-        ["dataset"],
+        {"mesh": {"tensor": 2, "data": 2, "fsdp": 2}, "training": {"batch_size": 8}, "data": {"train": TWO}},
+        [],
     ),
 }
 

@@ -486,7 +486,7 @@ def test_epochs_may_be_asked_by_many_threads_at_once(monkeypatch):
         time.sleep(0.005)
         return pack(*args)
 
-    monkeypatch.setattr(data, "pack", slow_pack)
+    monkeypatch.setattr(data.packing, "pack", slow_pack)
     one = epochs()
     with ThreadPoolExecutor(4) as threads:
         found = list(threads.map(one.rows, [0, 0, 1, 0, 1, 2, 3, 2, 0, 1, 3, 2]))

@@ -163,6 +163,7 @@ def test_four_processes_the_first_is_killed_and_one_process_goes_on(material, al
     require_the_same(run_dir, alone)
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_process_stops_all_after_the_same_step(material, alone, tmp_path):
     config, run_dir = material / "run.yaml", tmp_path / "run"
     job = Job(config, 2, 1, f"output_dir={run_dir}", "mesh.fsdp=2", "training.save_every=null")

@@ -323,7 +323,8 @@ def campaign(name: str, base: Path, folder: Path, count: int, number: int = 0) -
         signal.signal(signal.SIGALRM, before)
     grown = peak() - start
     assert grown < MOST_MEBIBYTES
-    assert codes[0] and codes[error.exit_code], "all alike: the inputs say nothing"
+    # A few may be alike by chance: what is drawn for a seed depends on the modules that happen to be loaded.
+    assert count == FEW or codes[0] and codes[error.exit_code], "all alike: the inputs say nothing"
     ends = ", ".join(f"exit {code}: {number}" for code, number in sorted(codes.items()))
     figures = f"0 tracebacks, 0 hangs, longest {longest:.2f} s, +{grown} MiB"
     return f"{name}, seed {number}: {codes.total()} inputs ({ends}), {figures}"

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 from safetensors.numpy import load_file
 from shared_data import SHARED, needs_data
 from tiny import make_completions, make_llama, make_tokenizer, write_config
@@ -111,7 +112,8 @@ def require_the_same_runs(folder, config, meshes, largest_drift):
         assert adapters < largest_drift
 
 
-def test_tiny_model(tmp_path):
+@pytest.mark.parametrize("names", [["2x2x2"], pytest.param(list(MESHES), marks=pytest.mark.slow)], ids=["one", "all"])
+def test_tiny_model(tmp_path, names):
     make_llama(tmp_path / "base")
     make_tokenizer(tmp_path / "base")
     rows = make_completions(tmp_path / "rows.jsonl", 48)
@@ -125,7 +127,7 @@ def test_tiny_model(tmp_path):
         training={"batch_size": 16, "gradient_accumulation_steps": 2, "max_steps": 6},
         optimizer={"name": "sgd", "learning_rate": 0.1},
     )
-    require_the_same_runs(tmp_path, config, MESHES, 5e-6)
+    require_the_same_runs(tmp_path, config, {name: MESHES[name] for name in names}, 5e-6)
 
 
 @needs_data

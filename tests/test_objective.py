@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from jlora import objective
-from jlora.objective import chunked_cross_entropy, next_token_loss
+from jlora.objective import chunked_cross_entropy, correct_tokens, next_token_loss
 
 VOCAB, WIDTH = 37, 12
 
@@ -56,6 +56,16 @@ def test_equals_torch(chunk, length, share, monkeypatch):
     assert loss.dtype == tokens.dtype == jnp.float32
     assert float(tokens) == args[3].sum()
     np.testing.assert_allclose(loss, by_torch(*args)[0], rtol=1e-5)
+
+
+def test_correct_tokens_are_the_likeliest(monkeypatch):
+    set_chunk(monkeypatch, 4)
+    hidden, head, targets, weights = inputs(3, 21, 0.4)
+    likeliest = torch.tensor(hidden @ head.T).argmax(-1).numpy()
+    targets[:, ::2] = likeliest[:, ::2]  # about half of them right
+    right = (likeliest == targets) * weights
+    np.testing.assert_array_equal(jax.jit(correct_tokens)(hidden, head, targets, weights), right)
+    assert 5 < right.sum() < weights.sum() - 5
 
 
 def test_default_chunk_and_large_logits(monkeypatch):

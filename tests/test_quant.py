@@ -494,6 +494,7 @@ def test_fp8_is_refused_where_the_hardware_lacks_it():
     quant.check_device("nf4", device("tpu", "0"))
 
 
+@pytest.mark.slow
 def test_an_adapter_is_used_and_merged_on_the_base_it_was_trained_on(base, tmp_path):
     """evaluate takes the run's quantization; a merge holds the dequantised weights, and says what it cost."""
     config = run_config(tmp_path, base, "run", "model.quantization=nf4", "lora.dropout=0")

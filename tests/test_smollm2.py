@@ -86,11 +86,13 @@ def test_logits_equal_transformers_on_the_dequantised_weights(pretrained, torch_
     assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
 
 
+@pytest.mark.slow
 def test_a_few_steps_lower_the_held_out_loss(short_run):
     _, summary = short_run
     assert summary["eval_loss"] < 0.97 * summary["eval_loss_before"]
 
 
+@pytest.mark.slow
 def test_the_adapter_says_the_same_in_peft(pretrained, torch_model, short_run):
     run_dir, _ = short_run
     rows = [json.loads(line) for line in PROMPTS.read_text().splitlines()[:3]]

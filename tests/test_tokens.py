@@ -26,6 +26,7 @@ ODD_TEXTS = (
 )  # fmt: skip
 USER = {"role": "user", "content": "Name a colour."}
 ANSWER = {"role": "assistant", "content": "Blue."}
+HUMAN = {"from": "human", "value": USER["content"]}
 
 
 @cache
@@ -285,6 +286,24 @@ def test_alpaca_as_chat():
         assert "### Input" not in stanford and stanford.endswith("### Response:3")
 
 
+def test_sharegpt_rows_are_the_same_conversations():
+    tokenizer = ours(chat_template="llama2")
+    names = {"user": "human", "assistant": "gpt", "system": "system"}
+    for turns in conversations()[:8]:
+        other = [{"from": names[turn["role"]], "value": turn["content"], "weight": 1} for turn in turns]
+        wanted = encode(tokenizer, {"messages": turns}, "messages")
+        system = other[0]["value"] if other[0]["from"] == "system" else None
+        for row in ({"conversations": other}, {"conversations": other[system is not None :], "system": system}):
+            found = encode(tokenizer, row, "sharegpt")
+            np.testing.assert_array_equal(found.ids, wanted.ids)
+            np.testing.assert_array_equal(found.trained, wanted.trained)
+            prompts = [
+                encode_prompt(tokenizer, either, format=format, prompt="stanford")
+                for either, format in ((row, "sharegpt"), ({"messages": turns}, "messages"))
+            ]
+            assert prompts[0] == prompts[1]
+
+
 # Prompts
 
 
@@ -339,6 +358,12 @@ BAD_ROWS = [
     ("empty_messages", "messages", {"messages": []}),
     ("wrong_role", "messages", {"messages": [USER, ANSWER | {"role": "bot"}]}),
     ("no_assistant_turn", "messages", {"messages": [USER]}),
+    ("missing_field", "sharegpt", {"messages": [USER, ANSWER]}),
+    ("missing_field", "sharegpt", {"conversations": [{"from": "human"}]}),
+    ("empty_messages", "sharegpt", {"conversations": []}),
+    ("empty_response", "sharegpt", {"conversations": [HUMAN, {"from": "gpt", "value": " "}]}),
+    ("wrong_role", "sharegpt", {"conversations": [HUMAN, {"from": "observation", "value": "x"}]}),
+    ("no_assistant_turn", "sharegpt", {"conversations": [HUMAN]}),
     ("template_error", "messages", {"messages": [USER, USER, ANSWER]}),
     ("template_error", "messages", {"messages": [ANSWER]}),
 ]

@@ -1,7 +1,9 @@
 """The run configuration: YAML file + `dotted.key=value` overrides -> one validated `Config`."""
 
+from jlora.config.mixture import Source
 from jlora.config.reading import describe, load_config, read_yaml
 from jlora.config.reference import json_schema, reference, yaml_scalar
+from jlora.config.section import Section, nearest
 from jlora.config.sections import (
     ATTENTION_PROJECTIONS,
     MLP_PROJECTIONS,
@@ -17,9 +19,7 @@ from jlora.config.sections import (
     Quantization,
     Remat,
     ResumeSection,
-    Section,
     TrainingSection,
-    nearest,
 )
 from jlora.config.variants import variants
 
@@ -39,6 +39,7 @@ __all__ = [
     "Remat",
     "ResumeSection",
     "Section",
+    "Source",
     "TrainingSection",
     "describe",
     "json_schema",

@@ -28,10 +28,8 @@ def _optimizer(value: Any) -> str:
         return "adamw"
     if name in ADAMW_SMALL:
         raise Differs("the same AdamW, but its moments stay in float32 (4 bytes each)", "cost", "adamw")
-    if name == "adafactor":
-        return "adafactor"
-    if name == "sgd" or name == "flash_sgd":
-        return "sgd"
+    if name.removeprefix("flash_") in ("adafactor", "sgd"):
+        return name.removeprefix("flash_")
     if name in ("lion_32bit", "lion_8bit", "paged_lion_32bit", "paged_lion_8bit", "lion", "flash_lion"):
         return "lion"
     raise Differs("jlora has adamw, adafactor, lion and sgd; adamw is taken", instead="adamw")
@@ -180,8 +178,10 @@ TABLE: Table = {
     "test_datasets": Without("result", "name one file in data.eval"),
     "pretraining_dataset": Without("result", "use data.train with data.format=text"),
     "qat": Without("result", "no quantisation-aware training"),
-    "loss_watchdog_threshold": Without("result", "training.max_loss_spike skips a spike instead of stopping"),
-    "loss_watchdog_patience": Without("aside", "goes with loss_watchdog_threshold"),
+    **{
+        key: Without("result", "training.max_loss_spike skips a spike instead of stopping")
+        for key in ("loss_watchdog_threshold", "loss_watchdog_patience")
+    },
     # Other speed or memory.
     **{
         key: Without("cost", SPEED, (False,))
@@ -276,8 +276,8 @@ def convert(tree: dict[str, Any], devices: int) -> Conversion:
     _datasets(given, out)
     _objective(given, out)
     for plugin in given.get("plugins", []):
-        fast = "liger" in plugin or "cut_cross" in plugin
-        out.note("plugins", plugin, "cost" if fast else "result", SPEED if fast else "no such part here")
+        speed = "liger" in plugin or "cut_cross" in plugin
+        out.note("plugins", plugin, *(("cost", SPEED) if speed else ("result", "no such part here")))
     return out
 
 
@@ -335,12 +335,13 @@ def _datasets(given: dict[str, Any], out: Conversion) -> None:
         out.notes = [note for note in out.notes if note.key != "test_datasets"]
         out.set("data.eval", _source(held[0]))
     if not sets:
-        out.note("datasets", None, "result", "no rows are named: set data.train")
-        return
-    for other in sets[1:]:
-        out.note("datasets", other.get("path"), "result", "one source a run: put the files into one folder")
+        return  # told of at the end
     first = sets[0]
-    out.set("data.train", _source(first))
+    alike = [one for one in sets if one.get("type") == first.get("type")]
+    out.set("data.train", [{"path": _source(one)} for one in alike] if len(alike) > 1 else _source(first))
+    for other in sets:
+        if other not in alike:
+            out.note("datasets", other.get("path"), "result", "the sources of a mixture have one format")
     if first.get("split"):
         out.set("data.split", str(first["split"]))
     kind = first.get("type")
@@ -378,10 +379,10 @@ def _row_format(kind: str, first: dict[str, Any], given: dict[str, Any], out: Co
         if first.get("field", "text") != "text":
             out.note("datasets.field", first["field"], "result", "the column is called text: rename it")
     elif base in ("chat_template", "sharegpt"):
-        out.set("data.format", "messages")
-        if base == "sharegpt" or first.get("field_messages", "messages") != "messages":
-            key, value = ("type", kind) if base == "sharegpt" else ("field_messages", first["field_messages"])
-            out.note(f"datasets.{key}", value, "result", "rows need messages, a list of role and content: rename them")
+        column = first.get("field_messages", "conversations" if base == "sharegpt" else "messages")
+        out.set("data.format", "sharegpt" if column == "conversations" else "messages")
+        if column not in ("messages", "conversations"):
+            out.note("datasets.field_messages", column, "result", "rows need messages, a list of role and content")
         if is_set(first.get("chat_template")):
             out.apply("chat_template", first["chat_template"], TABLE["chat_template"])
     else:
@@ -393,8 +394,7 @@ def _objective(given: dict[str, Any], out: Conversion) -> None:
     kind = given.get("rl")
     if not kind:
         return
-    if kind in ("dpo", "ipo", "orpo"):
-        out.set("objective.name", kind)
-    else:
-        out.set("objective.name", "dpo")
+    known = kind in ("dpo", "ipo", "orpo")
+    out.set("objective.name", kind if known else "dpo")
+    if not known:
         out.note("rl", kind, "result", "jlora has dpo, ipo, hinge and orpo; dpo is taken")

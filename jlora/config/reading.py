@@ -8,7 +8,8 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from jlora.config.sections import Config, Section, nearest
+from jlora.config.section import Section, nearest
+from jlora.config.sections import Config
 from jlora.config.variants import variants
 from jlora.errors import ConfigError
 

@@ -5,7 +5,8 @@ from typing import Any, get_args
 
 import yaml
 
-from jlora.config.sections import Config, Section
+from jlora.config.section import Section
+from jlora.config.sections import Config
 
 
 def reference() -> str:

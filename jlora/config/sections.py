@@ -4,48 +4,26 @@ Owns every default, each exactly once, and the line that documents it. Knows not
 model shapes (they come from the base's own config.json, see `jlora.hf`) or of what a key causes.
 """
 
-import difflib
 import re
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
+from pydantic import Field, PositiveInt, field_validator, model_validator
 
-from jlora.redaction import find_secret
+from jlora.config.mixture import Source, check_mixture
+from jlora.config.section import NonEmpty, NonNegative, Section, nearest
 
 ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 PROJECTIONS = ATTENTION_PROJECTIONS + MLP_PROJECTIONS
 
-NonEmpty = Annotated[str, Field(min_length=1)]
-NonNegative = Annotated[float, Field(ge=0.0)]
 Dtype = Literal["bfloat16", "float32"]
 Quantization = Literal["int8", "fp8", "nf4", "int4"]
 # Fastest first, and each holds less than the one before it: see `jlora.remat`.
 Remat = Literal["none", "dots", "qkv", "attention", "full", "offload", "auto"]
-Format = Literal["alpaca", "completion", "text", "messages", "preference"]
+Format = Literal["alpaca", "completion", "text", "messages", "sharegpt", "preference"]
 TrainOn = Literal["response", "all"]
 Prompt = Literal["stanford", "chat"]
-
-
-class Section(BaseModel):
-    """Base of every section: unknown keys are errors, and values do not change once validated."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-    @field_validator("*")
-    @classmethod
-    def _text_for_a_file(cls, value: Any) -> Any:
-        """What goes into config.yaml, logs and names of files."""
-        if isinstance(value, str):
-            if "\0" in value:
-                raise ValueError("holds a NUL character")
-            if secret := find_secret(value):
-                raise ValueError(
-                    f"holds {secret}, which would be written to config.yaml and to logs; leave it in the environment "
-                    "or log in (hf auth login)"
-                )
-        return value
 
 
 class ModelSection(Section):
@@ -160,7 +138,10 @@ class LoraSection(Section):
 class DataSection(Section):
     """Rows, and how they become batches."""
 
-    train: NonEmpty = Field(description="json, jsonl, parquet, csv or txt file, a folder of them, or a hub data set")
+    train: NonEmpty | Annotated[list[Source], Field(min_length=1)] = Field(
+        description="json, jsonl, parquet, csv or txt file, a folder of them, or a hub data set; or a list of such, "
+        "each {path, weight}, of which an epoch has shares by weight: see docs/data.md"
+    )
     eval: NonEmpty | Annotated[float, Field(gt=0.0, lt=1.0)] | None = Field(
         None, description="held-out rows: another file or data set, or a fraction of train"
     )
@@ -168,7 +149,8 @@ class DataSection(Section):
     format: Format = Field(
         "alpaca",
         description="alpaca (instruction, input, output), completion (prompt, completion), text (text), "
-        "messages (messages: role, content) or preference (prompt, chosen, rejected)",
+        "messages (messages: role, content), sharegpt (conversations: from, value) or preference (prompt, chosen, "
+        "rejected)",
     )
     prompt: Prompt = Field(
         "stanford", description="how an alpaca row is written: Stanford's prompt, or the model's chat template"
@@ -188,6 +170,27 @@ class DataSection(Section):
     on_bad_row: Literal["error", "skip"] = Field(
         "error", description="a row that can not be trained on stops the run, or is dropped and counted"
     )
+
+    cache_dir: NonEmpty | None = Field(
+        None,
+        description="folder in which tokenised rows are kept, by the content of their files, and from which they are "
+        "read as they are needed; null: none, and all tokens are in memory",
+    )
+
+    @field_validator("train", mode="before")
+    @classmethod
+    def _mixture(cls, value: Any) -> Any:
+        return check_mixture(value) if isinstance(value, list) else value
+
+    @property
+    def sources(self) -> list[Source]:
+        """The sources of `train`; one without weight where it is no mixture."""
+        return [Source(path=self.train)] if isinstance(self.train, str) else self.train
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence: those of a row of a batch, or of half of it for a pair's."""
+        return self.max_length // 2 if self.format == "preference" else self.max_length
 
 
 class ObjectiveSection(Section):
@@ -380,9 +383,3 @@ class Config(Section):
     def dump_yaml(self) -> str:
         """The resolved configuration, every default filled in, as YAML."""
         return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
-
-
-def nearest(name: str, known: Any) -> str:
-    """What follows a name that is not known: the nearest one, or all of them."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"; did you mean '{close[0]}'?" if close else f"; known are {', '.join(known)}"

@@ -19,7 +19,6 @@ LOGS = "metrics.jsonl and TensorBoard are always written; for Weights & Biases s
 Builder = tuple[str | None, str, str | None]
 COLUMNS = "rename columns: rows need {}"
 PAIRS = COLUMNS.format("prompt, chosen and rejected")
-MESSAGES = COLUMNS.format("messages, a list of role and content")
 DATASETS: dict[str, Builder] = {
     "alpaca_dataset": ("tatsu-lab/alpaca", "alpaca", None),
     "alpaca_cleaned_dataset": ("yahma/alpaca-cleaned", "alpaca", None),
@@ -30,11 +29,7 @@ DATASETS: dict[str, Builder] = {
     "cnn_dailymail_articles_dataset": ("ccdv/cnn_dailymail", "text", COLUMNS.format("text, there article")),
     "samsum_dataset": ("Samsung/samsum", "completion", COLUMNS.format("prompt and completion")),
     "grammar_dataset": ("liweili/c4_200m", "completion", COLUMNS.format("prompt and completion")),
-    "slimorca_dataset": (
-        "Open-Orca/SlimOrca-Dedup",
-        "messages",
-        MESSAGES,
-    ),
+    "slimorca_dataset": ("Open-Orca/SlimOrca-Dedup", "sharegpt", None),
     "preference_dataset": (None, "preference", PAIRS),
     "stack_exchange_paired_dataset": (
         "lvwerra/stack-exchange-paired",
@@ -256,11 +251,13 @@ def _training(given: dict[str, Any], devices: int, out: Conversion) -> None:
 
 
 def _data(given: dict[str, Any], out: Conversion) -> None:
-    rows = given.get("dataset")
+    rows, several = given.get("dataset"), []
     if isinstance(rows, list):
-        for other in rows[1:]:
-            out.note("dataset", other.get("_component_"), "result", "one source a run: put the files into one folder")
-        rows = rows[0] if rows else None
+        alike = [one for one in rows if one.get("_component_") == rows[0].get("_component_")]
+        for other in rows:
+            if other not in alike:
+                out.note("dataset", other.get("_component_"), "result", "the sources of a mixture have one format")
+        rows, several = (rows[0] if rows else None), alike
     if not isinstance(rows, dict):
         out.note("dataset", rows, "result", "no rows are named: set data.train")
         return
@@ -268,7 +265,8 @@ def _data(given: dict[str, Any], out: Conversion) -> None:
     source, kind, more = DATASETS.get(builder, (None, "completion", "write rows of a format of data.format"))
     if more:
         out.note("dataset._component_", builder, "result", more)
-    out.set("data.train", _source(rows, source))
+    train = [{"path": _source(one, source)} for one in several]
+    out.set("data.train", train if len(train) > 1 else _source(rows, source))
     out.set("data.format", kind)
     out.set("data.packing", bool(rows.get("packed", False)))
     if kind == "preference" and (length := out.get("data.max_length")):
@@ -276,9 +274,12 @@ def _data(given: dict[str, Any], out: Conversion) -> None:
     # Of the builders, those of Alpaca rows alone train the prompt as well unless told otherwise.
     if kind not in ("text", "preference"):
         out.set("data.train_on", "all" if rows.get("train_on_input", kind == "alpaca") else "response")
-    if rows.get("conversation_style") == "sharegpt" or rows.get("conversation_column", "messages") != "messages":
-        what = {key: rows.get(key) for key in ("conversation_style", "conversation_column")}
-        out.note("dataset.conversation_style", what, "result", MESSAGES)
+    sharegpt = rows.get("conversation_style") == "sharegpt"
+    if sharegpt:
+        out.set("data.format", "sharegpt")
+    wanted = "conversations" if sharegpt else "messages"
+    if (column := rows.get("conversation_column", wanted)) != wanted:
+        out.note("dataset.conversation_column", column, "result", COLUMNS.format(wanted))
     if rows.get("column", "text") != "text":
         out.note("dataset.column", rows["column"], "result", COLUMNS.format("text"))
     for key in ("column_map", "new_system_prompt", "filter_fn", "subset", "name"):

@@ -5,7 +5,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from jlora.config.sections import Config, Section, nearest
+from jlora.config.section import Section, nearest
+from jlora.config.sections import Config
 from jlora.errors import ConfigError
 
 # What the entries of a sweep may set; all else decides the shape of the one compiled step, or is shared.

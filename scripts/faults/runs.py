@@ -113,11 +113,16 @@ def final_state(run_dir: Path) -> str:
     out = run_dir.with_suffix(".state")
 
     def body() -> None:
+        import jax
         import numpy as np
         import orbax.checkpoint as ocp
 
-        with ocp.StandardCheckpointer() as checkpointer:
-            arrays = checkpointer.restore(run_dir / "checkpoints" / str(last) / "state")
+        saved = run_dir / "checkpoints" / str(last) / "state"
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            tree = checkpointer.metadata(saved).item_metadata.tree
+            # As NumPy's: the devices of a job of four processes are not here.
+            whole = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+            arrays = checkpointer.restore(saved, restore_args=whole)
         found = hashlib.sha256()
         for name in sorted(arrays):
             leaf = np.asarray(arrays[name])

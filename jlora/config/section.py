@@ -1,0 +1,37 @@
+"""What every section of a configuration has in common: strict keys, and no text that may not stand in a file."""
+
+import difflib
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from jlora.redaction import find_secret
+
+NonEmpty = Annotated[str, Field(min_length=1)]
+NonNegative = Annotated[float, Field(ge=0.0)]
+
+
+class Section(BaseModel):
+    """Base of every section: unknown keys are errors, and values do not change once validated."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*")
+    @classmethod
+    def _text_for_a_file(cls, value: Any) -> Any:
+        """What goes into config.yaml, logs and names of files."""
+        if isinstance(value, str):
+            if "\0" in value:
+                raise ValueError("holds a NUL character")
+            if secret := find_secret(value):
+                raise ValueError(
+                    f"holds {secret}, which would be written to config.yaml and to logs; leave it in the environment "
+                    "or log in (hf auth login)"
+                )
+        return value
+
+
+def nearest(name: str, known: Any) -> str:
+    """What follows a name that is not known: the nearest one, or all of them."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean '{close[0]}'?" if close else f"; known are {', '.join(known)}"

@@ -1,0 +1,30 @@
+"""Rows -> tokenised examples -> packed rows -> batches, with a position that can be saved; and the page that shows them.
+
+Knows nothing of models or devices. What other modules use of it is named here.
+"""
+
+from jlora.data.dataset import Dataset, hold_out
+from jlora.data.encoding import read_data, read_train, split, tokenize
+from jlora.data.packing import Batch, Epochs, batches, pack, pack_row
+
+__all__ = [
+    "Batch",
+    "Dataset",
+    "Epochs",
+    "batches",
+    "hold_out",
+    "main",
+    "pack",
+    "pack_row",
+    "read_data",
+    "read_train",
+    "split",
+    "tokenize",
+]
+
+
+def main() -> None:
+    """The command `data`."""
+    from jlora.data.__main__ import main as command  # here alone: the rest of a run needs nothing of it
+
+    command()

@@ -1,0 +1,213 @@
+"""Rows -> tokenised examples: validation, truncation, and the data of a run. Knows nothing of batches or devices."""
+
+import hashlib
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from jlora.config import Config, DataSection
+from jlora.data.dataset import Dataset, hold_out
+from jlora.data.mixture import join
+from jlora.data.store import Keep, content_key, stamp, stored
+from jlora.errors import DataError
+from jlora.prompts import BadRow, Example, Layout, encode_layouts, encode_pair, lay_out
+from jlora.rows import Row, read_rows
+from jlora.tokens import Tokenizer
+
+# Rows, or characters of them, that are tokenised at once.
+AT_ONCE = 512
+CHARACTERS = 2**19
+# Bytes of files beyond which it is said that their tokens go into memory.
+LARGE = 2**30
+
+
+def tokenize(source: str, tokenizer: Tokenizer, cfg: DataSection) -> Dataset:
+    """Read and tokenise all rows; cut what is longer than `max_length` at its end, or split it if it is plain text.
+
+    A row that can not be trained on (malformed, no response, no trained token within the length) ends
+    the run or is dropped and counted by reason, as `on_bad_row` says. With `cache_dir` the examples are kept there and
+    stay on the disk; what is there already is not tokenised again.
+
+    Raises:
+      DataError: a bad row (file and line), or no row left.
+    """
+    if cfg.cache_dir is not None:
+        before = stamp(source)
+
+        def make(keep: Keep) -> Dataset:
+            facts = _read_all(source, tokenizer, cfg, keep)
+            if stamp(source) != before:
+                raise DataError(f"{source}: changed while it was read; start again once it is whole")
+            return facts
+
+        return stored(Path(cfg.cache_dir), content_key(source, tokenizer, cfg), make)
+    size = sum(size for _, size, _ in stamp(source))
+    if size > LARGE:
+        print(
+            f"warning: {source}: the tokens of {size / 1e9:.1f} GB of rows are held in memory; data.cache_dir=FOLDER keeps "
+            "them on the disk",
+            file=sys.stderr,
+        )
+    examples: list[Example] = []
+    places: list[str] = []
+
+    def keep(some: list[Example], where: list[str]) -> None:
+        examples.extend(some)
+        places.extend(where)
+
+    return replace(_read_all(source, tokenizer, cfg, keep), examples=examples, places=places)
+
+
+def _read_all(source: str, tokenizer: Tokenizer, cfg: DataSection, keep: Keep) -> Dataset:
+    """Hand all examples with their places over to `keep`, some at a time; the dataset returned has the rest."""
+    facts = Dataset(examples=[], read=0)
+    first_bad: str | None = None
+    num_bad, empty = 0, True
+    digest = hashlib.sha256()
+    for group in _grouped(read_rows(source, cfg.split), tokenizer, cfg):
+        examples: list[Example] = []
+        places: list[str] = []
+        for row, found in group:
+            facts.read += 1
+            try:
+                if isinstance(found, BadRow):
+                    raise found
+                some, truncated = fit(found, cfg)
+            except BadRow as bad:
+                facts.dropped[bad.reason] += 1
+                num_bad += 1
+                first_bad = first_bad or f"{row.where}: {bad.message}"
+                continue
+            facts.truncated += truncated
+            examples += some
+            places += [row.where] * len(some)
+            for example in some:
+                digest.update(example.ids.tobytes() + example.trained.tobytes() + b"|")
+        if examples and not (first_bad and cfg.on_bad_row == "error"):  # else the rest is read for its bad rows alone
+            keep(examples, places)
+        empty = empty and not examples
+    if first_bad and cfg.on_bad_row == "error":
+        others = f" ({num_bad - 1} more bad rows)" if num_bad > 1 else ""
+        raise DataError(f"{first_bad}{others}; mend it, or drop such rows (data.on_bad_row=skip, or --on-bad-row skip)")
+    if empty:
+        why = f"; all {num_bad} rows were dropped, the first at {first_bad}" if first_bad else ""
+        raise DataError(f"{source}: holds no usable row{why}")
+    facts.digest = digest.hexdigest()
+    return facts
+
+
+def split(example: Example, length: int) -> list[Example]:
+    """A sequence in pieces of at most `length` tokens, each beginning with the last token of the one before it.
+
+    So every token is trained once, as in the whole: a piece's first token is predicted from nothing.
+    """
+    starts = range(0, max(1, len(example.ids) - 1), length - 1)
+    return [Example(example.ids[i : i + length], example.trained[i : i + length]) for i in starts]
+
+
+def encode_whole(row: Row, tokenizer: Tokenizer, cfg: DataSection) -> list[Example]:
+    """The sequences of a row before anything is cut off: one, or the two of a pair.
+
+    Raises:
+      BadRow: it can not be used.
+    """
+    (group,) = _grouped(iter([row]), tokenizer, cfg)
+    ((_, found),) = group
+    if isinstance(found, BadRow):
+        raise found
+    return found
+
+
+def _grouped(
+    rows: Iterator[Row], tokenizer: Tokenizer, cfg: DataSection
+) -> Iterator[list[tuple[Row, list[Example] | BadRow]]]:
+    """Rows with their sequences, as many together as are tokenised at once."""
+    waiting: list[tuple[Row, Layout | list[Example] | BadRow]] = []
+    characters = 0
+    for row in rows:
+        try:
+            laid = _lay_out(row, tokenizer, cfg)
+        except BadRow as bad:
+            waiting.append((row, bad))
+        else:
+            waiting.append((row, laid))
+            characters += len(laid.text) if isinstance(laid, Layout) else 0
+        if len(waiting) == AT_ONCE or characters > CHARACTERS:
+            yield _encode(waiting, tokenizer)
+            waiting, characters = [], 0
+    if waiting:
+        yield _encode(waiting, tokenizer)
+
+
+def _lay_out(row: Row, tokenizer: Tokenizer, cfg: DataSection) -> Layout | list[Example]:
+    if isinstance(row.value, BadRow):
+        raise row.value
+    if not isinstance(row.value, dict):
+        raise BadRow("wrong_type", f"a row must be a JSON object, not {type(row.value).__name__}")
+    if cfg.format == "preference":
+        return [*encode_pair(tokenizer, row.value)]
+    return lay_out(tokenizer, row.value, format=cfg.format, prompt=cfg.prompt, train_on=cfg.train_on)
+
+
+def _encode(
+    waiting: list[tuple[Row, Layout | list[Example] | BadRow]], tokenizer: Tokenizer
+) -> list[tuple[Row, list[Example] | BadRow]]:
+    encoded = iter(encode_layouts(tokenizer, [laid for _, laid in waiting if isinstance(laid, Layout)]))
+    found: list[tuple[Row, list[Example] | BadRow]] = []
+    for row, laid in waiting:
+        if isinstance(laid, Layout):
+            example = next(encoded)
+            found.append((row, example if isinstance(example, BadRow) else [example]))
+        else:
+            found.append((row, laid))
+    return found
+
+
+def fit(sequences: list[Example], cfg: DataSection) -> tuple[list[Example], bool]:
+    """The examples of a row's sequences, none too long, and whether something was cut off.
+
+    Raises:
+      BadRow: no trained token is left, or both answers of a pair are equal.
+    """
+    limit = cfg.longest
+    if cfg.format == "text" and cfg.split_long:
+        return split(sequences[0], limit), False
+    truncated = any(len(sequence.ids) > limit for sequence in sequences)
+    cut = [Example(sequence.ids[:limit], sequence.trained[:limit]) for sequence in sequences]
+    if not all(sequence.trained[1:].any() for sequence in cut):  # the first token is predicted from nothing
+        if truncated:
+            raise BadRow(
+                "prompt_too_long",
+                f"the prompt alone fills {'half of ' * (limit < cfg.max_length)}data.max_length={cfg.max_length} "
+                "tokens, so no token would be trained",
+            )
+        raise BadRow("no_trained_token", "no token of the row would be trained")
+    if len(cut) == 1:
+        return cut, truncated
+    chosen, rejected = cut
+    if np.array_equal(chosen.ids, rejected.ids):
+        raise BadRow("equal_answers", f"cut at {limit} tokens (half of data.max_length), both answers are equal")
+    ids, trained = np.concatenate([chosen.ids, rejected.ids]), np.concatenate([chosen.trained, rejected.trained])
+    return [Example(ids, trained, len(chosen.ids))], truncated
+
+
+def read_train(cfg: DataSection, tokenizer: Tokenizer) -> Dataset:
+    """The rows of `data.train`, held-out ones included where they are a fraction of it."""
+    if isinstance(cfg.train, str):
+        return tokenize(cfg.train, tokenizer, cfg)
+    return join(cfg.train, [tokenize(source.path, tokenizer, cfg) for source in cfg.train])
+
+
+def read_data(cfg: Config, tokenizer: Tokenizer) -> tuple[Dataset, Dataset | None]:
+    """Training rows, and held-out rows where the config has some."""
+    train_data = read_train(cfg.data, tokenizer)
+    match cfg.data.eval:
+        case None:
+            return train_data, None
+        case float(fraction):
+            return hold_out(train_data, fraction, cfg.training.seed)
+        case source:
+            return train_data, tokenize(source, tokenizer, cfg.data)

@@ -1,0 +1,194 @@
+"""What tokenised rows amount to, and what is wrong with them: lengths, batches, copies, and checks in one sentence each.
+
+Knows nothing of how they are shown.
+"""
+
+import hashlib
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from jlora.config import Config
+from jlora.data.dataset import Dataset
+from jlora.data.mixture import drawn
+from jlora.data.packing import Epochs
+
+MAX_BINS = 20
+
+
+@dataclass(frozen=True)
+class Check:
+    """Something found; an `error` is what would train nothing, or wrongly."""
+
+    name: str
+    level: Literal["error", "warning"]
+    count: int
+    sentence: str
+
+
+@dataclass(frozen=True)
+class Scan:
+    """One pass over the examples, an entry each.
+
+    Attributes:
+      lengths, trained: int32 [n], tokens and trained tokens.
+      ended: bool [n], whether a token at which generation stops is trained (in both sequences of a pair).
+      full: bool [n], whether a sequence is as long as allowed, and so may have been cut.
+      double_bos: bool [n], whether two BOS follow each other.
+      hashes: uint64 [n], of ids and trained flags.
+    """
+
+    lengths: np.ndarray
+    trained: np.ndarray
+    ended: np.ndarray
+    full: np.ndarray
+    double_bos: np.ndarray
+    hashes: np.ndarray
+
+
+def scan(dataset: Dataset, limit: int, bos_id: int | None, stops: list[int]) -> Scan:
+    """Look at every example once.
+
+    Args:
+      limit: tokens of the longest sequence. bos_id: None where there is no BOS. stops: ids at which generation stops.
+    """
+    total = len(dataset.examples)
+    kinds = (np.int32, np.int32, bool, bool, bool, np.uint64)
+    found = Scan(*(np.zeros(total, kind) for kind in kinds))
+    for i, example in enumerate(dataset.examples):
+        ids, trained, _ = example
+        sequences = example.sequences()
+        found.lengths[i], found.trained[i] = len(ids), trained.sum()
+        found.ended[i] = all(any(stop in sequence.ids[sequence.trained] for stop in stops) for sequence in sequences)
+        found.full[i] = any(len(sequence.ids) == limit for sequence in sequences)
+        if bos_id is not None:
+            found.double_bos[i] = ((ids[1:] == bos_id) & (ids[:-1] == bos_id)).any()
+        digest = hashlib.blake2b(ids.tobytes() + trained.tobytes(), digest_size=8).digest()
+        found.hashes[i] = int.from_bytes(digest, "little")
+    return found
+
+
+def count_batches(dataset: Dataset, cfg: Config) -> dict[str, int]:
+    """Tokens and examples of the first epoch, and its batches packed and padded.
+
+    `packed_tokens` and `padded_tokens` are the tokens that the devices work through, padding included.
+    """
+    counts: dict[str, int] = {}
+    for name, packing in (("packed", True), ("padded", False)):
+        section = cfg.data.model_copy(update={"packing": packing})
+        epochs = Epochs(dataset, section, cfg.training.batch_size, cfg.training.seed)
+        batches = epochs.num_batches(1)
+        counts = counts or {"tokens": epochs.tokens_at(batches), "rows": len(epochs.rows(0).members)}
+        counts[name] = batches
+        counts[f"{name}_tokens"] = batches * cfg.training.batch_size * cfg.data.max_length
+    return counts
+
+
+def count_sources(dataset: Dataset) -> list[dict[str, Any]]:
+    """What each source of a mixture has, and how many of its sequences the first epoch has."""
+    counts = [last - first for first, last in drawn(dataset.parts, 0)]
+    return [asdict(part) | {"first_epoch": count} for part, count in zip(dataset.parts, counts, strict=True)]
+
+
+def histogram(lengths: np.ndarray) -> list[tuple[int, int, int]]:
+    """(from, to, count) of bins of equal round width, `to` not included, from 0 past the longest."""
+    longest = int(lengths.max())
+    width = next(m * 10**k for k in range(20) for m in (1, 2, 5) if m * 10**k * MAX_BINS > longest)
+    counts = np.bincount(lengths // width, minlength=longest // width + 1)
+    return [(i * width, (i + 1) * width, int(count)) for i, count in enumerate(counts)]
+
+
+def describe(dataset: Dataset, found: Scan) -> dict[str, Any]:
+    """The figures of one set of rows, as JSON has them."""
+    quantiles = np.quantile(found.lengths, [0.0, 0.5, 0.9, 0.99, 1.0], method="higher")
+    names = ("min", "median", "p90", "p99", "max")
+    return {
+        "rows": dataset.read,
+        "examples": len(dataset.examples),
+        "dropped": dict(dataset.dropped),
+        "truncated": dataset.truncated,
+        "tokens": int(found.lengths.sum(dtype=np.int64)),
+        "trained_tokens": int(found.trained.sum(dtype=np.int64)),
+        "lengths": {name: int(value) for name, value in zip(names, quantiles, strict=True)},
+        "histogram": histogram(found.lengths),
+        "duplicates": len(found.hashes) - len(np.unique(found.hashes)),
+        "sources": count_sources(dataset),
+    }
+
+
+def check(dataset: Dataset, found: Scan, cfg: Config, name: str) -> list[Check]:
+    """What is wrong with one set of rows.
+
+    Args:
+      name: the config's key, `train` or `eval`.
+    """
+    checks: list[Check] = []
+    data, total = cfg.data, len(dataset.examples)
+
+    def add(kind: str, level: Literal["error", "warning"], count: int, sentence: str) -> None:
+        if count:
+            checks.append(Check(kind, level, int(count), f"data.{name}: {sentence}"))
+
+    doubles = np.flatnonzero(found.double_bos)
+    add(
+        "double_bos", "error", len(doubles),
+        f"{_of(len(doubles), total)} have two BOS in a row, the first at {_place(dataset, doubles)}, which no model "
+        "has seen; take BOS out of the rows or the chat template",
+    )  # fmt: skip
+    unended = np.flatnonzero(~found.ended & ~found.full)
+    if not found.ended.any():
+        why = (
+            "the chat template ends no turn with a token at which generation stops; mend it (data.chat_template)"
+            if len(unended)
+            else f"all are cut at data.max_length={data.max_length}; raise it"
+        )
+        level: Literal["error", "warning"] = "warning" if data.format == "text" else "error"
+        add("end_never_trained", level, total, f"the end of no sequence is trained, so no answer would end: {why}")
+    elif data.format != "text":
+        add(
+            "end_not_trained", "warning", len(unended),
+            f"in {_of(len(unended), total)} no token at which generation stops is trained, though they are not cut, "
+            f"the first at {_place(dataset, unended)}",
+        )  # fmt: skip
+    add(
+        "truncated", "warning", dataset.truncated,
+        f"{_of(dataset.truncated, dataset.read, 'rows')} are cut at data.max_length={data.max_length}",
+    )  # fmt: skip
+    dropped = sum(dataset.dropped.values())
+    reasons = ", ".join(f"{reason} {count:,}" for reason, count in dataset.dropped.items())
+    add("dropped", "warning", dropped, f"{_of(dropped, dataset.read, 'rows')} are dropped ({reasons})")
+    copies = _copies(found.hashes)
+    add(
+        "duplicates", "warning", len(copies),
+        f"{_of(len(copies), total)} are exact copies of an earlier one, the first at {_place(dataset, copies)}",
+    )  # fmt: skip
+    return checks
+
+
+def check_overlap(train: Scan, eval_data: Dataset, held: Scan) -> list[Check]:
+    """Examples of `eval` that are in `train` as well; where all are, it measures what was learnt by heart."""
+    shared = np.flatnonzero(np.isin(held.hashes, train.hashes))
+    if not len(shared):
+        return []
+    total = len(held.hashes)
+    sentence = f"data.eval: {_of(len(shared), total)} are in data.train too, the first at {_place(eval_data, shared)}"
+    if len(shared) == total:
+        return [Check("overlap", "error", total, f"{sentence}, so its loss says nothing of new rows; set others")]
+    return [Check("overlap", "warning", len(shared), sentence)]
+
+
+def _copies(hashes: np.ndarray) -> np.ndarray:
+    """Where the second and further copies stand, ascending."""
+    copy = np.ones(len(hashes), bool)
+    copy[np.unique(hashes, return_index=True)[1]] = False
+    return np.flatnonzero(copy)
+
+
+def _of(count: int, total: int, things: str = "sequences") -> str:
+    share = 100 * count / max(total, 1)
+    return f"{count:,} of {total:,} {things} ({share:.2g} %)" if share < 99.5 else f"{count:,} of {total:,} {things}"
+
+
+def _place(dataset: Dataset, which: np.ndarray) -> str:
+    return dataset.places[int(which[0])] if len(which) else ""

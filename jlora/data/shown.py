@@ -1,0 +1,104 @@
+"""The first rows of the data token by token, as the model gets them. Knows nothing of terminals or pages."""
+
+import itertools
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from jlora.config import DataSection
+from jlora.data.encoding import encode_whole, fit
+from jlora.prompts import BadRow
+from jlora.rows import read_rows
+from jlora.tokens import Tokenizer
+
+# Tokens of a sequence that are shown, half of them from its start; of what is cut off, so many.
+SHOWN = 2048
+SHOWN_CUT = 64
+
+Part = Literal["context", "trained", "cut", "gap"]
+# Control characters, of which a terminal or HTML makes something else, and those that turn the direction of a text.
+_HIDDEN = (*range(32), *range(127, 160), *range(0x202A, 0x202F), *range(0x2066, 0x206A))
+_CONTROLS = {c: "\N{REPLACEMENT CHARACTER}" for c in _HIDDEN if c not in (9, 10)}
+
+
+class Piece(NamedTuple):
+    """A token; a `gap` stands for tokens left out, and its text says how many."""
+
+    id: int
+    text: str
+    part: Part
+    special: bool
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A row: its sequences (chosen and rejected of a pair) as pieces, or why it is none.
+
+    Attributes:
+      tokens, trained: of all that the model gets. cut: tokens cut off at the end; of a text that is split, 0.
+    """
+
+    where: str
+    sequences: list[list[Piece]]
+    tokens: int = 0
+    trained: int = 0
+    cut: int = 0
+    bad: str | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """The row as JSON values."""
+        return {
+            "where": self.where, "tokens": self.tokens, "trained": self.trained, "cut": self.cut, "bad": self.bad,
+            "sequences": [[piece._asdict() for piece in sequence] for sequence in self.sequences],
+        }  # fmt: skip
+
+
+def show_rows(source: str, count: int, tokenizer: Tokenizer, cfg: DataSection) -> list[Shown]:
+    """The first rows of a file or data set."""
+    shown = []
+    for row in itertools.islice(read_rows(source, cfg.split), count):
+        try:
+            sequences = encode_whole(row, tokenizer, cfg)
+            fit(sequences, cfg)
+        except BadRow as bad:
+            shown.append(Shown(row.where, [], bad=bad.message))
+            continue
+        splits = cfg.format == "text" and cfg.split_long
+        limits = [len(each.ids) if splits else cfg.longest for each in sequences]
+        shown.append(
+            Shown(
+                row.where,
+                [_pieces(tokenizer, *each[:2], limit) for each, limit in zip(sequences, limits, strict=True)],
+                sum(min(len(each.ids), limit) for each, limit in zip(sequences, limits, strict=True)),
+                sum(int(each.trained[:limit].sum()) for each, limit in zip(sequences, limits, strict=True)),
+                sum(max(len(each.ids) - limit, 0) for each, limit in zip(sequences, limits, strict=True)),
+            )
+        )
+    return shown
+
+
+def _pieces(tokenizer: Tokenizer, ids: np.ndarray, trained: np.ndarray, limit: int) -> list[Piece]:
+    """Pieces of a sequence, of which the model gets `limit` tokens."""
+
+    def part(first: int, last: int) -> list[Piece]:
+        found = zip(range(first, last), tokenizer.pieces(ids[first:last]), strict=True)
+        return [
+            Piece(
+                int(ids[i]), text.replace("\r", "").translate(_CONTROLS),
+                "cut" if i >= limit else "trained" if trained[i] else "context", special,
+            )
+            for i, (text, special) in found
+        ]  # fmt: skip
+
+    def gap(count: int) -> list[Piece]:
+        return [Piece(-1, f"{count:,} more tokens", "gap", False)] if count > 0 else []
+
+    kept = min(len(ids), limit)
+    left_out = kept - SHOWN
+    if left_out > 0:
+        pieces = part(0, SHOWN // 2) + gap(left_out) + part(kept - SHOWN // 2, kept)
+    else:
+        pieces = part(0, kept)
+    last = min(len(ids), kept + SHOWN_CUT)
+    return pieces + part(kept, last) + gap(len(ids) - last)

@@ -1,0 +1,217 @@
+"""Tokenised rows on the disk: written as they are made, by the content they come from, and memory-mapped on reading.
+
+An entry is a folder of flat arrays with a manifest of their SHA-256. What does not match it is made again, never read.
+Knows nothing of formats, packing or order.
+"""
+
+import datetime
+import fcntl
+import hashlib
+import importlib.metadata
+import json
+import mmap
+import os
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from jlora import manifest
+from jlora.config import DataSection
+from jlora.data.dataset import Dataset, View
+from jlora.errors import ConfigError, DataError
+from jlora.prompts import BadRow, Example
+from jlora.rows import files_of, read_rows
+from jlora.tokens import Tokenizer
+
+# Raised with every change of what rows become, or of how it is written down.
+VERSION = 1
+# What decides which tokens a row becomes, beside the tokenizer and the row.
+OPTIONS = ("split", "format", "prompt", "max_length", "split_long", "train_on", "on_bad_row")
+LIBRARIES = ("tokenizers", "sentencepiece", "jinja2")
+# Examples read before the pages that hold them are given back, which else would count as memory of this process.
+READS = 1024
+
+Keep = Callable[[list[Example], list[str]], None]  # examples and where they stand
+
+
+class _Mapped:
+    """A flat array in a file, of which no more than some pages are in memory."""
+
+    def __init__(self, path: Path, dtype: Any):
+        with open(path, "rb") as stream:
+            self._map = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+        self._array = np.frombuffer(self._map, dtype)
+        self._reads = 0
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        self._reads += 1
+        if self._reads % READS == 0 and hasattr(self._map, "madvise"):
+            self._map.madvise(mmap.MADV_DONTNEED)
+        return self._array[part].copy()
+
+
+class StoredExamples(View[Example]):
+    """Examples of an entry.
+
+    Attributes:
+      lengths: int32 [n].
+    """
+
+    def __init__(self, folder: Path):
+        self.lengths = np.fromfile(folder / "lengths", np.int32)
+        self._starts = _starts(self.lengths)
+        self._tokens = _Mapped(folder / "tokens", np.int32)
+        seconds = folder / "seconds"
+        self._seconds = np.fromfile(seconds, np.int32) if seconds.is_file() else None
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def one(self, index: int) -> Example:
+        """The example at an index; a token that is not trained is written as its complement."""
+        tokens = self._tokens[self._starts[index] : self._starts[index + 1]]
+        trained = tokens >= 0
+        second = None if self._seconds is None else int(self._seconds[index])
+        return Example(np.where(trained, tokens, ~tokens), trained, second)
+
+
+class StoredPlaces(View[str]):
+    """Where the examples of an entry stand."""
+
+    def __init__(self, folder: Path):
+        self._lengths = np.memmap(folder / "place_lengths", np.int32, "r")
+        self._text = _Mapped(folder / "places", np.uint8)
+
+    def __len__(self) -> int:
+        return len(self._lengths)
+
+    @cached_property
+    def _starts(self) -> np.ndarray:
+        return _starts(self._lengths)  # for messages alone, so most runs never need it
+
+    def one(self, index: int) -> str:
+        """The place at an index."""
+        return self._text[self._starts[index] : self._starts[index + 1]].tobytes().decode("utf-8", "surrogateescape")
+
+
+def _starts(lengths: np.ndarray) -> np.ndarray:
+    return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+
+
+def _write(files: dict[str, IO[bytes]], examples: list[Example], places: list[str]) -> None:
+    ids = np.concatenate([example.ids for example in examples])
+    trained = np.concatenate([example.trained for example in examples])
+    names = [place.encode("utf-8", "surrogateescape") for place in places]
+    files["tokens"].write(np.where(trained, ids, ~ids).astype(np.int32).tobytes())
+    files["lengths"].write(np.array([len(example.ids) for example in examples], np.int32).tobytes())
+    files["places"].write(b"".join(names))
+    files["place_lengths"].write(np.array([len(name) for name in names], np.int32).tobytes())
+    if examples[0].second is not None:
+        files["seconds"].write(np.array([example.second for example in examples], np.int32).tobytes())
+
+
+def content_key(source: str, tokenizer: Tokenizer, cfg: DataSection) -> str:
+    """SHA-256 of all that decides what the rows become: the files' content, tokenizer, options and versions.
+
+    Raises:
+      DataError: a file is missing or can not be read.
+    """
+    known = [VERSION, tokenizer.digest, *(getattr(cfg, name) for name in OPTIONS)]
+    known += [importlib.metadata.version(name) for name in LIBRARIES]
+    if "strftime_now" in (tokenizer.chat_template or ""):
+        known.append(str(datetime.date.today()))  # such a template writes the date into every row
+    files = files_of(source)
+    if files is None:  # a data set of the datasets library
+        rows = hashlib.sha256()
+        for row in read_rows(source, cfg.split):
+            value = row.value.message if isinstance(row.value, BadRow) else row.value
+            rows.update(json.dumps([row.where, value], default=repr).encode() + b"\n")
+        known.append(rows.hexdigest())
+    for path, name in files or ():
+        try:
+            with open(path, "rb") as stream:
+                known.append([name, hashlib.file_digest(stream, "sha256").hexdigest()])
+        except OSError as error:
+            raise DataError(f"{path}: can not be read ({error})") from None
+    return hashlib.sha256(json.dumps(known).encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def stamp(source: str) -> list[tuple[str, int, int]]:
+    """Size and time of each file of a source: while it is read, they stay the same."""
+    found = [(path, path.stat()) for path, _ in files_of(source) or ()]
+    return [(str(path), status.st_size, status.st_mtime_ns) for path, status in found]
+
+
+def stored(cache: Path, key: str, make: Callable[[Keep], Dataset]) -> Dataset:
+    """The entry of a key, made where it is not there or not whole.
+
+    Args:
+      make: hands over all examples, and returns the rest of the dataset. What it raises leaves no entry.
+
+    Raises:
+      ConfigError: `cache` can not be made or written to.
+    """
+    folder = cache / key
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        lock = open(cache / f"{key}.lock", "ab")
+    except OSError as error:
+        raise ConfigError(f"data.cache_dir {cache}: can not be written to ({error.strerror}); set another") from None
+    with lock, _alone(lock) as alone:
+        wrong = manifest.fault(folder) if folder.exists() else "missing"
+        if wrong != "missing" and wrong is not None:
+            print(f"warning: {folder}: {wrong}; the rows are tokenised again", file=sys.stderr)
+            shutil.rmtree(folder)
+        if wrong is not None:
+            _make(folder, make, alone)
+        facts = manifest.read(folder)
+        return Dataset(
+            StoredExamples(folder), facts["read"], facts["truncated"], Counter(facts["dropped"]),
+            StoredPlaces(folder), facts["digest"],
+        )  # fmt: skip
+
+
+def _make(folder: Path, make: Callable[[Keep], Dataset], alone: bool) -> None:
+    if alone:  # what a process that was killed has left
+        for left in folder.parent.glob(f"{folder.name}.*.partial"):
+            shutil.rmtree(left, ignore_errors=True)
+    partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
+    partial.mkdir()
+    try:
+        with ExitStack() as opened:
+            names = ("tokens", "lengths", "places", "place_lengths", "seconds")
+            files: dict[str, IO[bytes]] = {name: opened.enter_context(open(partial / name, "wb")) for name in names}
+            rest = make(lambda examples, places: _write(files, examples, places))
+        if not (partial / "seconds").stat().st_size:
+            (partial / "seconds").unlink()
+        facts = {"read": rest.read, "truncated": rest.truncated, "dropped": dict(rest.dropped), "digest": rest.digest}
+        manifest.write(partial, facts)
+        try:
+            partial.rename(folder)
+        except OSError:
+            if not folder.exists():  # where there are no locks, another may have been first
+                raise
+        manifest.sync_folder(folder.parent)
+    except OSError as error:
+        error.filename = error.filename or str(partial)  # a stream does not say which file it is
+        raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def _alone(lock: IO[bytes]) -> Iterator[bool]:
+    """One process at a time makes an entry, and the others wait for it; whether locks work here."""
+    try:
+        fcntl.flock(lock.fileno(), fcntl.LOCK_EX)
+    except OSError:
+        yield False
+        return
+    yield True

@@ -1,0 +1,367 @@
+"""`python -m jlora.effort --config C [key=value ...]`: does fine-tuning pay, on the user's own task?
+
+The same held-out rows answered by the base with the bare instruction, with examples in the prompt, and after training
+on more and more rows, by `jlora.train` itself; quality beside tokens, minutes and money: effort.json, effort.html.
+What is done is kept in effort.json and not done again.
+"""
+
+import argparse
+import hashlib
+import json
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jlora import attention, cli, distributed, lock, quant, xla
+from jlora.adapter import Adapter
+from jlora.config import Config, load_config
+from jlora.effort_page import write_effort
+from jlora.errors import ConfigError, UserError
+from jlora.evaluate import Evaluator, answer_and_score, describe_figures
+from jlora.generate import LENGTH_STEP, one_device_mesh
+from jlora.hf.base import base_fingerprint
+from jlora.memory_plot import require_matplotlib
+from jlora.pretrained import Opened, Pretrained, load_pretrained, open_adapter, open_pretrained
+from jlora.running import make_run_dir
+from jlora.scores import describe_scores, require_scores
+from jlora.step import Forward
+from jlora.strategies import Rows, Strategy, ask, choose, split_rows
+from jlora.summary import write_text
+from jlora.train import train
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line says beside the config."""
+
+    bases: list[str]
+    rows: list[int]
+    shots: list[int]
+    heldout: int
+    max_new_tokens: int
+    batch_size: int
+    price: float | None
+
+
+class Results:
+    """effort.json: one record for each base and strategy, on the disk as soon as it is known."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._records: dict[str, Record] = {}
+        try:
+            known = json.loads((folder / "effort.json").read_text(encoding="utf-8"))
+            self._records = {record["identity"]: record for record in known["results"]}
+        except OSError:
+            pass
+        except (ValueError, TypeError, KeyError):
+            raise ConfigError(f"{folder}/effort.json: not written by this command; move it away") from None
+
+    def get(self, identity: str) -> Record | None:
+        """What is known of a strategy."""
+        return self._records.get(identity)
+
+    def put(self, record: Record, settings: Record, order: list[str]) -> None:
+        """Keep a record, and write all; `order` of identities comes first."""
+        self._records[record["identity"]] = record
+        self.write(settings, order)
+
+    def write(self, settings: Record, order: list[str]) -> list[Record]:
+        """Write all; returns the records of `order`, as far as they are there."""
+        wanted = [self._records[identity] for identity in order if identity in self._records]
+        others = [record for identity, record in self._records.items() if identity not in order]
+        text = cli.strict_json({"settings": settings, "results": wanted + others})
+        write_text(self.folder / "effort.json", text + "\n")
+        return wanted
+
+
+def effort(cfg: Config, options: Options, quiet: bool) -> tuple[Record, list[UserError], bool]:
+    """Run what is not done yet; returns {"settings", "results"}, what went wrong, and whether it was stopped.
+
+    Raises:
+      UserError: see `jlora.errors`; a fine-tuning that fails by one is told at the end, and the others go on.
+    """
+
+    def say(text: str) -> None:
+        if not quiet:
+            print(text, file=sys.stderr, flush=True)
+
+    check(cfg)
+    folder = make_run_dir(cfg)
+    opened = [open_pretrained(base, _tokenizer(cfg, base), cfg.data.chat_template) for base in options.bases]
+    rows = split_rows(cfg, [one.tokenizer for one in opened], options.heldout)
+    strategies = choose(options.shots, options.rows, len(rows.train))
+    files = write_rows(folder / "data", rows, strategies)
+    settings = describe(cfg, options, rows)
+    plan = [(one, way, identify(cfg, options, one, way, rows)) for one in opened for way in strategies]
+    order = [identity for _, _, identity in plan]
+    failures: list[UserError] = []
+    with lock.held(folder):
+        results = Results(folder)
+        for one in opened:
+            mine = [(way, identity) for base, way, identity in plan if base is one]
+            for way, identity in mine:
+                if not way.rows or is_trained(results.get(identity)):
+                    continue
+                say(f"== {one.name}: {way.name}")
+                record = results.get(identity) or _record(one, way, identity)
+                try:
+                    finished = fine_tune(tuned_config(cfg, one, way, folder, files), record, quiet)
+                except UserError as error:
+                    failures.append(error)
+                    say(f"error: {error}; going on with the others")
+                    continue
+                results.put(record, settings, order)
+                if not finished:
+                    return {"settings": settings, "results": []}, failures, True
+            todo = [(way, key) for way, key in mine if not way.rows or is_trained(results.get(key))]
+            todo = [(way, key) for way, key in todo if "loss" not in (results.get(key) or {})]
+            if todo:
+                mesh = one_device_mesh()
+                with jax.set_mesh(mesh):
+                    dtype = jnp.dtype(cfg.model.dtype)
+                    quant.check_device(cfg.model.quantization, mesh.devices.flat[0])
+                    pretrained = load_pretrained(one, dtype, mesh, cfg.model.quantization)
+                    for way, key in todo:
+                        say(f"== {one.name}: answers, {way.name}")
+                        record = results.get(key) or _record(one, way, key)
+                        adapter = open_adapter(record["training"]["run"], pretrained) if way.rows else {}
+                        record |= judge(pretrained, adapter, way, rows, cfg, options, mesh)
+                        say(f"{describe_figures(record)}; {describe_scores(record)}")
+                        results.put(record, settings, order)
+        found = results.write(settings, order)
+    found = [record for record in found if "loss" in record]
+    for record in found:
+        record["cost"] = cost(record, options.price)
+    return {"settings": settings, "results": found}, failures, False
+
+
+def is_trained(record: Record | None) -> bool:
+    """Whether a fine-tuning came to its end."""
+    return record is not None and bool(record["training"]) and record["training"]["finished"]
+
+
+def check(cfg: Config) -> None:
+    """Raises: ConfigError: a config, or a machine, that no such report can be made of."""
+    require_scores()
+    require_matplotlib("the effort report")
+    if cfg.data.eval is None:
+        raise ConfigError(
+            "the effort report judges by held-out rows; set data.eval to a file or a fraction such as 0.1"
+        )
+    if not isinstance(cfg.data.train, str):
+        raise ConfigError("the effort report takes the rows of one source; set data.train to a file, not to a mixture")
+    if cfg.data.format in ("text", "preference"):
+        raise ConfigError(f"rows of {cfg.data.format} hold no prompt with one answer; set data.format to another")
+    if cfg.method != "lora" or cfg.sweep:
+        raise ConfigError("the effort report trains adapters one by one; set method=lora and leave sweep out")
+    if distributed.expected(cfg.distributed):
+        raise ConfigError("the effort report is one process; start it alone, without a scheduler's job")
+
+
+def _tokenizer(cfg: Config, base: str) -> str | None:
+    return cfg.model.tokenizer if base == cfg.model.path else None
+
+
+def write_rows(folder: Path, rows: Rows, strategies: list[Strategy]) -> dict[str, Path]:
+    """heldout.jsonl and the rows of each fine-tuning, by its key."""
+    folder.mkdir(exist_ok=True)
+    contents = {"heldout": rows.heldout} | {way.key: rows.train[: way.rows] for way in strategies if way.rows}
+    files = {name: folder / f"{name}.jsonl" for name in contents}
+    for name, file in files.items():
+        write_text(file, rows.text(contents[name]))
+    return files
+
+
+def describe(cfg: Config, options: Options, rows: Rows) -> Record:
+    """What all strategies have in common."""
+    return {
+        "train": cfg.data.train,
+        "eval": cfg.data.eval,
+        "heldout_rows": len(rows.heldout),
+        "training_rows": len(rows.train),
+        "left_out": rows.left_out,
+        "max_new_tokens": options.max_new_tokens,
+        "batch_size": options.batch_size,
+        "dtype": cfg.model.dtype,
+        "quantization": cfg.model.quantization,
+        "seed": cfg.training.seed,
+        "device": jax.devices()[0].device_kind,
+        "devices": jax.device_count(),
+        "price": options.price,
+    }
+
+
+def identify(cfg: Config, options: Options, opened: Opened, way: Strategy, rows: Rows) -> str:
+    """SHA-256 of everything that a strategy's result depends on."""
+    tree = cfg.model_dump(mode="json", exclude={"output_dir", "resume", "distributed"})
+    tree["data"] |= {"train": rows.text(rows.train[: way.rows or way.shots]), "eval": rows.text(rows.heldout)}
+    tree["model"] |= {"path": base_fingerprint(opened.source), "tokenizer": opened.tokenizer.digest}
+    if not way.rows:  # nothing of how it would be trained
+        tree = {name: tree[name] for name in ("model", "data")}
+    asked = [way.key, options.max_new_tokens, options.batch_size, tree]
+    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+
+
+def _record(opened: Opened, way: Strategy, identity: str) -> Record:
+    known = {"base": opened.name, "strategy": way.key, "name": way.name, "short": way.short}
+    return known | {"shots": way.shots, "rows": way.rows, "identity": identity, "training": None}
+
+
+def tuned_config(cfg: Config, opened: Opened, way: Strategy, folder: Path, files: dict[str, Path]) -> Config:
+    """The config of one fine-tuning: the user's own, on fewer rows."""
+    model = cfg.model.model_copy(update={"path": opened.name, "tokenizer": _tokenizer(cfg, opened.name)})
+    rows = cfg.data.model_copy(update={"train": str(files[way.key]), "eval": str(files["heldout"])})
+    base = f"{Path(opened.name).stem}-{base_fingerprint(opened.source)[:8]}"
+    return cfg.model_copy(update={"model": model, "data": rows, "output_dir": str(folder / base / way.key)})
+
+
+def fine_tune(cfg: Config, record: Record, quiet: bool) -> bool:
+    """Train by `jlora.train`, and note in `record` what it took; False where it was stopped and saved."""
+    before = (record["training"] or {}).get("seconds", 0.0)
+    with own_signals():
+        summary = train(cfg, quiet)
+    record["training"] = {
+        "run": cfg.output_dir,
+        "finished": summary["status"] == "finished",
+        "seconds": before + summary["wall_seconds"],
+        "tokens": summary["tokens"]["total"],
+        "steps": summary["steps"],
+        "epochs": summary["epochs"],
+        "trainable_params": summary["trainable_params"],
+    }
+    return record["training"]["finished"]
+
+
+@contextmanager
+def own_signals() -> Iterator[None]:
+    """A run takes SIGINT and SIGTERM; give them back after it."""
+    kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)
+
+
+def judge(
+    pretrained: Pretrained,
+    adapter: Adapter,
+    way: Strategy,
+    rows: Rows,
+    cfg: Config,
+    options: Options,
+    mesh: jax.sharding.Mesh,
+) -> Record:
+    """Loss, scores, tokens and seconds of one strategy on the held-out rows."""
+    limit = pretrained.source.config.get("max_position_embeddings")
+    room = limit - options.max_new_tokens if isinstance(limit, int) else None
+    asked = ask(rows.heldout, rows.train[: way.shots], cfg.data, pretrained.tokenizer, room)
+    longest = max(len(example.ids) for example in asked.dataset.examples)
+    length = max(cfg.data.max_length, -(-longest // LENGTH_STEP) * LENGTH_STEP)
+    section = cfg.data.model_copy(update={"max_length": length})
+    dtype = jnp.dtype(cfg.model.dtype)
+    device, head_dim = mesh.devices.flat[0], pretrained.base.cfg.head_dim
+    _, kernel = attention.choose(cfg.model.attention, device, head_dim, length, dtype, section.packing)
+    size = cfg.training.batch_size // cfg.training.gradient_accumulation_steps
+    evaluator = Evaluator(asked.dataset, section, size, Forward(kernel, "none", dtype, token_accuracy=True), mesh)
+    figures = evaluator.measure(pretrained.base, adapter)
+    scored = answer_and_score(
+        pretrained,
+        adapter,
+        asked.questions,
+        dtype=dtype,
+        max_new_tokens=options.max_new_tokens,
+        batch_size=options.batch_size,
+        timed=True,
+        until=asked.until,
+    )
+    prompt_tokens = sum(len(question.ids) for question in asked.questions) / len(asked.questions)
+    for answer, question in zip(scored["answers"], asked.questions, strict=True):
+        answer |= {"prompt": question.shown, "reference": question.reference}
+    return figures | scored | {"prompt_tokens": prompt_tokens, "mean_shots": asked.shots}
+
+
+def cost(record: Record, price: float | None) -> Record | None:
+    """Dollars at `price` an hour of one device: of training, and of a thousand answers in the batches measured."""
+    if price is None:
+        return None
+    training = (record["training"] or {}).get("seconds", 0.0) * jax.device_count()
+    answers = record["seconds"] / record["generated"] * 1000
+    return {"training": training / 3600 * price, "thousand_answers": answers / 3600 * price}
+
+
+def numbers(text: str) -> list[int]:
+    """`10,30,100` as numbers, each at least 1."""
+    found = [int(part) for part in text.split(",")]
+    if any(number < 1 for number in found):
+        raise ValueError
+    return found
+
+
+def make_parser() -> cli.Parser:
+    """The command line."""
+    parser = cli.Parser(
+        prog="python -m jlora.effort", description="Effort against benefit of fine-tuning on your rows."
+    )
+    parser.add_argument("--config", required=True, help="YAML file of the fine-tuning; data.eval says what to judge by")
+    parser.add_argument(
+        "--base", action="append", metavar="DIR", help="base model; repeat for more; default: model.path"
+    )
+    parser.add_argument("--rows", type=numbers, default="10,30,100,300,1000", metavar="N,N", help="rows to train on")
+    parser.add_argument("--shots", type=numbers, default="3", metavar="N,N", help="examples in the prompt")
+    parser.add_argument("--heldout", type=int, default=100, metavar="N", help="at most so many held-out rows")
+    parser.add_argument("--max-new-tokens", type=int, default=128, help="longest answer")
+    parser.add_argument("--batch-size", type=int, default=8, help="prompts answered together")
+    parser.add_argument("--price", type=float, help="dollars per device-hour; without it no cost is shown")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a dotted config key")
+    parser.add_argument("-q", "--quiet", action="store_true", help="no progress")
+    parser.add_argument("--json", action="store_true", help="print settings and results as one JSON object")
+    return parser
+
+
+def read_options(args: argparse.Namespace, cfg: Config) -> Options:
+    """Raises: ConfigError: a number out of its range."""
+    if min(args.heldout, args.max_new_tokens, args.batch_size) < 1:
+        raise ConfigError("--heldout, --max-new-tokens and --batch-size must be at least 1")
+    if args.price is not None and not 0 <= args.price < float("inf"):
+        raise ConfigError("--price must be finite and not negative")
+    bases = list(dict.fromkeys(args.base or [cfg.model.path]))
+    return Options(bases, args.rows, args.shots, args.heldout, args.max_new_tokens, args.batch_size, args.price)
+
+
+def main() -> None:
+    """Command line."""
+    args = make_parser().parse_intermixed_args()
+    xla.use_huge_pages()
+
+    def body() -> int:
+        cfg = load_config(args.config, args.overrides)
+        result, failures, stopped = effort(cfg, read_options(args, cfg), args.quiet)
+        if stopped:
+            if not args.quiet:
+                print("stopped and saved; run the same command again to go on", file=sys.stderr)
+            return cli.PREEMPTED
+        write_effort(Path(cfg.output_dir), result["settings"], result["results"])
+        if args.json:
+            cli.print_json(result)
+        elif not args.quiet:
+            print(f"report: {cfg.output_dir}/effort.html")
+        if failures:
+            raise failures[0]
+        return 0
+
+    cli.run(body)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""Answers against references: exact match, ROUGE-L and chrF, by the libraries that papers use.
+
+Needs rouge-score and sacrebleu (extra `eval`). Knows nothing of models or rows.
+"""
+
+import importlib.util
+import re
+from typing import Any
+
+from jlora.errors import ConfigError
+
+METRICS = {"exact_match": "Exact match", "rouge_l": "ROUGE-L", "chrf": "chrF"}
+_WORD = re.compile(r"[^\W_]+")
+
+
+class _Words:
+    """ROUGE's words: runs of letters and digits in lower case, of any script.
+
+    rouge-score's own tokenizer keeps a to z and 0 to 9 alone, so an answer in Greek has no words. On ASCII both agree.
+    """
+
+    def tokenize(self, text: str) -> list[str]:
+        return _WORD.findall(text.lower())
+
+
+def require_scores() -> None:
+    """Raises: ConfigError: a library that scores is not installed."""
+    missing = [name for name in ("rouge_score", "sacrebleu") if importlib.util.find_spec(name) is None]
+    if missing:
+        names = " and ".join(name.replace("_", "-") for name in missing)
+        raise ConfigError(f"scoring answers needs {names}, not installed here; pip install 'jlora[eval]'")
+
+
+def score(answers: list[str], references: list[str]) -> tuple[dict[str, float], list[dict[str, float]]]:
+    """Scores of all answers together, and of each.
+
+    `exact_match`: the share of answers equal to the reference, but for space around them. `rouge_l`: F-measure of the
+    longest common subsequence of words (0 to 1), the mean over answers. `chrf`: character n-gram F-score (0 to 100), of
+    all n-grams together, as sacrebleu computes it for a corpus.
+
+    Raises:
+      ConfigError: see `require_scores`.
+    """
+    require_scores()
+    from rouge_score.rouge_scorer import RougeScorer
+    from sacrebleu.metrics import CHRF
+
+    rouge, chrf = RougeScorer(["rougeL"], tokenizer=_Words()), CHRF()
+    each: list[dict[str, float]] = []
+    for answer, reference in zip(answers, references, strict=True):
+        each.append(
+            {
+                "exact_match": float(answer.strip() == reference.strip()),
+                "rouge_l": float(rouge.score(reference, answer)["rougeL"].fmeasure),
+                "chrf": float(chrf.sentence_score(answer, [reference]).score),
+            }
+        )
+    total = {name: sum(one[name] for one in each) / len(each) for name in ("exact_match", "rouge_l")}
+    return total | {"chrf": float(chrf.corpus_score(answers, [references]).score)}, each
+
+
+def describe_scores(scores: dict[str, Any]) -> str:
+    """Scores in a line."""
+    return f"exact match {scores['exact_match']:.1%}, ROUGE-L {scores['rouge_l']:.4f}, chrF {scores['chrf']:.2f}"
