@@ -20,7 +20,7 @@ from jlora.redaction import redact
 # Before transformers is imported: it reports at every start that PyTorch is not there, which it need not be.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
-COMMANDS = ("train", "data", "plan", "generate", "evaluate", "effort", "export", "config")
+COMMANDS = ("train", "data", "plan", "generate", "evaluate", "effort", "export", "report", "config")
 PREEMPTED = 75
 # What is wrong with the user's disk, not with us.
 FILE_ERRORS = (

@@ -99,6 +99,18 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
+def memory_now() -> dict[str, int]:
+    """Bytes that this process holds, and those of its first device where it counts them."""
+    held = {}
+    try:
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+        held["host_bytes"] = pages * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, IndexError):  # not Linux
+        pass
+    in_use = (jax.local_devices()[0].memory_stats() or {}).get("bytes_in_use")
+    return held if in_use is None else held | {"device_bytes": in_use}
+
+
 class ProgressLine:
     """A bar with loss, tokens/s and time left on a terminal; a plain line now and then in a log file."""
 
@@ -201,7 +213,7 @@ class StepMeter:
             line = {"step": step, "epoch": self._epochs.epoch_at(step), **values}
             if skip:
                 line |= {"skipped": skip, "rows": rows}
-            self._log.write(line | {"tokens": total, "tokens_per_second": rate})
+            self._log.write(line | {"tokens": total, "tokens_per_second": rate} | memory_now())
             self._progress.update(step, [self.loss], rate)
         if not skip:
             return

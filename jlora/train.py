@@ -39,6 +39,7 @@ from jlora.running import (
     saves_left,
     warn_of_length,
 )
+from jlora.samples import Samples
 from jlora.sharding import make_mesh
 from jlora.step import (
     TrainState,
@@ -148,6 +149,12 @@ def train(cfg: Config, quiet: bool = False) -> dict[str, Any]:
             progress.say(f"step {step}: held-out {describe_figures(figures)}")
             return figures["loss"]
 
+        samples = None
+        if cfg.training.samples and mesh.size == 1:
+            samples = Samples(run_dir, eval_data or train_data, cfg.training.samples, pretrained, forward.dtype)
+        elif cfg.training.samples:
+            progress.say("training.samples is left out: rows are answered on one device alone")
+
         def compile_step(remat: str, arguments: tuple[Any, ...]) -> Any:
             step_fn = make_train_step(cfg, replace(forward, remat=remat), optimizer, schedule)
             return jax.jit(step_fn, donate_argnums=0).lower(*arguments).compile()
@@ -157,6 +164,8 @@ def train(cfg: Config, quiet: bool = False) -> dict[str, Any]:
         try:
             if start == 0:
                 evaluate(0)
+                if samples is not None:
+                    samples.take("before", optim.combine(state.trained, frozen))
             stopped = stop_after(start)  # while it was loading
             while step < num_steps and not stopped:
                 # While the step before still runs: its figures are waited for only after this one is under way.
@@ -197,6 +206,8 @@ def train(cfg: Config, quiet: bool = False) -> dict[str, Any]:
         finished = step == num_steps
         if finished:
             require_trained(state)
+            if samples is not None:
+                samples.take("after", optim.combine(state.trained, frozen))
         if finished and cfg.method == "lora":
             adapter = optim.combine(state.trained, frozen)["adapter"]
             export_adapter(run_dir / "adapter", adapter, cfg.lora, cfg.model.path, pretrained, forward.dtype, mesh)

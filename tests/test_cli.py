@@ -66,7 +66,8 @@ FLAGS = {
         ),
         *("-q", "--json"),
     ],
-    "config": ["--help"],
+    "report": ["--out"],
+    "config": ["--schema", "--from", "--devices", "--out", "--json"],
 }
 
 
@@ -125,7 +126,7 @@ def world(tmp_path_factory):
         folder / "rows.jsonl",
         folder / "run",
         data={"max_length": 320, "eval": str(folder / "eval.jsonl")},
-        training={"save_every": 2, "eval_every": 2},
+        training={"save_every": 2, "eval_every": 2, "samples": 2},
     )
     done = shell("train", "--config", folder / "config.yaml", "-q", "--json")
     assert done.returncode == 0, done.stderr
@@ -209,6 +210,30 @@ def test_metrics_file(world):
     assert [line["step"] for line in evals] == [0, 2, 4]
     for line in evals:
         assert line["eval_perplexity"] == pytest.approx(math.exp(line["eval_loss"]))
+
+
+def test_samples_before_and_after(world):
+    """The first held-out rows, answered by the base and by what was trained, in the run folder and in its report."""
+    samples = json.loads((world / "run" / "samples.json").read_text(encoding="utf-8"))["samples"]
+    first = json.loads((world / "eval.jsonl").read_text(encoding="utf-8").splitlines()[0])
+    assert len(samples) == 2 and all(sample.keys() == {"prompt", "wanted", "before", "after"} for sample in samples)
+    assert first["instruction"] in samples[0]["prompt"] and first["output"] not in samples[0]["prompt"]
+    assert first["output"] in samples[0]["wanted"]
+    assert [sample["before"] for sample in samples] != [sample["after"] for sample in samples]
+    page = (world / "run" / "report.html").read_text(encoding="utf-8")
+    assert page.count('<div class="sample">') == 2 and "In the data" in page
+
+
+def test_report_again_and_of_two_runs(world, here, tmp_path):
+    code, out, err = here("report", world / "run", "--out", tmp_path / "one.html")
+    assert (code, out.strip(), err) == (0, str(tmp_path / "one.html"), "")
+    assert (tmp_path / "one.html").read_bytes() == (world / "run" / "report.html").read_bytes()
+    code, out, err = here("report", world / "run", world / "run")
+    assert code == 2 and "--out FILE" in one_sentence(err)
+    code, out, err = here("report", world / "base")
+    assert code == 2 and "is no run folder" in one_sentence(err)
+    code, out, err = here("report", world / "run", "--out", tmp_path / "none" / "one.html")
+    assert code == 2 and "none" in one_sentence(err)
 
 
 def test_summary(world):

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from jlora.report import write_report
+from jlora.runs_compared import compare
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}
-CHARTS = ("Loss", "Learning rate", "Gradient norm", "Speed")
+CHARTS = ("Loss", "Learning rate", "Gradient norm", "Speed", "Memory")
 
 
 class Page(HTMLParser):
@@ -67,6 +68,7 @@ def train_line(step: int, **changes: object) -> dict[str, object]:
         "tokens": 900 * step,
         "tokens_per_second": 812.0,
         "skipped_steps": 0,
+        "host_bytes": 2**30 + step,
     }
     return line | changes
 
@@ -292,8 +294,43 @@ def test_a_failed_write_leaves_the_old_page(tmp_path: Path, monkeypatch: pytest.
     def refuse(*_: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr("jlora.report.os.replace", refuse)
+    monkeypatch.setattr("jlora.run_files.os.replace", refuse)
     with pytest.raises(OSError, match="disk full"):
         write_report(tmp_path)
     assert (tmp_path / "report.html").read_bytes() == old
     assert [p.name for p in tmp_path.iterdir() if p.name.endswith(".tmp")] == []
+
+
+def make_run(folder: Path, scale: float, rank: int) -> Path:
+    """A run's folder of 30 steps, with answers to the same prompts."""
+    folder.mkdir(parents=True)
+    lines = [train_line(step, loss=1 + scale / step) for step in range(1, 31)]
+    lines += [{"step": step, "eval_loss": 1 + scale / (step + 1)} for step in (0, 15, 30)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    samples = [{"prompt": "Why?", "before": "old", "after": f"because of {rank}"}]
+    summary = SUMMARY | {"eval_loss": 1 + scale / 31, "samples": samples}
+    (folder / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
+    (folder / "config.yaml").write_text(f"lora: {{rank: {rank}, alpha: 16}}\nmethod: lora\n", encoding="utf-8")
+    return folder
+
+
+def test_several_runs_in_one_page(tmp_path: Path) -> None:
+    folders = [
+        make_run(tmp_path / parent / "run<1>", scale, rank) for parent, scale, rank in (("a", 3, 4), ("b", 2, 8))
+    ]
+    markup = compare(folders)
+    page = Page(markup)
+    assert page.problems == [] and "<script" not in markup and "http:" not in markup
+    charts = page.charts()
+    assert {"Training loss", "Held-out loss", "Host memory"} <= set(charts) and "Device memory" not in charts
+    assert set(charts["Held-out loss"]) >= {"c0", "c1"}
+    assert "Lowest held-out loss: b/run<1>" in page.text
+    differing = page.text[page.text.index("What differs") :]
+    assert "lora.rank" in differing and "lora.alpha" not in differing and "method" not in differing
+    assert differing.count("old") == 1 and "because of 4" in differing and "because of 8" in differing
+
+
+def test_runs_that_are_alike_or_empty_have_a_page(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    markup = compare([make_run(tmp_path / "whole", 2, 4), tmp_path / "empty", tmp_path / "empty"])
+    assert Page(markup).problems == []

@@ -2,7 +2,7 @@
 
 from jlora.config.mixture import Source
 from jlora.config.reading import describe, load_config, read_yaml
-from jlora.config.reference import main, reference, yaml_scalar
+from jlora.config.reference import json_schema, reference, yaml_scalar
 from jlora.config.section import Section, nearest
 from jlora.config.sections import (
     ATTENTION_PROJECTIONS,
@@ -42,6 +42,7 @@ __all__ = [
     "Source",
     "TrainingSection",
     "describe",
+    "json_schema",
     "load_config",
     "main",
     "nearest",
@@ -50,3 +51,10 @@ __all__ = [
     "variants",
     "yaml_scalar",
 ]
+
+
+def main() -> None:
+    """The command; imported late, for it knows of exit codes and of JAX, which a config does not."""
+    from jlora.config.__main__ import main as command
+
+    command()

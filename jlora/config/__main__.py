@@ -1,6 +1,58 @@
-"""`python -m jlora.config`: print the configuration reference."""
+"""`python -m jlora.config`: the configuration reference, its JSON schema, or another tool's file converted."""
 
-from jlora.config import main
+import sys
+from pathlib import Path
+
+from jlora import cli
+from jlora.config.convert import convert, describe_notes
+from jlora.config.reference import json_schema, reference
+from jlora.errors import ConfigError
+from jlora.summary import write_text
+
+
+def main() -> None:
+    """Command line."""
+    parser = cli.Parser(
+        prog="python -m jlora.config",
+        description="Print the configuration reference as Markdown, its JSON schema, or another tool's file converted.",
+    )
+    parser.add_argument("--schema", action="store_true", help="print the JSON schema, for editors")
+    parser.add_argument("--from", dest="source", metavar="FILE", help="convert an Axolotl or torchtune LoRA YAML")
+    parser.add_argument("--devices", type=int, default=1, help="devices FILE ran on: its batch is each one's")
+    parser.add_argument("--out", metavar="FILE", help="write there instead of stdout")
+    parser.add_argument("--json", action="store_true", help="with --from: print config and notes as JSON on stdout")
+    args = parser.parse_args()
+    if (args.schema or args.json) and bool(args.source) == args.schema:
+        parser.error("--schema stands alone, and --json goes with --from")
+    if args.devices < 1:
+        parser.error(f"--devices {args.devices}: at least one")
+
+    def body() -> None:
+        if not args.source:
+            write(json_schema() if args.schema else reference())
+            return
+        peer, text, notes = convert(args.source, args.devices)
+        head = [f"# From {peer}'s {args.source}, for {args.devices} device(s).", *describe_notes(notes)]
+        if args.json:
+            if args.out:
+                write(head[0] + "\n" + text)
+            found = [{"key": n.key, "value": n.value, "effect": n.effect, "why": n.why} for n in notes]
+            cli.print_json({"peer": peer, "config": text, "notes": found})
+            return
+        write(head[0] + "\n" + text)
+        print("\n".join(head[1:] or ["every key has its counterpart"]), file=sys.stderr)
+
+    def write(text: str) -> None:
+        if not args.out:
+            print(text, end="")
+            return
+        try:
+            write_text(Path(args.out), text)
+        except OSError as error:
+            raise ConfigError(f"--out {args.out}: can not be written ({error.strerror}); name another") from None
+
+    cli.run(body)
+
 
 if __name__ == "__main__":
     main()

@@ -10,8 +10,8 @@ from jlora.config.section import NonEmpty, Section
 class Source(Section):
     """One source of a mixture; without weights, every row of every source comes once an epoch."""
 
-    path: NonEmpty
-    weight: Annotated[float, Field(gt=0.0)] | None = None
+    path: NonEmpty = Field(description="file, folder or hub data set")
+    weight: Annotated[float, Field(gt=0.0)] | None = Field(None, description="share of an epoch, of the weights' sum")
 
 
 def check_mixture(entries: list[Any]) -> list[Any]:

@@ -1,5 +1,6 @@
 """The configuration as documentation: a table a section, made from the models."""
 
+import json
 from typing import Any, get_args
 
 import yaml
@@ -14,6 +15,14 @@ def reference() -> str:
         "# Configuration reference",
         "",
         "Made by `python -m jlora.config`. Any key can be overridden on the command line as `dotted.key=value`.",
+        "",
+        "An editor with a YAML language server checks and completes a config whose first line is",
+        "",
+        "```yaml",
+        "# yaml-language-server: $schema=../docs/config.schema.json",
+        "```",
+        "",
+        "with the path of [the JSON schema](config.schema.json), which `python -m jlora.config --schema` prints.",
     ]
     top = [name for name, field in Config.model_fields.items() if not _is_section(field.annotation)]
     lines += ["", "## Top level", "", *_table({name: Config.model_fields[name] for name in top})]
@@ -43,9 +52,7 @@ def yaml_scalar(value: Any) -> str:
     return yaml.safe_dump(value, default_flow_style=True).strip().removesuffix("...").strip()
 
 
-def main() -> None:
-    """Print the configuration reference."""
-    from jlora.cli import Parser  # here alone: nothing else of a config is a command
-
-    Parser(prog="python -m jlora.config", description=reference.__doc__).parse_args()
-    print(reference(), end="")
+def json_schema() -> str:
+    """The configuration as a JSON schema, by which an editor checks and completes a config file."""
+    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema"} | Config.model_json_schema()
+    return json.dumps(schema | {"title": "jlora configuration"}, indent=1, ensure_ascii=False) + "\n"

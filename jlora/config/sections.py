@@ -242,6 +242,11 @@ class TrainingSection(Section):
     neftune_noise_alpha: Annotated[float, Field(gt=0.0)] | None = Field(
         None, description="noise on embeddings in training, within alpha / sqrt(length * width) (arXiv:2310.05914)"
     )
+    samples: Annotated[int, Field(ge=0, le=32)] = Field(
+        0,
+        description="rows, held-out ones if there are, that are answered before and after training, for report.html; "
+        "on one device alone",
+    )
     wandb: str | None = Field(None, description="Weights & Biases project to log to; needs the wandb package")
 
     @model_validator(mode="after")

@@ -49,6 +49,8 @@ def variants(cfg: Config) -> list[Config]:
         raise ConfigError("a sweep trains adapters over one frozen base; set method=lora, or take sweep out")
     if cfg.sweep and cfg.training.wandb:
         raise ConfigError("training.wandb logs one run of a process; take it out of the sweep")
+    if cfg.sweep and cfg.training.samples:
+        raise ConfigError("training.samples is for a run of its own; take it out of the sweep")
     if cfg.sweep and (cfg.lora.rank_pattern or cfg.lora.alpha_pattern or cfg.lora.layers_to_transform):
         raise ConfigError(
             "a sweep has one rank and one scale for all layers of a run; take lora.rank_pattern, alpha_pattern and "

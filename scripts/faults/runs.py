@@ -131,9 +131,8 @@ def final_state(run_dir: Path) -> str:
 
     if wait(apart(body, run_dir.with_suffix(".log"))):
         raise Lost(f"{run_dir}: its last state can not be read")
-    lines = [
-        {k: v for k, v in line.items() if k != "tokens_per_second"} for line in read_metrics(run_dir / "metrics.jsonl")
-    ]
+    measured = ("tokens_per_second", "host_bytes", "device_bytes")
+    lines = [{k: v for k, v in line.items() if k not in measured} for line in read_metrics(run_dir / "metrics.jsonl")]
     parts = [str(last), out.read_text(encoding="utf-8"), json.dumps(lines)]
     parts.append((run_dir / "checkpoints" / str(last) / "data" / "metadata").read_text(encoding="utf-8"))
     whole = hashlib.sha256("\n".join(parts).encode())

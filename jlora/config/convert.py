@@ -1,0 +1,100 @@
+"""Another tool's LoRA configuration as a jlora one, and a list of what it lost on the way.
+
+Owns which tools are known and how the outcome is written. The tables are the tools' own modules.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from jlora.config import axolotl, torchtune
+from jlora.config.reading import describe, read_yaml
+from jlora.config.rules import Conversion, Effect, Note
+from jlora.config.sections import Config
+from jlora.errors import ConfigError
+
+PEERS = (axolotl, torchtune)
+HEADINGS: dict[Effect, str] = {
+    "result": "CHANGES THE RESULT, and has no counterpart here:",
+    "cost": "changes speed, memory or bookkeeping alone:",
+    "aside": "not needed here:",
+}
+
+
+def convert(path: str | Path, devices: int) -> tuple[str, str, list[Note]]:
+    """Convert an Axolotl or torchtune YAML.
+
+    Args:
+      devices: how many the peer's file runs on, whose batches it counts each by itself.
+
+    Returns:
+      The tool's name, the jlora config as YAML, which `load_config` takes, and the notes, the gravest first.
+
+    Raises:
+      ConfigError: no file, none of the two, or a value that no jlora config can hold.
+    """
+    path = Path(path)
+    try:
+        tree = read_yaml(path)
+    except OSError as error:
+        raise ConfigError(f"{path}: can not be read ({error.strerror}); check --from") from None
+    except ValueError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+    if isinstance(tree, dict):
+        for peer in PEERS:
+            if peer.is_ours(tree):
+                try:
+                    converted = peer.convert(tree, devices)
+                except ConfigError as error:
+                    raise ConfigError(f"{path}: {error}") from None
+                except (TypeError, ValueError, AttributeError) as error:
+                    raise ConfigError(f"{path}: not as {peer.NAME} documents it: {error}") from None
+                return peer.NAME, _finish(path, converted), _sorted(converted.notes)
+    raise ConfigError(
+        f"{path}: looks like no configuration of Axolotl (base_model) or torchtune (model._component_); see "
+        "docs/migration.md"
+    )
+
+
+def _finish(path: Path, converted: Conversion) -> str:
+    """The config as YAML, validated."""
+    tree = converted.tree
+    for key, stand_in in (("data.train", "rows.jsonl"), ("model.path", "base"), ("output_dir", f"runs/{path.stem}")):
+        if not converted.get(key):
+            converted.set(key, stand_in)
+            converted.note(key, None, "result", f"is not in the file; {stand_in} stands for it")
+    try:
+        Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(f"{path}: converted, {describe(error)}; change that key in the file") from None
+    ordered = {name: tree[name] for name in Config.model_fields if name in tree}
+    return yaml.safe_dump(ordered, sort_keys=False, allow_unicode=True)
+
+
+def _sorted(notes: list[Note]) -> list[Note]:
+    order = list(HEADINGS)
+    return sorted(dict.fromkeys(_hashable(note) for note in notes), key=lambda note: order.index(note.effect))
+
+
+def _hashable(note: Note) -> Note:
+    return Note(note.key, _shown(note.value), note.effect, note.why)
+
+
+def _shown(value: Any) -> str:
+    """One line of a value, short."""
+    text = "" if value is None else " ".join(yaml.safe_dump(value, default_flow_style=True, width=10**6).split())
+    text = text.removesuffix(" ...")
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def describe_notes(notes: list[Note]) -> list[str]:
+    """The notes as lines for people, the gravest first, under a heading each."""
+    lines: list[str] = []
+    for effect, heading in HEADINGS.items():
+        found = [note for note in notes if note.effect == effect]
+        if found:
+            lines.append(heading)
+        lines += [f"  {note.key}{f': {note.value}' if note.value else ''} -- {note.why}" for note in found]
+    return lines

@@ -1,0 +1,127 @@
+"""What becomes of one key of another tool's configuration, and what is told about it.
+
+Owns the vocabulary in which `jlora.config.axolotl` and `jlora.config.torchtune` are written. Knows no tool.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+# What a key without a counterpart changes: the trained adapter; how fast it is trained, or in how much memory; neither.
+Effect = Literal["result", "cost", "aside"]
+
+
+@dataclass(frozen=True)
+class Note:
+    """One key of the peer that is not in the jlora config as it was."""
+
+    key: str
+    value: Any
+    effect: Effect
+    why: str
+
+
+@dataclass(frozen=True)
+class To:
+    """A key that has a counterpart.
+
+    Attributes:
+      ours: dotted jlora key.
+      convert: the peer's value as ours; raises `Differs` where there is none.
+    """
+
+    ours: str
+    convert: Callable[[Any], Any] = lambda value: value
+
+
+@dataclass(frozen=True)
+class Without:
+    """A key that has none.
+
+    Attributes:
+      harmless: values at which the peer does what jlora does anyway, so that nothing is to be told.
+    """
+
+    effect: Effect
+    why: str
+    harmless: tuple[Any, ...] = ()
+
+
+class Differs(Exception):
+    """A value that jlora has no equal for.
+
+    Attributes:
+      instead: what is taken for it; None leaves the default.
+    """
+
+    def __init__(self, why: str, effect: Effect = "result", instead: Any = None) -> None:
+        super().__init__(why)
+        self.effect, self.instead = effect, instead
+
+
+Table = dict[str, To | Without]
+
+
+@dataclass
+class Conversion:
+    """A jlora config that grows, and the notes on what it lacks.
+
+    Attributes:
+      tree: nested keys, as in a config file.
+      notes: in the order in which they were met.
+    """
+
+    tree: dict[str, Any] = field(default_factory=dict)
+    notes: list[Note] = field(default_factory=list)
+
+    def set(self, key: str, value: Any) -> None:
+        """Set a dotted jlora key; the later one counts."""
+        *parents, leaf = key.split(".")
+        tree = self.tree
+        for name in parents:
+            tree = tree.setdefault(name, {})
+        tree[leaf] = value
+
+    def get(self, key: str) -> Any:
+        """A dotted key that was set, or None."""
+        section, _, leaf = key.partition(".")
+        value = self.tree.get(section)
+        return value.get(leaf) if leaf and isinstance(value, dict) else value
+
+    def note(self, key: str, value: Any, effect: Effect, why: str) -> None:
+        """Say of a peer's key what became of it."""
+        self.notes.append(Note(key, value, effect, why))
+
+    def apply(self, key: str, value: Any, rule: To | Without) -> None:
+        """Do with one set key of the peer as its row of the table says."""
+        if isinstance(rule, Without):
+            if value not in rule.harmless:
+                self.note(key, value, rule.effect, rule.why)
+            return
+        try:
+            self.set(rule.ours, rule.convert(value))
+        except Differs as differs:
+            self.note(key, value, differs.effect, str(differs))
+            if differs.instead is not None:
+                self.set(rule.ours, differs.instead)
+        except (TypeError, ValueError):
+            self.note(key, value, "result", f"is not of the kind that {rule.ours} takes, and was left out")
+
+
+def one_of(choices: dict[Any, Any], else_: Any) -> Callable[[Any], Any]:
+    """A conversion by table; any other value differs, and `else_` is taken for it."""
+
+    def convert(value: Any) -> Any:
+        try:
+            if value in choices:
+                return choices[value]
+        except TypeError:  # a list or a mapping
+            pass
+        raise Differs(f"jlora has no such choice; {else_} is taken", instead=else_)
+
+    return convert
+
+
+def is_set(value: Any) -> bool:
+    """Whether a key was given a value at all: peers' files name many keys and leave them empty."""
+    return value is not None and value != "" and value != [] and value != {}

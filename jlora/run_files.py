@@ -1,0 +1,107 @@
+"""What a run's folder holds for its pages, however broken or unfinished. Knows nothing of HTML."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jlora.charts import Point, drawable
+
+KEYS = (
+    *("loss", "eval_loss", "learning_rate", "grad_norm", "tokens_per_second", "skipped_steps"),
+    *("host_bytes", "device_bytes"),
+)
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """A run as its files tell it.
+
+    Attributes:
+      name: its folder's.
+      records: the usable lines of metrics.jsonl, and `unreadable` the number of others.
+      series: values by step of each of `KEYS`; bytes in GiB.
+      summary: summary.json, empty where there is none yet.
+      config: config.yaml as it stands.
+    """
+
+    name: str
+    records: list[dict[str, Any]]
+    unreadable: int
+    series: dict[str, list[Point]]
+    summary: dict[str, Any]
+    config: str
+
+    def figure(self, key: str, logged: str) -> Any:
+        """A figure of the summary, or else the last value logged."""
+        return self.summary[key] if self.summary.get(key) is not None else last_value(self.series[logged])
+
+    def held_out(self) -> tuple[Any, Any]:
+        """Held-out loss before and after training."""
+        points = self.series["eval_loss"]
+        before, after = self.summary.get("eval_loss_before"), self.summary.get("eval_loss")
+        before = last_value([p for p in points if p[0] == 0]) if before is None else before
+        return before, last_value([p for p in points if p[0] > 0]) if after is None else after
+
+
+def read_run(run_dir: Path) -> RunFiles:
+    """Everything of a folder; each file may be missing or partial."""
+    records, unreadable = read_records(run_dir / "metrics.jsonl")
+    series = {key: series_of(records, key) for key in KEYS}
+    for key in ("host_bytes", "device_bytes"):
+        series[key] = [(step, None if value is None else value / GIB) for step, value in series[key]]
+    summary = parse(read_text(run_dir / "summary.json")) or {}
+    if "samples" not in summary and (samples := parse(read_text(run_dir / "samples.json"))):
+        summary = summary | samples  # of a run that goes on: those before it
+    return RunFiles(run_dir.resolve().name, records, unreadable, series, summary, read_text(run_dir / "config.yaml"))
+
+
+def write_page(path: Path, page: str) -> None:
+    """Write a page whole or not at all."""
+    # Not tempfile: its files are private (0600), and the page should follow the user's umask.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(page.encode("utf-8", "replace"))  # a lone surrogate in a sample becomes "?"
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_text(path: Path) -> str:
+    """A file as text; empty where there is none."""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def parse(text: str) -> dict[str, Any] | None:
+    """A JSON object, or None for anything else."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def read_records(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The usable records, and how many lines other than a torn last one could not be used."""
+    *whole, torn = read_text(path).split("\n")  # not splitlines(): JSON strings may hold U+2028
+    parsed = [parse(line) or {} for line in (*whole, torn)]
+    records = [record for record in parsed if drawable(record.get("step")) is not None]
+    wanted = sum(1 for line in whole if line.strip()) + (drawable(parsed[-1].get("step")) is not None)
+    return records, wanted - len(records)
+
+
+def series_of(records: list[dict[str, Any]], key: str) -> list[Point]:
+    """Values by step. A resumed run logs some steps twice; the later line is the one that counted."""
+    return sorted({drawable(r["step"]) or 0.0: drawable(r[key]) for r in records if key in r}.items())
+
+
+def last_value(points: list[Point]) -> float | None:
+    """The last value that can be drawn."""
+    return next((y for _, y in reversed(points) if y is not None), None)

@@ -1,0 +1,75 @@
+"""What a run answers to a few of its own rows, before and after training. Knows nothing of HTML."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from jlora import attention
+from jlora.data import Dataset
+from jlora.generate import Sampling, generate
+from jlora.pretrained import Pretrained
+from jlora.summary import write_text
+
+# Tokens of an answer, and of a text without a prompt that stand for one.
+NEW_TOKENS = 96
+TEXT_PROMPT = 24
+FILE = "samples.json"
+
+
+def choose(dataset: Dataset, count: int, pretrained: Pretrained) -> tuple[list[list[int]], list[dict[str, Any]]]:
+    """Prompts from the first rows of the data, token ids each, and the samples that they begin.
+
+    A row's prompt is what comes before its first trained token; of a plain text, some of its first tokens.
+    """
+    prompts, samples = [], []
+    for example in dataset.examples[:count]:
+        sequence = example.sequences()[0]
+        start = int(np.argmax(sequence.trained))
+        start = start if start > 1 else min(TEXT_PROMPT, len(sequence.ids) // 2)
+        decode = pretrained.tokenizer.decode
+        prompts.append(sequence.ids[:start].tolist())
+        samples.append(
+            {"prompt": decode(sequence.ids[:start].tolist()), "wanted": decode(sequence.ids[start:].tolist())}
+        )
+    return prompts, samples
+
+
+class Samples:
+    """Greedy answers of a run to a few of its rows, kept in the run folder from before the first step on."""
+
+    def __init__(self, run_dir: Path, dataset: Dataset, count: int, pretrained: Pretrained, dtype: jnp.dtype):
+        self._path, self._pretrained, self._dtype = run_dir / FILE, pretrained, dtype
+        self._prompts, self._samples = choose(dataset, count, pretrained)
+
+    def take(self, when: str, parts: dict[str, Any]) -> None:
+        """Answer with `parts`, {"base", "adapter"} as they are now, and write it down as `when`: before or after."""
+        kept = read_samples(self._path)
+        if [sample.get("prompt") for sample in kept] == [sample["prompt"] for sample in self._samples]:
+            self._samples = kept
+        *_, texts = generate(
+            replace(self._pretrained, base=parts["base"]),
+            parts["adapter"],
+            self._prompts,
+            kernel=attention.reference,  # of few queries and many keys
+            dtype=self._dtype,
+            max_new_tokens=NEW_TOKENS,
+            sampling=Sampling(0.0, 1.0),
+            seed=0,
+        )
+        decode: Callable[[list[int]], str] = self._pretrained.tokenizer.decode
+        self._samples = [sample | {when: decode(ids)} for sample, ids in zip(self._samples, texts, strict=True)]
+        write_text(self._path, json.dumps({"samples": self._samples}, indent=2) + "\n")
+
+
+def read_samples(path: Path) -> list[dict[str, Any]]:
+    """The samples of a file; none where it is missing or no such file."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))["samples"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+    return found if isinstance(found, list) and all(isinstance(sample, dict) for sample in found) else []

@@ -1,0 +1,117 @@
+"""Pages as a browser lays them out: headless Chromium, a probe script within the page, and screenshots."""
+
+import html
+import json
+import re
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+NAMES = ("chromium", "chromium-browser", "google-chrome-stable", "google-chrome")
+FLAGS = (
+    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--hide-scrollbars"),
+    *("--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-extensions"),
+    *("--disable-dev-shm-usage", "--password-store=basic", "--use-mock-keychain"),
+)
+# Looks into the frame that holds the page, and leaves what is wrong with its layout as JSON in the outer document.
+PROBE = """
+<script>
+addEventListener("load", () => {
+  const frame = document.querySelector("iframe"), view = frame.contentWindow, page = frame.contentDocument;
+  const wide = frame.clientWidth, wrong = [], rects = [];
+  const name = e => (e.tagName + " " + (e.textContent || "").trim().replace(/\\s+/g, " ")).slice(0, 60);
+  const style = e => view.getComputedStyle(e);
+  const seen = e => { const r = e.getBoundingClientRect(); return r.width > 0 && r.height > 0
+    && style(e).visibility !== "hidden" && style(e).opacity !== "0" && e.checkVisibility(); };
+  const scrolls = e => { for (let p = e.parentElement; p; p = p.parentElement)
+    if (/auto|scroll|hidden/.test(style(p).overflowX) && p !== page.documentElement && p !== page.body) return true; };
+  const across = page.documentElement.scrollWidth;
+  if (across > wide) wrong.push("the page is " + across + " px wide in " + wide);
+  for (const e of page.body.querySelectorAll("*")) {
+    if (!seen(e) || e.closest("script,style")) continue;
+    const r = e.getBoundingClientRect();
+    if ((r.right > wide + 1 || r.left < -1) && !scrolls(e)) wrong.push("sticks out: " + name(e));
+    if (e.scrollWidth > e.clientWidth + 1 && /hidden|clip/.test(style(e).overflowX) && e.clientWidth > 1)
+      wrong.push("cut off: " + name(e));
+    for (const node of e.childNodes) {
+      if (node.nodeType !== 3 || !node.textContent.trim()) continue;
+      const range = page.createRange();
+      range.selectNodeContents(node);
+      for (const box of range.getClientRects()) if (box.width > 1 && box.height > 1) rects.push([box, e]);
+    }
+  }
+  rects.sort((a, b) => a[0].top - b[0].top);
+  for (let i = 0; i < rects.length; i++) for (let j = i + 1; j < rects.length; j++) {
+    const [a, ea] = rects[i], [b, eb] = rects[j];
+    if (b.top >= a.bottom) break;
+    if (ea === eb) continue;
+    const x = Math.min(a.right, b.right) - Math.max(a.left, b.left);
+    const y = Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top);
+    // Boxes of lines hold room above and below the letters.
+    if (x > 1 && y > 0.4 * Math.min(a.height, b.height)) wrong.push("overlap: " + name(ea) + " | " + name(eb));
+  }
+  const small = [...page.querySelectorAll("svg text")].filter(seen)
+    .filter(e => e.getBoundingClientRect().height < 10).map(name);
+  const charts = [...page.querySelectorAll("svg[role=img]")].filter(seen).map(s => ({
+    label: s.getAttribute("aria-label"), texts: [...s.querySelectorAll("text")].map(t => t.textContent)}));
+  const out = document.createElement("pre");
+  out.id = "probe";
+  out.textContent = JSON.stringify({wide, height: page.documentElement.scrollHeight,
+    wrong: [...new Set(wrong)], small, charts});
+  document.body.replaceChildren(out);
+});
+</script>
+"""
+
+
+def find() -> str | None:
+    """The browser of this machine."""
+    return next((path for name in NAMES if (path := shutil.which(name))), None)
+
+
+def _run(*arguments: str) -> str:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
+        done = subprocess.run(
+            [str(find()), *FLAGS, f"--user-data-dir={profile}", *arguments],
+            capture_output=True,
+            text=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=120,
+        )
+    return done.stdout
+
+
+def _framed(page: Path, width: int, height: int, extra: str, folder: Path) -> Path:
+    """A page of `width` px within a page, for a window is never narrower than some 500 px."""
+    source = html.escape(page.read_text(encoding="utf-8"), quote=True)
+    frame = folder / f"{page.stem}-{width}{'-probe' if extra else ''}.html"
+    style = f"border:0;display:block;width:{width}px;height:{height}px"
+    frame.write_text(
+        f'<!DOCTYPE html><meta charset="utf-8">{extra}<body style="margin:0"><iframe style="{style}" '
+        f'srcdoc="{source}"></iframe></body>',
+        encoding="utf-8",
+    )
+    return frame
+
+
+def probe(page: Path, width: int, folder: Path) -> dict[str, Any]:
+    """What is wrong with the layout of a page at a width.
+
+    Returns:
+      wide, height: px; wrong: sentences; small: texts of charts below 10 px; charts: label and texts of each.
+    """
+    found = _run("--window-size=1400,1000", "--dump-dom", _framed(page, width, 1000, PROBE, folder).as_uri())
+    match = re.search(r'<pre id="probe">(.*?)</pre>', found, re.DOTALL)
+    assert match, found[-2000:]
+    result: dict[str, Any] = json.loads(html.unescape(match[1]))
+    return result
+
+
+def screenshot(page: Path, width: int, height: int, out: Path, folder: Path) -> Path:
+    """A PNG of a page."""
+    window = f"--window-size={max(width, 500)},{height}"
+    _run(window, f"--screenshot={out}", _framed(page, width, height, "", folder).as_uri())
+    return out
