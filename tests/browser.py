@@ -18,8 +18,8 @@ FLAGS = (
 # Looks into the frame that holds the page, and leaves what is wrong with its layout as JSON in the outer document.
 PROBE = """
 <script>
-addEventListener("load", () => {
-  const frame = document.querySelector("iframe"), view = frame.contentWindow, page = frame.contentDocument;
+const look = frame => {
+  const view = frame.contentWindow, page = frame.contentDocument;
   const wide = frame.clientWidth, wrong = [], rects = [];
   const name = e => (e.tagName + " " + (e.textContent || "").trim().replace(/\\s+/g, " ")).slice(0, 60);
   const style = e => view.getComputedStyle(e);
@@ -56,10 +56,12 @@ addEventListener("load", () => {
     .filter(e => e.getBoundingClientRect().height < 10).map(name);
   const charts = [...page.querySelectorAll("svg[role=img]")].filter(seen).map(s => ({
     label: s.getAttribute("aria-label"), texts: [...s.querySelectorAll("text")].map(t => t.textContent)}));
+  return {wide, height: page.documentElement.scrollHeight, wrong: [...new Set(wrong)], small, charts};
+};
+addEventListener("load", () => {
   const out = document.createElement("pre");
   out.id = "probe";
-  out.textContent = JSON.stringify({wide, height: page.documentElement.scrollHeight,
-    wrong: [...new Set(wrong)], small, charts});
+  out.textContent = JSON.stringify([...document.querySelectorAll("iframe")].map(look));
   document.body.replaceChildren(out);
 });
 </script>
@@ -84,34 +86,36 @@ def _run(*arguments: str) -> str:
     return done.stdout
 
 
-def _framed(page: Path, width: int, height: int, extra: str, folder: Path) -> Path:
-    """A page of `width` px within a page, for a window is never narrower than some 500 px."""
+def _framed(page: Path, sizes: list[tuple[int, int]], extra: str, folder: Path) -> Path:
+    """A page in frames of such widths and heights, for a window is never narrower than some 500 px."""
     source = html.escape(page.read_text(encoding="utf-8"), quote=True)
-    frame = folder / f"{page.stem}-{width}{'-probe' if extra else ''}.html"
-    style = f"border:0;display:block;width:{width}px;height:{height}px"
-    frame.write_text(
-        f'<!DOCTYPE html><meta charset="utf-8">{extra}<body style="margin:0"><iframe style="{style}" '
-        f'srcdoc="{source}"></iframe></body>',
-        encoding="utf-8",
+    frames = "".join(
+        f'<iframe style="border:0;display:block;width:{width}px;height:{height}px" srcdoc="{source}"></iframe>'
+        for width, height in sizes
     )
-    return frame
+    outer = folder / f"{page.stem}-framed.html"
+    outer.write_text(
+        f'<!DOCTYPE html><meta charset="utf-8">{extra}<body style="margin:0">{frames}</body>', encoding="utf-8"
+    )
+    return outer
 
 
-def probe(page: Path, width: int, folder: Path) -> dict[str, Any]:
-    """What is wrong with the layout of a page at a width.
+def probe(page: Path, widths: tuple[int, ...], folder: Path) -> list[dict[str, Any]]:
+    """What is wrong with the layout of a page at each width.
 
     Returns:
       wide, height: px; wrong: sentences; small: texts of charts below 10 px; charts: label and texts of each.
     """
-    found = _run("--window-size=1400,1000", "--dump-dom", _framed(page, width, 1000, PROBE, folder).as_uri())
+    outer = _framed(page, [(width, 1000) for width in widths], PROBE, folder)
+    found = _run("--window-size=1400,1000", "--dump-dom", outer.as_uri())
     match = re.search(r'<pre id="probe">(.*?)</pre>', found, re.DOTALL)
     assert match, found[-2000:]
-    result: dict[str, Any] = json.loads(html.unescape(match[1]))
+    result: list[dict[str, Any]] = json.loads(html.unescape(match[1]))
     return result
 
 
 def screenshot(page: Path, width: int, height: int, out: Path, folder: Path) -> Path:
     """A PNG of a page."""
     window = f"--window-size={max(width, 500)},{height}"
-    _run(window, f"--screenshot={out}", _framed(page, width, height, "", folder).as_uri())
+    _run(window, f"--screenshot={out}", _framed(page, [(width, height)], "", folder).as_uri())
     return out
