@@ -5,10 +5,17 @@ one into a line on stderr and the exit code below; anything else that is raised 
 """
 
 
+LONGEST = 3000  # characters: a value from the user's files may be of any length
+
+
 class UserError(Exception):
-    """Base class; never raised itself."""
+    """Base class; never raised itself. The middle of a very long message is left out."""
 
     exit_code = 1
+
+    def __init__(self, message: str = ""):
+        half = LONGEST // 2
+        super().__init__(message if len(message) <= LONGEST else f"{message[:half]} ... {message[-half:]}")
 
 
 class ConfigError(UserError):
