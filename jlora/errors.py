@@ -4,7 +4,6 @@ Every message is one sentence that says what is wrong, where, and what to do. `j
 one into a line on stderr and the exit code below; anything else that is raised is a bug of ours (1).
 """
 
-
 LONGEST = 3000  # characters: a value from the user's files may be of any length
 
 

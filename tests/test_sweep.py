@@ -140,7 +140,9 @@ def test_a_bad_entry_is_one_sentence(tiny, entries, says, capsys):
 
 def test_what_can_not_be_trained_together_is_refused(tiny, capsys, monkeypatch):
     path = configure(tiny, [{"name": "a"}, {"name": "b", "lora.rank": 2}], "bad.yaml")
-    for override, says in (("method=full", "set method=lora"), ("optimizer.name=adafactor", "ranks of a sweep")):
+    refused = {"method=full": "set method=lora", "optimizer.name=adafactor": "ranks of a sweep"}
+    refused |= {"training.samples=2": "training.samples is for a run of its own"}
+    for override, says in refused.items():
         monkeypatch.setattr("sys.argv", ["train", "--config", str(path), override])
         with pytest.raises(SystemExit) as ended:
             jlora.train.main()
