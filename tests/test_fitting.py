@@ -42,6 +42,7 @@ def temporaries(result):
     return result["peak_bytes"] - result["argument_bytes"]
 
 
+@pytest.mark.slow
 def test_each_policy_holds_less_and_computes_more(ladder):
     """The order that docs/remat.md tells, `auto` walks and the search relies on."""
     cfg, _, plans = ladder

@@ -131,6 +131,7 @@ def test_tiny_model(tmp_path, names):
 
 
 @needs_data
+@pytest.mark.slow
 def test_a_real_model_of_260_thousand_parameters(tmp_path):
     reviews = SHARED / "reviews" / "sephora_reviews.jsonl"
     config = write_config(
