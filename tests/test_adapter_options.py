@@ -57,7 +57,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 WITH_BIAS = ("bias_all", "bias_lora_only")
 # What every run of the suite tests; all other pairs of an option and a base are left to the slow campaign.
 QUICK = {
-    *(("dora", "gqa"), ("pissa_patterns", "gqa"), ("saved", "gqa"), ("bias_all", "biased")),
+    *(("pissa_patterns", "gqa"), ("saved", "gqa"), ("bias_all", "biased")),
     *(("dora_rslora_some_layers", "stories260K"), ("olora", "stories260K"), ("patterns", "stories260K")),
 }
 PAIRS = [(name, base) for name in OPTIONS for base in (["biased"] if name in WITH_BIAS else BASES[:2])]

@@ -68,6 +68,7 @@ def test_dense_trains_the_same_on_both_sides():
     assert result["loss_difference"] < 1e-4  # over all steps
 
 
+@pytest.mark.slow
 def test_rows_packs_ours_and_pads_the_peers(tmp_path):
     tiny.make_tokenizer(tmp_path / "tokenizer")
     data = tiny.make_rows(tmp_path / "rows.jsonl", 40)

@@ -187,6 +187,7 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(material, alone, 
     require_the_same(run_dir, alone)
 
 
+@pytest.mark.slow
 def test_a_stuck_process_is_noticed_and_named(material, tmp_path):
     # The first step compiles, for longer than this test wants to wait for the third.
     stuck = """

@@ -280,6 +280,7 @@ def test_a_quantised_layout_is_never_the_faster(config):
         assert guesses[0] < guesses[1] or layout == plain
 
 
+@pytest.mark.slow
 def test_search_from_the_command_line(config):
     sizes = ("--topology", "cpu:4", "training.batch_size=8", "--compilations", "3")
     done = plan(config, *sizes, "--search", "--json")
@@ -399,6 +400,7 @@ def test_the_documented_card_is_whole(tmp_path):
 # The picture.
 
 
+@pytest.mark.slow
 def test_one_picture_shows_every_topology(config, tmp_path):
     path = tmp_path / "memory.png"
     sizes = ("training.batch_size=2",)

@@ -149,6 +149,7 @@ def finished(unbroken, material, tmp_path):
     return config, tmp_path / "again" / "run"
 
 
+@pytest.mark.slow
 def test_killed_before_and_after_a_checkpoint(material, unbroken, tmp_path):
     config, run_dir = configure(material, tmp_path / "killed"), tmp_path / "killed" / "run"
     code = send_when(start(config), signal.SIGKILL, lambda: last_step(run_dir) >= 1)
