@@ -20,6 +20,14 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 torch.set_num_threads(1)
 
 
+LONG = {"test_cli", "test_distributed", "test_model", "test_quant", "test_resume", "test_train"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first: a file is one process's, and a long one begun last would run alone."""
+    items.sort(key=lambda item: item.path.stem not in LONG)
+
+
 @pytest.fixture(autouse=True)
 def _no_signal_handlers_left(request: pytest.FixtureRequest):
     """A run in this process takes SIGINT and SIGTERM; give them back."""
