@@ -6,10 +6,11 @@ nothing of runs.
 
 from __future__ import annotations
 
-import html
 import math
 from collections.abc import Callable
 from typing import Any
+
+from jlora.page import escape, frame
 
 Point = tuple[float, float | None]  # (step, value); None is a step whose value cannot be drawn
 Line = tuple[str, str, list[Point]]  # CSS class, legend label, points
@@ -17,8 +18,6 @@ Style = Callable[[float], str]
 
 DOT = '<circle cx="11" cy="5" r="4"/>'
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 400, 250, 52, 20, 30, 44
-# Control characters are invalid in HTML even when escaped, and a sample may hold any of them.
-CONTROLS = {c: "\N{REPLACEMENT CHARACTER}" for c in (*range(32), *range(127, 160)) if c not in (9, 10, 13)}
 CSS = """
 :root{color-scheme:light dark;--bg:#fcfcfb;--panel:#fff;--text:#1a1a19;--muted:#5f5e5a;--grid:#e6e5e1;
 --axis:#8a8984;--train:#2a78d6;--eval:#d2541f;--bad:#b3261e;--good:#1b7340}
@@ -181,11 +180,6 @@ def _curve(kind: str, points: list[Point], place: Callable[[float, float], tuple
     return f'<g class="{kind}"><path d="{path}"/>{dots}</g>' if path else ""
 
 
-def escaped(value: object) -> str:
-    """Text that is safe within HTML."""
-    return html.escape(str(value).translate(CONTROLS))
-
-
 def mapping(value: object) -> dict[str, Any]:
     """``value`` if it is a mapping, else an empty one."""
     return value if isinstance(value, dict) else {}
@@ -194,7 +188,7 @@ def mapping(value: object) -> dict[str, Any]:
 def shown(value: object, style: Style = "{:,.10g}".format) -> str:
     """A figure from the files: styled when it is a number, as it stands otherwise, a dash when absent."""
     number = drawable(value)
-    return style(number) if number is not None else "–" if value is None else escaped(value)
+    return style(number) if number is not None else "–" if value is None else escape(value)
 
 
 def size(value: float) -> str:
@@ -211,7 +205,7 @@ def duration(seconds: float) -> str:
 
 def table(rows: list[tuple[str, str]]) -> str:
     """Names and values; the values are HTML already."""
-    body = "".join(f'<tr><th scope="row">{escaped(name)}</th><td>{value}</td></tr>' for name, value in rows)
+    body = "".join(f'<tr><th scope="row">{escape(name)}</th><td>{value}</td></tr>' for name, value in rows)
     return f"<table><tbody>{body}</tbody></table>" if rows else '<p class="muted">Not recorded yet.</p>'
 
 
@@ -221,22 +215,15 @@ def perplexity(loss: float) -> str:
 
 
 def page(title: str, header: str, main: str) -> str:
-    """A whole page; nothing in it may be fetched or run."""
-    return f"""<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8">
-<meta name="viewport" content="width=device-width,initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<title>{title}</title><style>{CSS}</style></head><body>
-<header>{header}</header>
-<main>{main}</main></body></html>
-"""
+    """A whole page in this style; the title is plain text, the rest HTML."""
+    return frame(title, CSS, header, main)
 
 
 def answers(parts: list[tuple[str, object]]) -> str:
     """Named texts side by side, verbatim."""
     # HTML drops one line break right after <pre>, so one is always added to keep the text verbatim.
     out = (
-        f'<div><small>{escaped(name)}</small><pre dir="auto">\n{escaped(text or "(empty)")}</pre></div>'
+        f'<div><small>{escape(name)}</small><pre dir="auto">\n{escape(text or "(empty)")}</pre></div>'
         for name, text in parts
     )
     return "".join(out)

@@ -4,8 +4,10 @@ from pathlib import Path
 from typing import Any
 
 from jlora.answers import Question
-from jlora.page import escape, pre, table, write_page
+from jlora.errors import ConfigError
+from jlora.page import CSS, escape, frame, pre, table
 from jlora.scores import METRICS
+from jlora.summary import write_text
 
 # Figure -> its column, how it is written, and whether the least is the best.
 COLUMNS: dict[str, tuple[str, str, bool]] = {
@@ -18,6 +20,24 @@ COLUMNS: dict[str, tuple[str, str, bool]] = {
     "mean_tokens": ("Tokens an answer", "{:.1f}", False),
 }
 UNRANKED = ("mean_tokens",)
+
+
+def write_page(path: Path, title: str, lead: str, body: str) -> None:
+    """Write a page whole or not at all.
+
+    Args:
+      title, lead: plain text, the lead under the title.
+      body: HTML.
+
+    Raises:
+      ConfigError: it can not be written there.
+    """
+    header = f'<h1>{escape(title)}</h1><p class="muted">{escape(lead)}</p>'
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, frame(title, CSS, header, body))
+    except OSError as error:
+        raise ConfigError(f"{path}: can not be written ({error.strerror}); name another file") from None
 
 
 def write_comparison(path: Path, title: str, results: list[dict[str, Any]], questions: list[Question]) -> None:

@@ -5,8 +5,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from jlora.compare import answer_card
-from jlora.page import clean, escape, table, write_page
+from jlora.compare import answer_card, write_page
+from jlora.page import clean, escape, table
 from jlora.scores import METRICS
 
 Record = dict[str, Any]

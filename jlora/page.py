@@ -4,10 +4,6 @@ Owns escaping: every text goes through `escape`, also a row's own. Knows nothing
 """
 
 import html
-from pathlib import Path
-
-from jlora.errors import ConfigError
-from jlora.summary import write_text
 
 # Control characters are invalid in HTML even when escaped, and a row may hold any of them; so may it halves of pairs.
 _REFUSED = {c: "\N{REPLACEMENT CHARACTER}" for c in (*range(32), *range(127, 160)) if c not in (9, 10, 13)}
@@ -76,26 +72,13 @@ def table(headers: list[str], rows: list[list[str]], best: list[int | None] | No
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
-def write_page(path: Path, title: str, lead: str, body: str) -> None:
-    """Write a page whole or not at all.
-
-    Args:
-      title, lead: plain text, the lead under the title.
-      body: HTML.
-
-    Raises:
-      ConfigError: it can not be written there.
-    """
-    text = f"""<!DOCTYPE html>
+def frame(title: str, css: str, header: str, main: str) -> str:
+    """A whole page, of HTML but for its title; nothing in it may be fetched or run."""
+    return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width,initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<title>{escape(title)}</title><style>{CSS}</style></head><body>
-<header><h1>{escape(title)}</h1><p class="muted">{escape(lead)}</p></header>
-<main>{body}</main></body></html>
+<title>{escape(title)}</title><style>{css}</style></head><body>
+<header>{header}</header>
+<main>{main}</main></body></html>
 """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, text)
-    except OSError as error:
-        raise ConfigError(f"{path}: can not be written ({error.strerror}); name another file") from None

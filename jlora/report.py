@@ -17,7 +17,6 @@ from jlora.charts import (
     compact,
     drawable,
     duration,
-    escaped,
     mapping,
     page,
     perplexity,
@@ -28,6 +27,7 @@ from jlora.charts import (
     thinned,
 )
 from jlora.errors import ConfigError
+from jlora.page import escape
 from jlora.run_files import RunFiles, read_run, write_page
 from jlora.runs_compared import MOST_RUNS, compare
 
@@ -66,7 +66,7 @@ def _tiles(run: RunFiles, last_step: float | None) -> str:
         ("Held-out perplexity", f"{shown(before, exp)} → {shown(after, exp)}", "before → after"),
         ("Steps", shown(steps), f"{shown(skipped)} skipped"),
         ("Speed", shown(speed, compact), "tokens per second"),
-        ("Wall time", shown(summary.get("wall_seconds"), duration), escaped(summary.get("device") or "")),
+        ("Wall time", shown(summary.get("wall_seconds"), duration), escape(summary.get("device") or "")),
         ("Peak memory", shown(memory.get("host"), size), f"device {shown(memory.get('device'), size)}"),
         ("Trainable params", shown(summary.get("trainable_params"), compact), share),
     ]
@@ -130,14 +130,14 @@ def _page(run: RunFiles) -> str:
     status = str(summary.get("status"))
     note = f"last logged step {last:,.0f}" if steps else "no metrics yet"
     note += f"; unreadable metric lines ignored: {run.unreadable:,}" if run.unreadable else ""
-    origin = [(f"{k} version", escaped(v)) for k, v in mapping(summary.get("versions")).items()]
-    origin += [(f"{k} hash", f"<code>{escaped(v)}</code>") for k, v in mapping(summary.get("hashes")).items()]
-    config = escaped(run.config or "No config.yaml in the run folder.")
-    name = escaped(run.name)
+    origin = [(f"{k} version", escape(v)) for k, v in mapping(summary.get("versions")).items()]
+    origin += [(f"{k} hash", f"<code>{escape(v)}</code>") for k, v in mapping(summary.get("hashes")).items()]
+    config = escape(run.config or "No config.yaml in the run folder.")
+    name = escape(run.name)
     return page(
-        f"{name}: training report",
+        f"{run.name}: training report",
         f"""<h1>{name}</h1><p><span class="status {status if status in STATUS else ""}">
-{escaped(STATUS.get(status, status))}</span><span class="muted">{note}</span></p>""",
+{escape(STATUS.get(status, status))}</span><span class="muted">{note}</span></p>""",
         f"""<h2>Key figures</h2><div class="tiles">{_tiles(run, last if steps else None)}</div>
 <h2>Curves</h2><div class="charts">{_charts(run, (x_low, max(last, x_low + 1)))}</div>
 <h2>Data</h2>{table(_data_rows(summary))}

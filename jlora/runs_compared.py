@@ -14,7 +14,6 @@ from jlora.charts import (
     compact,
     drawable,
     duration,
-    escaped,
     mapping,
     page,
     perplexity,
@@ -23,6 +22,7 @@ from jlora.charts import (
     smoothed,
     thinned,
 )
+from jlora.page import escape
 from jlora.run_files import RunFiles, read_run
 
 # Lines that a reader still tells apart.
@@ -42,7 +42,7 @@ def compare(folders: list[Path]) -> str:
     """The page of some run folders, in their order."""
     runs = [read_run(folder) for folder in folders]
     plain = _names(runs, folders)
-    names = [escaped(name) for name in plain]
+    names = [escape(name) for name in plain]
     steps = [drawable(record["step"]) or 0.0 for run in runs for record in run.records]
     x_range = (min([0.0, *steps]), max([1.0, *steps]))
     curves = ""
@@ -138,7 +138,7 @@ def _differences(runs: list[RunFiles], names: list[str]) -> str:
     keys = list(dict.fromkeys(key for config in configs for key in config if key != "output_dir"))
     rows = [[config.get(key, "–") for config in configs] for key in keys]
     differing = [
-        [escaped(key), *map(escaped, row)] for key, row in zip(keys, rows, strict=True) if key and len(set(row)) > 1
+        [escape(key), *map(escape, row)] for key, row in zip(keys, rows, strict=True) if key and len(set(row)) > 1
     ]
     return (
         _grid("differences", ["Key", *names], differing)

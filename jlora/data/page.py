@@ -3,10 +3,11 @@
 Knows nothing of how figures are found.
 """
 
-import html
 from typing import Any
 
+from jlora.charts import compact
 from jlora.data.shown import Piece, Shown
+from jlora.page import escape, frame
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 400, 250, 52, 12, 30, 44
 PARTS = {"context": "not trained", "trained": "trained", "cut": "cut off", "special": "special token"}
@@ -57,29 +58,23 @@ def render(title: str, report: dict[str, Any], rows: list[Shown]) -> str:
     state = "error" if "error" in levels else "warning" if levels else "good"
     words = {"error": "would train wrongly", "warning": "read the warnings", "good": "nothing found wrong"}[state]
     checks = "".join(
-        f'<li><b class="{found["level"]}">{found["level"]}</b>{_esc(found["sentence"])}</li>'
+        f'<li><b class="{found["level"]}">{found["level"]}</b>{escape(found["sentence"])}</li>'
         for found in sorted(report["checks"], key=lambda found: found["level"])
     )
     sets = [(name, report[name]) for name in ("train", "eval") if report[name] is not None]
     parts = "".join(f'<span class="{part}">{label}</span>' for part, label in PARTS.items())
     shown = "".join(map(_row, rows)) or '<p class="muted">None asked for.</p>'
-    return f"""<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8">
-<meta name="viewport" content="width=device-width,initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<title>{_esc(title)}: data</title><style>{CSS}</style></head><body>
-<header><h1>Data of {_esc(title)}</h1><p><span class="pill {state}">{words}</span></p></header>
-<main><h2>Key figures</h2><div class="tiles">{_tiles(report)}</div>
+    return frame(
+        f"{title}: data",
+        CSS,
+        f'<h1>Data of {escape(title)}</h1><p><span class="pill {state}">{words}</span></p>',
+        f"""<h2>Key figures</h2><div class="tiles">{_tiles(report)}</div>
 <h2>Checks</h2><ul>{checks or '<li><b class="good">ok</b>nothing found wrong</li>'}</ul>
 <h2>Lengths</h2><div class="charts">{"".join(_chart(name, found) for name, found in sets)}</div>
 <h2>Rows</h2>{_sets(sets)}
 {_sources(report["train"]["sources"])}<h2>Batches of an epoch</h2>{_batches(report["train"]["batches"])}
-<h2>The first rows, as the model sees them</h2><p class="legend">{parts}</p>{shown}</main></body></html>
-"""
-
-
-def _esc(value: object) -> str:
-    return html.escape(str(value))
+<h2>The first rows, as the model sees them</h2><p class="legend">{parts}</p>{shown}""",
+    )
 
 
 def _tiles(report: dict[str, Any]) -> str:
@@ -113,7 +108,7 @@ def _sets(sets: list[tuple[str, dict[str, Any]]]) -> str:
     for name, label in (("min", "shortest"), ("median", "median"), ("p90", "90 % at most"), ("max", "longest")):
         rows.append([f"tokens, {label}", *(f"{found['lengths'][name]:,}" for _, found in sets)])
     for reason in sorted({reason for _, found in sets for reason in found["dropped"]}):
-        rows.append([f"dropped: {_esc(reason)}", *(f"{found['dropped'].get(reason, 0):,}" for _, found in sets)])
+        rows.append([f"dropped: {escape(reason)}", *(f"{found['dropped'].get(reason, 0):,}" for _, found in sets)])
     return _table(["", *(f"data.{name}" for name, _ in sets)], rows)
 
 
@@ -125,7 +120,7 @@ def _sources(sources: list[dict[str, Any]]) -> str:
         weight = "–" if each["weight"] is None else f"{each['weight']:g}"
         figures = (weight, *(f"{each[key]:,}" for key in ("read", "examples", "first_epoch")))
         cells = "".join(f"<td>{value}</td>" for value in figures)
-        body += f'<tr class="path"><td colspan="4">{_esc(each["path"])}</td></tr><tr>{cells}</tr>'
+        body += f'<tr class="path"><td colspan="4">{escape(each["path"])}</td></tr><tr>{cells}</tr>'
     head = "".join(f'<th scope="col">{name}</th>' for name in names)
     table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
     return f"<h2>Sources of the mixture</h2>{table}" if sources else ""
@@ -161,7 +156,7 @@ def _chart(name: str, found: dict[str, Any]) -> str:
     for value in range(0, top + 1, tick):
         body.append(
             f'<path class="{"axis" if value == 0 else "grid"}" d="M{LEFT} {y(value):.1f}H{right}"/>'
-            f'<text x="{LEFT - 6}" y="{y(value) + 4:.1f}" text-anchor="end">{_compact(value)}</text>'
+            f'<text x="{LEFT - 6}" y="{y(value) + 4:.1f}" text-anchor="end">{compact(value)}</text>'
         )
     for low, high, count in bins:
         body.append(
@@ -172,7 +167,7 @@ def _chart(name: str, found: dict[str, Any]) -> str:
     for low in [bin[0] for bin in bins[::every]] + [end] * (len(bins) % every == 0):
         body.append(
             f'<path class="axis" d="M{x(low):.1f} {base}v5"/>'
-            f'<text x="{x(low):.1f}" y="{base + 18}" text-anchor="middle">{_compact(low)}</text>'
+            f'<text x="{x(low):.1f}" y="{base + 18}" text-anchor="middle">{compact(low)}</text>'
         )
     extent = f"{found['lengths']['min']:,} to {found['lengths']['max']:,} tokens"
     return (
@@ -182,19 +177,12 @@ def _chart(name: str, found: dict[str, Any]) -> str:
     )
 
 
-def _compact(value: float) -> str:
-    for size, suffix in ((1e9, "B"), (1e6, "M"), (1e4, "k")):
-        if value >= size:
-            return f"{value / min(size, 1e3 if suffix == 'k' else size):.3g}{suffix}"
-    return f"{value:,}"
-
-
 def _row(row: Shown) -> str:
     cut = f", {row.cut:,} cut off" if row.cut else ""
-    what = _esc(row.bad) if row.bad else f"{row.tokens:,} tokens, {row.trained:,} trained{cut}"
+    what = escape(row.bad) if row.bad else f"{row.tokens:,} tokens, {row.trained:,} trained{cut}"
     blocks = "".join(f'<pre dir="auto">\n{_tokens(pieces)}</pre>' for pieces in row.sequences)
     bad = ' class="error"' if row.bad else ""
-    return f'<section class="row"><p><b>{_esc(row.where)}</b> <small{bad}>{what}</small></p>{blocks}</section>'
+    return f'<section class="row"><p><b>{escape(row.where)}</b> <small{bad}>{what}</small></p>{blocks}</section>'
 
 
 def _tokens(pieces: list[Piece]) -> str:
@@ -206,7 +194,7 @@ def _tokens(pieces: list[Piece]) -> str:
         if piece.part == "gap":
             out += f" … {piece.text} … "
             continue
-        text = _esc(piece.text).replace("\n", '<span class="end">↵</span>\n')
+        text = escape(piece.text).replace("\n", '<span class="end">↵</span>\n')
         special = ' class="special"' if piece.special else ""
         out += f'<i{special} title="{piece.id}">{text}</i>'
     return out + ("</span>" if before else "")
