@@ -21,7 +21,7 @@ import pydantic
 from jax.experimental import topologies
 from pydantic import ConfigDict, PositiveFloat, PositiveInt, TypeAdapter, ValidationError
 
-from jlora.config import read_yaml
+from jlora.config import read_yaml_of
 from jlora.errors import ConfigError
 from jlora.xla import GPU_MEMORY_FRACTION
 
@@ -191,12 +191,7 @@ def read_gpu(path: Path) -> Gpu:
     Raises:
       ConfigError: the file can not be read, or a key is unknown, missing or of a wrong value.
     """
-    try:
-        tree = read_yaml(path)
-    except OSError as error:
-        raise ConfigError(f"{path}: can not be read ({error.strerror}); check --topology") from None
-    except ValueError as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+    tree = read_yaml_of("--topology", path)
     try:
         return TypeAdapter(Gpu).validate_python(tree)
     except ValidationError as error:

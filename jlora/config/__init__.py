@@ -1,7 +1,7 @@
 """The run configuration: YAML file + `dotted.key=value` overrides -> one validated `Config`."""
 
 from jlora.config.mixture import Source
-from jlora.config.reading import describe, load_config, read_yaml
+from jlora.config.reading import describe, load_config, read_yaml, read_yaml_of
 from jlora.config.reference import json_schema, reference, yaml_scalar
 from jlora.config.section import Section, nearest
 from jlora.config.sections import (
@@ -47,6 +47,7 @@ __all__ = [
     "main",
     "nearest",
     "read_yaml",
+    "read_yaml_of",
     "reference",
     "variants",
     "yaml_scalar",

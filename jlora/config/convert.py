@@ -10,7 +10,7 @@ import yaml
 from pydantic import ValidationError
 
 from jlora.config import axolotl, torchtune
-from jlora.config.reading import describe, read_yaml
+from jlora.config.reading import describe, read_yaml_of
 from jlora.config.rules import Conversion, Effect, Note
 from jlora.config.sections import Config
 from jlora.errors import ConfigError
@@ -36,12 +36,7 @@ def convert(path: str | Path, devices: int) -> tuple[str, str, list[Note]]:
       ConfigError: no file, none of the two, or a value that no jlora config can hold.
     """
     path = Path(path)
-    try:
-        tree = read_yaml(path)
-    except OSError as error:
-        raise ConfigError(f"{path}: can not be read ({error.strerror}); check --from") from None
-    except ValueError as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+    tree = read_yaml_of("--from", path)
     if isinstance(tree, dict):
         for peer in PEERS:
             if peer.is_ours(tree):

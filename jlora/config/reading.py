@@ -27,12 +27,7 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
       ConfigError: unreadable file, bad YAML, unknown key (with the nearest name) or bad value.
     """
     path = Path(path)
-    try:
-        tree = read_yaml(path)
-    except OSError as error:
-        raise ConfigError(f"{path}: can not be read ({error.strerror}); check --config") from None
-    except ValueError as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+    tree = read_yaml_of("--config", path)
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: must hold keys such as model and data, not {type(tree).__name__}")
     for override in overrides:
@@ -102,6 +97,20 @@ def read_yaml(path: Path) -> Any:
     if len(content) > MAX_YAML_BYTES:
         raise ValueError(f"more than {MAX_YAML_BYTES >> 10} KiB")
     return parse_yaml(content.decode("utf-8"))
+
+
+def read_yaml_of(flag: str, path: Path) -> Any:
+    """As `read_yaml`, of a file that the user names with a flag.
+
+    Raises:
+      ConfigError: it can not be read, or is no such YAML.
+    """
+    try:
+        return read_yaml(path)
+    except OSError as error:
+        raise ConfigError(f"{path}: can not be read ({error.strerror}); check {flag}") from None
+    except ValueError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from None
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:
