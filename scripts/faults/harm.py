@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from runs import ROOT, Campaign, Lost, apart, began_at, committed, final_state, trained, wait
+from trials import ROOT, Campaign, Lost, apart, began_at, committed, final_state, trained, wait
 
 from jlora import manifest
 from jlora.metrics import read_metrics
