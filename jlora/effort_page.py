@@ -16,13 +16,15 @@ COLOURS, MARKERS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B
 INK, GREY, GRID = "#222222", "#666666", "#dddddd"
 VARIABLES = {INK: "var(--text)", GREY: "var(--muted)", GRID: "var(--grid)"}
 SHOWN_PROMPTS = 5
-# What is drawn over the strategies: figure -> title and the side on which it is better.
+# What is drawn over the strategies: figure -> title and axis.
 PANELS = {
-    "loss": ("Held-out loss, nats a token", "lower is better"),
-    "rouge_l": ("ROUGE-L of answers, 0 to 1", "higher is better"),
-    "chrf": ("chrF of answers, 0 to 100", "higher is better"),
+    "loss": ("Held-out loss, lower is better", "nats a token"),
+    "rouge_l": ("ROUGE-L of answers, higher is better", "ROUGE-L, 0 to 1"),
+    "chrf": ("chrF of answers, higher is better", "chrF, 0 to 100"),
 }
 MINUTES = "Held-out loss against minutes of training"
+# Where a label may stand beside its point, in typographic points, the first free one of them.
+PLACES = (("left", 4, 4), ("left", 4, -12), ("right", -4, 4), ("right", -4, -12), ("left", 8, -4), ("right", -8, -4))
 
 
 def write_effort(folder: Path, settings: Record, results: list[Record]) -> None:
@@ -37,13 +39,14 @@ def write_effort(folder: Path, settings: Record, results: list[Record]) -> None:
     body = "<h2>In short</h2>"
     for name, records in by_base.items():
         body += f"<h3>{escape(name)}</h3><ul>{''.join(f'<li>{escape(text)}</li>' for text in verdict(records))}</ul>"
-    figures = [_figure(MINUTES if key is None else PANELS[key][0], panel_svg(by_base, key)) for key in (*PANELS, None)]
+    figures = [_figure(_title(key), panel_svg(by_base, key)) for key in (*PANELS, None)]
     body += f'<h2>Effort against benefit</h2><div class="grid wide">{"".join(figures)}</div>'
     for name, records in by_base.items():
         body += f"<h2>{escape(name)}</h2>{_tables(records)}"
     body += f"<h2>How it was measured</h2>{_method(settings)}<h2>Answers</h2>"
-    for number, first in enumerate(results[0]["answers"][:SHOWN_PROMPTS]):
-        several = len(by_base) > 1
+    asked = results[0]["answers"]
+    for number in shown([answer["prompt"] for answer in asked]):
+        first, several = asked[number], len(by_base) > 1
         said = [
             (f"{name}: {record['name']}" if several else record["name"], record["answers"][number])
             for name, records in by_base.items()
@@ -52,6 +55,14 @@ def write_effort(folder: Path, settings: Record, results: list[Record]) -> None:
         body += answer_card(number, first["prompt"], first["reference"], said)
     lead = f"{settings['heldout_rows']} held-out rows, the same for every strategy; measured on {settings['device']}."
     write_page(folder / "effort.html", "Does fine-tuning pay?", lead, body)
+
+
+def shown(prompts: list[str]) -> list[int]:
+    """The prompts whose answers are printed: one of each instruction (a first line), then the first of all."""
+    kinds: dict[str, int] = {}
+    for number, prompt in enumerate(prompts):
+        kinds.setdefault(prompt.partition("\n")[0], number)
+    return sorted([*dict.fromkeys([*kinds.values(), *range(len(prompts))])][:SHOWN_PROMPTS])
 
 
 def verdict(records: list[Record]) -> list[str]:
@@ -164,13 +175,17 @@ def _figure(title: str, svg: str) -> str:
     return f"<figure><figcaption>{escape(title)}</figcaption>{svg}</figure>"
 
 
+def _title(key: str | None) -> str:
+    return MINUTES if key is None else PANELS[key][0]
+
+
 def draw(by_base: dict[str, list[Record]], path: Path) -> None:
     """All panels as one picture."""
     pyplot = _pyplot()
     figure, axes = pyplot.subplots(2, 2, figsize=(10, 7), layout="constrained")
     for axis, key in zip(axes.flat, (*PANELS, None), strict=True):
         _panel(axis, by_base, key)
-        axis.set_title(MINUTES if key is None else PANELS[key][0], loc="left", fontsize=11, color=INK)
+        axis.set_title(_title(key), loc="left", fontsize=11, color=INK)
     figure.savefig(path, dpi=110, facecolor="white")
     pyplot.close(figure)
 
@@ -190,6 +205,7 @@ def panel_svg(by_base: dict[str, list[Record]], key: str | None) -> str:
     svg = re.sub(
         r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1), count=1
     )
+    svg = svg.replace("<svg", f'<svg role="img" aria-label="{escape(_title(key))}"', 1)
     svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\1{key or 'minutes'}-", svg)
     for colour, variable in VARIABLES.items():
         svg = svg.replace(colour, variable)
@@ -209,14 +225,14 @@ def _panel(axis: Any, by_base: dict[str, list[Record]], key: str | None) -> None
     """One figure over the strategies in order of effort; without a key the loss over minutes of training."""
     order = list(dict.fromkeys((r["shots"], r["rows"], r["short"]) for records in by_base.values() for r in records))
     names = [short for _, _, short in sorted(order, key=lambda one: (one[1], one[0]))]
+    labelled: list[tuple[float, float, str]] = []
     for number, (name, records) in enumerate(by_base.items()):
         style = {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)]}
         style["label"] = clean(name).replace("$", "\\$")  # no formula
         if key is None:
             points = [((r["training"] or {}).get("seconds", 0.0) / 60, r["loss"], r["short"]) for r in records]
             axis.plot([x for x, _, _ in points], [y for _, y, _ in points], linestyle="", markersize=5, **style)
-            for x, y, short in points:
-                axis.annotate(short, (x, y), (4, 4), textcoords="offset points", fontsize=9, color=GREY)
+            labelled += points
         else:
             xs = [names.index(record["short"]) for record in records]
             axis.plot(xs, [record[key] for record in records], linewidth=1.5, markersize=5, **style)
@@ -238,3 +254,23 @@ def _panel(axis: Any, by_base: dict[str, list[Record]], key: str | None) -> None
     axis.spines[["left", "bottom"]].set_color(GRID)
     if len(by_base) > 1:
         axis.legend(frameon=False, fontsize=9, labelcolor=INK)
+    if key is None:
+        _label(axis, labelled)
+
+
+def _label(axis: Any, points: list[tuple[float, float, str]]) -> None:
+    """Names beside their points, where they cover neither another name nor a point, if there is such a place."""
+    axis.figure.draw_without_rendering()  # the axes have their final scale only then
+    taken = [axis.transData.transform((x, y)) for x, y, _ in points]
+    boxes: list[Any] = []
+    for x, y, text in points:
+        for side, right, up in PLACES:
+            style = {"textcoords": "offset points", "fontsize": 9, "color": GREY, "ha": side}
+            note = axis.annotate(text, (x, y), (right, up), **style)
+            box = note.get_window_extent()
+            if not box.count_overlaps(boxes) and not any(box.contains(*point) for point in taken):
+                break
+            note.remove()
+        else:
+            box = axis.annotate(text, (x, y), PLACES[0][1:], **style | {"ha": "left"}).get_window_extent()
+        boxes.append(box)

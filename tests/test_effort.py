@@ -178,6 +178,13 @@ def figures():
     return found | {"answers": [answer]}
 
 
+def test_every_instruction_is_among_the_answers_shown():
+    moods = ["bad"] * 7 + ["good", "mixed", "bad"]
+    prompts = [f"Write a {mood} review.\n\nProduct {number}" for number, mood in enumerate(moods)]
+    assert effort_page.shown(prompts) == [0, 1, 2, 7, 8]
+    assert effort_page.shown(["a", "b"]) == [0, 1] and effort_page.shown([]) == []
+
+
 def test_several_bases_with_hostile_names(tmp_path):
     settings = {"heldout_rows": 1, "training_rows": 9, "left_out": 2, "train": HOSTILE, "seed": 0, "batch_size": 1}
     settings |= {"max_new_tokens": 4, "device": HOSTILE, "devices": 1, "price": 2.0}
