@@ -1,11 +1,9 @@
-"""The lm-evaluation-harness on a jlora model, on tasks made here: its log-probabilities against two references.
-
-Skipped where lm_eval is not installed (extra `harness`).
-"""
+"""The lm-evaluation-harness on a jlora model, on tasks made here: its log-probabilities against two references."""
 
 import json
 import math
 
+import lm_eval
 import numpy as np
 import pytest
 import torch
@@ -24,9 +22,6 @@ def test_without_the_library_it_says_so(monkeypatch, capsys):
     with pytest.raises(SystemExit) as exit:
         harness.main()
     assert exit.value.code == 2 and capsys.readouterr().err.count("\n") == 1
-
-
-lm_eval = pytest.importorskip("lm_eval", reason="lm_eval is not here; pip install 'jlora[harness]'")
 
 
 def request(kind, *arguments):
