@@ -131,33 +131,6 @@ def _in_place(x: Array, order: Int[Array, "G N"]) -> Array:
 
 
 def _over_chunks(
-    chunk: int, to_hidden: bool, to_head: bool, hidden: Array, head: Array, targets: Array, weights: Array
-) -> tuple[Float[Array, "G N"], Float[Array, "G N D"] | None, Float[Array, "V D"] | None]:
-    """As `_chunk_by_chunk`, but where it is mapped over a leading dim (adapters that share a head), the tokens of all
-    become those of one call: one product with the head, and still no more logits at once than a chunk's."""
-    compute = jax.custom_batching.custom_vmap(partial(_chunk_by_chunk, chunk, to_hidden, to_head))
-
-    @compute.def_vmap
-    def _(size: int, batched: Any, *arguments: Array) -> tuple[Any, Any]:
-        hidden, head, targets, weights = arguments
-        assert not (batched[1] or to_head), "the head is shared by what is mapped, and frozen"
-
-        def merge(x: Array, has: bool) -> Array:
-            x = x if has else jnp.broadcast_to(x, (size, *x.shape))
-            return jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, *x.shape[3:])
-
-        def part(x: Array) -> Array:
-            return jnp.moveaxis(x.reshape(x.shape[0], size, -1, *x.shape[2:]), 1, 0)
-
-        flags = batched[0], batched[2], batched[3]
-        flat = [merge(x, has) for x, has in zip((hidden, targets, weights), flags, strict=True)]
-        result = jax.tree.map(part, _over_chunks(chunk, to_hidden, False, flat[0], head, *flat[1:]))
-        return result, jax.tree.map(lambda _: True, result)
-
-    return compute(hidden, head, targets, weights)
-
-
-def _chunk_by_chunk(
     chunk: int,
     to_hidden: bool,
     to_head: bool,

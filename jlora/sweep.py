@@ -1,8 +1,9 @@
 """Many adapters in one step: the runs of a sweep trained together over one frozen base, in one process.
 
 Each run has the folder, rows, state, log and checkpoints that it would have alone, and its result; what they share is
-the base and the compiled step, which is the step of one run mapped over them. Ranks are filled up with zeros to the
-largest, which stay zero. `jlora.train` tells the story of a single run.
+the base and the compiled step, which takes the step of one run after another: on the same shapes as alone, so with the
+same rounding, and with one run's activations at a time. Ranks are filled up with zeros to the largest, which stay zero.
+`jlora.train` tells the story of a single run.
 """
 
 import json
@@ -98,11 +99,12 @@ class _Scaled(Forward):
 def make_sweep_step(cfg: Config, forward: Forward, labels: Tree) -> Callable[..., tuple[TrainState, list[Any]]]:
     """(states [K ...], frozen leaves, batches [K A B T], knobs [K ...]) -> (new states, each run's metrics).
 
-    The products of all runs' tokens with the base are one: the base is not mapped over.
+    Mapped by a loop, not by vmap: products with the tokens of all runs at once would round otherwise than those of a
+    run alone, which AdamW makes steps of where a gradient is next to nothing; and hold all runs' activations.
 
     Args:
       knobs: "rates" [K S], the learning rate of every step; "weight_decay", "scale" and "active" [K]. What is not
-        active stays as it is.
+        active stays as it is, is not computed, and has no metrics.
     """
 
     def one(state: TrainState, frozen: Tree, batch: Tree, knobs: Tree) -> tuple[TrainState, Tree]:
@@ -112,11 +114,16 @@ def make_sweep_step(cfg: Config, forward: Forward, labels: Tree) -> Callable[...
         section = cfg.optimizer.model_copy(update={"weight_decay": knobs["weight_decay"]})
         optimizer = optim.update_rule(section, schedule, labels)
         step = make_train_step(cfg, _Scaled(**vars(forward), scale=knobs["scale"]), optimizer, schedule)
-        new, metrics = step(state, frozen, batch)
-        return jax.tree.map(partial(jnp.where, knobs["active"]), new, state), metrics
+        return step(state, frozen, batch)
 
     def step(states: TrainState, frozen: Tree, batches: Tree, knobs: Tree) -> tuple[TrainState, list[Any]]:
-        new, metrics = jax.vmap(one, in_axes=(0, None, 0, 0))(states, frozen, batches, knobs)
+        def if_active(run: tuple[TrainState, Tree, Tree]) -> tuple[TrainState, Tree]:
+            state, batch, own = run
+            _, metrics = jax.eval_shape(one, state, frozen, batch, own)
+            nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), metrics)
+            return jax.lax.cond(own["active"], lambda: one(state, frozen, batch, own), lambda: (state, nothing))
+
+        new, metrics = jax.lax.map(if_active, (states, batches, knobs))
         count = len(knobs["active"])
         return new, [jax.tree.map(lambda x, k=k: x[k], metrics) for k in range(count)]
 
@@ -284,9 +291,6 @@ def _train(
     _, frozen = optim.partition(params, labels)
     remat = next((run.identity["remat"] for run in runs if "remat" in run.identity), cfg.model.remat)
     failures: list[str] = []
-    slots: list[Run] = []  # the runs in the stacked state; some may have ended
-    states: Any = None
-    knobs: Any = None
     compiled: Any = None
 
     def live() -> list[Run]:
@@ -335,15 +339,10 @@ def _train(
             evaluate(run)
         elif run.step == run.num_steps and run.summary is None:  # it ended between its checkpoint and its summary
             end(run)
+    slots = live()  # the runs in the stacked state; they end one by one
+    states, knobs = (stack(slots, wide), make_knobs(slots)) if slots else (None, {})
     ticks, stopped, started = min(run.step for run in runs), False, time.monotonic()
-    while live() and not stopped:
-        if 2 * len(live()) <= len(slots) or not slots:
-            # A run that has ended still costs its share, so the step is made anew for those that are left.
-            for k, run in enumerate(slots):
-                run.state = own_state(states, k, run)
-            slots, compiled = live(), None
-            states, knobs = stack(slots, wide), make_knobs(slots)
-        taking = live()
+    while (taking := live()) and not stopped:
         rows = {run.name: next(run.batches) for run in taking}
         some = next(iter(rows.values()))
         batch = {name: np.stack([rows.get(run.name, some)[name] for run in slots]) for name in some}
