@@ -59,6 +59,7 @@ def figures(*arguments: str) -> dict:
     return result
 
 
+@pytest.mark.slow
 def test_dense_trains_the_same_on_both_sides():
     result = figures("--mode", "dense", "--length", "32", "--batch", "2", "--peer-modes", "checkpointing")
     assert result["mode"] == "dense" and result["peer_mode"] == "checkpointing"

@@ -174,6 +174,7 @@ def signal_tasks(folder: Path, number: int) -> None:
             os.killpg(int(pid), number)
 
 
+@pytest.mark.slow
 def test_slurm_stops_in_time_and_goes_on(tmp_path):
     """Two tasks find each other by SLURM's variables; its SIGTERM, to all processes of each task, ends both saved."""
     make_llama(tmp_path / "base")
