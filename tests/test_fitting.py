@@ -52,6 +52,7 @@ def test_each_policy_holds_less_and_computes_more(ladder):
     assert flops == sorted(flops) and len(set(flops)) == 5
 
 
+@pytest.mark.slow
 def test_arithmetic_never_rules_out_what_fits(ladder):
     cfg, _, plans = ladder
     for name, result in plans.items():
