@@ -1,6 +1,7 @@
 """Many adapters in one step: each is that of its separate run, with its folder, whatever becomes of the others."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -163,3 +164,14 @@ def test_eight_adapters_take_less_time_together(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout)
     assert found["adapters"] == 8 and found["largest_difference"] <= 1e-5 and found["ratio"] > 1.0
+
+
+@pytest.mark.slow
+def test_on_a_mesh(tiny):
+    """Each adapter is that of its separate run on the same mesh."""
+    config = configure(tiny, SWEEP[:2], "mesh.yaml")
+    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    command = [sys.executable, ROOT / "scripts" / "sweep_side_by_side", "--config", config, "--json"]
+    done = subprocess.run([*command, "mesh.fsdp=2", "mesh.tensor=2"], capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    assert json.loads(done.stdout)["largest_difference"] <= 1e-5
