@@ -239,9 +239,9 @@ def test_a_stopped_child_is_ended():
     ("name", "code", "words"),
     [
         ("config", 2, "optimizer.learning_rate is 0.5 here, 0.005 there"),
-        pytest.param("data", 3, "data is ", marks=pytest.mark.slow),
+        ("data", 3, "data is "),
         ("base", 4, "base is "),
-        pytest.param("library", 2, 'optax is "0.0.1" here', marks=pytest.mark.slow),
+        ("library", 2, 'optax is "0.0.1" here'),
         pytest.param("folder", 2, "does not see it as process 0 does", marks=pytest.mark.slow),
         ("bad row", 3, "rows.jsonl:3"),
     ],

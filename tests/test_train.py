@@ -530,9 +530,9 @@ def test_bfloat16_trains_float32_adapters(tmp_path, record_property):
 
 
 @pytest.mark.parametrize(
-    "name, learning_rate", [("adafactor", 1e-2), ("lion", 2e-3), ("sgd", 1e-1)], ids=lambda x: str(x)
+    "name, learning_rate", [("adamw", 1e-2), ("adafactor", 1e-2), ("lion", 2e-3), ("sgd", 1e-1)], ids=lambda x: str(x)
 )
-def test_every_other_optimizer_lowers_the_loss(tiny, tmp_path, name, learning_rate):
+def test_every_optimizer_lowers_the_loss(tiny, tmp_path, name, learning_rate):
     section = {"name": name, "learning_rate": learning_rate, "schedule": "constant", "weight_decay": 0.01}
     run = open_run(tiny_config(tiny, tmp_path, optimizer=section, training={"batch_size": 24}))
     losses = [line["loss"] for line in take_steps(run, 4)]  # every batch holds all rows
