@@ -44,7 +44,8 @@ def prepare(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         vocab_size=args.vocab,
         max_position_embeddings=max(2048, *args.lengths, args.length),
     )
-    model = LlamaForCausalLM(shape).float()
+    with torch.device("cuda" if args.platform == "gpu" else "cpu"):
+        model = LlamaForCausalLM(shape).to(getattr(torch, args.dtype))
     model.save_pretrained(folder / "base")
     lora = LoraConfig(r=args.rank, lora_alpha=2 * args.rank, target_modules=list(TARGETS), task_type="CAUSAL_LM")
     get_peft_model(model, lora).save_pretrained(folder / "adapter")
@@ -113,11 +114,11 @@ def _parts(args: argparse.Namespace, rows: Rows) -> list[list[int]]:
 
 
 def write_config(args: argparse.Namespace, folder: Path) -> None:
-    """The config of our run, as a user would write it for these rows on a CPU."""
+    """The config of our run, as a user would write it for these rows."""
     import yaml
 
     tree = {
-        "model": {"path": str(folder / "base"), "dtype": "float32", "remat": "dots", "attention": "auto"},
+        "model": {"path": str(folder / "base"), "dtype": args.dtype, "remat": "dots", "attention": "auto"},
         "lora": {"rank": args.rank, "alpha": 2 * args.rank, "init_from": str(folder / "adapter")},
         "data": {"train": args.data, "max_length": args.length, "packing": True},
         "training": {"batch_size": args.batch, "max_steps": 10**6},
@@ -182,9 +183,9 @@ class Ours:
             losses.append(metrics["loss"])
         jax.block_until_ready(self.state)
         seconds = time.perf_counter() - began
-        tokens = epochs.tokens_at(epochs.num_batches(1))
-        losses = [float(loss) for loss in losses]
-        return {"seconds": seconds, "tokens": tokens, "losses": losses, "attention": self.kernel}
+        figures = {"tokens": epochs.tokens_at(epochs.num_batches(1)), "losses": [float(loss) for loss in losses]}
+        held = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+        return figures | {"seconds": seconds, "peak_device": held, "attention": self.kernel}
 
 
 def open_ours(folder: Path, overrides: list[str]) -> tuple[Any, Any, str, Any]:
@@ -214,7 +215,8 @@ class Peer:
 
         disable_progress_bar()
         torch.set_num_threads(args.threads)
-        base = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
+        self.device, self.dtype = torch.device("cuda" if args.platform == "gpu" else "cpu"), getattr(torch, args.dtype)
+        base = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=self.dtype).to(self.device)
         model = PeftModel.from_pretrained(base, folder / "adapter", is_trainable=True)
         model.config.use_cache = False
         if mode == "checkpointing":
@@ -230,19 +232,28 @@ class Peer:
         self.grouped = args.peer_group_by_length
 
     def train(self, rows: Rows) -> dict[str, Any]:
-        """One pass over the rows, in their order or the longest first."""
+        """One pass over the rows, in their order or the longest first; in bfloat16 as transformers' Trainer does it."""
+        import torch
+
         losses = []
         began = time.perf_counter()
         if self.grouped:
             rows = sorted(rows, key=lambda row: -len(row[0]))
         for start in range(0, len(rows), self.batch_size):
-            loss = self.model(**collate(rows[start : start + self.batch_size])).loss
+            batch = collate(rows[start : start + self.batch_size])
+            with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+                loss = self.model(**{name: tensor.to(self.device) for name, tensor in batch.items()}).loss
             loss.backward()
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
-            losses.append(loss.item())
+            losses.append(loss.detach())
+        peak = None
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+            peak = torch.cuda.max_memory_allocated()
         seconds = time.perf_counter() - began
-        return {"seconds": seconds, "tokens": sum(len(ids) for ids, _ in rows), "losses": losses}
+        figures = {"tokens": sum(len(ids) for ids, _ in rows), "losses": [loss.item() for loss in losses]}
+        return figures | {"seconds": seconds, "peak_device": peak}
 
 
 def collate(rows: Rows) -> dict[str, Any]:

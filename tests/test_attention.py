@@ -284,13 +284,14 @@ spec = P("fsdp", None, "tensor", None)
 q, k = (arg((4, 512, n, 128), jnp.bfloat16, spec) for n in (8, 2))
 with jax.set_mesh(mesh):
     text = jax.jit(grads).lower(q, k, k, arg((4, 512), jnp.int32, P("fsdp", None))).compile().as_text()
-print(text.count('custom_call_target="__cudnn$fmha'), "all-gather" in text, "[2,512,4,128]" in text)
+of_the_mask = "bf16[2,1,512,512]{3,2,1,0}, u8[0]" in text  # its gradient, before the workspace
+print(text.count('custom_call_target="__cudnn$fmha'), "all-gather" in text, "[2,512,4,128]" in text, of_the_mask)
 """
 
 
 @pytest.mark.skipif(importlib.util.find_spec("jax_cuda12_plugin") is None, reason="JAX's CUDA plugin is not here")
 def test_cudnn_compiles_for_an_absent_gpu():
-    """Forward and backward over a mesh become cuDNN calls on each device's own rows and heads."""
+    """Forward and backward over a mesh become cuDNN calls on a device's own rows and heads; no mask has a gradient."""
     done = subprocess.run(
         [sys.executable, "-c", GPU_PROGRAM],
         cwd=ROOT,
@@ -299,4 +300,4 @@ def test_cudnn_compiles_for_an_absent_gpu():
         text=True,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.split() == ["2", "False", "True"]
+    assert done.stdout.split() == ["2", "False", "True", "False"]

@@ -123,7 +123,7 @@ def benchmark_costs():
 def answers(rates: list[float], losses: list[float], tokens: int = 100, peak: int = 1000) -> list[dict]:
     """What a process would say: two warm-ups, then one part for each rate."""
     said = [{"seconds": tokens / rate, "tokens": tokens, "losses": losses} for rate in [1.0, 1.0, *rates]]
-    rest = {"peak_rss": peak, "idle_cpu": 0.0, "idle": 1.0, "attention": "reference"}
+    rest = {"peak_rss": peak, "peak_device": None, "idle_cpu": 0.0, "idle": 1.0, "attention": "reference"}
     return [answer | rest for answer in said]
 
 
@@ -132,6 +132,8 @@ def arguments(**changed) -> argparse.Namespace:
     return argparse.Namespace(
         **({"mode": "dense", "peer_modes": ("eager", "compile"), "alternations": 3} | changed),
         threads=1,
+        platform="cpu",
+        dtype="float32",
         peer_huge_pages=False,
         devices=1,
     )

@@ -5,9 +5,11 @@ import json
 import os
 import subprocess
 import sys
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 from tiny import make_llama, make_rows, make_tokenizer, write_config
 
@@ -178,6 +180,21 @@ def test_time_and_cost_are_a_table_of_the_users_own_rows(config):
         assert hours == f"{counts[name + '_tokens'] / 100 / 3600:,.2f}"
         assert dollars == f"{counts[name + '_tokens'] / 100 / 3600 * 2.5:,.2f}"
     assert f"{counts['rows']} rows" in done.stdout and counts["packed_tokens"] < counts["padded_tokens"]
+
+
+@pytest.mark.slow
+def test_the_planned_step_is_taken_on_random_weights(config, capsys):
+    loader = SourceFileLoader("plan_measured", str(Path(__file__).parents[1] / "scripts" / "plan_measured"))
+    script = importlib.util.module_from_spec(importlib.util.spec_from_loader("plan_measured", loader))
+    loader.exec_module(script)
+    sizes = ["data.max_length=64", "training.batch_size=2", "model.quantization=int8"]
+    result = script.measure(load_config(config, sizes), 2)
+    assert len(result["seconds"]) == 3 and min(result["seconds"]) > 0.0
+    assert result["planned_bytes"] > result["argument_bytes"] > 0 and result["measured_bytes"] is None
+    assert result["tokens_per_second"] == pytest.approx(2 * 64 / result["seconds_per_step"])
+    assert abs(result["loss"] - np.log(300)) < 1.0  # random weights know nothing of random tokens
+    script.show(result)
+    assert "GiB planned, not counted by this backend" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="the TPU compiler is installed")
