@@ -7,12 +7,14 @@ import subprocess
 import sys
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
+from unittest import mock
 
 import jax
 import numpy as np
 import pytest
 from tiny import make_llama, make_rows, make_tokenizer, write_config
 
+import jlora.plan
 from jlora import attention
 from jlora.compiled import SHAPES, abstract_step, model_shape, naive
 from jlora.config import load_config
@@ -82,17 +84,33 @@ def test_table_for_people(config):
 
 
 @pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--topology", "gpu:h1000:2"], ["unknown topology 'gpu:h1000:2'", "h100-80gb", "v5p"]),
+        (["--topology", "cpu:0"], ["unknown topology"]),
+        (["--topology", "gpu:absent.yaml:2"], ["absent.yaml: can not be read"]),
+        (["--topology", "cpu:1", "--search", "--compilations", "0"], ["--compilations"]),
+        (["--topology", "cpu:1", "--plot", "a.nonsense"], ["a.nonsense", ".png"]),
+        ([], ["--topology"]),
+    ],
+)
+def test_refusals_before_a_device_is_asked_for(config, arguments, words, monkeypatch, capfd):
+    monkeypatch.setattr(sys, "argv", ["jlora.plan", "--config", str(config), *arguments, "-q"])
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+    with mock.patch.dict(os.environ), pytest.raises(SystemExit) as exit:
+        jlora.plan.main()
+    said = capfd.readouterr().err
+    assert exit.value.code == 2 and said.count("\n") == 1 and "Traceback" not in said
+    for word in words:
+        assert word in said, word
+
+
+@pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
-        (["--topology", "gpu:h1000:2"], 2, ["unknown topology 'gpu:h1000:2'", "h100-80gb", "v5p"]),
-        (["--topology", "cpu:0"], 2, ["unknown topology"]),
         (["--topology", "cpu:8", "mesh.tensor=3"], 2, ["does not cover 8 devices"]),
-        (["--topology", "gpu:absent.yaml:2"], 2, ["absent.yaml: can not be read"]),
-        (["--topology", "cpu:1", "--search", "--compilations", "0"], 2, ["--compilations"]),
-        (["--topology", "cpu:1", "--plot", "a.nonsense"], 2, ["a.nonsense", ".png"]),
         (["--topology", "cpu:3", "mesh.tensor=3"], 2, ["mesh.tensor=3 does not divide", "1 or 2 would"]),
         (["--topology", "cpu:8"], 2, ["can not be split over 8"]),
-        ([], 2, ["--topology"]),
         (["--topology", "cpu:1", "model.path=llama2-70b"], 5, ["does not fit by", "GiB"]),
     ],
 )
