@@ -228,6 +228,8 @@ def train(cfg: Config, quiet: bool = False) -> dict[str, Any]:
         if main:
             write_text(run_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
             write_report(run_dir)
+        # Who has left the job waits host_timeout seconds for the last to leave, and then takes it for lost.
+        distributed.wait_for_all("report written")
     return summary
 
 

@@ -127,6 +127,25 @@ def require_the_same(run_dir, alone):
         np.testing.assert_allclose(found[name], tensor, atol=2e-6, err_msg=name)
 
 
+# The first process takes longer over what it alone does at the end than a silent one may.
+LATE_REPORT = f"""
+import time
+from jlora import train
+write = train.write_report
+train.write_report = lambda run_dir: (time.sleep({HOST_TIMEOUT + 5}), write(run_dir))
+train.main()
+"""
+
+
+@pytest.mark.slow
+def test_a_job_whose_report_takes_long_ends_well(material, alone, tmp_path):
+    run_dir = tmp_path / "run"
+    codes, errors = Job(material / "run.yaml", 2, 1, f"output_dir={run_dir}", "mesh.fsdp=2", code=LATE_REPORT).end()
+    assert codes == [0, 0], errors
+    require_the_same(run_dir, alone)
+    assert (run_dir / "report.html").is_file()
+
+
 def test_two_processes_one_is_killed_and_the_job_goes_on(material, alone, tmp_path):
     config, run_dir = material / "run.yaml", tmp_path / "run"
     overrides = (f"output_dir={run_dir}", "mesh.fsdp=2", "mesh.tensor=2", "-q")
