@@ -90,7 +90,6 @@ def test_table_for_people(config):
         (["--topology", "cpu:0"], ["unknown topology"]),
         (["--topology", "gpu:absent.yaml:2"], ["absent.yaml: can not be read"]),
         (["--topology", "cpu:1", "--search", "--compilations", "0"], ["--compilations"]),
-        (["--topology", "cpu:1", "--plot", "a.nonsense"], ["a.nonsense", ".png"]),
         ([], ["--topology"]),
     ],
 )
@@ -109,6 +108,7 @@ def test_refusals_before_a_device_is_asked_for(config, arguments, words, monkeyp
     ("arguments", "code", "words"),
     [
         (["--topology", "cpu:8", "mesh.tensor=3"], 2, ["does not cover 8 devices"]),
+        (["--topology", "cpu:1", "--plot", "a.nonsense"], 2, ["a.nonsense", ".png"]),
         (["--topology", "cpu:3", "mesh.tensor=3"], 2, ["mesh.tensor=3 does not divide", "1 or 2 would"]),
         (["--topology", "cpu:8"], 2, ["can not be split over 8"]),
         (["--topology", "cpu:1", "model.path=llama2-70b"], 5, ["does not fit by", "GiB"]),
