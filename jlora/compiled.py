@@ -138,15 +138,25 @@ def quantized_parameters(base: Decoder) -> int:
     return sum(leaf.size for leaf in leaves if is_quantized(leaf))
 
 
+def checked_mesh(cfg: Config, devices: list[Any], model: LlamaConfig) -> jax.sharding.Mesh:
+    """The mesh of a config over these devices.
+
+    Raises:
+      ConfigError: it does not match the devices, the model or the batch.
+    """
+    mesh = make_mesh(cfg.mesh, devices)
+    check_divides(model, mesh, cfg)
+    check_batch_split(cfg, mesh)
+    return mesh
+
+
 def held_bytes(cfg: Config, target: Target, model: LlamaConfig) -> int:
     """Bytes of a device that the step's arguments take, without compiling it: less than it needs.
 
     Raises:
       ConfigError: as `plan`.
     """
-    mesh = make_mesh(cfg.mesh, target.devices)
-    check_divides(model, mesh, cfg)
-    check_batch_split(cfg, mesh)
+    mesh = checked_mesh(cfg, target.devices, model)
     with jax.set_mesh(mesh):
         _, arguments, _ = abstract_step(cfg, model, mesh, make_forward(cfg, model, mesh)[1])
         return bytes_per_device(arguments)
@@ -163,10 +173,8 @@ def plan(cfg: Config, target: Target, model: LlamaConfig | None = None, flops: f
     Raises:
       ConfigError: the mesh does not match the devices, the model or the batch.
     """
-    mesh = make_mesh(cfg.mesh, target.devices)
     model = model or model_shape(cfg.model.path)
-    check_divides(model, mesh, cfg)
-    check_batch_split(cfg, mesh)
+    mesh = checked_mesh(cfg, target.devices, model)
     if cfg.model.remat == "auto":
         return _of_the_fastest(cfg, target, model, mesh)
     kernel, forward = make_forward(cfg, model, mesh)

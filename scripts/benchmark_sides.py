@@ -44,8 +44,9 @@ def prepare(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         vocab_size=args.vocab,
         max_position_embeddings=max(2048, *args.lengths, args.length),
     )
-    with torch.device("cuda" if args.platform == "gpu" else "cpu"):
-        model = LlamaForCausalLM(shape).to(getattr(torch, args.dtype))
+    device, dtype = torch_target(args)
+    with device:
+        model = LlamaForCausalLM(shape).to(dtype)
     model.save_pretrained(folder / "base")
     lora = LoraConfig(r=args.rank, lora_alpha=2 * args.rank, target_modules=list(TARGETS), task_type="CAUSAL_LM")
     get_peft_model(model, lora).save_pretrained(folder / "adapter")
@@ -58,6 +59,13 @@ def prepare(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     )
     (folder / "parts.json").write_text(json.dumps(_parts(args, rows)), encoding="utf-8")
     return {}
+
+
+def torch_target(args: argparse.Namespace) -> tuple[Any, Any]:
+    """PyTorch's device and dtype for `--platform` and `--dtype`."""
+    import torch
+
+    return torch.device("cuda" if args.platform == "gpu" else "cpu"), getattr(torch, args.dtype)
 
 
 def _random_rows(args: argparse.Namespace) -> Rows:
@@ -170,6 +178,7 @@ class Ours:
 
         from jlora import data, train
         from jlora.prompts import Example
+        from jlora.summary import peak_memory
 
         cfg, losses = self.cfg, []
         began = time.perf_counter()
@@ -184,8 +193,7 @@ class Ours:
         jax.block_until_ready(self.state)
         seconds = time.perf_counter() - began
         figures = {"tokens": epochs.tokens_at(epochs.num_batches(1)), "losses": [float(loss) for loss in losses]}
-        held = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
-        return figures | {"seconds": seconds, "peak_device": held, "attention": self.kernel}
+        return figures | {"seconds": seconds, "peak_device": peak_memory(None)["device"], "attention": self.kernel}
 
 
 def open_ours(folder: Path, overrides: list[str]) -> tuple[Any, Any, str, Any]:
@@ -215,7 +223,7 @@ class Peer:
 
         disable_progress_bar()
         torch.set_num_threads(args.threads)
-        self.device, self.dtype = torch.device("cuda" if args.platform == "gpu" else "cpu"), getattr(torch, args.dtype)
+        self.device, self.dtype = torch_target(args)
         base = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=self.dtype).to(self.device)
         model = PeftModel.from_pretrained(base, folder / "adapter", is_trainable=True)
         model.config.use_cache = False

@@ -9,21 +9,19 @@ import json
 import os
 import subprocess
 import sys
-from importlib.machinery import SourceFileLoader
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny
+from load_script import load_script
 
 from jlora.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "scripts" / "benchmark"
 sys.path.append(str(SCRIPT.parent))
-loader = SourceFileLoader("benchmark", str(SCRIPT))
-benchmark = importlib.util.module_from_spec(importlib.util.spec_from_loader("benchmark", loader))
-loader.exec_module(benchmark)
+benchmark = load_script("benchmark")
 
 CONTRACT = {
     "mode": str,

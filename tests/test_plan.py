@@ -5,13 +5,13 @@ import json
 import os
 import subprocess
 import sys
-from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from unittest import mock
 
 import jax
 import numpy as np
 import pytest
+from load_script import load_script
 from tiny import make_llama, make_rows, make_tokenizer, write_config
 
 import jlora.plan
@@ -202,9 +202,7 @@ def test_time_and_cost_are_a_table_of_the_users_own_rows(config):
 
 @pytest.mark.slow
 def test_the_planned_step_is_taken_on_random_weights(config, capsys):
-    loader = SourceFileLoader("plan_measured", str(Path(__file__).parents[1] / "scripts" / "plan_measured"))
-    script = importlib.util.module_from_spec(importlib.util.spec_from_loader("plan_measured", loader))
-    loader.exec_module(script)
+    script = load_script("plan_measured")
     sizes = ["data.max_length=64", "training.batch_size=2", "model.quantization=int8"]
     result = script.measure(load_config(config, sizes), 2)
     assert len(result["seconds"]) == 3 and min(result["seconds"]) > 0.0
@@ -213,6 +211,8 @@ def test_the_planned_step_is_taken_on_random_weights(config, capsys):
     assert abs(result["loss"] - np.log(300)) < 1.0  # random weights know nothing of random tokens
     script.show(result)
     assert "GiB planned, not counted by this backend" in capsys.readouterr().out
+    # As `train` does it: the fastest that fits, for which the whole machine has room.
+    assert script.measure(load_config(config, ["model.remat=auto", *sizes]), 1)["remat"] == "none"
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="the TPU compiler is installed")

@@ -2,19 +2,17 @@
 
 import importlib.util
 import re
-from importlib.machinery import SourceFileLoader
 from pathlib import Path
 
 import pytest
+from load_script import load_script
 
 from jlora.compiled import SHAPES
 from jlora.config import load_config
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted(path for path in (ROOT / "configs").glob("*.yaml") if path.name.startswith("llama2"))
-loader = SourceFileLoader("plan_configs", str(ROOT / "scripts" / "plan_configs"))
-plan_configs = importlib.util.module_from_spec(importlib.util.spec_from_loader("plan_configs", loader))
-loader.exec_module(plan_configs)
+plan_configs = load_script("plan_configs")
 LINES = [(path, found) for path in CONFIGS for found in plan_configs.LINE.finditer(path.read_text(encoding="utf-8"))]
 
 
