@@ -56,7 +56,8 @@ pre{white-space:pre-wrap;margin:.2rem 0 .4rem;font:.86rem/1.45 ui-monospace,"Dej
 @media(max-width:900px){.grid-table thead{display:none}.grid-table tr{display:block;background:var(--panel);
 border:1px solid var(--grid);border-radius:8px;padding:.4rem .7rem;margin-bottom:.6rem;break-inside:avoid}
 .grid-table td{display:flex;justify-content:space-between;gap:1rem;border:0;padding:.1rem 0;text-align:right}
-.grid-table td::before{content:attr(data-label);color:var(--muted);font-size:.82rem;font-weight:400;text-align:left}}
+.grid-table td::before{content:attr(data-label);color:var(--muted);font-size:.82rem;font-weight:400;text-align:left;
+overflow-wrap:break-word;flex-shrink:99;max-width:65%}}
 @media print{body{max-width:none;padding:0;font-size:11pt;background:#fff}
 .charts{grid-template-columns:1fr 1fr}
 details::details-content{content-visibility:visible;block-size:auto}}

@@ -25,7 +25,8 @@ figure svg{width:100%;height:auto;display:block}
 .wide{grid-template-columns:repeat(auto-fit,minmax(min(100%,420px),1fr))}
 .cell{border-left:3px solid var(--grid);padding-left:.6rem;min-width:0}.reference{border-color:var(--good)}
 pre{white-space:pre-wrap;margin:.1rem 0 .4rem;font-family:inherit;font-size:.95rem}
-table{border-collapse:collapse;width:100%}th,td{text-align:right;padding:.3rem .6rem;
+table{border-collapse:collapse;width:100%;overflow-wrap:normal}td+td{white-space:nowrap}
+td:first-child{overflow-wrap:anywhere}th,td{text-align:right;padding:.3rem .6rem;
 border-bottom:1px solid var(--grid);vertical-align:top;font-weight:400;
 font-variant-numeric:tabular-nums}th:first-child,td:first-child{text-align:left;
 padding-left:0}thead th{vertical-align:bottom;font-size:.82rem}.best{color:var(--good);font-weight:600}

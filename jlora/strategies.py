@@ -53,7 +53,8 @@ class Strategy:
         """A name for people."""
         if self.rows:
             return f"trained on {self.rows:,} rows"
-        return f"{self.shots} examples in the prompt" if self.shots else "bare instruction"
+        examples = "example" if self.shots == 1 else "examples"
+        return f"{self.shots} {examples} in the prompt" if self.shots else "bare instruction"
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,13 @@ const look = frame => {
       const range = page.createRange();
       range.selectNodeContents(node);
       for (const box of range.getClientRects()) if (box.width > 1 && box.height > 1) rects.push([box, e]);
+      for (const word of e.closest("svg") ? [] : node.textContent.matchAll(/\\S+/g)) {
+        if (word[0].length > 16 || /[-/]/.test(word[0])) continue;
+        range.setStart(node, word.index);
+        range.setEnd(node, word.index + word[0].length);
+        if (new Set([...range.getClientRects()].map(box => box.top)).size > 1)
+          wrong.push("broken: " + word[0] + " in " + name(e));
+      }
     }
   }
   rects.sort((a, b) => a[0].top - b[0].top);

@@ -130,7 +130,8 @@ def test_probe_finds_what_is_wrong(tmp_path):
         "<!DOCTYPE html><html><head><title>bad</title></head><body><div style='width:900px'>wide</div>"
         "<p style='position:absolute;top:90px;left:10px;margin:0'>one text</p>"
         "<p style='position:absolute;top:92px;left:20px;margin:0'>another text</p>"
-        "<div style='width:40px;overflow:hidden;white-space:nowrap'>a text that is cut off</div></body></html>",
+        "<div style='width:40px;overflow:hidden;white-space:nowrap'>a text that is cut off</div>"
+        "<div style='width:40px;overflow-wrap:anywhere'>Perplexity</div></body></html>",
         encoding="utf-8",
     )
     wrong = " / ".join(browser.probe(page, (390,), tmp_path)[0]["wrong"])
@@ -139,5 +140,6 @@ def test_probe_finds_what_is_wrong(tmp_path):
         "sticks out: DIV wide",
         "overlap: P one text | P another text",
         "cut off: DIV a text",
+        "broken: Perplexity in DIV",
     ):
         assert word in wrong, wrong
