@@ -67,8 +67,10 @@ def run(command: Callable[[], int | None]) -> None:
         sentence = redact(" ".join(str(known or error).splitlines()))
         if known:
             print(f"error: {sentence}", file=sys.stderr)
-    if distributed.several() and code not in (0, PREEMPTED):
-        distributed.end(code, sentence)
+    if distributed.several():
+        if code not in (0, PREEMPTED):
+            distributed.end(code, sentence)
+        distributed.done(code)
     sys.exit(code)
 
 

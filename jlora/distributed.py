@@ -35,6 +35,7 @@ POLL_SECONDS = 1.0
 SHARED_SECONDS = 30.0  # as late as network file systems may be
 # How the collectives of CPUs and GPUs say that a peer is gone.
 LOST_PEER = ("Gloo", "NCCL", "coordination service", "heartbeat", "Connection closed by peer", "Socket closed")
+DONE = "done, to end with "
 
 _board: mmap.mmap | None = None  # where this process stands, for the parent that outlives it
 
@@ -87,8 +88,10 @@ def supervise(stopped_seconds: float) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, pass_on)
     code, was_stopped = _wait_for(child, stopped_seconds)
-    if code < 0:
-        stood = _board[:].rstrip(b"\0").decode() or "at its start"
+    stood = _board[:].rstrip(b"\0").decode() or "at its start"
+    if code == -signal.SIGABRT and stood.startswith(DONE):
+        code = int(stood.removeprefix(DONE))
+    elif code < 0:
         name = signal.Signals(-code).name
         why = {
             signal.SIGABRT: "another process of the job was lost, or could not be reached in time",
@@ -129,6 +132,13 @@ def stands(text: str) -> None:
     """Leave word of where this process stands, such as `after step 17`."""
     if _board is not None:
         _board[:] = text.encode()[:4096].ljust(4096, b"\0")
+
+
+def done(code: int) -> None:
+    """All work is done: this process ends with `code`, also where JAX aborts it over who leaves late."""
+    with suppress(OSError):  # nobody reads it any more
+        sys.stdout.flush()
+    stands(f"{DONE}{code}")
 
 
 def start(cfg: DistributedSection) -> None:

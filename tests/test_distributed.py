@@ -137,6 +137,24 @@ train.main()
 """
 
 
+# The last process takes longer to leave, all being done, than a silent one may.
+LATE_LEAVE = f"""
+import atexit, time
+from jlora import train
+late = lambda: atexit.register(time.sleep, {HOST_TIMEOUT + 10})
+train.preemption.ignore_signals = lambda: train.distributed.is_main() or late()
+train.main()
+"""
+
+
+@pytest.mark.slow
+def test_a_job_that_one_process_leaves_late_ends_well(material, alone, tmp_path):
+    run_dir = tmp_path / "run"
+    codes, errors = Job(material / "run.yaml", 2, 1, f"output_dir={run_dir}", "mesh.fsdp=2", code=LATE_LEAVE).end()
+    assert codes == [0, 0], errors
+    require_the_same(run_dir, alone)
+
+
 @pytest.mark.slow
 def test_a_job_whose_report_takes_long_ends_well(material, alone, tmp_path):
     run_dir = tmp_path / "run"
