@@ -4,6 +4,7 @@ Commands on real bases and rows run here on tiny ones, in this process; those fo
 a config that the reader has yet to write, are parsed by the command's own parser and their keys validated.
 """
 
+import argparse
 import importlib
 import io
 import json
@@ -18,6 +19,7 @@ import types
 from pathlib import Path
 
 import pytest
+from load_script import load_script
 from tiny import make_llama, make_rows, make_tokenizer, write_config
 
 from jlora import cli, xla
@@ -99,6 +101,13 @@ COMMANDS = commands()
 OURS = [(page, words) for page, words in COMMANDS if words[:2] == ["python", "-m"] and words[2].startswith("jlora.")]
 
 
+def in_python(script):
+    return script.startswith("scripts/") and "python" in (ROOT / script).read_text(encoding="utf-8").partition("\n")[0]
+
+
+SCRIPTS = [words for _, words in COMMANDS if in_python(words[0])]
+
+
 def test_every_other_command_is_known():
     """Scripts are there, extras too, and other programs are ones that are named here."""
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
@@ -162,6 +171,28 @@ def test_command_is_as_the_parser_has_it(page, words, monkeypatch, capfd, world)
         config = ROOT / arguments[arguments.index("--config") + 1]
         overrides = [word for word in arguments if re.match(r"[a-z_]+(\.\w+)*=", word)]
         load_config(config if config.is_file() else world / "config.yaml", overrides)
+
+
+class Parsed(Exception):
+    """A parser has taken all of its arguments."""
+
+
+@pytest.mark.parametrize("words", SCRIPTS, ids=[f"{words[0]}-{i}" for i, words in enumerate(SCRIPTS)])
+def test_script_is_called_as_its_parser_has_it(words, monkeypatch):
+    """What a script then does its own test shows."""
+
+    def stopping_after(method):
+        def parse(*args, **kwargs):
+            method(*args, **kwargs)
+            raise Parsed
+
+        return parse
+
+    for name in ("parse_args", "parse_intermixed_args"):
+        monkeypatch.setattr(argparse.ArgumentParser, name, stopping_after(getattr(argparse.ArgumentParser, name)))
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(Parsed):
+        load_script(words[0].removeprefix("scripts/")).main()
 
 
 def on_tiny_inputs(words, world):
