@@ -23,10 +23,15 @@ def test_every_fault_case_has_tests_and_they_exist():
         assert re.search(rf"^def {test}\(", text, flags=re.MULTILINE), f"{file}::{test}"
 
 
+def run(name: str, seed: int, count: int) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, ROOT / "scripts" / "faults" / "campaign", name]
+    command += ["--seed", str(seed), "--count", str(count)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=1200)
+
+
 def campaign(name: str, count: int) -> str:
     """Run a campaign; its summary line."""
-    command = [sys.executable, ROOT / "scripts" / "faults" / "campaign", name, "--seed", "0", "--count", str(count)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=1200)
+    done = run(name, 0, count)
     assert done.returncode == 0, done.stdout + done.stderr
     if "skipped" in done.stdout:
         pytest.skip(done.stdout)
@@ -47,6 +52,12 @@ def test_kills_at_write_boundaries():
 @pytest.mark.slow
 def test_damage():
     assert "10 of " in campaign("damage", 10)
+
+
+@pytest.mark.slow
+def test_a_seed_without_cases_is_no_success():
+    done = run("damage", 9, 10)
+    assert done.returncode == 1 and "take a lower one" in done.stderr, done.stdout + done.stderr
 
 
 @pytest.mark.slow

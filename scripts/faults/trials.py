@@ -177,9 +177,16 @@ class Campaign:
         return self.folder / f"{run_dir.name}.log"
 
     def hand(self, cases: list[T], count: int) -> list[T]:
-        """As many of the cases, shuffled once for all seeds and dealt to one after the other from seed 0 on."""
+        """As many of the cases, shuffled once for all seeds and dealt to one after the other from seed 0 on.
+
+        Raises:
+          SystemExit: nothing is left for the seed; a campaign that does nothing finds nothing.
+        """
         deck = random.Random(0).sample(cases, len(cases))
-        return deck[self.seed * count : (self.seed + 1) * count]
+        dealt = deck[self.seed * count : (self.seed + 1) * count]
+        if not dealt:
+            raise SystemExit(f"--seed {self.seed}: the seeds before it have all {len(cases)} cases; take a lower one")
+        return dealt
 
     def over(self) -> bool:
         """Whether the time is up."""
