@@ -8,6 +8,7 @@ is the commit. What another name than a step's is left by a process that was kil
 """
 
 import math
+import re
 import shutil
 import sys
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,7 +25,8 @@ from jlora.errors import ConfigError, HostLost, ModelError
 Tree = Any
 
 SAVING, DELETING = ".saving", ".deleting"
-DEBRIS = (SAVING, DELETING, ".orbax-checkpoint-tmp")
+# What a save, or a deletion, that was cut short leaves; nothing of any other name is touched.
+DEBRIS = re.compile(r"\d+(\.saving|\.deleting|(\.saving)?\.orbax-checkpoint-tmp.*)")
 # Logs, the report and the file system's own needs, in a run folder.
 SPARE_BYTES = 4 * 2**20
 
@@ -231,7 +233,7 @@ class Checkpoints:
 
     def _clean(self) -> None:
         for path in self._folder.iterdir():
-            if any(mark in path.name for mark in DEBRIS):
+            if DEBRIS.fullmatch(path.name) and path.is_dir():
                 shutil.rmtree(path)
 
     def _delete(self, path: Path) -> None:

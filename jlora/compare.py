@@ -4,10 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from jlora.answers import Question
-from jlora.errors import ConfigError
-from jlora.page import CSS, escape, frame, pre, table
+from jlora.page import CSS, escape, frame, pre, table, write_page
 from jlora.scores import METRICS
-from jlora.summary import write_text
 
 # Figure -> its column, how it is written, and whether the least is the best.
 COLUMNS: dict[str, tuple[str, str, bool]] = {
@@ -22,22 +20,9 @@ COLUMNS: dict[str, tuple[str, str, bool]] = {
 UNRANKED = ("mean_tokens",)
 
 
-def write_page(path: Path, title: str, lead: str, body: str) -> None:
-    """Write a page whole or not at all.
-
-    Args:
-      title, lead: plain text, the lead under the title.
-      body: HTML.
-
-    Raises:
-      ConfigError: it can not be written there.
-    """
-    header = f'<h1>{escape(title)}</h1><p class="muted">{escape(lead)}</p>'
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, frame(title, CSS, header, body))
-    except OSError as error:
-        raise ConfigError(f"{path}: can not be written ({error.strerror}); name another file") from None
+def led(title: str, lead: str, body: str) -> str:
+    """A whole page of HTML `body`, with a lead under its title, plain text both."""
+    return frame(title, CSS, f'<h1>{escape(title)}</h1><p class="muted">{escape(lead)}</p>', body)
 
 
 def write_comparison(path: Path, title: str, results: list[dict[str, Any]], questions: list[Question]) -> None:
@@ -55,7 +40,7 @@ def write_comparison(path: Path, title: str, results: list[dict[str, Any]], ques
     for number, question in enumerate(questions):
         answers = [(result["model"], result["answers"][number]) for result in results]
         body += answer_card(number, question.shown, question.reference, answers)
-    write_page(path, title, lead, body)
+    write_page(path, led(title, lead, body))
 
 
 def summary_table(name: str, results: list[tuple[str, dict[str, Any]]]) -> str:

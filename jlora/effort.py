@@ -21,6 +21,7 @@ import jax.numpy as jnp
 
 from jlora import attention, cli, distributed, lock, quant, xla
 from jlora.adapter import Adapter
+from jlora.atomic import write_text
 from jlora.config import Config, load_config
 from jlora.effort_page import write_effort
 from jlora.errors import ConfigError, UserError
@@ -33,7 +34,6 @@ from jlora.running import make_run_dir
 from jlora.scores import describe_scores, require_scores
 from jlora.step import Forward
 from jlora.strategies import Rows, Strategy, ask, choose, split_rows
-from jlora.summary import write_text
 from jlora.train import train
 
 Record = dict[str, Any]

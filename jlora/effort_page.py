@@ -5,8 +5,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from jlora.compare import answer_card, write_page
-from jlora.page import clean, escape, table
+from jlora.atomic import write_bytes
+from jlora.compare import answer_card, led
+from jlora.page import clean, escape, table, write_page
 from jlora.scores import METRICS
 
 Record = dict[str, Any]
@@ -54,7 +55,7 @@ def write_effort(folder: Path, settings: Record, results: list[Record]) -> None:
         ]
         body += answer_card(number, first["prompt"], first["reference"], said)
     lead = f"{settings['heldout_rows']} held-out rows, the same for every strategy; measured on {settings['device']}."
-    write_page(folder / "effort.html", "Does fine-tuning pay?", lead, body)
+    write_page(folder / "effort.html", led("Does fine-tuning pay?", lead, body))
 
 
 def shown(prompts: list[str]) -> list[int]:
@@ -186,7 +187,9 @@ def draw(by_base: dict[str, list[Record]], path: Path) -> None:
     for axis, key in zip(axes.flat, (*PANELS, None), strict=True):
         _panel(axis, by_base, key)
         axis.set_title(_title(key), loc="left", fontsize=11, color=INK)
-    figure.savefig(path, dpi=110, facecolor="white")
+    file = io.BytesIO()
+    figure.savefig(file, dpi=110, facecolor="white")
+    write_bytes(path, file.getvalue())
     pyplot.close(figure)
 
 

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from jlora import attention, cli, optim, verify
 from jlora.adapter import Adapter
+from jlora.atomic import new_folder
 from jlora.checkpoint import Checkpoints
 from jlora.combine import COMBINATIONS, combine_adapters
 from jlora.config import Config
@@ -81,7 +82,7 @@ def restore(
 def export_full(
     folder: Path, dtype: str, pretrained: Pretrained, base: Decoder, adapter: Adapter, cfg: Config
 ) -> dict[str, Any]:
-    """Write a full checkpoint, read it back, compare logits; returns their relative difference, among others.
+    """Write a full checkpoint in `folder`, read it back, compare logits; returns their difference, among others.
 
     Merging into a quantised base takes the weights that the adapter was trained on, dequantised: the result computes
     what the run did, while merging into the stored ones would put the adapter on weights it has never seen.
@@ -98,11 +99,10 @@ def export_full(
     shape, config = untied(base.cfg, source.config, adapter)
     save_checkpoint(folder, shape, tensor, config, dtype, partial(add_tokenizer, pretrained))
     expected = verify.probe_logits(base, adapter, PROOF_DTYPE)
-    with verify.removed_if_wrong(folder):
-        written, _ = load_base(open_source(folder), str(folder), PROOF_DTYPE, one_device_mesh())
-        found = verify.probe_logits(written, {}, PROOF_DTYPE)
-        result: dict[str, Any] = {"dtype": dtype}
-        result["logits_relative_difference"] = verify.require_equal(folder, expected, found, TOLERANCE[dtype])
+    written, _ = load_base(open_source(folder), str(folder), PROOF_DTYPE, one_device_mesh())
+    found = verify.probe_logits(written, {}, PROOF_DTYPE)
+    result: dict[str, Any] = {"dtype": dtype}
+    result["logits_relative_difference"] = verify.require_equal(folder, expected, found, TOLERANCE[dtype])
     if cfg.model.quantization is not None:
         result |= {"merged_into": f"dequantised {cfg.model.quantization}"}
         result |= merge_cost(cfg, pretrained, base, adapter, written)
@@ -156,7 +156,7 @@ def export(run_dir: Path, out: Path, step: int | None, merge: bool, dtype: str |
     if peft and full:
         raise ConfigError("--verify loads an adapter in PEFT; leave --merge out")
     mesh = one_device_mesh()
-    with jax.set_mesh(mesh):
+    with new_folder(out) as folder, jax.set_mesh(mesh):
         stored = jnp.dtype("float32" if full else cfg.model.dtype)
         opened = open_pretrained(cfg.model.path, cfg.model.tokenizer, cfg.data.chat_template)
         # PEFT has the base as it is stored.
@@ -165,18 +165,23 @@ def export(run_dir: Path, out: Path, step: int | None, merge: bool, dtype: str |
         result = {"step": step, "out": str(out), "kind": "full" if full else "adapter"}
         if full:
             chosen = dtype or cfg.model.dtype
-            return result | export_full(out, chosen, pretrained, base, adapter, cfg)
-        difference = verify.export_adapter(out, adapter, cfg.lora, cfg.model.path, pretrained, PROOF_DTYPE, mesh)
+            return result | export_full(folder, chosen, pretrained, base, adapter, cfg)
+        difference = verify.write_adapter(folder, adapter, cfg.lora, cfg.model.path, pretrained, PROOF_DTYPE, mesh)
         result["logits_relative_difference"] = difference
         if peft:
-            result["peft_relative_difference"] = verify.compare_with_peft(out, adapter, pretrained)
+            result["peft_relative_difference"] = verify.compare_with_peft(folder, adapter, pretrained)
     return result
 
 
 def require_new_folder(out: Path) -> None:
-    """Something can be written to `--out`, and nothing lies there."""
+    """Something can be written to `--out`, and nothing lies there.
+
+    Raises: ConfigError: or it is where a disk is mounted, whose folder can get nothing else's name.
+    """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"--out {out}: exists and is not an empty folder; name a new one")
+    if os.path.ismount(out):
+        raise ConfigError(f"--out {out}: is where a disk is mounted; name a new folder in it")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -217,7 +222,8 @@ def export_combined(
         adapters = {folder: open_adapter(folder, pretrained) for folder in folders}
         adapter, section = combine_adapters(adapters, weights, how, rank)
         placed = place_adapter(adapter, pretrained.base.cfg, mesh)
-        difference = verify.export_adapter(out, placed, section, base, pretrained, dtype, mesh)
+        with new_folder(out) as made:
+            difference = verify.write_adapter(made, placed, section, base, pretrained, dtype, mesh)
     result = {"out": str(out), "kind": "adapter", "combination": how, "rank": section.rank}
     return result | {"logits_relative_difference": difference}
 

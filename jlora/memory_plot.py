@@ -1,9 +1,11 @@
 """`plan --plot`: what one device would hold, as bars against what it has. Needs matplotlib, and nothing of JAX."""
 
 import importlib.util
+import io
 from pathlib import Path
 from typing import Any
 
+from jlora.atomic import write_bytes
 from jlora.errors import ConfigError
 
 GIB = 2**30
@@ -39,7 +41,8 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
     figure, (left, right) = pyplot.subplots(
         1, 2, figsize=(11, height), width_ratios=(3, 2), sharey=True, layout="constrained"
     )
-    if path.suffix.lstrip(".").lower() not in figure.canvas.get_supported_filetypes():
+    kind = path.suffix.lstrip(".").lower()
+    if kind not in figure.canvas.get_supported_filetypes():
         raise ConfigError(f"--plot {path}: '{path.suffix}' is no format of pictures; end the name in .png")
     for row, result in enumerate(results):
         capacity = result["capacity_bytes"] / GIB
@@ -65,7 +68,9 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
         axes.set_axisbelow(True)
         axes.spines[["top", "right", "left"]].set_visible(False)
     _legend(figure)
-    figure.savefig(path, dpi=110, facecolor="white")
+    file = io.BytesIO()
+    figure.savefig(file, format=kind, dpi=110, facecolor="white")
+    write_bytes(path, file.getvalue())
     pyplot.close(figure)
 
 

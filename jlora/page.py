@@ -4,6 +4,10 @@ Owns escaping: every text goes through `escape`, also a row's own. Knows nothing
 """
 
 import html
+from pathlib import Path
+
+from jlora.atomic import write_bytes
+from jlora.errors import ConfigError
 
 # Control characters are invalid in HTML even when escaped, and a row may hold any of them; so may it halves of pairs.
 _REFUSED = {c: "\N{REPLACEMENT CHARACTER}" for c in (*range(32), *range(127, 160)) if c not in (9, 10, 13)}
@@ -36,6 +40,14 @@ tbody td{display:flex;justify-content:space-between;gap:1rem;border:0;padding:.1
 tbody td:first-child{font-weight:600;padding-bottom:.2rem}
 td[data-label]:not(:first-child)::before{content:attr(data-label);color:var(--muted);font-weight:400;text-align:left}}
 @media print{body{max-width:none;padding:0;font-size:10pt;background:#fff}article{break-inside:auto}}
+"""
+
+
+# How every page begins; nothing in it may be fetched or run.
+HEAD = """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width,initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
 """
 
 
@@ -74,12 +86,27 @@ def table(headers: list[str], rows: list[list[str]], best: list[int | None] | No
 
 
 def frame(title: str, css: str, header: str, main: str) -> str:
-    """A whole page, of HTML but for its title; nothing in it may be fetched or run."""
-    return f"""<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8">
-<meta name="viewport" content="width=device-width,initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<title>{escape(title)}</title><style>{css}</style></head><body>
+    """A whole page, of HTML but for its title."""
+    return f"""{HEAD}<title>{escape(title)}</title><style>{css}</style></head><body>
 <header>{header}</header>
 <main>{main}</main></body></html>
 """
+
+
+def write_page(path: Path, page: str) -> None:
+    """Write a page whole or not at all, in place of an earlier one.
+
+    Raises:
+      ConfigError: it cannot be written there, or what is there is no page of ours.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_file() and path.stat().st_size:
+            with path.open("rb") as there:
+                if there.read(len(HEAD)) != HEAD.encode():
+                    raise ConfigError(f"{path}: is there and is no page that jlora wrote; name another file")
+        write_bytes(path, page.encode("utf-8", "replace"))  # a lone surrogate in a sample becomes "?"
+    except OSError as error:
+        raise ConfigError(
+            f"{path}: cannot be written ({error.strerror}); make room or way there, or name another file"
+        ) from None

@@ -27,8 +27,8 @@ from jlora.charts import (
     thinned,
 )
 from jlora.errors import ConfigError
-from jlora.page import escape
-from jlora.run_files import RunFiles, read_run, write_page
+from jlora.page import escape, write_page
+from jlora.run_files import RunFiles, read_run
 from jlora.runs_compared import MOST_RUNS, compare
 
 STATUS = {
@@ -164,13 +164,10 @@ def main() -> None:
         if len(runs) > MOST_RUNS:
             raise ConfigError(f"{len(runs)} runs are too many for one page; name at most {MOST_RUNS}")
         out = Path(args.out) if args.out else runs[0] / "report.html"
-        try:
-            if len(runs) > 1:
-                write_page(out, compare(runs))
-            else:
-                write_report(runs[0], out)
-        except OSError as error:
-            raise ConfigError(f"{out}: can not be written ({error.strerror}); name another by --out FILE") from None
+        if len(runs) > 1:
+            write_page(out, compare(runs))
+        else:
+            write_report(runs[0], out)
         print(out)
 
     cli.run(body)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,17 +57,6 @@ def read_run(run_dir: Path) -> RunFiles:
     if "samples" not in summary and (samples := parse(read_text(run_dir / "samples.json"))):
         summary = summary | samples  # of a run that goes on: those before it
     return RunFiles(run_dir.resolve().name, records, unreadable, series, summary, read_text(run_dir / "config.yaml"))
-
-
-def write_page(path: Path, page: str) -> None:
-    """Write a page whole or not at all."""
-    # Not tempfile: its files are private (0600), and the page should follow the user's umask.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(page.encode("utf-8", "replace"))  # a lone surrogate in a sample becomes "?"
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_text(path: Path) -> str:

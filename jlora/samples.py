@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora import attention
+from jlora.atomic import write_text
 from jlora.data import Dataset
 from jlora.generate import Sampling, generate
 from jlora.pretrained import Pretrained
-from jlora.summary import write_text
 
 # Tokens of an answer, and of a text without a prompt that stand for one.
 NEW_TOKENS = 96

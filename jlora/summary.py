@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import json
-import os
 import resource
 import sys
 from pathlib import Path
@@ -78,13 +77,6 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             found[name] = "not installed"
     return found | {"python": sys.version.split()[0]}
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    temporary = path.with_name(path.name + ".partial")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def print_summary(summary: dict[str, Any], output_dir: str) -> None:

@@ -22,6 +22,7 @@ import numpy as np
 
 from jlora import cli, data, distributed, lock, optim, running
 from jlora.adapter import Adapter, Lora, scaled, scaling
+from jlora.atomic import write_text
 from jlora.checkpoint import Checkpoints
 from jlora.config import Config, variants
 from jlora.data import Dataset, Epochs, read_data
@@ -39,7 +40,7 @@ from jlora.report import write_report
 from jlora.running import batch_rows, due, make_run_dir, put_batch, require_trained, run_summary, warn_of_length
 from jlora.sharding import make_mesh
 from jlora.step import Forward, TrainState, init_state, make_forward, make_train_step, param_dtype, place_adapter
-from jlora.summary import finished_summary, peak_memory, write_text
+from jlora.summary import finished_summary, peak_memory
 from jlora.verify import export_adapter
 
 Tree = Any

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 
 from jlora import cli, data, distributed, lock, optim, preemption, xla
+from jlora.atomic import write_text
 from jlora.checkpoint import Checkpoints
 from jlora.config import Config, load_config
 from jlora.data import Dataset, Epochs, read_data
@@ -51,7 +52,7 @@ from jlora.step import (
     param_dtype,
     place_adapter,
 )
-from jlora.summary import finished_summary, print_summary, versions, write_text
+from jlora.summary import finished_summary, print_summary, versions
 from jlora.sweep import train_together
 from jlora.verify import export_adapter
 

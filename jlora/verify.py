@@ -1,8 +1,6 @@
 """Proof of an export: read back what was written, recompute logits on a probe, compare."""
 
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -12,11 +10,12 @@ import numpy as np
 
 from jlora import attention
 from jlora.adapter import Adapter
+from jlora.atomic import beside, new_folder
 from jlora.config import LoraSection
-from jlora.distributed import is_main, wait_for_all
+from jlora.distributed import from_first, is_main, wait_for_all
 from jlora.errors import ConfigError, ModelError
 from jlora.hf.names import name_table
-from jlora.hf.peft import load_adapter, save_adapter
+from jlora.hf.peft import CONFIG, WEIGHTS, load_adapter, save_adapter
 from jlora.model import Decoder
 from jlora.pretrained import Pretrained
 from jlora.sharding import constrain, gather
@@ -68,22 +67,33 @@ def require_equal(where: Path, expected: np.ndarray, found: np.ndarray, toleranc
     if difference > tolerance:
         raise ModelError(
             f"{where}: what was written gives logits that differ by {difference:.2e} of their size (at most "
-            f"{tolerance:.0e} is allowed), so the export is refused and removed; please report this"
+            f"{tolerance:.0e} is allowed), so the export is refused; please report this"
         )
     return difference
 
 
-@contextmanager
-def removed_if_wrong(folder: Path) -> Iterator[None]:
-    """An export whose proof fails does not stay on disk, where somebody might use it."""
-    try:
-        yield
-    except ModelError:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-
-
 def export_adapter(
+    folder: Path,
+    adapter: Adapter,
+    section: LoraSection,
+    base_name: str,
+    pretrained: Pretrained,
+    dtype: jnp.dtype,
+    mesh: jax.sharding.Mesh,
+) -> float:
+    """Put a run's adapter in place, in that of an earlier one, once it is proven; see `write_adapter`.
+
+    In a job of several processes the first puts it there.
+    """
+    # All read it under its first name, until the last has.
+    partial = folder.with_name(from_first(f"partial {folder}", lambda: beside(folder).name))
+    with new_folder(folder, partial=partial, ours=(WEIGHTS, CONFIG)) if is_main() else nullcontext():
+        difference = write_adapter(partial, adapter, section, base_name, pretrained, dtype, mesh)
+        wait_for_all("proven")
+    return difference
+
+
+def write_adapter(
     folder: Path,
     adapter: Adapter,
     section: LoraSection,
@@ -99,15 +109,14 @@ def export_adapter(
     tolerance = 1e-6
     if section.takes_from_base:  # written in another form, which only float32 can compare
         dtype, tolerance = jnp.dtype("float32"), 1e-5
-    with removed_if_wrong(folder):
-        whole = gather(adapter, mesh)
-        if is_main():
-            save_adapter(folder, whole, section, base_name, pretrained.base_hash)
-        wait_for_all("exported")
-        cfg = pretrained.base.cfg
-        reread = place_adapter(load_adapter(folder, cfg, pretrained.base_hash, section.dropout), cfg, mesh)
-        expected = probe_logits(pretrained.base, adapter, dtype)
-        return require_equal(folder, expected, probe_logits(pretrained.base, reread, dtype), tolerance)
+    whole = gather(adapter, mesh)
+    if is_main():
+        save_adapter(folder, whole, section, base_name, pretrained.base_hash)
+    wait_for_all("exported")
+    cfg = pretrained.base.cfg
+    reread = place_adapter(load_adapter(folder, cfg, pretrained.base_hash, section.dropout), cfg, mesh)
+    expected = probe_logits(pretrained.base, adapter, dtype)
+    return require_equal(folder, expected, probe_logits(pretrained.base, reread, dtype), tolerance)
 
 
 def compare_with_peft(folder: Path, adapter: Adapter, pretrained: Pretrained) -> float:
@@ -136,5 +145,4 @@ def compare_with_peft(folder: Path, adapter: Adapter, pretrained: Pretrained) ->
     with torch.no_grad():
         theirs = adapted(torch.from_numpy(probe_tokens(cfg.vocab_size)).long()).logits[0].float().numpy()
     ours = probe_logits(pretrained.base, adapter, jnp.dtype("float32"))
-    with removed_if_wrong(folder):
-        return require_equal(folder, theirs, ours, tolerance=1e-4)
+    return require_equal(folder, theirs, ours, tolerance=1e-4)

@@ -20,6 +20,7 @@ from tiny import copy_folder, make_llama
 from transformers import LlamaForCausalLM
 
 from jlora.adapter import Adapter, Lora, init_adapter, layer_scales, project
+from jlora.atomic import new_folder
 from jlora.config import ATTENTION_PROJECTIONS, PROJECTIONS, LoraSection
 from jlora.errors import ModelError
 from jlora.hf.base import open_source
@@ -262,14 +263,14 @@ def test_files_are_readable_and_no_other_stays(base_and_hash, tmp_path):
     old = os.umask(0o022)
     try:
         for seed in (0, 1):  # the second replaces the first
-            (tmp_path / "deep" / "adapter.old" / "leftover").mkdir(parents=True, exist_ok=True)
-            save_adapter(tmp_path / "deep" / "adapter", randomised(fresh(base), seed), section, "base", base_hash)
+            with new_folder(tmp_path / "deep" / "adapter", ours=(CONFIG, WEIGHTS)) as folder:
+                save_adapter(folder, randomised(fresh(base), seed), section, "base", base_hash)
     finally:
         os.umask(old)
     folder = tmp_path / "deep" / "adapter"
     assert {file.name for file in folder.iterdir()} == {CONFIG, WEIGHTS}
     assert {file.stat().st_mode & 0o777 for file in folder.iterdir()} == {0o644}
-    assert not (tmp_path / "deep" / "adapter.partial").exists() and not (tmp_path / "deep" / "adapter.old").exists()
+    assert list((tmp_path / "deep").iterdir()) == [folder]
     found = load_adapter(folder, base.cfg, base_hash, 0.0)
     np.testing.assert_array_equal(found["q_proj"].lora_b, randomised(fresh(base), 1)["q_proj"].lora_b)
 

@@ -160,8 +160,10 @@ def test_debris_of_a_killed_save_is_cleaned(copy):
         shutil.copytree(copy / "4", copy / name)
     (copy / "12.saving" / manifest.NAME).unlink()
     (copy / "notes.txt").write_text("a stray file", encoding="utf-8")
+    for name in ("8.saving.mine", "before.deleting"):  # the user's own
+        shutil.copytree(copy / "4", copy / name)
     checkpoints = Checkpoints(copy, keep=2)
-    assert sorted(path.name for path in copy.iterdir()) == ["4", "8", "notes.txt"]
+    assert sorted(path.name for path in copy.iterdir()) == ["4", "8", "8.saving.mine", "before.deleting", "notes.txt"]
     assert checkpoints.steps() == [4, 8] and checkpoints.newest_whole() == 8
     save(checkpoints, 12, seed=12)
     checkpoints.wait()

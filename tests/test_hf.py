@@ -21,10 +21,11 @@ from safetensors.torch import save_file as save_torch
 from tiny import LLAMA3_ROPE, copy_folder, make_llama
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig
 
+from jlora.atomic import new_folder
 from jlora.errors import ModelError
 from jlora.hf import merged
 from jlora.hf.architecture import parse_config
-from jlora.hf.base import check_names, open_source, replace_folder, resolve
+from jlora.hf.base import check_names, open_source, resolve
 from jlora.hf.merged import save_checkpoint, trained_tensor
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -365,7 +366,8 @@ def write(folder: Path, origin: Path, dtype: str) -> None:
     def add_files(temporary):
         (temporary / "tokenizer.json").write_text("{}")
 
-    save_checkpoint(folder, base.cfg, tensor, open_source(origin).config, dtype, add_files)
+    with new_folder(folder) as made:
+        save_checkpoint(made, base.cfg, tensor, open_source(origin).config, dtype, add_files)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -419,22 +421,19 @@ def test_written_in_half_precision(dtype, theirs, single, tmp_path):
 
 def test_failure_leaves_no_checkpoint(single, tmp_path):
     base, _ = open_base(single)
-    save = partial(
-        save_checkpoint, tmp_path / "to", base.cfg, config={}, dtype="float32", add_files=lambda folder: None
-    )
-    with pytest.raises(ZeroDivisionError):
-        save(lambda name, entry: np.zeros(1) if entry.layer is None else 1 / 0)
-    assert not (tmp_path / "to").exists()
+    save = partial(save_checkpoint, cfg=base.cfg, config={}, dtype="float32", add_files=lambda folder: None)
+    with pytest.raises(ZeroDivisionError), new_folder(tmp_path / "to") as folder:
+        save(folder, tensor=lambda name, entry: np.zeros(1) if entry.layer is None else 1 / 0)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o027])
 def test_files_have_the_usual_mode(umask, tmp_path):
     """Some versions of safetensors write files that only their owner may read."""
-    (tmp_path / "new").mkdir()
-    (tmp_path / "new" / WEIGHTS).touch(0o600)
     old = os.umask(umask)
     try:
-        replace_folder(tmp_path / "new", tmp_path / "final")
+        with new_folder(tmp_path / "final") as folder:
+            (folder / WEIGHTS).touch(0o600)
         assert os.umask(umask) == umask
     finally:
         os.umask(old)

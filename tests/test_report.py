@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import re
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from jlora.errors import ConfigError
 from jlora.report import write_report
 from jlora.runs_compared import compare
 
@@ -292,13 +294,14 @@ def test_a_failed_write_leaves_the_old_page(tmp_path: Path, monkeypatch: pytest.
     old = (tmp_path / "report.html").read_bytes()
 
     def refuse(*_: object) -> None:
-        raise OSError("disk full")
+        raise OSError(errno.ENOSPC, "disk full")
 
-    monkeypatch.setattr("jlora.run_files.os.replace", refuse)
-    with pytest.raises(OSError, match="disk full"):
-        write_report(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr("jlora.atomic.os.replace", refuse)
+        with pytest.raises(ConfigError, match="report.html: cannot be written .disk full.; make room"):
+            write_report(tmp_path)
     assert (tmp_path / "report.html").read_bytes() == old
-    assert [p.name for p in tmp_path.iterdir() if p.name.endswith(".tmp")] == []
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["metrics.jsonl", "report.html"]
 
 
 def make_run(folder: Path, scale: float, rank: int) -> Path:

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, MistralForCausalLM
 
 from jlora import verify
 from jlora.adapter import init_adapter
+from jlora.atomic import new_folder
 from jlora.config import LoraSection
 from jlora.errors import ModelError
 from jlora.generate import one_device_mesh
@@ -84,16 +85,17 @@ def test_a_wrong_export_is_refused_and_removed(pretrained, adapter, tmp_path, mo
     monkeypatch.setattr(verify, "load_adapter", off_by_a_little)
     with pytest.raises(ModelError, match="logits that differ"):
         verify.export_adapter(tmp_path / "out", factors, section, "base", pretrained, FLOAT32, one_device_mesh())
-    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.iterdir())
 
 
 def test_peft_disagreeing_is_refused(pretrained, adapter, tmp_path):
     section, factors = adapter
-    verify.export_adapter(tmp_path / "out", factors, section, "base", pretrained, FLOAT32, one_device_mesh())
     other = jax.tree.map(lambda x: x * 1.1, factors)
-    with pytest.raises(ModelError, match="logits that differ"):
-        verify.compare_with_peft(tmp_path / "out", other, pretrained)
-    assert not (tmp_path / "out").exists()
+    with pytest.raises(ModelError, match="/out: what was written gives logits that differ"):
+        with new_folder(tmp_path / "out") as folder:
+            verify.write_adapter(folder, factors, section, "base", pretrained, FLOAT32, one_device_mesh())
+            verify.compare_with_peft(folder, other, pretrained)
+    assert not list(tmp_path.iterdir())
 
 
 def test_one_wrong_row_of_the_vocabulary_is_seen():

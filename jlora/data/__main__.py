@@ -17,8 +17,8 @@ from jlora.data.shown import Shown, show_rows
 from jlora.data.terminal import print_report
 from jlora.errors import ConfigError, DataError
 from jlora.generate import stop_tokens
+from jlora.page import write_page
 from jlora.pretrained import open_pretrained
-from jlora.summary import write_text
 from jlora.tokens import Tokenizer, load_tokenizer
 
 ROWS = 5
@@ -102,7 +102,7 @@ def main() -> None:
             raise ConfigError("--rows must be 0 or more")
         seen = look(load_config(args.config, args.overrides), args.rows)
         if args.html:
-            write_text(Path(args.html), render(Path(args.config).stem, seen.report, seen.rows))
+            write_page(Path(args.html), render(Path(args.config).stem, seen.report, seen.rows))
         if args.json:
             cli.print_json({"ok": not seen.errors, **seen.report, "first_rows": [row.as_json() for row in seen.rows]})
         elif not args.quiet:

@@ -23,6 +23,7 @@ from typing import IO, Any
 import numpy as np
 
 from jlora import manifest
+from jlora.atomic import leftovers, new_folder, open_own
 from jlora.config import DataSection
 from jlora.data.dataset import Dataset, View
 from jlora.errors import ConfigError, DataError
@@ -34,6 +35,8 @@ from jlora.tokens import Tokenizer
 VERSION = 1
 # What decides which tokens a row becomes, beside the tokenizer and the row.
 OPTIONS = ("split", "format", "prompt", "max_length", "split_long", "train_on", "on_bad_row")
+# Of an entry, beside its manifest.
+FILES = ("tokens", "lengths", "places", "place_lengths", "seconds")
 LIBRARIES = ("tokenizers", "sentencepiece", "jinja2")
 # Examples read before the pages that hold them are given back, which else would count as memory of this process.
 READS = 1024
@@ -161,16 +164,15 @@ def stored(cache: Path, key: str, make: Callable[[Keep], Dataset]) -> Dataset:
     folder = cache / key
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        lock = open(cache / f"{key}.lock", "ab")
+        lock = os.fdopen(open_own(cache / f"{key}.lock", os.O_RDWR | os.O_CREAT), "ab")
     except OSError as error:
         raise ConfigError(f"data.cache_dir {cache}: can not be written to ({error.strerror}); set another") from None
     with lock, _alone(lock) as alone:
         wrong = manifest.fault(folder) if folder.exists() else "missing"
         if wrong != "missing" and wrong is not None:
             print(f"warning: {folder}: {wrong}; the rows are tokenised again", file=sys.stderr)
-            shutil.rmtree(folder)
         if wrong is not None:
-            _make(folder, make, alone)
+            _make(folder, make, alone, () if wrong == "missing" else (*FILES, manifest.NAME))
         facts = manifest.read(folder)
         return Dataset(
             StoredExamples(folder), facts["read"], facts["truncated"], Counter(facts["dropped"]),
@@ -178,32 +180,24 @@ def stored(cache: Path, key: str, make: Callable[[Keep], Dataset]) -> Dataset:
         )  # fmt: skip
 
 
-def _make(folder: Path, make: Callable[[Keep], Dataset], alone: bool) -> None:
-    if alone:  # what a process that was killed has left
-        for left in folder.parent.glob(f"{folder.name}.*.partial"):
+def _make(folder: Path, make: Callable[[Keep], Dataset], alone: bool, replaced: tuple[str, ...] = ()) -> None:
+    """Args: replaced: the files of an entry that is not whole and gives way; of none, another's is taken."""
+    if alone:  # so what others have begun of this entry, they were killed over
+        for left in leftovers(folder):
             shutil.rmtree(left, ignore_errors=True)
-    partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
-    partial.mkdir()
     try:
-        with ExitStack() as opened:
-            names = ("tokens", "lengths", "places", "place_lengths", "seconds")
-            files: dict[str, IO[bytes]] = {name: opened.enter_context(open(partial / name, "wb")) for name in names}
-            rest = make(lambda examples, places: _write(files, examples, places))
-        if not (partial / "seconds").stat().st_size:
-            (partial / "seconds").unlink()
-        facts = {"read": rest.read, "truncated": rest.truncated, "dropped": dict(rest.dropped), "digest": rest.digest}
-        manifest.write(partial, facts)
-        try:
-            partial.rename(folder)
-        except OSError:
-            if not folder.exists():  # where there are no locks, another may have been first
-                raise
-        manifest.sync_folder(folder.parent)
-    except OSError as error:
-        error.filename = error.filename or str(partial)  # a stream does not say which file it is
-        raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        with new_folder(folder, ours=replaced) as partial:
+            with ExitStack() as opened:
+                files: dict[str, IO[bytes]] = {name: opened.enter_context(open(partial / name, "wb")) for name in FILES}
+                rest = make(lambda examples, places: _write(files, examples, places))
+            if not (partial / "seconds").stat().st_size:
+                (partial / "seconds").unlink()
+            facts = {"read": rest.read, "truncated": rest.truncated, "dropped": dict(rest.dropped)}
+            manifest.write(partial, facts | {"digest": rest.digest})
+    except FileExistsError:
+        if manifest.fault(folder) is not None:  # where there are no locks, another may have been first
+            raise
+    manifest.sync_folder(folder.parent)
 
 
 @contextmanager

@@ -7,8 +7,6 @@ safetensors, GGUF and JSON only: no pickle, no remote code.
 import hashlib
 import json
 import math
-import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -257,19 +255,3 @@ def base_fingerprint(source: Source) -> str:
         for start in sorted({last * sample // (NUM_SAMPLES - 1) for sample in range(NUM_SAMPLES)}) if size else ():
             digest.update(source.stored(name, start, min(start + SAMPLE_BYTES, size)).data)
     return digest.hexdigest()
-
-
-def replace_folder(temporary: Path, final: Path) -> None:
-    """Put a folder that was written whole in place of `final`, which may exist."""
-    umask = os.umask(0)
-    os.umask(umask)
-    for file in temporary.iterdir():
-        file.chmod(0o666 & ~umask)  # safetensors writes files that only their owner may read
-    if final.exists():
-        old = final.with_name(final.name + ".old")
-        shutil.rmtree(old, ignore_errors=True)  # left by a process that died between the two renames
-        os.replace(final, old)
-        os.replace(temporary, final)
-        shutil.rmtree(old)
-    else:
-        os.replace(temporary, final)

@@ -4,7 +4,6 @@ Tensor by tensor into shards, so that the host holds one shard at a time.
 """
 
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +18,7 @@ from safetensors.numpy import save_file
 from jlora.adapter import Adapter, Saved
 from jlora.errors import ModelError
 from jlora.hf.architecture import FAMILIES
-from jlora.hf.base import Source, replace_folder
+from jlora.hf.base import Source
 from jlora.hf.names import OUTER, Entry, name_table, to_hf
 from jlora.model import Decoder, LlamaConfig
 from jlora.quant import dequantize
@@ -85,7 +84,7 @@ def save_checkpoint(
     dtype: str,
     add_files: Callable[[Path], None],
 ) -> None:
-    """Write config.json, sharded safetensors and what `add_files` puts beside them, whole or not at all.
+    """Write config.json, sharded safetensors and what `add_files` puts beside them.
 
     Args:
       tensor: Hugging Face name and table entry -> array in the file's layout.
@@ -94,15 +93,13 @@ def save_checkpoint(
     Raises:
       ModelError: a tensor is not finite in `dtype`.
     """
-    temporary = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     shards: list[dict[str, np.ndarray]] = [{}]
     sizes = [0]
     weight_map: dict[str, int] = {}
 
     def flush() -> None:
-        save_file(shards[-1], temporary / f"shard-{len(shards)}", metadata={"format": "pt"})
+        save_file(shards[-1], folder / f"shard-{len(shards)}", metadata={"format": "pt"})
         shards[-1] = {}
 
     for name, entry in name_table(cfg).items():
@@ -120,20 +117,19 @@ def save_checkpoint(
     flush()
     # The number of shards, which their names carry, is known only now.
     if len(shards) == 1:
-        (temporary / "shard-1").rename(temporary / "model.safetensors")
+        (folder / "shard-1").rename(folder / "model.safetensors")
     else:
         names = {i: f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)}
         for number, file in names.items():
-            (temporary / f"shard-{number}").rename(temporary / file)
+            (folder / f"shard-{number}").rename(folder / file)
         index = {
             "metadata": {"total_size": sum(sizes)},
             "weight_map": {name: names[number] for name, number in weight_map.items()},
         }
         text = json.dumps(index, indent=2) + "\n"
-        (temporary / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+        (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
     config = {key: value for key, value in config.items() if key not in ("torch_dtype", "dtype")}
     architecture = FAMILIES[config["model_type"]].architecture
     config |= {"architectures": [architecture], "dtype": dtype, "torch_dtype": dtype}
-    (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    add_files(temporary)
-    replace_folder(temporary, folder)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    add_files(folder)

@@ -5,7 +5,6 @@ PEFT keeps A as [R, in] and B as [out, R], one pair a layer.
 
 import json
 import math
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from jlora.adapter import Adapter, Lora, Saved, layer_ranks, module_path, new_lo
 from jlora.config import PROJECTIONS, LoraSection, describe
 from jlora.errors import ModelError
 from jlora.folders import inside
-from jlora.hf.base import open_safetensors, read_floats, read_json, replace_folder
+from jlora.hf.base import open_safetensors, read_floats, read_json
 from jlora.hf.names import OUTER
 from jlora.initial import saved_weights
 from jlora.model import LlamaConfig, projection_shapes
@@ -278,7 +277,7 @@ def layers_adapted(adapter: Adapter, projection: str, num_layers: int) -> list[b
 
 
 def save_adapter(folder: Path, adapter: Adapter, section: LoraSection, base: str, base_hash: str) -> None:
-    """Write a PEFT folder, whole or not at all; tensors in float32.
+    """Write the files of a PEFT folder, made if need be; tensors in float32.
 
     Args:
       base: name or path of the base, for `base_model_name_or_path`.
@@ -307,9 +306,6 @@ def save_adapter(folder: Path, adapter: Adapter, section: LoraSection, base: str
         "alpha_pattern": section.alpha_pattern,
         "layers_to_transform": section.layers_to_transform,
     }
-    temporary = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    (temporary / WEIGHTS).write_bytes(serialize(tensors, {"format": "pt", "jlora_base_sha256": base_hash}))
-    (temporary / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    replace_folder(temporary, folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / WEIGHTS).write_bytes(serialize(tensors, {"format": "pt", "jlora_base_sha256": base_hash}))
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
