@@ -299,7 +299,7 @@ def require_shared_folder(folder: Path) -> None:
         return
     mark = folder / ".shared"
     if is_main():
-        mark.write_text(str(os.getpid()), encoding="utf-8")
+        mark.touch()
     wait_for_all("shared/written")
     deadline = time.monotonic() + SHARED_SECONDS
     while not mark.exists():

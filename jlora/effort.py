@@ -26,6 +26,7 @@ from jlora.config import Config, load_config
 from jlora.effort_page import write_effort
 from jlora.errors import ConfigError, UserError
 from jlora.evaluate import Evaluator, answer_and_score, describe_figures
+from jlora.folders import require_own
 from jlora.generate import LENGTH_STEP, one_device_mesh
 from jlora.hf.base import base_fingerprint
 from jlora.memory_plot import require_matplotlib
@@ -100,6 +101,7 @@ def effort(cfg: Config, options: Options, quiet: bool) -> tuple[Record, list[Use
     opened = [open_pretrained(base, _tokenizer(cfg, base), cfg.data.chat_template) for base in options.bases]
     rows = split_rows(cfg, [one.tokenizer for one in opened], options.heldout)
     strategies = choose(options.shots, options.rows, len(rows.train))
+    require_own(folder, ConfigError, ("data", *map(folder_of, opened)))
     files = write_rows(folder / "data", rows, strategies)
     settings = describe(cfg, options, rows)
     plan = [(one, way, identify(cfg, options, one, way, rows)) for one in opened for way in strategies]
@@ -221,8 +223,13 @@ def tuned_config(cfg: Config, opened: Opened, way: Strategy, folder: Path, files
     """The config of one fine-tuning: the user's own, on fewer rows."""
     model = cfg.model.model_copy(update={"path": opened.name, "tokenizer": _tokenizer(cfg, opened.name)})
     rows = cfg.data.model_copy(update={"train": str(files[way.key]), "eval": str(files["heldout"])})
-    base = f"{Path(opened.name).stem}-{base_fingerprint(opened.source)[:8]}"
-    return cfg.model_copy(update={"model": model, "data": rows, "output_dir": str(folder / base / way.key)})
+    output_dir = str(folder / folder_of(opened) / way.key)
+    return cfg.model_copy(update={"model": model, "data": rows, "output_dir": output_dir})
+
+
+def folder_of(opened: Opened) -> str:
+    """The folder of all fine-tunings of a base, in that of the report."""
+    return f"{Path(opened.name).stem}-{base_fingerprint(opened.source)[:8]}"
 
 
 def fine_tune(cfg: Config, record: Record, quiet: bool) -> bool:

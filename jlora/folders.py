@@ -1,8 +1,18 @@
 """Files of a folder that somebody else made: confined to it, regular, and of a size that is looked at first."""
 
+import os
+import stat
+from collections.abc import Iterable
 from pathlib import Path
 
-from jlora.errors import ModelError
+from jlora.errors import ModelError, UserError
+
+# What the commands write in a run folder.
+RUN_FILES = (
+    *(".lock", ".shared", "config.yaml", "metrics.jsonl", "samples.json", "summary.json", "report.html"),
+    *("effort.json", "effort.html", "effort.png"),
+)
+RUN_FOLDERS = ("adapter", "checkpoints", "quarantine", "tensorboard", "wandb")
 
 
 def inside(folder: Path, name: str) -> Path:
@@ -27,3 +37,34 @@ def inside(folder: Path, name: str) -> Path:
     if target.exists() and not target.is_file():
         raise ModelError(f"{path}: is not a regular file; get it again")
     return path
+
+
+def require_own(run_dir: Path, error: type[UserError], more: Iterable[str] = ()) -> None:
+    """A run folder, which may have come from others, holds its files and folders itself; any may be missing.
+
+    No link is followed, whoever made it: one in an unpacked archive belongs to whoever unpacked it, too. The run folder
+    may be a link.
+
+    Args:
+      error: what to raise. more: folders beside those of every run.
+
+    Raises:
+      error: naming a link, or what is no regular file or no folder.
+    """
+    folders = [run_dir / name for name in (*RUN_FOLDERS, *more)]
+    checkpoints = run_dir / "checkpoints"
+    if checkpoints.is_dir() and not checkpoints.is_symlink():
+        folders += [path for path in sorted(checkpoints.iterdir()) if path.is_symlink()]
+    for path in (*(run_dir / name for name in RUN_FILES), *folders):
+        try:
+            mode = path.lstat().st_mode
+        except OSError:  # not there
+            continue
+        if stat.S_ISLNK(mode):
+            raise error(
+                f"{path}: is a link to {os.readlink(path)}, and jlora follows no links in a run folder; remove it, or "
+                "put there what it leads to (the run folder as a whole may be a link)"
+            )
+        if not (stat.S_ISDIR(mode) if path in folders else stat.S_ISREG(mode)):
+            kind = "folder" if path in folders else "regular file"
+            raise error(f"{path}: is no {kind}; move it away")

@@ -9,11 +9,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TextIO
 
+from jlora.atomic import open_own
 from jlora.errors import ConfigError
 
 NAME = ".lock"
+MARK = '{"pid": '  # how a note of ours begins
 # A process that was just killed lets go of its memory first, and of its files then.
 WAIT_SECONDS = 5.0
 
@@ -31,19 +32,25 @@ def held(run_dir: Path, mine: bool = True) -> Iterator[None]:
     if not mine:
         yield
         return
-    with open(run_dir / NAME, "a+", encoding="utf-8") as stream:
-        if _take(stream.fileno(), run_dir):
-            _note(stream, json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": time.ctime()}))
+    descriptor = open_own(run_dir / NAME, os.O_RDWR | os.O_CREAT)
+    try:
+        if _take(descriptor, run_dir):
+            _note(descriptor, json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": time.ctime()}))
         try:
             yield
         finally:
-            _note(stream, "")
+            _note(descriptor, "")
+    finally:
+        os.close(descriptor)
 
 
-def _note(stream: TextIO, text: str) -> None:
+def _note(descriptor: int, text: str) -> None:
+    """Write who holds the lock, but over nothing else, nor into a file that has another name somewhere."""
     with suppress(OSError):  # of a full disk: who holds it is only for a message
-        stream.truncate(0)
-        os.write(stream.fileno(), text.encode())
+        ours = os.pread(descriptor, len(MARK), 0) in (b"", MARK.encode())
+        if ours and os.fstat(descriptor).st_nlink == 1:
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, text.encode(), 0)
 
 
 def _take(descriptor: int, run_dir: Path) -> bool:
@@ -54,8 +61,9 @@ def _take(descriptor: int, run_dir: Path) -> bool:
             return True
         except BlockingIOError:
             if time.monotonic() > deadline:
+                holder = _holder(descriptor)
                 raise ConfigError(
-                    f"output_dir {run_dir}: {_holder(run_dir)} is training there; wait for it or end it, or set another"
+                    f"output_dir {run_dir}: {holder} is training there; wait for it or end it, or set another"
                 ) from None
         except OSError as error:
             print(
@@ -66,9 +74,9 @@ def _take(descriptor: int, run_dir: Path) -> bool:
         time.sleep(0.1)
 
 
-def _holder(run_dir: Path) -> str:
+def _holder(descriptor: int) -> str:
     try:
-        holder = json.loads((run_dir / NAME).read_text(encoding="utf-8"))
+        holder = json.loads(os.pread(descriptor, 4096, 0))
         return f"process {holder['pid']} on {holder['host']} (since {holder['since']})"
     except (OSError, ValueError, KeyError, TypeError):
         return "another process"

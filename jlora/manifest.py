@@ -80,7 +80,10 @@ def _render(content: dict[str, Any]) -> str:
 
 
 def _read(folder: Path) -> dict[str, Any]:
-    text = (folder / NAME).read_bytes()
+    path = folder / NAME
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise ValueError(NAME)
+    text = path.read_bytes()
     tree = json.loads(text)
     # Written again from what it says, it is the same text, or a bit of it has changed.
     if not isinstance(tree, dict) or "content" not in tree or _render(tree["content"]).encode() != text:

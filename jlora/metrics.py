@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 import os
+import secrets
 import sys
 import time
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ import jax
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from jlora.atomic import open_own, write_text
 from jlora.cli import strict_json
 from jlora.config import TrainingSection
 from jlora.data import Epochs
@@ -38,13 +40,14 @@ class MetricsLog:
             return
         self._path = run_dir / "metrics.jsonl"
         kept = [line for line in read_metrics(self._path) if line["step"] <= resume_step] if resume_step else []
-        temporary = self._path.with_suffix(".partial")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        os.replace(temporary, self._path)
-        self._stream = open(self._path, "a", encoding="utf-8")
+        write_text(self._path, "".join(json.dumps(line) + "\n" for line in kept))
+        self._stream = os.fdopen(open_own(self._path, os.O_WRONLY | os.O_APPEND), "a", encoding="utf-8")
         from tensorboardX import SummaryWriter
 
-        self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resume_step + 1)
+        # A name that nobody has yet: its own, of a second, would cut the file of a start in the same one.
+        suffix = f".{secrets.token_hex(4)}"
+        folder = str(run_dir / "tensorboard")
+        self._tensorboard = SummaryWriter(folder, purge_step=resume_step + 1, filename_suffix=suffix)
         self._wandb = _start_wandb(wandb_project, run_dir, config) if wandb_project else None
 
     def write(self, line: dict[str, Any]) -> None:

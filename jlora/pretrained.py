@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from jlora.adapter import Adapter
 from jlora.config import Config, describe, read_yaml
 from jlora.errors import ModelError
+from jlora.folders import require_own
 from jlora.hf.architecture import parse_config
 from jlora.hf.base import Source, open_source, resolve
 from jlora.hf.load import load_base
@@ -88,11 +89,13 @@ def find_adapter(folder: str) -> Path:
     """The PEFT folder in a run folder, or `folder` itself.
 
     Raises:
-      ModelError: neither.
+      ModelError: neither; or a run folder of links.
     """
-    for candidate in (Path(folder), Path(folder) / "adapter"):
-        if (candidate / CONFIG).is_file():
-            return candidate
+    if (Path(folder) / CONFIG).is_file():
+        return Path(folder)
+    require_own(Path(folder), ModelError)
+    if (Path(folder) / "adapter" / CONFIG).is_file():
+        return Path(folder) / "adapter"
     raise ModelError(f"{folder}: neither a PEFT adapter folder nor a run folder with a finished adapter/")
 
 
@@ -104,12 +107,17 @@ def open_adapter(folder: str | None, pretrained: Pretrained) -> Adapter:
 
 
 def run_config(folder: str | Path | None) -> Config | None:
-    """The resolved config of the run that `folder` is, or lies in; None where there is none."""
+    """The resolved config of the run that `folder` is, or lies in; None where there is none.
+
+    Raises:
+      ModelError: it is no such config, or the run folder holds links.
+    """
     if folder is None:
         return None
     for candidate in (Path(folder), Path(folder).parent):
         file = candidate / "config.yaml"
         if file.is_file() and (candidate == Path(folder) or (candidate / "checkpoints").is_dir()):
+            require_own(candidate, ModelError)
             try:
                 return Config.model_validate(read_yaml(file))
             except ValidationError as error:

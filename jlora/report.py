@@ -27,6 +27,7 @@ from jlora.charts import (
     thinned,
 )
 from jlora.errors import ConfigError
+from jlora.folders import require_own
 from jlora.page import escape, write_page
 from jlora.run_files import RunFiles, read_run
 from jlora.runs_compared import MOST_RUNS, compare
@@ -157,6 +158,7 @@ def main() -> None:
     def body() -> None:
         runs = [Path(run) for run in args.runs]
         for run in runs:
+            require_own(run, ConfigError)
             if not any((run / name).is_file() for name in ("metrics.jsonl", "summary.json", "config.yaml")):
                 raise ConfigError(f"{run}: is no run folder (no metrics.jsonl, summary.json or config.yaml in it)")
         if len(runs) > 1 and not args.out:

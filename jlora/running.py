@@ -13,6 +13,7 @@ from jlora.config import Config
 from jlora.data import Dataset, Epochs
 from jlora.data.figures import count_sources
 from jlora.errors import ConfigError, NothingTrained
+from jlora.folders import require_own
 from jlora.metrics import StepMeter
 from jlora.pretrained import Opened
 from jlora.sharding import local_rows, place_rows
@@ -41,7 +42,7 @@ def warn_of_length(cfg: Config, opened: Opened) -> None:
 
 
 def make_run_dir(cfg: Config) -> Path:
-    """Create the run folder."""
+    """Create the run folder, or take the one that is there; see `jlora.folders.require_own`."""
     run_dir = Path(cfg.output_dir)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -49,6 +50,7 @@ def make_run_dir(cfg: Config) -> Path:
         raise ConfigError(f"output_dir {run_dir}: can not be made ({error.strerror}); set another") from None
     if not os.access(run_dir, os.W_OK):
         raise ConfigError(f"output_dir {run_dir}: can not be written to; set another")
+    require_own(run_dir, ConfigError)
     return run_dir
 
 

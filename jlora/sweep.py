@@ -30,6 +30,7 @@ from jlora.divides import check_batch_split, check_divides
 from jlora.errors import ConfigError, NonFiniteError, NothingTrained, UserError
 from jlora.evaluate import Evaluator, describe_figures
 from jlora.fitting import compile_fastest
+from jlora.folders import require_own
 from jlora.hf.architecture import parse_config
 from jlora.identity import check_identity, run_identity
 from jlora.initial import check_options
@@ -193,6 +194,7 @@ def train_together(cfg: Config, quiet: bool = False, as_json: bool = False) -> i
     check_batch_split(cfg, mesh)
     require_wandb(cfg.training.wandb)
     configs = variants(cfg)
+    require_own(folder, ConfigError, (Path(each.output_dir).name for each in configs))
     with ExitStack() as locks, jax.set_mesh(mesh):
         for each in (folder, *map(make_run_dir, configs)):
             locks.enter_context(lock.held(each))

@@ -244,6 +244,8 @@ def test_one_whose_manifest_is_not_its_own_is_damaged(copy):
     assert reader.fault(16) == "it is that of step 4" and reader.newest_whole() == 8
     (copy / "8" / manifest.NAME).unlink()
     assert reader.fault(8) == f"{manifest.NAME} is missing" and reader.newest_whole() == 4
+    os.mkfifo(copy / "8" / manifest.NAME)  # reading it would wait for ever
+    assert reader.fault(8) == f"{manifest.NAME} is damaged"
     reader.close()
 
 

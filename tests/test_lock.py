@@ -79,3 +79,24 @@ def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch, capsys)
     with lock.held(tmp_path):
         pass
     assert "can not be locked here (No locks available)" in capsys.readouterr().err
+
+
+def test_what_is_not_ours_is_not_cut_short(tmp_path):
+    """A file of the user's by that name, or one that has another name elsewhere, is locked and not written."""
+    for text, linked in (("precious", False), ('{"pid": 1, "host": "h", "since": "t"}', True)):
+        (tmp_path / lock.NAME).write_text(text, encoding="utf-8")
+        if linked:
+            os.link(tmp_path / lock.NAME, tmp_path / "another name")
+        for _ in range(2):
+            with lock.held(tmp_path):
+                assert (tmp_path / lock.NAME).read_text(encoding="utf-8") == text
+        (tmp_path / lock.NAME).unlink()
+
+
+@pytest.mark.parametrize("to", ["victim", "none"])
+def test_a_link_is_not_followed(tmp_path, to):
+    (tmp_path / "victim").write_text("precious", encoding="utf-8")
+    (tmp_path / lock.NAME).symlink_to(tmp_path / to)
+    with pytest.raises(OSError, match="is a link"), lock.held(tmp_path):
+        raise AssertionError("held")
+    assert (tmp_path / "victim").read_text(encoding="utf-8") == "precious" and not (tmp_path / "none").exists()

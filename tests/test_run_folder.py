@@ -2,6 +2,7 @@
 
 import errno
 import importlib
+import json
 import os
 import shutil
 import sys
@@ -12,8 +13,13 @@ from tiny import make_completions, make_llama, make_tokenizer, write_config
 
 from jlora import verify
 from jlora.config import load_config
-from jlora.errors import ModelError
+from jlora.errors import ConfigError, ModelError
+from jlora.folders import RUN_FILES, RUN_FOLDERS
+from jlora.generate import run_config
+from jlora.metrics import MetricsLog
+from jlora.pretrained import find_adapter
 from jlora.report import write_report
+from jlora.sweep import train_together
 from jlora.train import train
 
 WEIGHTS = "adapter_model.safetensors"
@@ -144,6 +150,107 @@ def test_an_adapter_that_fails_its_proof_leaves_the_one_before(world, run_dir, m
         train(config_of(world, run_dir), quiet=True)
     assert load_file(run_dir / "adapter" / WEIGHTS).keys() == before.keys()
     assert not list(run_dir.glob(".adapter*"))
+
+
+# A run folder from others
+
+
+def plant(path, kind, victim):
+    """A link to a file or folder of the user's, or a pipe, which opening would wait for."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)
+    os.mkfifo(path) if kind == "pipe" else path.symlink_to(victim)
+
+
+@pytest.mark.parametrize("kind", ["link", "pipe"])
+@pytest.mark.parametrize("name", [*RUN_FILES, *RUN_FOLDERS])
+def test_a_link_or_pipe_in_a_run_folder_is_refused(world, run_dir, tmp_path, command, name, kind):
+    victim = tmp_path / "victim"
+    if name in RUN_FOLDERS:
+        earlier(victim)
+    else:
+        victim.write_text("precious", encoding="utf-8")
+    plant(run_dir / name, kind, victim)
+    before = snapshot(tmp_path) if kind == "link" else {}
+    words = f"{run_dir / name}: is a link to {victim}" if kind == "link" else f"{run_dir / name}: is no "
+    with pytest.raises(ConfigError) as refused:
+        train(config_of(world, run_dir), quiet=True)
+    assert str(refused.value).startswith(words)
+    code, err = command("report", run_dir)
+    assert code == 2 and err.startswith(f"error: {words}")
+    if (run_dir / "config.yaml").is_file():
+        code, err = command("export", "--run", run_dir, "--out", tmp_path / "m")
+        assert code == 4 and err.startswith(f"error: {words}")
+        with pytest.raises(ModelError, match="link|is no "):
+            run_config(run_dir)
+    with pytest.raises(ModelError, match="link|is no "):
+        find_adapter(str(run_dir))
+    assert kind == "pipe" or snapshot(tmp_path) == before
+
+
+def test_a_link_among_the_checkpoints_is_refused(world, run_dir, tmp_path):
+    earlier(tmp_path / "victim")
+    (run_dir / "checkpoints" / "3.deleting").symlink_to(tmp_path / "victim")
+    with pytest.raises(ConfigError, match="checkpoints/3.deleting: is a link"):
+        train(config_of(world, run_dir), quiet=True)
+    assert (tmp_path / "victim" / "mine").is_file()
+
+
+def test_a_link_for_the_folder_of_a_sweeps_run_is_refused(world, tmp_path):
+    earlier(tmp_path / "victim")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "a").symlink_to(tmp_path / "victim")
+    config = tmp_path / "sweep.yaml"
+    text = (world / "c.yaml").read_text(encoding="utf-8")
+    config.write_text(text + "\nsweep: [{name: a, optimizer.learning_rate: 1.0e-3}]\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match="out/a: is a link"):
+        train_together(load_config(config, [f"output_dir={tmp_path / 'out'}"]), quiet=True)
+    assert os.listdir(tmp_path / "victim") == ["mine"]
+
+
+def test_links_at_names_of_old_temporaries_are_not_followed(world, tmp_path):
+    run_dir, victim = tmp_path / "run", tmp_path / "victim"
+    run_dir.mkdir()
+    victim.write_text("precious", encoding="utf-8")
+    names = [f"{name}.partial" for name in ("metrics", "config.yaml", "summary.json", "samples.json")]
+    for name in (*names, f".report.html.{os.getpid()}.tmp"):
+        (run_dir / name).symlink_to(victim)
+    train(config_of(world, run_dir), quiet=True)
+    assert victim.read_text(encoding="utf-8") == "precious"
+    for name in ("metrics.jsonl", "config.yaml", "summary.json", "report.html"):
+        assert (run_dir / name).is_file() and not (run_dir / name).is_symlink()
+
+
+def test_a_hard_link_is_not_written_through(world, run_dir, tmp_path):
+    """As `cp -al` makes them of a whole run folder."""
+    copy = tmp_path / "copy"
+    shutil.copytree(run_dir, copy, copy_function=os.link)
+    shutil.rmtree(copy / "checkpoints")  # so the run begins anew
+    before = snapshot(run_dir)
+    train(load_config(world / "c.yaml", [f"output_dir={copy}", "optimizer.learning_rate=1e-3"]), quiet=True)
+    assert snapshot(run_dir) == before
+    assert (copy / "metrics.jsonl").read_bytes() != (run_dir / "metrics.jsonl").read_bytes()
+
+
+def test_the_run_folder_itself_may_be_a_link(world, run_dir, tmp_path):
+    run_dir.rename(tmp_path / "disk")
+    run_dir.symlink_to("disk")
+    unfinished(run_dir)
+    assert train(config_of(world, run_dir), quiet=True)["status"] == "finished"
+    assert run_dir.is_symlink() and (tmp_path / "disk" / "adapter" / WEIGHTS).is_file()
+
+
+def test_starts_within_a_second_have_their_own_events(tmp_path):
+    for _ in range(2):
+        log = MetricsLog(tmp_path, 0, None, {}, True)
+        log.write({"step": 1, "loss": 1.0})
+        log.close()
+    events = list((tmp_path / "tensorboard").iterdir())
+    assert len(events) == 2 and all(path.stat().st_size > 0 for path in events)
+    assert [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [
+        {"step": 1, "loss": 1.0}
+    ]
 
 
 def test_a_page_replaces_a_page_and_nothing_else(run_dir, tmp_path, command):
