@@ -179,6 +179,18 @@ class Checkpoints:
         state = jax.tree.unflatten(jax.tree.structure(like), leaves)
         return Restored(step, state, restored["data"], restored["identity"])
 
+    def restore_trained(self, step: int, like: Tree) -> Tree:
+        """Restore the trained leaves alone, without the optimizer's, into the structure and placement of `like`.
+
+        Raises:
+          ModelError: as for `restore`.
+        """
+        abstract = flatten({"trained": jax.tree.map(ocp.utils.to_shape_dtype_struct, like)})
+        arguments = ocp.checkpoint_utils.construct_restore_args(abstract)
+        part = ocp.args.PyTreeRestore(abstract, restore_args=arguments, partial_restore=True)
+        flat = self._restore(step, state=part)["state"]
+        return jax.tree.unflatten(jax.tree.structure(like), [flat[name] for name in abstract])
+
     def close(self) -> None:
         """Wait, then let go of the folder."""
         try:

@@ -6,9 +6,7 @@ compared with the run's own.
 
 import math
 import os
-import shutil
 import sys
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,40 +14,35 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jlora import attention, cli, optim, verify
+from jlora import cli, verify
 from jlora.adapter import Adapter
 from jlora.atomic import new_folder
 from jlora.checkpoint import Checkpoints
 from jlora.combine import COMBINATIONS, combine_adapters
 from jlora.config import Config
-from jlora.data import read_data
-from jlora.errors import ConfigError, DataError, ModelError
-from jlora.evaluate import Evaluator
-from jlora.folders import inside
+from jlora.errors import ConfigError, ModelError
 from jlora.generate import one_device_mesh
-from jlora.gguf import GGUFFile
-from jlora.hf.base import open_source
-from jlora.hf.load import load_base
-from jlora.hf.merged import add_adapter, merged_tensor, save_checkpoint, trained_tensor, untied
+from jlora.hf.architecture import parse_config
 from jlora.initial import new_adapter
-from jlora.model import Decoder
-from jlora.pretrained import Pretrained, load_pretrained, open_adapter, open_pretrained, run_config
-from jlora.step import Forward, init_state, place_adapter
+from jlora.merge import TOLERANCE
+from jlora.merge import merge as merge_run
+from jlora.model import Decoder, LlamaConfig, abstract_decoder
+from jlora.pretrained import load_pretrained, open_adapter, open_pretrained, run_config
+from jlora.sharding import named_sharding
+from jlora.step import place_adapter
 
 # The proof is in float32, where rounding can not hide a mistake.
 PROOF_DTYPE = jnp.dtype("float32")
 
-# Rows on which the cost of merging into a quantised base is measured.
-COST_ROWS = 64
-
-# Difference of logits that rounding to a dtype may make (see `verify.require_equal`).
-TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
-
 
 def restore(
-    cfg: Config, run_dir: Path, step: int | None, pretrained: Pretrained, mesh: jax.sharding.Mesh
-) -> tuple[int, Adapter, Decoder]:
-    """Step, adapter and base of a checkpoint (the newest without `step`); one of the two is the run's own."""
+    cfg: Config, run_dir: Path, step: int | None, model: LlamaConfig, base_hash: str, mesh: jax.sharding.Mesh
+) -> tuple[int, Adapter, Decoder | None]:
+    """Step, adapter and, of a full fine-tuning, weights of a checkpoint (the newest without `step`), on `mesh`.
+
+    Raises:
+      ModelError: no such checkpoint, or one of another base or run.
+    """
     checkpoints = Checkpoints(run_dir / "checkpoints", cfg.training.keep_checkpoints, read_only=True)
     steps = checkpoints.steps()
     if not steps or (step is not None and step not in steps):
@@ -60,93 +53,32 @@ def restore(
     elif (found := checkpoints.fault(step)) is not None:
         raise ModelError(f"{run_dir}/checkpoints/{step}: the checkpoint is damaged ({found}); export another step")
     saved = checkpoints.identity(step)["hashes"]["base"]
-    if saved != pretrained.base_hash:
+    if saved != base_hash:
         raise ModelError(
             f"{run_dir}: was trained on another base (tensors {saved[:12]}..., {cfg.model.path} has "
-            f"{pretrained.base_hash[:12]}...)"
+            f"{base_hash[:12]}...)"
         )
-    model = pretrained.base.cfg
-    adapter: Adapter = {}
+    like: dict[str, Any] = {"adapter": {}, "base": None}
     if cfg.method == "lora":
-        adapter = place_adapter(new_adapter(cfg.lora, model, cfg.training.seed), model, mesh)
-    params = {"adapter": adapter, "base": pretrained.base}
-    labels = optim.labels(params, cfg.method)
-    state = init_state(params, optim.make_optimizer(cfg.optimizer, 1, labels), cfg, mesh)
-    trained = checkpoints.restore(step, state).state.trained
+        adapter = jax.eval_shape(lambda: new_adapter(cfg.lora, model, cfg.training.seed))
+        like["adapter"] = place_adapter(adapter, model, mesh)
+    else:
+        whole = named_sharding(mesh, ())
+        decoder = abstract_decoder(model, jnp.dtype("float32"))
+        like["base"] = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole), decoder)
+    trained = checkpoints.restore_trained(step, like)
     checkpoints.close()
-    _, frozen = optim.partition(params, labels)
-    combined = optim.combine(trained, frozen)
-    return step, combined["adapter"], combined["base"]
+    return step, trained["adapter"], trained["base"]
 
 
-def export_full(
-    folder: Path, dtype: str, pretrained: Pretrained, base: Decoder, adapter: Adapter, cfg: Config
+def export(
+    run_dir: Path, out: Path, step: int | None, merge: bool, dtype: str | None, peft: bool, cost: bool = False
 ) -> dict[str, Any]:
-    """Write a full checkpoint in `folder`, read it back, compare logits; returns their difference, among others.
-
-    Merging into a quantised base takes the weights that the adapter was trained on, dequantised: the result computes
-    what the run did, while merging into the stored ones would put the adapter on weights it has never seen.
-    """
-    source = pretrained.source
-
-    def tensor(name: str, entry: Any) -> Any:
-        if cfg.method == "full":
-            return trained_tensor(base, entry)
-        if cfg.model.quantization is not None:
-            return add_adapter(trained_tensor(base, entry), entry, adapter)
-        return merged_tensor(source, entry, name, adapter)
-
-    shape, config = untied(base.cfg, source.config, adapter)
-    save_checkpoint(folder, shape, tensor, config, dtype, partial(add_tokenizer, pretrained))
-    expected = verify.probe_logits(base, adapter, PROOF_DTYPE)
-    written, _ = load_base(open_source(folder), str(folder), PROOF_DTYPE, one_device_mesh())
-    found = verify.probe_logits(written, {}, PROOF_DTYPE)
-    result: dict[str, Any] = {"dtype": dtype}
-    result["logits_relative_difference"] = verify.require_equal(folder, expected, found, TOLERANCE[dtype])
-    if cfg.model.quantization is not None:
-        result |= {"merged_into": f"dequantised {cfg.model.quantization}"}
-        result |= merge_cost(cfg, pretrained, base, adapter, written)
-    return result
-
-
-def merge_cost(
-    cfg: Config, pretrained: Pretrained, base: Decoder, adapter: Adapter, merged: Decoder
-) -> dict[str, float | None]:
-    """Mean loss before and after merging, on the run's first held-out rows, or training rows where it has none.
-
-    Null where the rows are no longer there.
-    """
-    try:
-        train_data, eval_data = read_data(cfg, pretrained.tokenizer)
-    except DataError:
-        return {"loss_before_merging": None, "loss_merged": None}
-    rows = eval_data or train_data
-    rows = replace(rows, examples=rows.examples[:COST_ROWS])
-    mesh = one_device_mesh()
-    evaluator = Evaluator(rows, cfg.data, 1, Forward(attention.reference, "none", PROOF_DTYPE), mesh)
-    return {
-        "loss_before_merging": evaluator.mean_loss(base, adapter)[0],
-        "loss_merged": evaluator.mean_loss(merged, {})[0],
-    }
-
-
-def add_tokenizer(pretrained: Pretrained, folder: Path) -> None:
-    """The tokenizer's own files, and the generation config, beside the weights."""
-    if isinstance(pretrained.source, GGUFFile) and not pretrained.tokenizer.files:
-        pretrained.source.tokenizer().save_pretrained(folder)
-    files = list(pretrained.tokenizer.files)
-    if pretrained.path.is_dir():
-        files.append(inside(pretrained.path, "generation_config.json"))
-    for file in files:
-        if file.is_file():
-            shutil.copyfile(file, folder / file.name)
-
-
-def export(run_dir: Path, out: Path, step: int | None, merge: bool, dtype: str | None, peft: bool) -> dict[str, Any]:
     """Export a run; returns what was written and the figures of its proof.
 
     Raises:
       ModelError: no such checkpoint, another base, or an export that does not compute what the run does.
+      MemoryExceeded, ConfigError: see `jlora.merge.require_room`.
     """
     cfg = run_config(run_dir)
     if cfg is None:
@@ -155,21 +87,27 @@ def export(run_dir: Path, out: Path, step: int | None, merge: bool, dtype: str |
     full = merge or cfg.method == "full"
     if peft and full:
         raise ConfigError("--verify loads an adapter in PEFT; leave --merge out")
-    mesh = one_device_mesh()
-    with new_folder(out) as folder, jax.set_mesh(mesh):
-        stored = jnp.dtype("float32" if full else cfg.model.dtype)
-        opened = open_pretrained(cfg.model.path, cfg.model.tokenizer, cfg.data.chat_template)
-        # PEFT has the base as it is stored.
-        pretrained = load_pretrained(opened, stored, mesh, None if peft else cfg.model.quantization)
-        step, adapter, base = restore(cfg, run_dir, step, pretrained, mesh)
-        result = {"step": step, "out": str(out), "kind": "full" if full else "adapter"}
+    if cost and (not merge or cfg.method == "full"):
+        raise ConfigError("--cost is that of merging an adapter, by --merge; leave it out")
+    opened = open_pretrained(cfg.model.path, cfg.model.tokenizer, cfg.data.chat_template)
+    model = parse_config(opened.source.config, cfg.model.path)
+    with new_folder(out) as folder:
         if full:
             chosen = dtype or cfg.model.dtype
-            return result | export_full(folder, chosen, pretrained, base, adapter, cfg)
-        difference = verify.write_adapter(folder, adapter, cfg.lora, cfg.model.path, pretrained, PROOF_DTYPE, mesh)
-        result["logits_relative_difference"] = difference
-        if peft:
-            result["peft_relative_difference"] = verify.compare_with_peft(folder, adapter, pretrained)
+            merged = merge_run(cfg, opened, folder, chosen, partial(restore, cfg, run_dir, step, model), cost)
+            return merged | {"out": str(out)}
+        mesh = one_device_mesh()
+        with jax.set_mesh(mesh):
+            # PEFT has the base as it is stored.
+            kind = None if peft else cfg.model.quantization
+            pretrained = load_pretrained(opened, jnp.dtype(cfg.model.dtype), mesh, kind)
+            step, adapter, _ = restore(cfg, run_dir, step, model, pretrained.base_hash, mesh)
+            where = (cfg.lora, cfg.model.path, pretrained, PROOF_DTYPE, mesh)
+            result: dict[str, Any] = {"step": step, "out": str(out), "kind": "adapter"}
+            result["logits_relative_difference"] = verify.write_adapter(folder, adapter, *where)
+            if peft:
+                found = verify.compare_with_peft(folder, adapter, pretrained)
+                result["peft_relative_difference"], result["base_read_by"] = found
     return result
 
 
@@ -228,6 +166,15 @@ def export_combined(
     return result | {"logits_relative_difference": difference}
 
 
+def use_host(run_dir: Path, merge: bool, cost: bool) -> None:
+    """Tell JAX, before it starts, that the CPU writes whole models, so that no accelerator's memory is taken."""
+    cfg, named = run_config(run_dir), os.environ.get("JAX_PLATFORMS", "")
+    if cost and named:  # which may leave the CPU out
+        jax.config.update("jax_platforms", f"{named},cpu")
+    elif not cost and (merge or (cfg is not None and cfg.method == "full")):
+        jax.config.update("jax_platforms", "cpu")
+
+
 def main() -> None:
     """Command line."""
     parser = cli.Parser(prog="python -m jlora.export", description="Export a run.")
@@ -243,6 +190,7 @@ def main() -> None:
     parser.add_argument("--out", required=True, help="new folder to write")
     parser.add_argument("--merge", action="store_true", help="a full checkpoint with the adapter merged in")
     parser.add_argument("--dtype", choices=tuple(TOLERANCE), help="of merged weights; default: the run's")
+    parser.add_argument("--cost", action="store_true", help="also measure the loss before and after --merge (see docs)")
     parser.add_argument("--verify", action="store_true", help="also load the adapter in PEFT and compare logits")
     parser.add_argument("-q", "--quiet", action="store_true", help="print nothing")
     parser.add_argument("--json", action="store_true", help="one JSON object")
@@ -250,15 +198,18 @@ def main() -> None:
 
     def body() -> None:
         if args.adapters:
-            if args.merge or args.verify or args.step is not None or args.dtype:
-                raise ConfigError("--adapters makes an adapter; leave --merge, --verify, --step and --dtype out")
+            if args.merge or args.cost or args.verify or args.step is not None or args.dtype:
+                raise ConfigError(
+                    "--adapters makes an adapter; leave --merge, --cost, --verify, --step and --dtype out"
+                )
             result = export_combined(args.adapters, args.combination, args.rank, args.base, Path(args.out))
             if args.json:
                 cli.print_json(result)
             elif not args.quiet:
                 print(f"{result['out']}: {len(args.adapters)} adapters as one of rank {result['rank']}, read back")
             return
-        result = export(Path(args.run), Path(args.out), args.step, args.merge, args.dtype, args.verify)
+        use_host(Path(args.run), args.merge, args.cost)
+        result = export(Path(args.run), Path(args.out), args.step, args.merge, args.dtype, args.verify, args.cost)
         if args.json:
             cli.print_json(result)
         elif not args.quiet:
@@ -266,13 +217,16 @@ def main() -> None:
             print(f"  logits differ by {result['logits_relative_difference']:.1e} of their size")
             if "merged_into" in result:
                 print(f"  merged into the {result['merged_into']} weights that the adapter was trained on")
-                before, after = result["loss_before_merging"], result["loss_merged"]
+            if args.cost:
+                before, after = result["cross_entropy_before_merging"], result["cross_entropy_merged"]
                 cost = "not measured, as the run's rows are gone"
                 if before is not None:
                     cost = f"{after - before:+.1e} (from {before:.4f} to {after:.4f})"
-                print(f"  its cost in loss: {cost}")
+                print(f"  its cost in cross-entropy: {cost}")
             if "peft_relative_difference" in result:
                 print(f"  in PEFT they differ by {result['peft_relative_difference']:.1e}")
+                if result["base_read_by"] == "jlora":
+                    print("  (on the base as jlora reads it: transformers cannot read this GGUF file)")
             sys.stdout.flush()
 
     cli.run(body)

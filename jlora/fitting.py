@@ -93,7 +93,7 @@ def peak_bytes(compiled: Any, platform: str) -> int:
 def free_bytes(devices: list[jax.Device]) -> int:
     """Bytes that a program may still take on each of these devices of this process, some headroom left."""
     if devices[0].platform == "cpu":
-        return int(_free_host_bytes() * (1 - HEADROOM)) // len(devices)
+        return int(free_host_bytes() * (1 - HEADROOM)) // len(devices)
     found = []
     for device in devices:
         stats = device.memory_stats()
@@ -101,7 +101,7 @@ def free_bytes(devices: list[jax.Device]) -> int:
     return int(min(found))
 
 
-def _free_host_bytes() -> int:
+def free_host_bytes() -> int:
     """Memory of this machine that is available, or of the container where that is less."""
     try:
         lines = MEMINFO.read_text(encoding="ascii").splitlines()

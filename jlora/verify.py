@@ -1,23 +1,29 @@
 """Proof of an export: read back what was written, recompute logits on a probe, compare."""
 
+from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jlora import attention
-from jlora.adapter import Adapter
+from jlora.adapter import Adapter, Lora, Saved
 from jlora.atomic import beside, new_folder
 from jlora.config import LoraSection
 from jlora.distributed import from_first, is_main, wait_for_all
 from jlora.errors import ConfigError, ModelError
-from jlora.hf.names import name_table
+from jlora.hf.names import BLOCK, OUTER, name_table
 from jlora.hf.peft import CONFIG, WEIGHTS, load_adapter, save_adapter
-from jlora.model import Decoder
+from jlora.hf.weights import Merged, Weights, at_layer, blocks, leaf
+from jlora.layers import rms_norm
+from jlora.model import Block, Decoder, LlamaConfig
 from jlora.pretrained import Pretrained
+from jlora.rope import rotary_table
 from jlora.sharding import constrain, gather
 from jlora.step import place_adapter
 
@@ -49,6 +55,69 @@ def _probed(base: Decoder, adapter: Adapter, dtype: jnp.dtype) -> jax.Array:
         dtype=dtype,
     )
     return constrain(base.logits(hidden, adapter)[0], None, None)
+
+
+class StreamedBlock:
+    """One layer as `jlora.model.Block` computes it, each weight read when it is used and let go after."""
+
+    def __init__(self, cfg: LlamaConfig, weights: Weights, layer: int):
+        self.cfg = cfg
+        self._weights, self._layer = weights, layer
+        self._table = name_table(cfg)
+        self._last: tuple[str, jax.Array | None] = "", None
+
+    def __getattr__(self, name: str) -> "StreamedWeight":
+        return StreamedWeight(partial(self._read, name))
+
+    def _read(self, name: str) -> jax.Array:
+        known, array = self._last
+        if known != name or array is None:  # a layer asks for some twice
+            self._last = "", None
+            stored = f"model.layers.{self._layer}.{BLOCK[name]}"
+            array = leaf(self._weights, self.cfg, stored, self._table[stored])
+            self._last = name, array
+        return array
+
+    def __call__(self, *inputs: Any) -> jax.Array:
+        """See `Block`."""
+        return Block.__call__(self, *inputs)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class StreamedWeight:
+    """What of `nnx.Param` a layer uses."""
+
+    get_value: Callable[[], jax.Array]
+
+    def __getitem__(self, index: Any) -> jax.Array:
+        return self.get_value()[index]
+
+
+def streamed_logits(cfg: LlamaConfig, weights: Weights, adapter: Adapter) -> np.ndarray:
+    """As `probe_logits` in float32, with one tensor of the model in memory at a time; [T V].
+
+    Args:
+      cfg: of the model with the adapter; its head is not tied where the adapter has an embedding or a head of its own.
+    """
+    whole = Merged(weights, {name: part for name, part in adapter.items() if isinstance(part, Saved)})
+    low_rank = {name: part for name, part in adapter.items() if isinstance(part, Lora)}
+    table, tokens = name_table(cfg), probe_tokens(cfg.vocab_size)
+    positions, segments = jnp.arange(PROBE_LENGTH, dtype=jnp.int32)[None], jnp.ones(tokens.shape, jnp.int32)
+    rotary = rotary_table(positions, segments, cfg.head_dim, cfg.rope_theta, cfg.rope_scaling)
+    rows = {"q_segments": segments, "kv_segments": segments, "q_positions": positions, "kv_positions": positions}
+    attend = partial(attention.reference, **rows, window=cfg.sliding_window)
+    name = OUTER["embed_tokens"]
+    x = jnp.asarray(np.concatenate([whole.rows(name, table[name], i, i + 1) for i in tokens[0].tolist()])[None])
+    for layer in range(cfg.num_hidden_layers):
+        factors = {name: at_layer(lora, layer) for name, lora in low_rank.items()}
+        x = StreamedBlock(cfg, whole, layer)(
+            x, rotary, attend, {n: f for n, f in factors.items() if f is not None}, None
+        )
+    name = OUTER["norm"]
+    x = rms_norm(x, whole.rows(name, table[name], 0, 1)[0], cfg.rms_norm_eps)
+    name = OUTER["embed_tokens" if cfg.tie_word_embeddings else "lm_head"]
+    heads = (whole.rows(name, table[name], start, stop) for start, stop in blocks(cfg, table[name]))
+    return np.concatenate([np.asarray(jnp.einsum("btd,vd->btv", x, head)[0]) for head in heads], axis=1)
 
 
 def require_equal(where: Path, expected: np.ndarray, found: np.ndarray, tolerance: float) -> float:
@@ -119,30 +188,52 @@ def write_adapter(
     return require_equal(folder, expected, probe_logits(pretrained.base, reread, dtype), tolerance)
 
 
-def compare_with_peft(folder: Path, adapter: Adapter, pretrained: Pretrained) -> float:
-    """Load an exported adapter in PEFT on transformers' model, float32, and compare logits with ours.
+def compare_with_peft(folder: Path, adapter: Adapter, pretrained: Pretrained) -> tuple[float, str]:
+    """Load an exported adapter in PEFT on the base as transformers reads it, float32, and compare logits with ours.
+
+    Returns their relative difference, and who read the base's file: "transformers", or "jlora" where that is a GGUF
+    file which transformers cannot read.
 
     Raises:
       ConfigError: torch, transformers or peft is not installed.
-      ModelError: the logits differ.
+      ModelError: the logits differ, or transformers refuses the base.
     """
     try:
         import torch
         from peft import PeftModel
-        from transformers import AutoConfig, AutoModelForCausalLM
     except ImportError as error:
         raise ConfigError(f"--verify needs torch and peft ({error.name} is missing); pip install torch peft") from None
-    source, cfg = pretrained.source, pretrained.base.cfg
+    ours = probe_logits(pretrained.base, adapter, jnp.dtype("float32"))
+    model, reader = transformers_base(pretrained)
+    adapted = PeftModel.from_pretrained(model, str(folder)).eval()
+    with torch.no_grad():
+        tokens = torch.from_numpy(probe_tokens(pretrained.base.cfg.vocab_size)).long()
+        theirs = adapted(tokens).logits[0].float().numpy()
+    return require_equal(folder, theirs, ours, tolerance=1e-4), reader
+
+
+def transformers_base(pretrained: Pretrained) -> tuple[Any, str]:
+    """The base in transformers, float32, and who read its file; see `compare_with_peft`."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    path, source = pretrained.path, pretrained.source
+    gguf = {} if path.is_dir() else {"gguf_file": path.name}
+    folder = path if path.is_dir() else path.parent
+    options: dict[str, Any] = {"dtype": torch.float32, "local_files_only": True, "use_safetensors": True}
+    try:
+        return AutoModelForCausalLM.from_pretrained(str(folder), **options, **gguf), "transformers"
+    except Exception as error:  # of any kind: it is another's reader
+        if not gguf:
+            reason = " ".join(str(error).split())[:300]
+            raise ModelError(f"{path}: transformers does not load this base ({reason}), so no export fits it") from None
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**source.config))
-    # Given tensor by tensor, so that a GGUF base is compared in just the same way as a folder.
-    state = {name: torch.from_numpy(source.read(name).astype(np.float32)) for name in name_table(cfg)}
-    if cfg.tie_word_embeddings:
+    state = {name: torch.from_numpy(source.read(name).astype(np.float32)) for name in name_table(pretrained.base.cfg)}
+    if pretrained.base.cfg.tie_word_embeddings:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
     model.load_state_dict(state, assign=True)
     model.model.rotary_emb = type(model.model.rotary_emb)(model.config)  # its buffer was made on "meta"
-    adapted = PeftModel.from_pretrained(model, str(folder)).eval()
-    with torch.no_grad():
-        theirs = adapted(torch.from_numpy(probe_tokens(cfg.vocab_size)).long()).logits[0].float().numpy()
-    ours = probe_logits(pretrained.base, adapter, jnp.dtype("float32"))
-    return require_equal(folder, theirs, ours, tolerance=1e-4)
+    return model, "jlora"

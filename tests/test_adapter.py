@@ -24,8 +24,9 @@ from jlora.atomic import new_folder
 from jlora.config import ATTENTION_PROJECTIONS, PROJECTIONS, LoraSection
 from jlora.errors import ModelError
 from jlora.hf.base import open_source
-from jlora.hf.merged import merged_tensor, save_checkpoint
+from jlora.hf.merged import save_checkpoint
 from jlora.hf.peft import CONFIG, WEIGHTS, load_adapter, save_adapter
+from jlora.hf.weights import Merged, Stored
 from jlora.model import projection_shapes
 from jlora.step import count_parameters
 
@@ -357,11 +358,8 @@ def test_merged_weights_equal_the_adapter(options, llama, base_and_hash, tmp_pat
     base, _ = base_and_hash
     adapter = randomised(fresh(base, **options))
     source = open_source(llama)
-
-    def tensor(name, entry):
-        return merged_tensor(source, entry, name, adapter)
-
-    save_checkpoint(tmp_path / "merged", base.cfg, tensor, source.config, "float32", lambda folder: None)
+    weights = Merged(Stored(source), adapter)
+    save_checkpoint(tmp_path / "merged", base.cfg, weights, source.config, "float32", lambda folder: None)
     tokens = random_tokens(300)
     expected = logits(base, adapter, tokens)
     model = LlamaForCausalLM.from_pretrained(tmp_path / "merged").eval()

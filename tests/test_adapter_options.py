@@ -18,15 +18,17 @@ from shared_data import SHARED
 from tiny import make_llama, make_qwen2, make_tokenizer
 from transformers import AutoModelForCausalLM
 
-from jlora import attention, optim
+from jlora import attention, optim, verify
 from jlora.adapter import Adapter, Lora, Saved, layer_ranks, project, weight_norm
 from jlora.config import PROJECTIONS, Config, LoraSection
 from jlora.errors import ConfigError, ModelError
 from jlora.export import export_combined
 from jlora.generate import one_device_mesh
+from jlora.hf import weights
 from jlora.hf.base import open_source
-from jlora.hf.merged import merged_tensor, save_checkpoint, untied
+from jlora.hf.merged import save_checkpoint, untied
 from jlora.hf.peft import CONFIG, load_adapter, save_adapter
+from jlora.hf.weights import Merged, Stored
 from jlora.initial import check_options, complete, new_adapter
 from jlora.quant import dequantize, quantize
 from jlora.step import Forward, init_state, make_train_step
@@ -154,7 +156,7 @@ def torch_model(folder: Path) -> torch.nn.Module:
 
 
 @pytest.mark.parametrize(("name", "base_name"), CASES)
-def test_ours_in_peft_and_merged(name, base_name, bases, opened, tmp_path):
+def test_ours_in_peft_and_merged(name, base_name, bases, opened, tmp_path, monkeypatch):
     """What we export PEFT computes as we do; so do we on reading it, and transformers on the merged weights."""
     folder = needed(base_name, bases)
     (base, base_hash), section = opened[base_name], section_of(name)
@@ -173,10 +175,13 @@ def test_ours_in_peft_and_merged(name, base_name, bases, opened, tmp_path):
 
     source = open_source(folder)
     shape, config = untied(base.cfg, source.config, adapter)
+    monkeypatch.setattr(weights, "BLOCK_WEIGHTS", 2**12)
+    probed = verify.probe_logits(base, adapter, jnp.dtype("float32"))
+    assert_close(verify.streamed_logits(shape, Stored(source), adapter), probed, 1e-4)
     save_checkpoint(
         tmp_path / "merged",
         shape,
-        lambda tensor, entry: merged_tensor(source, entry, tensor, adapter),
+        Merged(Stored(source), adapter),
         config,
         "float32",
         lambda _: None,

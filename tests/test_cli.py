@@ -62,6 +62,7 @@ FLAGS = {
             "--out",
             "--merge",
             "--dtype",
+            "--cost",
             "--verify",
         ),
         *("-q", "--json"),

@@ -26,7 +26,8 @@ from jlora.errors import ModelError
 from jlora.hf import merged
 from jlora.hf.architecture import parse_config
 from jlora.hf.base import check_names, open_source, resolve
-from jlora.hf.merged import save_checkpoint, trained_tensor
+from jlora.hf.merged import save_checkpoint
+from jlora.hf.weights import Trained
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 KEY = "model.layers.1.mlp.up_proj.weight"
@@ -360,14 +361,11 @@ def write(folder: Path, origin: Path, dtype: str) -> None:
     """`origin` read and written again."""
     base, _ = open_base(origin)
 
-    def tensor(name, entry):
-        return trained_tensor(base, entry)
-
     def add_files(temporary):
         (temporary / "tokenizer.json").write_text("{}")
 
     with new_folder(folder) as made:
-        save_checkpoint(made, base.cfg, tensor, open_source(origin).config, dtype, add_files)
+        save_checkpoint(made, base.cfg, Trained(base), open_source(origin).config, dtype, add_files)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -422,8 +420,13 @@ def test_written_in_half_precision(dtype, theirs, single, tmp_path):
 def test_failure_leaves_no_checkpoint(single, tmp_path):
     base, _ = open_base(single)
     save = partial(save_checkpoint, cfg=base.cfg, config={}, dtype="float32", add_files=lambda folder: None)
+
+    class Broken(Trained):
+        def rows(self, name, entry, start, stop):
+            return super().rows(name, entry, start, stop) if entry.layer is None else 1 / 0
+
     with pytest.raises(ZeroDivisionError), new_folder(tmp_path / "to") as folder:
-        save(folder, tensor=lambda name, entry: np.zeros(1) if entry.layer is None else 1 / 0)
+        save(folder, weights=Broken(base))
     assert not list(tmp_path.iterdir())
 
 

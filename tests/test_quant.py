@@ -30,8 +30,9 @@ from jlora.export import export
 from jlora.generate import one_device_mesh
 from jlora.hf.base import open_source
 from jlora.hf.load import load_base
-from jlora.hf.merged import save_checkpoint, trained_tensor
+from jlora.hf.merged import save_checkpoint
 from jlora.hf.names import name_table, to_hf
+from jlora.hf.weights import Dequantized
 from jlora.model import LlamaConfig, abstract_decoder, projection_shapes
 from jlora.step import Forward, count_parameters
 from jlora.tokens import load_tokenizer
@@ -278,12 +279,13 @@ def load(folder: Path, kind: str | None, dtype: str = "float32"):
     return load_base(open_source(folder), str(folder), jnp.dtype(dtype), one_device_mesh(), kind)
 
 
-@pytest.mark.parametrize("kind", ["int8", "nf4"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_loaded_base_holds_quantised_projections_and_nothing_else(base, kind):
     """Each stacked leaf is the quantised tensors of the file; the hash is of what is stored; parameters are counted."""
     source = open_source(base)
     decoder, digest = load(base, kind, "bfloat16")
     plain, plain_digest = load(base, None, "bfloat16")
+    by_rows = Dequantized(source, decoder.cfg, kind)
     assert digest == plain_digest and count_parameters(decoder) == count_parameters(plain)
     for name, entry in name_table(decoder.cfg).items():
         owner = decoder if entry.layer is None else decoder.layers
@@ -297,7 +299,7 @@ def test_a_loaded_base_holds_quantised_projections_and_nothing_else(base, kind):
         jax.tree.map(lambda a, b, i=entry.layer: np.testing.assert_array_equal(a[i], b), leaf, right)
         # What a merge writes.
         dense = to_hf(entry, np.asarray(quant.dequantize(right, FLOAT32)))
-        np.testing.assert_array_equal(trained_tensor(decoder, entry), dense)
+        np.testing.assert_array_equal(by_rows.rows(name, entry, 0, entry.hf_shape[0]), dense)
 
 
 def test_bits_a_weight(base):
@@ -332,9 +334,10 @@ def test_training_is_that_on_the_dequantised_base(base, tmp_path):
     kind = "nf4"
     decoder, _ = load(base, kind)
     source = open_source(base)
-    tensor = lambda name, entry: trained_tensor(decoder, entry)  # noqa: E731
     add = lambda folder: make_tokenizer(folder) and None  # noqa: E731
-    save_checkpoint(tmp_path / "dense", decoder.cfg, tensor, source.config, "float32", add)
+    save_checkpoint(
+        tmp_path / "dense", decoder.cfg, Dequantized(source, decoder.cfg, kind), source.config, "float32", add
+    )
     before = jax.tree.map(np.asarray, decoder)
     train(load_config(run_config(tmp_path, base, "quantised", f"model.quantization={kind}")), quiet=True)
     train(load_config(run_config(tmp_path, tmp_path / "dense", "dequantised")), quiet=True)
@@ -499,10 +502,10 @@ def test_an_adapter_is_used_and_merged_on_the_base_it_was_trained_on(base, tmp_p
     """evaluate takes the run's quantization; a merge holds the dequantised weights, and says what it cost."""
     config = run_config(tmp_path, base, "run", "model.quantization=nf4", "lora.dropout=0")
     summary = train(load_config(config), quiet=True)
-    result = export(tmp_path / "run", tmp_path / "merged", None, True, "float32", False)
+    result = export(tmp_path / "run", tmp_path / "merged", None, True, "float32", False, cost=True)
     assert result["merged_into"] == "dequantised nf4" and result["logits_relative_difference"] < 1e-5
-    assert result["loss_before_merging"] == pytest.approx(result["loss_merged"], abs=1e-5)
-    assert result["loss_before_merging"] == pytest.approx(summary["eval_loss"], abs=1e-5)
+    assert result["cross_entropy_before_merging"] == pytest.approx(result["cross_entropy_merged"], abs=1e-5)
+    assert result["cross_entropy_before_merging"] == pytest.approx(summary["eval_loss"], abs=1e-5)
     evaluate = [sys.executable, "-m", "jlora.evaluate", "--data", str(tmp_path / "rows.jsonl"), "--json"]
     evaluate += ["--dtype", "float32"]
     found = {}
@@ -513,9 +516,9 @@ def test_an_adapter_is_used_and_merged_on_the_base_it_was_trained_on(base, tmp_p
         done = subprocess.run([*evaluate, *arguments], capture_output=True, text=True, cwd=ROOT, env=os.environ)
         assert done.returncode == 0, done.stderr
         found[name] = json.loads(done.stdout)["loss"]
-    assert found["run"] == pytest.approx(result["loss_merged"], abs=1e-5)
+    assert found["run"] == pytest.approx(result["cross_entropy_merged"], abs=1e-5)
     assert abs(found["run"] - found["stored"]) > 1e-4
     # The rows may be gone by then.
     (tmp_path / "rows.jsonl").unlink()
-    result = export(tmp_path / "run", tmp_path / "again", None, True, "bfloat16", False)
-    assert result["loss_merged"] is None and result["logits_relative_difference"] > 0
+    result = export(tmp_path / "run", tmp_path / "again", None, True, "bfloat16", False, cost=True)
+    assert result["cross_entropy_merged"] is None and result["logits_relative_difference"] > 0

@@ -6,7 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from gguf import GGMLQuantizationType
 from parity import assert_close, torch_logits
+from test_gguf import write as write_gguf
 from tiny import make_llama, make_mistral, make_tokenizer
 from transformers import AutoModelForCausalLM, MistralForCausalLM
 
@@ -16,7 +18,8 @@ from jlora.atomic import new_folder
 from jlora.config import LoraSection
 from jlora.errors import ModelError
 from jlora.generate import one_device_mesh
-from jlora.hf.merged import merged_tensor, save_checkpoint
+from jlora.hf.merged import save_checkpoint
+from jlora.hf.weights import Merged, Stored
 from jlora.model import projection_shapes
 from jlora.pretrained import load_pretrained, open_pretrained
 
@@ -53,7 +56,8 @@ def test_a_true_export_passes_and_stays(pretrained, adapter, tmp_path):
         tmp_path / "out", factors, section, "base", pretrained, FLOAT32, one_device_mesh()
     )
     assert difference == 0.0 and (tmp_path / "out" / "adapter_model.safetensors").is_file()
-    assert verify.compare_with_peft(tmp_path / "out", factors, pretrained) < 1e-5
+    difference, reader = verify.compare_with_peft(tmp_path / "out", factors, pretrained)
+    assert difference < 1e-5 and reader == "transformers"
 
 
 def test_a_mistral_is_exported_and_merged(tmp_path):
@@ -62,13 +66,11 @@ def test_a_mistral_is_exported_and_merged(tmp_path):
     pretrained = opened(tmp_path / "base")
     section, factors = grown(pretrained)
     verify.export_adapter(tmp_path / "out", factors, section, "base", pretrained, FLOAT32, one_device_mesh())
-    assert verify.compare_with_peft(tmp_path / "out", factors, pretrained) < 1e-5
-
-    def tensor(name, entry):
-        return merged_tensor(pretrained.source, entry, name, factors)
-
+    difference, reader = verify.compare_with_peft(tmp_path / "out", factors, pretrained)
+    assert difference < 1e-5 and reader == "transformers"
+    weights = Merged(Stored(pretrained.source), factors)
     config = {key: value for key, value in pretrained.source.config.items() if key != "architectures"}
-    save_checkpoint(tmp_path / "merged", pretrained.base.cfg, tensor, config, "float32", lambda folder: None)
+    save_checkpoint(tmp_path / "merged", pretrained.base.cfg, weights, config, "float32", lambda folder: None)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
     assert type(model) is MistralForCausalLM and model.config.sliding_window == 7
     tokens = verify.probe_tokens(300)
@@ -111,3 +113,33 @@ def test_one_wrong_row_of_the_vocabulary_is_seen():
 def test_logits_that_are_not_finite_are_refused():
     with pytest.raises(ModelError, match="not finite"):
         verify.require_equal("out", np.ones((2, 2)), np.array([[1.0, np.nan], [1, 1]]), tolerance=1.0)
+
+
+@pytest.mark.parametrize("reader", ["transformers", "jlora"])
+def test_a_gguf_base_is_read_by_transformers_where_it_can(reader, tmp_path, monkeypatch):
+    """Elsewhere transformers computes on the weights as jlora read them, and the result says so."""
+    write_gguf(tmp_path / "base.gguf", GGMLQuantizationType.Q4_1)
+    pretrained = load_pretrained(open_pretrained(str(tmp_path / "base.gguf"), None, None), FLOAT32, one_device_mesh())
+    section, factors = grown(pretrained)
+    verify.export_adapter(tmp_path / "out", factors, section, "base", pretrained, FLOAT32, one_device_mesh())
+    if reader == "jlora":
+
+        def refuse(*args, **kwargs):
+            raise NotImplementedError("a type that is not known")
+
+        monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", refuse)
+    difference, who = verify.compare_with_peft(tmp_path / "out", factors, pretrained)
+    assert difference < 1e-5 and who == reader
+
+
+def test_a_base_that_transformers_refuses_fits_no_export(pretrained, adapter, tmp_path, monkeypatch):
+    section, factors = adapter
+    verify.export_adapter(tmp_path / "out", factors, section, "base", pretrained, FLOAT32, one_device_mesh())
+
+    def refuse(*args, **kwargs):
+        raise RuntimeError("sizes\nmismatch")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", refuse)
+    with pytest.raises(ModelError, match=r"transformers does not load this base \(sizes mismatch\)"):
+        verify.compare_with_peft(tmp_path / "out", factors, pretrained)
+    assert not (tmp_path / "out").exists()

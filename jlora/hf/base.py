@@ -7,6 +7,7 @@ safetensors, GGUF and JSON only: no pickle, no remote code.
 import hashlib
 import json
 import math
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from jlora.errors import ModelError
 from jlora.folders import inside
 from jlora.gguf import GGUFFile
-from jlora.hf.names import Entry, name_table
+from jlora.hf.names import OUTER, Entry, name_table
 from jlora.model import LlamaConfig
 
 # The stored types that are read, by safetensors' names.
@@ -32,6 +33,9 @@ FLOATS: dict[str, np.dtype] = {
 
 # The largest that are read: of real models an index is below 10 MB, a safetensors header below 1 MB.
 MAX_JSON_BYTES, MAX_HEADER_BYTES = 64 * 2**20, 16 * 2**20
+
+# Weights of a tied head that are compared with the embedding's at once.
+COMPARED_WEIGHTS = 2**20
 
 # How much of each tensor `base_fingerprint` looks at.
 NUM_SAMPLES, SAMPLE_BYTES = 8, 4096
@@ -72,6 +76,9 @@ class Source(Protocol):
 class SafetensorsFolder:
     """A folder with config.json and safetensors, single or sharded with an index.
 
+    Read as transformers reads it: `model.safetensors` goes before an index, and a tied head that is stored with
+    values of its own is not tied; `config` says so.
+
     The safetensors library opens and validates each file. The weights do not come through it: it maps the
     file and copies out of the map, which is two copies of a tensor in memory at once. Here the rows that are
     asked for are mapped, and unmapped when the caller lets the array go.
@@ -80,14 +87,15 @@ class SafetensorsFolder:
     def __init__(self, folder: Path):
         self.folder = folder
         self.config = read_json(inside(folder, "config.json"))
+        self._require_one_model()
         index = inside(folder, "model.safetensors.index.json")
-        if index.is_file():
+        if inside(folder, "model.safetensors").is_file():
+            files = ["model.safetensors"]
+        elif index.is_file():
             weight_map = read_json(index).get("weight_map")
             if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
                 raise ModelError(f"{index}: holds no weight_map from tensor to file; download it again")
             files = sorted(set(weight_map.values()))
-        elif inside(folder, "model.safetensors").is_file():
-            files = ["model.safetensors"]
         else:
             hint = "convert it to safetensors" if any(folder.glob("*.bin")) else "download the model again"
             raise ModelError(f"{folder}: holds no model.safetensors and no index of shards; {hint}")
@@ -97,6 +105,41 @@ class SafetensorsFolder:
         self._places: dict[str, tuple[Path, int]] = {}
         for file in files:
             self._read_header(inside(folder, file))
+        if self._has_other_head():
+            self.config = self.config | {"tie_word_embeddings": False}
+            print(
+                f"warning: {folder}: config.json ties the embeddings, but lm_head.weight has other values than "
+                "model.embed_tokens.weight; both are taken, not tied, as transformers does",
+                file=sys.stderr,
+            )
+
+    def _require_one_model(self) -> None:
+        """Refuse what makes transformers load more than, or other than, the folder's usual files."""
+        if inside(self.folder, "adapter_config.json").is_file():
+            raise ModelError(
+                f"{self.folder}: holds a whole model and adapter_config.json, an adapter that transformers would add "
+                "to it; move the adapter's files to a folder of their own"
+            )
+        if (file := self.config.get("transformers_weights")) is not None:
+            raise ModelError(
+                f"{self.folder}: config.json names its weights (transformers_weights={file!r}); rename the file to "
+                "model.safetensors, and take the key out"
+            )
+
+    def _has_other_head(self) -> bool:
+        """Whether a head is stored beside the embedding that it is said to be, in values that differ as float32."""
+        names = OUTER["lm_head"], OUTER["embed_tokens"]
+        shapes = [self.shapes.get(name, ()) for name in names]
+        if self.config.get("tie_word_embeddings") is not True or len(shapes[0]) != 2 or shapes[0] != shapes[1]:
+            return False
+        height, width = shapes[0]
+        step = max(1, COMPARED_WEIGHTS // max(1, width))
+        for start in range(0, height, step):
+            rows = start, min(start + step, height)
+            head, table = (self.part(name, rows, (0, width)).astype(np.float32) for name in names)
+            if not np.array_equal(head, table):
+                return True
+        return False
 
     def _read_header(self, path: Path) -> None:
         with open_safetensors(path), path.open("rb") as file:  # the first refuses offsets that do not fit
@@ -219,16 +262,15 @@ def check_names(cfg: LlamaConfig, shapes: dict[str, tuple[int, ...]], where: str
     if cfg.num_hidden_layers > max(1000, len(shapes)):  # before a table of so many layers is made
         raise ModelError(f"{where}: its config says {cfg.num_hidden_layers} layers, but it holds {len(shapes)} tensors")
     table = name_table(cfg)
-    ignored = {"lm_head.weight"} if cfg.tie_word_embeddings else set()  # a tied head may be stored too
+    # A tied head may be stored too; it is the embedding once more (see `SafetensorsFolder`), or misshapen.
+    twice = {OUTER["lm_head"]: table[OUTER["embed_tokens"]]} if cfg.tie_word_embeddings else {}
     missing = [name for name in table if name not in shapes]
     extra = [
-        name
-        for name in shapes
-        if name not in table and name not in ignored and not name.endswith("rotary_emb.inv_freq")
+        name for name in shapes if name not in table and name not in twice and not name.endswith("rotary_emb.inv_freq")
     ]
     wrong = [
         f"{name} {list(shapes[name])} instead of {list(entry.hf_shape)}"
-        for name, entry in table.items()
+        for name, entry in (table | twice).items()
         if name in shapes and shapes[name] != entry.hf_shape
     ]
     problems = [

@@ -376,7 +376,23 @@ def load_base(
             raise ModelError(f"{where}: tensor {name} was refused by another process; its message says why")
     for leaf in leaves.values():
         leaf.finish(mesh)
+    return decoder, _content_hash(
+        source, [(name, row[:32].tobytes()) for name, row in zip(table, digests, strict=True)]
+    )
+
+
+def hash_base(source: Source, where: str) -> str:
+    """The hash of `load_base`, of a base that is not loaded; reads the file once, a few megabytes at a time.
+
+    Raises:
+      ModelError: what `parse_config` and `check_names` refuse.
+    """
+    table = check_names(parse_config(source.config, where), source.shapes, where)
+    return _content_hash(source, [(name, stored_digest(source, name)) for name in table])
+
+
+def _content_hash(source: Source, digests: list[tuple[str, bytes]]) -> str:
     content = hashlib.sha256()
-    for name, row in zip(table, digests, strict=True):
-        content.update(f"{name} {source.dtypes[name]} {source.shapes[name]} ".encode() + row[:32].tobytes())
-    return decoder, content.hexdigest()
+    for name, digest in digests:
+        content.update(f"{name} {source.dtypes[name]} {source.shapes[name]} ".encode() + digest)
+    return content.hexdigest()
