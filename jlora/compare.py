@@ -40,6 +40,7 @@ def write_comparison(path: Path, title: str, results: list[dict[str, Any]], ques
     for number, question in enumerate(questions):
         answers = [(result["model"], result["answers"][number]) for result in results]
         body += answer_card(number, question.shown, question.reference, answers)
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_page(path, led(title, lead, body))
 
 

@@ -100,7 +100,6 @@ def write_page(path: Path, page: str) -> None:
       ConfigError: it cannot be written there, or what is there is no page of ours.
     """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_file() and path.stat().st_size:
             with path.open("rb") as there:
                 if there.read(len(HEAD)) != HEAD.encode():
