@@ -11,17 +11,18 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, NoReturn
 
-from jlora import distributed, xla
-from jlora.errors import ConfigError, HostLost, MemoryExceeded, UserError
+from jlora import distributed, preemption, streams, xla
+from jlora.errors import ConfigError, HostLost, Interrupted, MemoryExceeded, Stopped, UserError
 from jlora.redaction import redact
 
 # Before transformers is imported: it reports at every start that PyTorch is not there, which it need not be.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 COMMANDS = ("train", "data", "plan", "generate", "evaluate", "effort", "export", "report", "config")
-PREEMPTED = 75
+PREEMPTED = Stopped.exit_code
 # What is wrong with the user's disk, not with us.
 FILE_ERRORS = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM),
@@ -32,15 +33,36 @@ OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "Out of memory")
 
 
 class Parser(argparse.ArgumentParser):
-    """Bad usage is one line on stderr, like every other error."""
+    """Bad usage is one line on stderr, like every other error; options are written out. Parsing comes first of all."""
+
+    def __init__(self, **settings: Any):
+        super().__init__(**{"allow_abbrev": False} | settings)
+
+    def parse_known_args(self, *given: Any) -> Any:  # type: ignore[override]  # every other way of parsing calls it
+        """As argparse's."""
+        streams.take_over()
+        try:
+            return super().parse_known_args(*given)
+        except streams.OutputLost as lost:  # --help
+            self.exit(lost.exit_code, f"error: {lost}\n")
+
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        """As argparse's, once all is written."""
+        if message:
+            print(message, end="", file=sys.stderr)
+        sys.stdout.flush()
+        sys.exit(status)
 
     def error(self, message: str) -> NoReturn:
-        print(f"error: {redact(message)}; see {self.prog} --help", file=sys.stderr)
-        sys.exit(ConfigError.exit_code)
+        self.exit(ConfigError.exit_code, f"error: {redact(message)}; see {self.prog} --help\n")
 
 
-def run(command: Callable[[], int | None]) -> None:
-    """Run a command's body and exit: a `UserError` becomes one line on stderr and its exit code."""
+def run(command: Callable[[], int | None], listen: bool = True) -> None:
+    """Run a command's body and exit: a `UserError` becomes one line on stderr and its exit code.
+
+    Args:
+      listen: to signals, also in native code; a command that forks has to do it itself, after that.
+    """
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs its every step, and tracebacks of failed saves
     logging.getLogger("tensorboardX").setLevel(logging.ERROR)  # it warns of every loss that is not finite
@@ -51,12 +73,14 @@ def run(command: Callable[[], int | None]) -> None:
         warnings.simplefilter("ignore")  # of libraries to their callers
     code, sentence = 0, ""
     try:
-        code = command() or 0
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        code = 130
-    except BrokenPipeError:  # the reader of our stdout (such as `head`) has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        preemption.interrupt_on_signal()
+        with preemption.listening() if listen else nullcontext():
+            code = command() or 0
+        sys.stdout.flush()
+    except Interrupted as interrupted:
+        preemption.leave(interrupted)
+    except KeyboardInterrupt:  # insisted on
+        preemption.leave(Interrupted())
     except Exception as error:
         known = explain(error)
         if known is None:
@@ -67,6 +91,7 @@ def run(command: Callable[[], int | None]) -> None:
         sentence = redact(" ".join(str(known or error).splitlines()))
         if known:
             print(f"error: {sentence}", file=sys.stderr)
+    streams.flush()
     if distributed.several():
         if code not in (0, PREEMPTED):
             distributed.end(code, sentence)

@@ -28,14 +28,16 @@ import numpy as np
 from jax._src.distributed import global_state  # its key-value store has no public name
 from jax.experimental import multihost_utils
 
+from jlora import streams
 from jlora.config import DistributedSection
-from jlora.errors import ConfigError, HostLost, UserError
+from jlora.errors import ConfigError, HostLost, Stopped, UserError
 
 POLL_SECONDS = 1.0
 SHARED_SECONDS = 30.0  # as late as network file systems may be
 # How the collectives of CPUs and GPUs say that a peer is gone.
 LOST_PEER = ("Gloo", "NCCL", "coordination service", "heartbeat", "Connection closed by peer", "Socket closed")
 DONE = "done, to end with "
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 _board: mmap.mmap | None = None  # where this process stands, for the parent that outlives it
 
@@ -67,6 +69,12 @@ def expected(cfg: DistributedSection) -> bool:
     return cfg.num_processes > 1 if cfg.num_processes is not None else detected()
 
 
+def stop_signals() -> list[signal.Signals]:
+    """Those that ask a run to stop: a terminal that goes away, too, but where that is ignored already (nohup)."""
+    ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    return [number for number in STOP_SIGNALS if not (ignored and number == signal.SIGHUP)]
+
+
 def supervise(stopped_seconds: float) -> None:
     """Go on in a child process; its parent waits, passes signals on, and explains an end that Python did not see.
 
@@ -83,9 +91,9 @@ def supervise(stopped_seconds: float) -> None:
 
     def pass_on(number: int, frame: Any) -> None:
         with suppress(ProcessLookupError):  # it has just ended
-            os.kill(child, number)
+            os.kill(child, signal.SIGINT)  # in the child JAX takes SIGTERM, also where it is not heard before a step
 
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in stop_signals():
         signal.signal(number, pass_on)
     code, was_stopped = _wait_for(child, stopped_seconds)
     stood = _board[:].rstrip(b"\0").decode() or "at its start"
@@ -136,8 +144,7 @@ def stands(text: str) -> None:
 
 def done(code: int) -> None:
     """All work is done: this process ends with `code`, also where JAX aborts it over who leaves late."""
-    with suppress(OSError):  # nobody reads it any more
-        sys.stdout.flush()
+    streams.flush()
     stands(f"{DONE}{code}")
 
 
@@ -170,7 +177,7 @@ def start(cfg: DistributedSection) -> None:
             f"can not join the job at {where} ({reason}); set distributed.coordinator, num_processes and process_id"
         ) from None
     stands("while reading model and data")
-    _keep_stdout()
+    streams.keep_stdout()  # Gloo, the collectives of CPUs, reports its connections there
 
 
 def _require_free_port(port: int) -> None:
@@ -183,14 +190,6 @@ def _require_free_port(port: int) -> None:
                 f"distributed.coordinator: port {port} can not be used on {socket.gethostname()} ({error.strerror}); "
                 "choose a free one, the same for all processes"
             ) from None
-
-
-def _keep_stdout() -> None:
-    # Gloo, the collectives of CPUs, reports its connections on stdout, which is for results.
-    sys.stdout.flush()
-    results = os.dup(1)
-    os.dup2(2, 1)
-    sys.stdout = os.fdopen(results, "w", encoding=sys.stdout.encoding)
 
 
 def _slurm_gpus() -> list[int] | None:
@@ -327,20 +326,18 @@ def is_lost_peer(error: Exception) -> bool:
 
 
 def end(code: int, sentence: str) -> NoReturn:
-    """End this process of a job at once, and tell the others why, who would wait for it otherwise."""
-    try:
-        _client().key_value_set(f"jlora/failed/{jax.process_index()}", json.dumps([code, sentence]))
-    except jax.errors.JaxRuntimeError:  # process 0 is gone already
-        pass
-    if is_main():
-        time.sleep(3 * POLL_SECONDS)  # the store that they read ends with this process
+    """End this process at once; those of its job, who would wait for it otherwise, are told why and end, too."""
+    if several() and global_state.preemption_sync_manager is not None:  # made last: all have joined
+        with suppress(jax.errors.JaxRuntimeError):  # process 0 is gone already
+            _client().key_value_set(f"jlora/failed/{global_state.process_id}", json.dumps([code, sentence]))
+        if global_state.process_id == 0:
+            time.sleep(3 * POLL_SECONDS)  # the store that they read ends with this process
     _leave(code)
 
 
 def _leave(code: int) -> NoReturn:
     # Not sys.exit: JAX would wait at its end for the processes that still wait for this one.
-    sys.stdout.flush()
-    sys.stderr.flush()
+    streams.flush()
     os._exit(code)
 
 
@@ -379,7 +376,8 @@ class Watch(threading.Thread):
                 code, sentence = json.loads(text)
                 if code == HostLost.exit_code:  # was it this one that it waited for?
                     faulthandler.dump_traceback(sys.stderr, all_threads=True)
-                print(f"error: process {key.rpartition('/')[2]} of the job failed: {sentence}", file=sys.stderr)
+                what = "" if code == Stopped.exit_code else "failed: "
+                print(f"error: process {key.rpartition('/')[2]} of the job {what}{sentence}", file=sys.stderr)
                 _leave(code)
             if time.monotonic() - self._beat > self._step_timeout:
                 faulthandler.dump_traceback(sys.stderr, all_threads=True)

@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jlora import attention, cli, distributed, lock, quant, xla
+from jlora import attention, cli, distributed, lock, quant, streams, xla
 from jlora.adapter import Adapter
 from jlora.atomic import write_text
 from jlora.config import Config, load_config
@@ -251,8 +251,8 @@ def fine_tune(cfg: Config, record: Record, quiet: bool) -> bool:
 
 @contextmanager
 def own_signals() -> Iterator[None]:
-    """A run takes SIGINT and SIGTERM; give them back after it."""
-    kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    """A run takes the signals that stop it; give them back after it."""
+    kept = {number: signal.getsignal(number) for number in distributed.STOP_SIGNALS}
     try:
         yield
     finally:
@@ -362,7 +362,8 @@ def main() -> None:
         if args.json:
             cli.print_json(result)
         elif not args.quiet:
-            print(f"report: {cfg.output_dir}/effort.html")
+            with streams.told():
+                print(f"report: {cfg.output_dir}/effort.html")
         if failures:
             raise failures[0]
         return 0

@@ -57,3 +57,21 @@ class HostLost(UserError):
     """Another process of the job was lost, or none makes steps any more."""
 
     exit_code = 7
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C; no `Exception`, which somebody's code might catch."""
+
+    exit_code = 130
+
+    def __str__(self) -> str:
+        return "interrupted"
+
+
+class Stopped(Interrupted):
+    """A signal asked a run to stop before it made a step."""
+
+    exit_code = 75
+
+    def __str__(self) -> str:
+        return "stopped before a step was made, so there is nothing new to save; run the same command again"

@@ -6,7 +6,6 @@ compared with the run's own.
 
 import math
 import os
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jlora import cli, verify
+from jlora import cli, streams, verify
 from jlora.adapter import Adapter
 from jlora.atomic import new_folder
 from jlora.checkpoint import Checkpoints
@@ -203,33 +202,39 @@ def main() -> None:
                     "--adapters makes an adapter; leave --merge, --cost, --verify, --step and --dtype out"
                 )
             result = export_combined(args.adapters, args.combination, args.rank, args.base, Path(args.out))
-            if args.json:
-                cli.print_json(result)
-            elif not args.quiet:
-                print(f"{result['out']}: {len(args.adapters)} adapters as one of rank {result['rank']}, read back")
+            with streams.told(result=args.json):
+                if args.json:
+                    cli.print_json(result)
+                elif not args.quiet:
+                    print(f"{result['out']}: {len(args.adapters)} adapters as one of rank {result['rank']}, read back")
             return
         use_host(Path(args.run), args.merge, args.cost)
         result = export(Path(args.run), Path(args.out), args.step, args.merge, args.dtype, args.verify, args.cost)
-        if args.json:
-            cli.print_json(result)
-        elif not args.quiet:
-            print(f"{result['out']}: {result['kind']} of step {result['step']}, read back and compared:")
-            print(f"  logits differ by {result['logits_relative_difference']:.1e} of their size")
-            if "merged_into" in result:
-                print(f"  merged into the {result['merged_into']} weights that the adapter was trained on")
-            if args.cost:
-                before, after = result["cross_entropy_before_merging"], result["cross_entropy_merged"]
-                cost = "not measured, as the run's rows are gone"
-                if before is not None:
-                    cost = f"{after - before:+.1e} (from {before:.4f} to {after:.4f})"
-                print(f"  its cost in cross-entropy: {cost}")
-            if "peft_relative_difference" in result:
-                print(f"  in PEFT they differ by {result['peft_relative_difference']:.1e}")
-                if result["base_read_by"] == "jlora":
-                    print("  (on the base as jlora reads it: transformers cannot read this GGUF file)")
-            sys.stdout.flush()
+        with streams.told(result=args.json):
+            if args.json:
+                cli.print_json(result)
+            elif not args.quiet:
+                print_result(result)
 
     cli.run(body)
+
+
+def print_result(result: dict[str, Any]) -> None:
+    """The figures of an export's proof, for people."""
+    print(f"{result['out']}: {result['kind']} of step {result['step']}, read back and compared:")
+    print(f"  logits differ by {result['logits_relative_difference']:.1e} of their size")
+    if "merged_into" in result:
+        print(f"  merged into the {result['merged_into']} weights that the adapter was trained on")
+    if "cross_entropy_merged" in result:
+        before, after = result["cross_entropy_before_merging"], result["cross_entropy_merged"]
+        cost = "not measured, as the run's rows are gone"
+        if before is not None:
+            cost = f"{after - before:+.1e} (from {before:.4f} to {after:.4f})"
+        print(f"  its cost in cross-entropy: {cost}")
+    if "peft_relative_difference" in result:
+        print(f"  in PEFT they differ by {result['peft_relative_difference']:.1e}")
+        if result["base_read_by"] == "jlora":
+            print("  (on the base as jlora reads it: transformers cannot read this GGUF file)")
 
 
 if __name__ == "__main__":

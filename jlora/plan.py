@@ -5,6 +5,7 @@ Prints and draws what `jlora.compiled` finds, with its price by `jlora.cost`; `-
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -130,6 +131,7 @@ def make_parser() -> cli.Parser:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a dotted config key")
     parser.add_argument("-q", "--quiet", action="store_true", help="no table; the exit code alone")
     parser.add_argument("--json", action="store_true", help="one JSON object a topology")
+    parser.add_argument("--nth", type=int, help=argparse.SUPPRESS)  # of the topologies: the one of this child
     return parser
 
 
@@ -148,7 +150,9 @@ def main() -> None:
         if args.plot:
             require_matplotlib()
         cfg = load_config(args.config, args.overrides)
-        if len(args.topology) > 1:
+        if args.nth is not None:
+            args.topology, args.plot = [args.topology[args.nth]], None
+        elif len(args.topology) > 1:
             return each_in_its_own_process(args)
         prepare()
         with compiler_logs_off():
@@ -218,15 +222,12 @@ def show(found: list[dict[str, Any]], args: argparse.Namespace) -> None:
 
 def each_in_its_own_process(args: argparse.Namespace) -> int:
     """One process a topology: the TPU and the CUDA compiler do not share one well. The highest exit code."""
-    rest, codes, found = [], [], []
-    arguments = iter(sys.argv[1:])
-    for argument in arguments:
-        if argument in ("--topology", "--plot"):
-            next(arguments)
-        elif not argument.startswith(("--topology=", "--plot=")):
-            rest.append(argument)
-    for spec in args.topology:
-        command = [sys.executable, "-m", "jlora.plan", f"--topology={spec}", *rest, "--json"]
+    codes, found = [], []
+    # The whole command line again: a child with --nth has no children, whatever stands there. Nor does it take modules
+    # from the folder that it is started in, unless this process does.
+    python = [sys.executable, *([] if {"", os.getcwd()} & {*sys.path} else ["-P"])]
+    for nth in range(len(args.topology)):
+        command = [*python, "-m", "jlora.plan", f"--nth={nth}", "--json", *sys.argv[1:]]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
         codes.append(done.returncode)
         if done.stdout.strip():

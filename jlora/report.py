@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from jlora import cli
+from jlora import cli, streams
 from jlora.charts import (
     Line,
     answers,
@@ -170,7 +170,8 @@ def main() -> None:
             write_page(out, compare(runs))
         else:
             write_report(runs[0], out)
-        print(out)
+        with streams.told():
+            print(out)
 
     cli.run(body)
 

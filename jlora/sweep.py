@@ -7,7 +7,6 @@ same rounding, and with one run's activations at a time. Ranks are filled up wit
 """
 
 import json
-import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -20,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jlora import cli, data, distributed, lock, optim, running
+from jlora import cli, data, distributed, lock, optim, preemption, running, streams
 from jlora.adapter import Adapter, Lora, scaled, scaling
 from jlora.atomic import write_text
 from jlora.checkpoint import Checkpoints
@@ -35,7 +34,6 @@ from jlora.hf.architecture import parse_config
 from jlora.identity import check_identity, run_identity
 from jlora.initial import check_options
 from jlora.metrics import MetricsLog, ProgressLine, StepMeter, require_wandb
-from jlora.preemption import catch_signals
 from jlora.pretrained import Pretrained, load_pretrained, make_adapter, open_pretrained
 from jlora.report import write_report
 from jlora.running import batch_rows, due, make_run_dir, put_batch, require_trained, run_summary, warn_of_length
@@ -189,6 +187,7 @@ def train_together(cfg: Config, quiet: bool = False, as_json: bool = False) -> i
     began = time.monotonic()
     if distributed.expected(cfg.distributed):
         raise ConfigError("a sweep runs in one process; take the keys of distributed out, or start one process")
+    preemption.end_on_signals()
     folder = make_run_dir(cfg)
     mesh = make_mesh(cfg.mesh, jax.devices())
     check_batch_split(cfg, mesh)
@@ -198,7 +197,6 @@ def train_together(cfg: Config, quiet: bool = False, as_json: bool = False) -> i
     with ExitStack() as locks, jax.set_mesh(mesh):
         for each in (folder, *map(make_run_dir, configs)):
             locks.enter_context(lock.held(each))
-        stop_after = catch_signals()
         opened = open_pretrained(cfg.model.path, cfg.model.tokenizer, cfg.data.chat_template)
         model = parse_config(opened.source.config, opened.name)
         check_divides(model, mesh, cfg)
@@ -214,7 +212,7 @@ def train_together(cfg: Config, quiet: bool = False, as_json: bool = False) -> i
         progress = ProgressLine(max(run.num_steps for run in runs), min(run.step for run in runs), quiet)
         progress.say(f"base {cfg.model.path}: one for {len(runs)} adapters; attention {kernel}")
         try:
-            failures, stopped = _train(cfg, runs, pretrained, forward, mesh, progress, stop_after, began)
+            failures, stopped = _train(cfg, runs, pretrained, forward, mesh, progress, began)
         finally:
             progress.close()
             for run in runs:
@@ -227,10 +225,11 @@ def train_together(cfg: Config, quiet: bool = False, as_json: bool = False) -> i
         "peak_memory_bytes": peak_memory(None),
     }
     write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
-    if as_json:
-        cli.print_json(summary)
-    elif not quiet:
-        _print(runs)
+    with streams.told(result=as_json and not stopped):
+        if as_json:
+            cli.print_json(summary)
+        elif not quiet:
+            _print(runs)
     if failures:
         raise NonFiniteError("; ".join(failures))
     return cli.PREEMPTED if stopped else 0
@@ -284,7 +283,6 @@ def _train(
     forward: Forward,
     mesh: jax.sharding.Mesh,
     progress: ProgressLine,
-    stop_after: Callable[[int], bool],
     began: float,
 ) -> tuple[list[str], bool]:
     """The loop. Returns what ended runs before their time, in words, and whether a signal stopped all."""
@@ -362,6 +360,7 @@ def _train(
             for run in slots:
                 run.identity["remat"] = remat
                 run.meter.start()
+            stop_after = preemption.save_on_signals()
         states, metrics = compiled(states, frozen, on_device, knobs)
         ticks += 1
         stopped = stop_after(ticks)
@@ -385,7 +384,7 @@ def _train(
                     end(run)
         tokens = sum(run.meter.tokens for run in runs)
         progress.update(ticks, [run.meter.loss for run in taking], tokens / (time.monotonic() - started))
-    return failures, stopped
+    return failures, any(run.summary is not None and run.summary["status"] == "preempted" for run in runs)
 
 
 def _print(runs: list[Run]) -> None:
@@ -394,4 +393,4 @@ def _print(runs: list[Run]) -> None:
         summary = run.summary or {}
         losses = {name: summary.get(name) for name in ("train_loss", "eval_loss")}
         text = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in losses.items() if value is not None)
-        print(f"{run.name}: {summary.get('status')} after {run.step} steps, {text}", file=sys.stdout)
+        print(f"{run.name}: {summary.get('status')} after {run.step} steps, {text}")

@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-from jlora import cli, data, distributed, lock, optim, preemption, xla
+from jlora import cli, data, distributed, lock, optim, preemption, streams, xla
 from jlora.atomic import write_text
 from jlora.checkpoint import Checkpoints
 from jlora.config import Config, load_config
@@ -64,6 +64,7 @@ def train(cfg: Config, quiet: bool = False) -> dict[str, Any]:
       UserError: see `jlora.errors`; what was saved before stays whole.
     """
     began = time.monotonic()
+    preemption.end_on_signals()
     distributed.start(cfg.distributed)
     mesh = make_mesh(cfg.mesh, jax.devices())
     check_batch_split(cfg, mesh)
@@ -74,7 +75,6 @@ def train(cfg: Config, quiet: bool = False) -> dict[str, Any]:
     quiet = quiet or not main
     with lock.held(run_dir, main), jax.set_mesh(mesh):
         require_one_job(cfg, run_dir)
-        stop_after = preemption.catch_signals()
         # The base, the rows, and what is trained of the whole.
         opened = open_pretrained(cfg.model.path, cfg.model.tokenizer, cfg.data.chat_template)
         model = parse_config(opened.source.config, opened.name)
@@ -167,7 +167,6 @@ def train(cfg: Config, quiet: bool = False) -> dict[str, Any]:
                 evaluate(0)
                 if samples is not None:
                     samples.take("before", optim.combine(state.trained, frozen))
-            stopped = stop_after(start)  # while it was loading
             while step < num_steps and not stopped:
                 # While the step before still runs: its figures are waited for only after this one is under way.
                 on_device = put_batch(next(batches), cfg.training.gradient_accumulation_steps, mesh)
@@ -180,6 +179,7 @@ def train(cfg: Config, quiet: bool = False) -> dict[str, Any]:
                     else:
                         compiled = compile_step(remat, (state, frozen, on_device))
                     identity["remat"] = remat  # a run that goes on rounds as it did before
+                    stop_after = preemption.save_on_signals()
                     meter.start()
                 state, metrics = compiled(state, frozen, on_device)
                 step += 1
@@ -276,22 +276,27 @@ def main() -> None:
     xla.use_huge_pages()
 
     def body() -> int:
+        preemption.end_on_signals()
         cfg = load_config(args.config, args.overrides)
         if distributed.expected(cfg.distributed):
             distributed.supervise(cfg.distributed.host_timeout)
-        if cfg.sweep:
-            return train_together(cfg, args.quiet, args.json)
-        summary = train(cfg, args.quiet)
-        preemption.ignore_signals()
-        if not distributed.is_main():
-            pass
-        elif args.json:
-            cli.print_json(summary)
-        elif not args.quiet:
-            print_summary(summary, cfg.output_dir)
-        return cli.PREEMPTED if summary["status"] == "preempted" else 0
+        try:
+            with preemption.listening():
+                if cfg.sweep:
+                    return train_together(cfg, args.quiet, args.json)
+                summary = train(cfg, args.quiet)
+        finally:
+            preemption.ignore_signals()
+        finished = summary["status"] == "finished"
+        if distributed.is_main():
+            with streams.told(result=args.json and finished):
+                if args.json:
+                    cli.print_json(summary)
+                elif not args.quiet:
+                    print_summary(summary, cfg.output_dir)
+        return 0 if finished else cli.PREEMPTED
 
-    cli.run(body)
+    cli.run(body, listen=False)
 
 
 if __name__ == "__main__":

@@ -834,7 +834,7 @@ def write_rows(path: Path, rows: list[Row]) -> None:
 
 def main() -> None:
     """Write both files and their README."""
-    parser = argparse.ArgumentParser(description="Write the synthetic product-review data set.")
+    parser = argparse.ArgumentParser(allow_abbrev=False, description="Write the synthetic product-review data set.")
     parser.add_argument("--seed", type=int, default=7, help="seed of the random choices (default: 7)")
     parser.add_argument("--out", type=Path, default=DEFAULT_OUT, help="folder to write to")
     args = parser.parse_args()

@@ -147,6 +147,21 @@ def test_help_lists_every_flag(here, command):
         assert f" {flag}" in out, flag
 
 
+def test_no_option_is_abbreviated(capsys):
+    """What a script abbreviates would mean something else once an option is added; in scripts/ neither."""
+    parser = cli.Parser(prog="jlora")
+    parser.add_argument("--config")
+    for parse in (parser.parse_args, parser.parse_intermixed_args):
+        with pytest.raises(SystemExit) as end:
+            parse(["--conf", "c.yaml"])
+        assert end.value.code == 2
+        assert capsys.readouterr().err == "error: unrecognized arguments: --conf c.yaml; see jlora --help\n"
+    files = [path for folder in ("jlora", "scripts") for path in (ROOT / folder).rglob("*") if path.is_file()]
+    texts = {path: path.read_text(encoding="utf-8") for path in files if path.suffix in (".py", "")}
+    made = {path: re.findall(r"argparse\.ArgumentParser\(\s*(\w*)", text) for path, text in texts.items()}
+    assert {word for words in made.values() for word in words} == {"allow_abbrev"}
+
+
 @pytest.mark.parametrize("command", FLAGS)
 def test_every_flag_in_the_help_is_known_here(here, command):
     """A new flag belongs in the table above."""

@@ -18,6 +18,7 @@ from tiny import make_completions, make_llama, make_tokenizer, write_config
 
 from jlora import distributed
 from jlora.config import load_config
+from jlora.errors import Stopped
 from jlora.metrics import read_metrics
 from jlora.train import train
 
@@ -198,6 +199,27 @@ def test_four_processes_the_first_is_killed_and_one_process_goes_on(material, al
     summary = train(load_config(config, [f"output_dir={run_dir}"]), quiet=True)
     assert summary["status"] == "finished"
     require_the_same(run_dir, alone)
+
+
+# As if the rows were many.
+READS_LONG = """
+import time
+from jlora import train
+train.read_data = lambda *args: (print("reading", flush=True), time.sleep(300))
+train.main()
+"""
+
+
+def test_a_signal_before_the_first_step_ends_all_at_once(material, tmp_path):
+    job = Job(material / "run.yaml", 2, 1, f"output_dir={tmp_path / 'run'}", "mesh.fsdp=2", code=READS_LONG)
+    for process in job.processes:
+        while "reading" not in (line := process.stdout.readline()):
+            assert line or process.poll() is None, process.communicate()[1]
+    job.processes[1].send_signal(signal.SIGTERM)
+    codes, errors = job.end(seconds=20)
+    assert codes == [75, 75], errors
+    assert last_error(errors[0]) == f"error: process 1 of the job {Stopped()}" and str(Stopped()) in errors[1]
+    assert committed(tmp_path / "run") == []
 
 
 @pytest.mark.slow

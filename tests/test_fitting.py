@@ -100,7 +100,7 @@ def test_a_run_goes_on_with_the_policy_it_took(tmp_path, monkeypatch):
 
     def run(free, name, stop_after):
         monkeypatch.setattr(fitting, "free_bytes", lambda devices: free)
-        monkeypatch.setattr(jlora.preemption, "catch_signals", lambda: lambda step: step == stop_after)
+        monkeypatch.setattr(jlora.preemption, "save_on_signals", lambda: lambda step: step == stop_after)
         return train(load_config(config, ["model.remat=auto", f"output_dir={tmp_path / name}"]), quiet=True)
 
     stopped = run(2**40, "run", stop_after=2)

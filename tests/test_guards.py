@@ -104,7 +104,7 @@ def test_case_6_spike_is_skipped_alike_in_one_run_and_in_one_gone_on_with(tiny, 
 
     # Stopped right before the spike, the losses that tell it come from the checkpoint.
     with monkeypatch.context() as patched:
-        patched.setattr(jlora.preemption, "catch_signals", lambda: lambda step: step == 19)
+        patched.setattr(jlora.preemption, "save_on_signals", lambda: lambda step: step == 19)
         assert train(configure(tiny, halves, spike), quiet=True)["steps"] == 19
     assert train(configure(tiny, halves, spike), quiet=True)["status"] == "finished"
     assert skips(halves) == skips(whole) and adapter_bytes(halves) == adapter_bytes(whole)

@@ -227,3 +227,42 @@ def test_7b_on_an_absent_h100(config):
     done = plan(config, "--topology", "gpu:h100-80gb:1", "--json", "training.batch_size=1", *overrides)
     assert done.returncode == 0, done.stderr
     assert 13 * 2**30 < json.loads(done.stdout)["peak_bytes"] < 22 * 2**30
+
+
+@pytest.mark.parametrize("flag", ["--topo", "--to"])
+def test_options_are_not_abbreviated(config, flag, monkeypatch, capsys):
+    """A child that took another topology than its own for one more would start children without end."""
+    monkeypatch.setattr(jlora.plan.subprocess, "run", mock.Mock(side_effect=AssertionError("a child is started")))
+    monkeypatch.setattr(sys, "argv", ["jlora.plan", "--config", str(config), flag, "cpu:1", flag, "cpu:2"])
+    with pytest.raises(SystemExit) as end:
+        jlora.plan.main()
+    assert end.value.code == 2 and f"unrecognized arguments: {flag}" in capsys.readouterr().err
+
+
+def test_a_child_has_no_children_and_imports_from_where_this_process_does(config, tmp_path, monkeypatch):
+    """Code that lies in the folder of the moment, which the console script does not run, is not run by its children."""
+    for name in ("yaml", "optax", "rich"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('code of the folder was run')", encoding="utf-8")
+    arguments = ["--config", str(config), "--topology=abacus:1", "--topology", "abacus:2", "-q", "lora.rank=2"]
+    show = f"import sys; sys.argv = ['plan', *{arguments}]; from jlora.plan import main; main()"
+    env = os.environ | {"PYTHONPATH": str(Path(jlora.plan.__file__).parents[1]), "XLA_FLAGS": ""}
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", show], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=240
+    )
+    said = [line.partition(";")[0] for line in done.stderr.splitlines()]
+    assert said == [f"error: unknown topology 'abacus:{n}'" for n in (1, 2)], done.stderr
+    assert (done.returncode, done.stdout) == (2, "")
+
+    started = []
+    answer = subprocess.CompletedProcess([], 0, "")
+    monkeypatch.setattr(jlora.plan.subprocess, "run", lambda command, **_: started.append(command) or answer)
+    monkeypatch.setattr(sys, "argv", ["jlora.plan", *arguments])
+    with pytest.raises(SystemExit):
+        jlora.plan.main()
+    assert [next(part for part in command if "--nth" in part) for command in started] == ["--nth=0", "--nth=1"]
+    monkeypatch.setattr(sys, "argv", ["jlora.plan", "--nth=1", *arguments])
+    monkeypatch.setattr(jlora.plan, "resolve_topology", mock.Mock(side_effect=RuntimeError))
+    monkeypatch.setattr(jlora.plan, "prepare", lambda: None)
+    with pytest.raises(RuntimeError):
+        jlora.plan.main()
+    assert jlora.plan.resolve_topology.call_args.args == ("abacus:2",) and len(started) == 2

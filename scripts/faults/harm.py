@@ -219,19 +219,19 @@ def real(campaign: Campaign, run_dir: Path, *overrides: str) -> subprocess.Popen
 
 
 def signals(campaign: Campaign, count: int) -> str:
-    """SIGTERM and SIGINT, again and again until the process is gone."""
+    """SIGTERM, SIGINT and SIGHUP, again and again until the process is gone."""
     sent = preempted = done = 0
     while done < count and not campaign.over():
         run_dir = campaign.folder / f"stormed{done}"
         process = real(campaign, run_dir)
-        # From when it reads model and data on; before that nothing is begun, and the signal simply ends it.
-        while not (run_dir / "checkpoints").exists():
+        # From its first save on, or from before its first step, where it ends at once.
+        while not (committed(run_dir) if done % 2 == 0 else (run_dir / "checkpoints").exists()):
             if process.poll() is not None:
                 raise Lost(f"{run_dir}: exit code {process.returncode} before it began")
             time.sleep(0.005)
-        time.sleep(campaign.random.uniform(0.0, campaign.unbroken_seconds / 2))
+        time.sleep(campaign.random.uniform(0.0, campaign.unbroken_seconds / 4))
         while process.poll() is None:
-            process.send_signal(campaign.random.choice([signal.SIGTERM, signal.SIGINT]))
+            process.send_signal(campaign.random.choice([signal.SIGTERM, signal.SIGINT, signal.SIGHUP]))
             sent += 1
             time.sleep(campaign.random.uniform(0.0, 0.01))
         log = campaign.log(run_dir).read_text(encoding="utf-8")
