@@ -221,7 +221,8 @@ def tensor_file(draw, content: bytes) -> bytes:
 
 def headers(base: Path, folder: Path):
     content, model = (base / "model.safetensors").read_bytes(), json.loads((base / "config.json").read_text())
-    index = {"weight_map": dict.fromkeys(header_of(content)[0], "model.safetensors")}
+    shard = "model-00001-of-00001.safetensors"  # beside model.safetensors no index is read
+    index = {"weight_map": dict.fromkeys(header_of(content)[0], shard)}
 
     @st.composite
     def inputs(draw):
@@ -229,11 +230,13 @@ def headers(base: Path, folder: Path):
         if draw(st.integers(0, 3)) == 0:
             files["config.json"] = draw(damaged(json.dumps(draw(changed(model))).encode("utf-8", "surrogatepass")))
         if draw(st.integers(0, 3)) == 0:
+            files[shard] = files.pop("model.safetensors")
             files["model.safetensors.index.json"] = draw(damaged(json.dumps(draw(changed(index))).encode()))
         return files
 
     def use(drawn):
-        (folder / "model.safetensors.index.json").unlink(missing_ok=True)
+        for name in ("model.safetensors", shard, "model.safetensors.index.json"):
+            (folder / name).unlink(missing_ok=True)
         for name, written in ({"config.json": json.dumps(model).encode()} | drawn).items():
             (folder / name).write_bytes(written)
         source = open_source(folder)
