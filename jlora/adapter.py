@@ -20,6 +20,8 @@ from jax.tree_util import register_dataclass
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from jlora.config import ATTENTION_PROJECTIONS, PROJECTIONS, LoraSection
+from jlora.layers import times
+from jlora.precision import products_in
 from jlora.quant import Leaf, Quantized, dequantize, quantized_einsum
 
 # The checkpoint name of a product with a quantised weight, for `jlora.remat`.
@@ -199,9 +201,8 @@ def project(
     ratio = lora.magnitude / jnp.maximum(weight_norm(weight, lora, x.dtype), jnp.finfo(jnp.float32).tiny)
     if isinstance(lora.scale, Array):  # of one layer of many, perhaps one without an adapter
         ratio = jnp.where(lora.scale == 0.0, 1.0, ratio)
-    ratio = ratio.reshape((1,) * (y.ndim - ratio.ndim) + ratio.shape)
     rescaled = y if dropped is x else _dense(equation, dropped, weight, lora)
-    return y + (ratio - 1.0).astype(y.dtype) * rescaled + ratio.astype(y.dtype) * delta
+    return y + times(rescaled, ratio - 1.0) + times(delta, ratio)
 
 
 def _scaled(delta: Float[Array, "..."], lora: Lora) -> Float[Array, "..."]:
@@ -238,10 +239,14 @@ def weight_norm(weight: Leaf, lora: Lora, dtype: jnp.dtype) -> Float[Array, "...
     if lora.initial is not None:
         a, b = jnp.concatenate([a, lora.initial[0]], -1), jnp.concatenate([b, -lora.initial[1]])
     a, b = a.reshape(-1, a.shape[-1]), b.reshape(-1, num_outputs)
-    in_float32 = partial(jnp.matmul, preferred_element_type=jnp.float32)
+
+    def product(left: Array, right: Array) -> Array:
+        with products_in(left.dtype):
+            return jnp.matmul(left, right, preferred_element_type=jnp.float32)
+
     of_w = jnp.sum(jnp.square(w.astype(jnp.float32)), axis=0)
-    mixed = jnp.sum(in_float32(a.T.astype(w.dtype), w) * b, axis=0)
-    of_ba = jnp.sum(in_float32(in_float32(a.T, a), b) * b, axis=0)
+    mixed = jnp.sum(product(a.T.astype(w.dtype), w) * b, axis=0)
+    of_ba = jnp.sum(product(product(a.T, a), b) * b, axis=0)
     square = of_w + 2.0 * lora.scale * mixed + lora.scale**2 * of_ba
     return jax.lax.stop_gradient(jnp.sqrt(jnp.maximum(square, 0.0)).reshape(lora.lora_b.shape[1:]))
 

@@ -20,7 +20,7 @@ def count_flops(jaxpr: core.Jaxpr) -> float:
             out: Any = equation.outvars[0].aval
             total += 2.0 * math.prod(left.shape[dim] for dim in contracted) * out.size
             continue
-        inner = [count_flops(sub) for sub in _subjaxprs(equation.params)]
+        inner = [count_flops(sub) for sub in subjaxprs(equation.params)]
         if equation.primitive.name == "cond":
             total += max(inner)
         else:
@@ -28,7 +28,8 @@ def count_flops(jaxpr: core.Jaxpr) -> float:
     return total
 
 
-def _subjaxprs(params: dict[str, Any]) -> list[core.Jaxpr]:
+def subjaxprs(params: dict[str, Any]) -> list[core.Jaxpr]:
+    """The jaxprs within an equation, by its parameters: bodies of loops, branches, calls, kernels."""
     found = []
     for value in params.values():
         for item in value if isinstance(value, tuple | list) else (value,):

@@ -278,7 +278,7 @@ def judge(
     section = cfg.data.model_copy(update={"max_length": length})
     dtype = jnp.dtype(cfg.model.dtype)
     device, head_dim = mesh.devices.flat[0], pretrained.base.cfg.head_dim
-    _, kernel = attention.choose(cfg.model.attention, device, head_dim, length, dtype, section.packing)
+    _, kernel = attention.choose(cfg.model.attention, device, head_dim, length, dtype, section.one_segment)
     size = cfg.training.batch_size // cfg.training.gradient_accumulation_steps
     evaluator = Evaluator(asked.dataset, section, size, Forward(kernel, "none", dtype, token_accuracy=True), mesh)
     figures = evaluator.measure(pretrained.base, adapter)

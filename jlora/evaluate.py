@@ -200,7 +200,7 @@ def main() -> None:
                 objective, reference = run.objective, make_reference(run, pretrained)
             dataset = data.tokenize(args.data, pretrained.tokenizer, section)
             device, head_dim = mesh.devices.flat[0], pretrained.base.cfg.head_dim
-            _, kernel = attention.choose("auto", device, head_dim, section.max_length, dtype, section.packing)
+            _, kernel = attention.choose("auto", device, head_dim, section.max_length, dtype, section.one_segment)
             forward = Forward(kernel, "none", dtype, objective, token_accuracy=True)
             evaluator = Evaluator(dataset, section, args.batch_size, forward, mesh)
             questions: list[Question] = []

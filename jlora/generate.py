@@ -24,6 +24,7 @@ from jlora.adapter import Adapter
 from jlora.config import DataSection, MeshSection, Quantization
 from jlora.errors import ConfigError, DataError
 from jlora.model import Cache, Decoder, empty_cache
+from jlora.precision import products_in
 from jlora.pretrained import Opened, Pretrained, load_pretrained, open_adapter, open_pretrained, run_config
 from jlora.prompts import FORMATS, BadRow, encode_prompt
 from jlora.rows import Row, read_rows
@@ -103,9 +104,11 @@ def prefill(
     positions = jnp.arange(width)[None] - (width - lengths[:, None])
     segments = (positions >= 0).astype(jnp.int32)
     cache = empty_cache(base.cfg, batch, width + max_new_tokens, dtype)
-    hidden, cache = base.hidden_cached(
-        tokens, jnp.maximum(positions, 0), segments, cache, adapter=adapter, attention=kernel
-    )
+    with products_in(dtype):
+        hidden, cache = base.hidden_cached(
+            tokens, jnp.maximum(positions, 0), segments, cache, adapter=adapter, attention=kernel
+        )
+        logits = base.logits(hidden[:, -1:], adapter)[:, 0]
     state = Decoding(
         cache=cache,
         last=tokens[:, -1],
@@ -115,7 +118,7 @@ def prefill(
         num_out=jnp.zeros((), jnp.int32),
         key=key,
     )
-    return _take(state, base.logits(hidden[:, -1:], adapter)[:, 0], stop_ids, sampling)
+    return _take(state, logits, stop_ids, sampling)
 
 
 @partial(jax.jit, static_argnames=("kernel", "sampling"), donate_argnames=("state",))
@@ -133,6 +136,7 @@ def decode(
     def running(state: Decoding) -> Array:
         return (state.num_out < until) & ~state.ended.all()
 
+    @products_in(state.cache.keys.dtype)
     def one(state: Decoding) -> Decoding:
         positions = (state.lengths + state.num_out - 1)[:, None]
         hidden, cache = base.hidden_cached(

@@ -198,7 +198,7 @@ class JloraLM(LM or object):  # type: ignore[misc]
         rows += [pack_row([], width)] * (self.batch_size - len(rows))
         if width not in self._steps:
             head_dim = self.pretrained.base.cfg.head_dim
-            _, kernel = attention.choose("auto", self._placed, head_dim, width, self.dtype, True)
+            _, kernel = attention.choose("auto", self._placed, head_dim, width, self.dtype, one_segment=True)
             self._steps[width] = jax.jit(Forward(kernel, "none", self.dtype).by_token)
         with jax.set_mesh(self._mesh):
             names = Batch.__annotations__

@@ -18,6 +18,7 @@ from jlora.adapter import Adapter, Lora, Saved, init_adapter, layer_ranks, modul
 from jlora.config import LoraSection
 from jlora.errors import ConfigError
 from jlora.model import Decoder, LlamaConfig, block_weights, outer_weights, projection_shapes
+from jlora.precision import products_in
 from jlora.quant import Leaf, dequantize
 
 
@@ -126,6 +127,7 @@ def _taken_from(leaf: Leaf, name: str, lora: Lora, cfg: LoraSection, num_layers:
     return replace(lora, lora_a=lora_a, lora_b=lora_b, initial=(jnp.copy(lora_a), jnp.copy(lora_b)))
 
 
+@products_in(jnp.dtype("float32"))
 def principal(
     leaf: Leaf, init: str, rank: int, num_outputs: int, key: PRNGKeyArray, scale: float
 ) -> tuple[Float[Array, "..."], Float[Array, "..."]]:

@@ -1,12 +1,66 @@
-"""RMSNorm: a pure function of arrays, every numeric given by the caller."""
+"""Layers without a product: pure functions of arrays, every numeric given by the caller.
+
+A vector that meets every token has a gradient that is a sum over tokens. What JAX makes of broadcasting adds that up in
+the dtype of the activations, and in bfloat16 a sum stands still once it is some hundred times its terms. `times` and
+`plus` compute forward in that dtype, and add up in float32.
+"""
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 
+def _over_tokens(gradient: Float[Array, "B T ..."], vector: Float[Array, "..."]) -> Float[Array, "..."]:
+    return gradient.sum(axis=tuple(range(gradient.ndim - vector.ndim)), dtype=jnp.float32).astype(vector.dtype)
+
+
+def _spread(vector: Float[Array, "..."], x: Float[Array, "B T ..."]) -> Float[Array, "1 1 ..."]:
+    return vector.astype(x.dtype).reshape((1,) * (x.ndim - vector.ndim) + vector.shape)
+
+
+@jax.custom_vjp
+def plus(x: Float[Array, "B T ..."], vector: Float[Array, "..."]) -> Float[Array, "B T ..."]:
+    """`x` plus one vector for all tokens, in the dtype of `x`; the vector's gradient is added up in float32."""
+    return x + _spread(vector, x)
+
+
+def _plus_forward(x: Array, vector: Array) -> tuple[Array, Array]:
+    return plus(x, vector), vector
+
+
+def _plus_backward(vector: Array, gradient: Array) -> tuple[Array, Array]:
+    return gradient, _over_tokens(gradient, vector)
+
+
+plus.defvjp(_plus_forward, _plus_backward)
+
+
+@jax.custom_vjp
+def times(x: Float[Array, "B T ..."], vector: Float[Array, "..."]) -> Float[Array, "B T ..."]:
+    """`x` times one vector for all tokens, in the dtype of `x`; the vector's gradient is added up in float32."""
+    return _spread(vector, x) * x
+
+
+def _times_forward(x: Any, vector: Any) -> tuple[Array, tuple[Array | None, Array]]:
+    # `x` waits for the backward pass only where the vector is trained.
+    return times(x.value, vector.value), (x.value if vector.perturbed else None, vector.value)
+
+
+def _times_backward(saved: tuple[Array | None, Array], gradient: Array) -> tuple[Array, Array | None]:
+    x, vector = saved
+    to_vector = None
+    if x is not None:
+        to_vector = _over_tokens(gradient.astype(jnp.float32) * x.astype(jnp.float32), vector)
+    return _spread(vector, gradient) * gradient, to_vector
+
+
+times.defvjp(_times_forward, _times_backward, symbolic_zeros=True)
+
+
 def rms_norm(x: Float[Array, "B T D"], weight: Float[Array, " D"], eps: float) -> Float[Array, "B T D"]:
     """RMSNorm (arXiv:1910.07467), normalised in float32, scaled in the dtype of `x` as LlamaRMSNorm does."""
     x32 = x.astype(jnp.float32)
     inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
-    return weight.astype(x.dtype)[None, None] * (x32 * inverse).astype(x.dtype)
+    return times((x32 * inverse).astype(x.dtype), weight)

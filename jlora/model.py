@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jlora.adapter import Adapter, Lora, Saved, at_layer, layer_keys, project, scales_to_scan
 from jlora.attention import Attention
-from jlora.layers import rms_norm
+from jlora.layers import plus, rms_norm
 from jlora.quant import in_turn, quantize
 from jlora.remat import ATTENTION_INPUT, LAYER_INPUT, checkpointed
 from jlora.rope import RopeScaling, Rotary, rotary_table, rotate
@@ -154,7 +154,7 @@ class Block(nnx.Module):
         def weighted(name: str, equation: str, inputs: Array) -> Array:
             key = None if dropout_key is None else layer_keys(dropout_key, name)
             y = project(equation, inputs, getattr(self, name).get_value(), adapter.get(name), key)
-            return y + getattr(self, f"{name}_bias")[...].astype(y.dtype)[None, None] if name in biased else y
+            return plus(y, getattr(self, f"{name}_bias")[...]) if name in biased else y
 
         normed = rms_norm(x, self.input_layernorm[...], self.cfg.rms_norm_eps)
         q = constrain(weighted("q_proj", "btd,dnh->btnh", normed), "act_batch", None, "act_heads", None)

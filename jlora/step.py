@@ -21,6 +21,7 @@ from jlora.attention import Attention
 from jlora.config import Config, ObjectiveSection
 from jlora.model import Decoder, LlamaConfig, adapter_axes
 from jlora.objective import correct_tokens, next_token_loss, token_cross_entropy
+from jlora.precision import products_in
 from jlora.preference import pair_loss, pair_sums
 from jlora.quant import is_quantized
 from jlora.sharding import named_sharding, place
@@ -118,9 +119,10 @@ class Forward:
         self, base: Decoder, adapter: Adapter, batch: dict[str, Array]
     ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
         """Of every trained token its log-probability, and 1 where it is the likeliest; 0 of the others."""
-        hidden = self._hidden(base, adapter, batch, None)
-        scored = hidden, base.head(adapter), batch["targets"], batch["weights"]
-        return -token_cross_entropy(*scored), correct_tokens(*scored)
+        with products_in(self.dtype):
+            hidden = self._hidden(base, adapter, batch, None)
+            scored = hidden, base.head(adapter), batch["targets"], batch["weights"]
+            return -token_cross_entropy(*scored), correct_tokens(*scored)
 
     def _hidden(
         self, base: Decoder, adapter: Adapter, batch: dict[str, Array], dropout_key: Array | None
@@ -221,6 +223,7 @@ def make_train_step(
     metrics["skip"] is 1 or 2 then, else 0.
     """
 
+    @products_in(forward.dtype)
     def step(state: TrainState, frozen: Tree, batch: dict[str, Array]) -> tuple[TrainState, dict[str, Array]]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         with_dropout = (cfg.method == "lora" and cfg.lora.dropout > 0.0) or forward.neftune_noise_alpha > 0.0
@@ -299,6 +302,7 @@ def make_eval_step(
     One for all that ask with an equal `forward`, so that runs of a sweep share what is compiled.
     """
 
+    @products_in(forward.dtype)
     def step(
         base: Decoder, adapter: Adapter, reference: Adapter | None, batch: dict[str, Array]
     ) -> tuple[Array, Array, dict[str, Array]]:
@@ -312,7 +316,7 @@ def make_forward(cfg: Config, model: LlamaConfig, mesh: jax.sharding.Mesh) -> tu
     dtype, device = jnp.dtype(cfg.model.dtype), mesh.devices.flat[0]
     quant.check_device(cfg.model.quantization, device)
     shown, kernel = attention.choose(
-        cfg.model.attention, device, model.head_dim, cfg.data.max_length, dtype, cfg.data.packing
+        cfg.model.attention, device, model.head_dim, cfg.data.max_length, dtype, cfg.data.one_segment
     )
     noise = cfg.training.neftune_noise_alpha or 0.0
     return shown, Forward(kernel, cfg.model.remat, dtype, cfg.objective, noise)

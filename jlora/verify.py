@@ -22,6 +22,7 @@ from jlora.hf.peft import CONFIG, WEIGHTS, load_adapter, save_adapter
 from jlora.hf.weights import Merged, Weights, at_layer, blocks, leaf
 from jlora.layers import rms_norm
 from jlora.model import Block, Decoder, LlamaConfig
+from jlora.precision import products_in
 from jlora.pretrained import Pretrained
 from jlora.rope import rotary_table
 from jlora.sharding import constrain, gather
@@ -43,18 +44,19 @@ def probe_logits(base: Decoder, adapter: Adapter, dtype: jnp.dtype) -> np.ndarra
 @partial(jax.jit, static_argnames="dtype")
 def _probed(base: Decoder, adapter: Adapter, dtype: jnp.dtype) -> jax.Array:
     tokens = probe_tokens(base.cfg.vocab_size)
-    hidden = base.hidden(
-        jnp.asarray(tokens),
-        jnp.arange(PROBE_LENGTH, dtype=jnp.int32)[None],
-        jnp.ones(tokens.shape, jnp.int32),
-        adapter=adapter,
-        dropout_key=None,
-        neftune_noise_alpha=0.0,
-        attention=attention.reference,
-        remat="none",
-        dtype=dtype,
-    )
-    return constrain(base.logits(hidden, adapter)[0], None, None)
+    with products_in(dtype):
+        hidden = base.hidden(
+            jnp.asarray(tokens),
+            jnp.arange(PROBE_LENGTH, dtype=jnp.int32)[None],
+            jnp.ones(tokens.shape, jnp.int32),
+            adapter=adapter,
+            dropout_key=None,
+            neftune_noise_alpha=0.0,
+            attention=attention.reference,
+            remat="none",
+            dtype=dtype,
+        )
+        return constrain(base.logits(hidden, adapter)[0], None, None)
 
 
 class StreamedBlock:

@@ -114,7 +114,7 @@ def test_cudnn_needs_no_mask_where_a_row_is_one_segment(window, asked):
     segments = (np.arange(64)[None] < lengths[:, None]).astype(np.int32)
     positions = np.arange(64, dtype=np.int32)[None] * segments
     qkv = random_qkv(rng, 4, 64, 4, 2, 8)
-    assert_equals_reference(attention.cudnn_unpacked, qkv, segments, positions, window, 1e-5)
+    assert_equals_reference(attention.cudnn_one_segment, qkv, segments, positions, window, 1e-5)
     assert set(asked) == {(64, 64, True, (window - 1, 0) if window and window < 64 else None, False)}
 
 
@@ -220,17 +220,18 @@ BF16, F32 = jnp.dtype("bfloat16"), jnp.dtype("float32")
     ],
 )
 def test_auto_takes_what_runs(device, head_dim, length, dtype, expected):
-    shown, kernel = attention.choose("auto", device, head_dim, length, dtype, True)
+    shown, kernel = attention.choose("auto", device, head_dim, length, dtype, False)
     assert kernel is expected
     fell_back = device is not CPU and expected is attention.blocked
     assert ("because" in shown) == fell_back and "\n" not in shown
-    assert attention.choose("reference", device, head_dim, length, dtype, True) == ("reference", attention.reference)
+    assert attention.choose("reference", device, head_dim, length, dtype, False) == ("reference", attention.reference)
 
 
 def test_rows_of_one_segment_need_no_mask():
     for name in ("auto", "cudnn"):
-        assert attention.choose(name, GPU, 128, 4096, BF16, True) == ("cudnn", attention.cudnn)
-        assert attention.choose(name, GPU, 128, 4096, BF16, False) == ("cudnn", attention.cudnn_unpacked)
+        assert attention.choose(name, GPU, 128, 4096, BF16, one_segment=False) == ("cudnn", attention.cudnn)
+        chosen = attention.choose(name, GPU, 128, 4096, BF16, one_segment=True)
+        assert chosen == ("cudnn", attention.cudnn_one_segment)
 
 
 @pytest.mark.parametrize(
@@ -247,7 +248,7 @@ def test_rows_of_one_segment_need_no_mask():
 )
 def test_by_name_what_does_not_run_is_refused(name, device, length, dtype, says):
     with pytest.raises(ConfigError) as error:
-        attention.choose(name, device, 128, length, dtype, True)
+        attention.choose(name, device, 128, length, dtype, False)
     assert says in str(error.value)
 
 

@@ -8,10 +8,10 @@ Knows nothing of projections, rotary embedding or caches.
 """
 
 from jlora.attention.choice import choose
-from jlora.attention.gpu import cudnn, cudnn_unpacked
+from jlora.attention.gpu import cudnn, cudnn_one_segment
 from jlora.attention.interface import Attention
 from jlora.attention.plain import reference
 from jlora.attention.tiles import blocked
 from jlora.attention.tpu import splash
 
-__all__ = ["Attention", "blocked", "choose", "cudnn", "cudnn_unpacked", "reference", "splash"]
+__all__ = ["Attention", "blocked", "choose", "cudnn", "cudnn_one_segment", "reference", "splash"]

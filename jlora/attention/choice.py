@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from jlora.attention.gpu import cudnn, cudnn_unpacked
+from jlora.attention.gpu import cudnn, cudnn_one_segment
 from jlora.attention.interface import Attention
 from jlora.attention.plain import reference
 from jlora.attention.tiles import blocked
@@ -12,13 +12,13 @@ from jlora.errors import ConfigError
 
 
 def choose(
-    name: str, device: jax.Device, head_dim: int, length: int, dtype: jnp.dtype, packing: bool
+    name: str, device: jax.Device, head_dim: int, length: int, dtype: jnp.dtype, one_segment: bool
 ) -> tuple[str, Attention]:
     """The implementation for a config's `model.attention`, and its name for the log.
 
     Args:
       device: one of those that the run is for, here or absent.
-      packing: rows hold several segments (config key `data.packing`), not one from their start.
+      one_segment: no row holds more than one segment, from its start (see `DataSection.one_segment`).
 
     Raises:
       ConfigError: the implementation asked for by name does not run there, or not on these shapes.
@@ -37,7 +37,7 @@ def choose(
             "a head dim that is a multiple of 8 and at most 128": head_dim % 8 == 0 and head_dim <= 128,
             "a length that is a multiple of 64": length % 64 == 0,
         }
-        kernel: Attention = cudnn if packing else cudnn_unpacked
+        kernel: Attention = cudnn_one_segment if one_segment else cudnn
     else:
         needs = {
             "a TPU": platform == "tpu",

@@ -34,12 +34,12 @@ def cudnn(
     kv_positions: Int[Array, "B S"],
     window: int | None,
 ) -> Float[Array, "B T N H"]:
-    """Over packed rows; the mask of a long one exists for `QUERY_BLOCK` queries at a time."""
+    """Over rows of any number of segments; the mask of a long one exists for `QUERY_BLOCK` queries at a time."""
     del kv_segments, q_positions, kv_positions  # the same tokens, in order
     return per_device(partial(_packed_rows, window=window), q, k, v, q_segments)
 
 
-def cudnn_unpacked(
+def cudnn_one_segment(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
     v: Float[Array, "B S K H"],
@@ -54,10 +54,10 @@ def cudnn_unpacked(
     What padding sees is not what it sees in the reference; no token before it ever looks at it.
     """
     del kv_segments, q_positions, kv_positions
-    return per_device(partial(_unpacked_rows, window=window), q, k, v, q_segments)
+    return per_device(partial(_one_segment_rows, window=window), q, k, v, q_segments)
 
 
-def _unpacked_rows(q: Array, k: Array, v: Array, segments: Array, window: int | None) -> Array:
+def _one_segment_rows(q: Array, k: Array, v: Array, segments: Array, window: int | None) -> Array:
     del segments
     local = None if window is None or window >= q.shape[1] else (window - 1, 0)
     return jax.nn.dot_product_attention(q, k, v, is_causal=True, local_window_size=local, implementation="cudnn")

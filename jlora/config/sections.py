@@ -33,7 +33,9 @@ class ModelSection(Section):
         description="base model: a Hugging Face folder, a .gguf file or a hub name; for plan also llama2-7b, -13b, -70b"
     )
     tokenizer: str | None = Field(None, description="another folder for the tokenizer, where the base has none")
-    dtype: Dtype = Field("bfloat16", description="base weights and matmuls; float32 for parity checks and CPUs")
+    dtype: Dtype = Field(
+        "bfloat16", description="base weights and matmuls; float32 (never TF32) for parity checks and CPUs"
+    )
     quantization: Quantization | None = Field(
         None,
         description="the base's projections in 8 bits (int8, fp8) or 4 (nf4 as QLoRA, int4), quantised while they "
@@ -191,6 +193,11 @@ class DataSection(Section):
     def longest(self) -> int:
         """Tokens of the longest sequence: those of a row of a batch, or of half of it for a pair's."""
         return self.max_length // 2 if self.format == "preference" else self.max_length
+
+    @property
+    def one_segment(self) -> bool:
+        """Whether no row of a batch holds more than one sequence: a pair's two share one, packed or not."""
+        return not self.packing and self.format != "preference"
 
 
 class ObjectiveSection(Section):
