@@ -1,0 +1,1 @@
+"""Another tool's configuration as one of ours."""

@@ -1,0 +1,1 @@
+"""Arrays and the forward pass. Knows no files and no tokenizers."""
