@@ -13,15 +13,15 @@ import pytest
 from test_report import make_run
 from tiny import make_completions, make_llama, make_tokenizer, write_config
 
-from jlora.answers import Question
-from jlora.compare import write_comparison
 from jlora.config import load_config
 from jlora.data.__main__ import look
-from jlora.data.page import render
-from jlora.effort_page import write_effort
-from jlora.report import write_report
-from jlora.runs_compared import compare
-from jlora.strategies import choose
+from jlora.evaluation.strategies import choose
+from jlora.inference.answers import Question
+from jlora.reports.answers import write_comparison
+from jlora.reports.data import render
+from jlora.reports.effort import write_effort
+from jlora.reports.run import write_report
+from jlora.reports.runs import compare
 
 pytestmark = pytest.mark.skipif(browser.find() is None, reason="no Chromium here: apt-get install chromium")
 

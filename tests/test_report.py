@@ -5,16 +5,21 @@ from __future__ import annotations
 import errno
 import json
 import math
+import os
 import re
+import shutil
+import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
 from jlora.errors import ConfigError
-from jlora.report import write_report
-from jlora.runs_compared import compare
+from jlora.reports.run import write_report
+from jlora.reports.runs import compare
 
+ROOT = Path(__file__).parent.parent
 VOID = {"meta", "br", "hr", "img", "link", "input"}
 CHARTS = ("Loss", "Learning rate", "Gradient norm", "Speed", "Memory")
 
@@ -164,7 +169,7 @@ def test_the_page_refers_to_nothing_outside_itself(tmp_path: Path) -> None:
 
 
 def test_text_from_the_run_is_escaped(tmp_path: Path) -> None:
-    evil = "<script>alert('x')</script>\"><img onerror=1>\x00\x1b\ud800"
+    evil = "<script>alert('x')</script>\"><img onerror=1>\x00\x1b\ud800\u202e\u2069"
     run = tmp_path / "a<b>&c"
     run.mkdir()
     (run / "config.yaml").write_text("name: </pre><i>x</i>\n", encoding="utf-8")
@@ -184,7 +189,7 @@ def test_text_from_the_run_is_escaped(tmp_path: Path) -> None:
     markup, page = report(run, [train_line(1)], summary)
     assert not {"script", "img", "i", "b>"} & {tag for tag, _ in page.tags}
     assert "a<b>&c" in page.text and "</pre><i>x</i>" in page.text and "<script>alert('x')" in page.text
-    assert "\x00" not in markup and "\x1b" not in markup
+    assert not re.search("[\x00\x1b\u202a-\u202e\u2066-\u2069]", markup)
 
 
 def test_a_value_that_is_not_finite_breaks_the_curve_and_is_marked(tmp_path: Path) -> None:
@@ -297,7 +302,7 @@ def test_a_failed_write_leaves_the_old_page(tmp_path: Path, monkeypatch: pytest.
         raise OSError(errno.ENOSPC, "disk full")
 
     with monkeypatch.context() as patch:
-        patch.setattr("jlora.atomic.os.replace", refuse)
+        patch.setattr("jlora.files.atomic.os.replace", refuse)
         with pytest.raises(ConfigError, match="report.html: cannot be written .disk full.; make room"):
             write_report(tmp_path)
     assert (tmp_path / "report.html").read_bytes() == old
@@ -321,7 +326,11 @@ def test_several_runs_in_one_page(tmp_path: Path) -> None:
     folders = [
         make_run(tmp_path / parent / "run<1>", scale, rank) for parent, scale, rank in (("a", 3, 4), ("b", 2, 8))
     ]
+    samples = [{"prompt": "Why?", "before": "old\u202e", "after": "because of 4\u2067"}]
+    summary = json.loads((folders[0] / "summary.json").read_text()) | {"samples": samples}
+    (folders[0] / "summary.json").write_text(json.dumps(summary))
     markup = compare(folders)
+    assert not re.search("[\u202e\u2067]", markup)
     page = Page(markup)
     assert page.problems == [] and "<script" not in markup and "http:" not in markup
     charts = page.charts()
@@ -337,3 +346,40 @@ def test_runs_that_are_alike_or_empty_have_a_page(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     markup = compare([make_run(tmp_path / "whole", 2, 4), tmp_path / "empty", tmp_path / "empty"])
     assert Page(markup).problems == []
+
+
+def test_of_folders_with_one_name_none_is_lost(tmp_path: Path) -> None:
+    folders = [make_run(tmp_path / parent / "a" / "run", 2, rank) for parent, rank in (("x", 4), ("y", 8))]
+    page = Page(compare(folders))
+    assert "2 runs compared" in page.text and page.text.count("because of") == 2
+    assert set(page.charts()["Held-out loss"]) >= {"c0", "c1"}
+
+
+def test_html_stands_in_templates_alone() -> None:
+    for path in sorted((ROOT / "jlora").rglob("*.py")):
+        tags = r"</?(a|b|div|p|pre|span|svg|path|table|td|small|style|html)\b[^<]*?>|Markup"
+        found = re.search(tags, path.read_text(encoding="utf-8"))
+        assert found is None, f"{path}: {found}"
+
+
+def test_an_installed_package_has_its_templates(tmp_path: Path) -> None:
+    """From a copy, since setuptools leaves its files beside what it builds."""
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    shutil.copytree(ROOT / "jlora", tmp_path / "jlora", ignore=shutil.ignore_patterns("__pycache__"))
+    install = ("pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--target")
+    subprocess.run([sys.executable, "-m", *install, tmp_path / "site", tmp_path], check=True, capture_output=True)
+    run = make_run(tmp_path / "run", 2, 4)
+    # jinja2 takes a tenth of a second that only pages should cost.
+    program = (
+        "import sys, pathlib, jlora.reports.run as run; assert 'jinja2' not in sys.modules;"
+        "run.write_report(pathlib.Path(sys.argv[1])); print(run.__file__)"
+    )
+    clean = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {
+        "PYTHONPATH": str(tmp_path / "site")
+    }
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", program, run], env=clean, check=True, capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.stdout.startswith(str(tmp_path / "site"))
+    assert Page((run / "report.html").read_text(encoding="utf-8")).charts().keys() == {*CHARTS}

@@ -1,71 +1,74 @@
 """The page of `evaluate --html`: several models' answers to the same prompts side by side, and how they score."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from jlora.answers import Question
-from jlora.page import CSS, escape, frame, pre, table, write_page
-from jlora.scores import METRICS
+from jlora.inference.answers import Question
+from jlora.reports.page import render, write_page
 
-# Figure -> its column, how it is written, and whether the least is the best.
-COLUMNS: dict[str, tuple[str, str, bool]] = {
-    "loss": ("Loss, nats a token", "{:.4f}", True),
-    "perplexity": ("Perplexity", "{:.3f}", True),
-    "token_accuracy": ("Tokens right", "{:.1%}", False),
-    "exact_match": (METRICS["exact_match"], "{:.1%}", False),
-    "rouge_l": (METRICS["rouge_l"], "{:.4f}", False),
-    "chrf": (METRICS["chrf"], "{:.2f}", False),
-    "mean_tokens": ("Tokens an answer", "{:.1f}", False),
+# Figure -> its column's head, how it is written, and which of all is the best.
+Columns = dict[str, tuple[str, str, Callable[..., float] | None]]
+SCORES: Columns = {
+    "exact_match": ("Exact match", "{:.1%}", max),
+    "rouge_l": ("ROUGE-L", "{:.4f}", max),
+    "chrf": ("chrF", "{:.2f}", max),
 }
-UNRANKED = ("mean_tokens",)
-
-
-def led(title: str, lead: str, body: str) -> str:
-    """A whole page of HTML `body`, with a lead under its title, plain text both."""
-    return frame(title, CSS, f'<h1>{escape(title)}</h1><p class="muted">{escape(lead)}</p>', body)
+COLUMNS: Columns = {
+    "loss": ("Loss, nats a token", "{:.4f}", min),
+    "perplexity": ("Perplexity", "{:.3f}", min),
+    "token_accuracy": ("Tokens right", "{:.1%}", max),
+    **SCORES,
+    "mean_tokens": ("Tokens an answer", "{:.1f}", None),
+}
+Table = tuple[list[str], list[list[str]], list[int | None]]
+Said = tuple[str, str, str]  # who said it, the text, and how it scores
 
 
 def write_comparison(path: Path, title: str, results: list[dict[str, Any]], questions: list[Question]) -> None:
-    """Write the page.
+    """Write the page whole or not at all.
 
     Args:
       results: one a model: {"model", "answers": [{"text", "rouge_l", "chrf", "exact_match", "ended"}, ...]} with the
         figures that are there of COLUMNS, and "rows" and "tokens" that the loss is over.
+
+    Raises:
+      ConfigError: it cannot be written there.
     """
     first = results[0]
     lead = f"{len(questions)} prompts, each answered greedily by {len(results)} model{'s' * (len(results) > 1)}."
     if "tokens" in first:
         lead += f" Loss and tokens right: over {first['tokens']:,} trained tokens of {first['rows']:,} rows."
-    body = f"<h2>Summary</h2>{summary_table('Model', [(r['model'], r) for r in results])}<h2>Answers</h2>"
-    for number, question in enumerate(questions):
-        answers = [(result["model"], result["answers"][number]) for result in results]
-        body += answer_card(number, question.shown, question.reference, answers)
+    summary = tabulated("Model", COLUMNS, [(result["model"], result) for result in results])
+    cards = [
+        (question.shown, said(question.reference, [(result["model"], result["answers"][k]) for result in results]))
+        for k, question in enumerate(questions)
+    ]
+    page = render("answers.html", title=title, lead=lead, summary=summary, cards=cards)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_page(path, led(title, lead, body))
+    write_page(path, page)
 
 
-def summary_table(name: str, results: list[tuple[str, dict[str, Any]]]) -> str:
-    """The figures of each, the best of a column marked where not all are equal."""
-    columns = {key: column for key, column in COLUMNS.items() if any(key in figures for _, figures in results)}
-    rows = [[label, *(_write(figures.get(key), columns[key][1]) for key in columns)] for label, figures in results]
+def tabulated(name: str, columns: Columns, results: list[tuple[str, dict[str, Any]]]) -> Table:
+    """Heads, rows, and the row of each column's best where not all are equal; a column without a figure is left out."""
+    heads, rows = [name], [[label] for label, _ in results]
     best: list[int | None] = [None]
-    for key, (_, _, least) in columns.items():
-        values = [(figures[key], number) for number, (_, figures) in enumerate(results) if key in figures]
-        differ = key not in UNRANKED and len({value for value, _ in values}) > 1
-        best.append((min if least else max)(values, key=lambda pair: pair[0])[1] if differ else None)
-    return table([name, *(column[0] for column in columns.values())], rows, best)
+    for key, (head, form, pick) in columns.items():
+        values = [figures.get(key) for _, figures in results]
+        known = [value for value in values if value is not None]
+        if known:
+            heads.append(head)
+            best.append(values.index(pick(known)) if pick and len({*known}) > 1 else None)
+            for row, value in zip(rows, values, strict=True):
+                row.append("–" if value is None else form.format(value))
+    return heads, rows, best
 
 
-def answer_card(number: int, prompt: str, reference: str, answers: list[tuple[str, dict[str, Any]]]) -> str:
-    """One prompt with its reference and each model's answer, as HTML."""
-    cells = f'<div class="cell reference"><h3>Reference</h3>{pre(reference)}</div>'
-    for model, answer in answers:
-        cut = "" if answer["ended"] else ", cut at the longest length"
+def said(reference: str, answers: list[tuple[str, dict[str, Any]]]) -> list[Said]:
+    """What a row and models say to one prompt."""
+    texts = [("Reference", reference, "")]
+    for name, answer in answers:
         scores = f"ROUGE-L {answer['rouge_l']:.3f}, chrF {answer['chrf']:.1f}"
         scores += ", equal to the reference" if answer["exact_match"] else ""
-        cells += f'<div class="cell"><h3>{escape(model)}</h3>{pre(answer["text"])}<small>{scores}{cut}</small></div>'
-    return f'<article><small>Prompt {number + 1}</small>{pre(prompt)}<div class="grid">{cells}</div></article>'
-
-
-def _write(value: float | None, form: str) -> str:
-    return "–" if value is None else form.format(value)
+        texts.append((name, answer["text"], scores + ("" if answer["ended"] else ", cut at the longest length")))
+    return texts

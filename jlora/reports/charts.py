@@ -1,74 +1,81 @@
-"""What the pages of runs are drawn with: their style, line charts in SVG, and figures as words.
+"""The one maker of charts: points become coordinates, ticks and labels, for a template or a picture to draw.
 
-Plain HTML with inline SVG and CSS, so that a page opens from a mail attachment or an offline archive. Knows
-nothing of runs.
+Knows nothing of HTML, colours or runs.
 """
-
-from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
 
-from jlora.page import escape, frame
+from jlora.reports.figures import compact
 
-Point = tuple[float, float | None]  # (step, value); None is a step whose value cannot be drawn
-Line = tuple[str, str, list[Point]]  # CSS class, legend label, points
-Style = Callable[[float], str]
-
-DOT = '<circle cx="11" cy="5" r="4"/>'
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 400, 250, 52, 20, 30, 44
-CSS = """
-:root{color-scheme:light dark;--bg:#fcfcfb;--panel:#fff;--text:#1a1a19;--muted:#5f5e5a;--grid:#e6e5e1;
---axis:#8a8984;--train:#2a78d6;--eval:#d2541f;--bad:#b3261e;--good:#1b7340}
-@media screen and (prefers-color-scheme:dark){:root{--bg:#161615;--panel:#1f1f1e;--text:#f1f0ec;
---muted:#b3b2ac;--grid:#363633;--axis:#85847e;--train:#5a9ff0;--eval:#f08a5d;--bad:#ff8a80;--good:#6fcf97}}
-*{box-sizing:border-box}body{margin:0 auto;max-width:1040px;padding:1rem;background:var(--bg);
-color:var(--text);font:16px/1.45 system-ui,"Segoe UI",Roboto,"DejaVu Sans",sans-serif;overflow-wrap:anywhere}
-h1{font-size:1.5rem;line-height:1.2;margin:.2rem 0}h2{font-size:1.1rem;margin:1.6rem 0 .6rem}p{margin:.3rem 0}
-.status{display:inline-block;border:1px solid;border-radius:1em;padding:0 .7em;margin-right:.4em}
-.finished{color:var(--good)}.failed{color:var(--bad)}.muted,small,.legend,th{color:var(--muted)}
-small,.status,.legend{font-size:.82rem}.tiles,.charts,.pair{display:grid;gap:.7rem}
-.tiles{grid-template-columns:repeat(auto-fill,minmax(min(100%,165px),1fr));grid-auto-flow:dense}
-.charts{grid-template-columns:repeat(auto-fit,minmax(min(100%,400px),1fr))}
-.pair{grid-template-columns:repeat(auto-fit,minmax(min(100%,280px),1fr))}
-.tile,figure,.sample{background:var(--panel);border:1px solid var(--grid);border-radius:8px;
-padding:.6rem .7rem;margin:0;min-width:0;break-inside:avoid}.sample{margin-bottom:.7rem}
-.tile small{display:block}.tile b{font-size:1.2rem}@media(min-width:384px){.wide{grid-column:span 2}}
-figure{display:flex;flex-direction:column}figure>svg{width:100%;height:auto;margin-top:auto}
-figcaption{font-weight:600}.legend{font-weight:400}.legend span{display:inline-block;max-width:100%;margin-right:1em}
-.legend svg{width:22px;height:10px}text{font-size:12px;fill:var(--muted)}
-@media(max-width:480px){text{font-size:13.5px}}
-path{fill:none;stroke-width:1.6;stroke-linejoin:round}.grid,.axis{stroke:var(--grid);stroke-width:1}
-.axis{stroke:var(--axis)}.train{stroke:var(--train);color:var(--train)}.raw path{stroke-width:1;opacity:.45}
-.eval{stroke:var(--eval);color:var(--eval)}.gap{stroke:var(--bad)}circle{fill:currentColor;stroke:var(--panel)}
-table{border-collapse:collapse;width:100%;max-width:46rem}th,td{text-align:left;padding:.25rem .8rem .25rem 0;
-border-bottom:1px solid var(--grid);vertical-align:top;font-weight:400}th{width:45%}
-pre{white-space:pre-wrap;margin:.2rem 0 .4rem;font:.86rem/1.45 ui-monospace,"DejaVu Sans Mono",monospace}
-.c0{--c:#2a78d6}.c1{--c:#d2541f}.c2{--c:#1b7340}.c3{--c:#8a3ffc}.c4{--c:#b28600}.c5{--c:#0f7b8a}.c6{--c:#a2195b}
-.c7{--c:#6f6f6f}[class^=c]>path,[class^=c]>circle{stroke:var(--c);color:var(--c)}.c1>path{stroke-dasharray:7 3}
-.c2>path{stroke-dasharray:2 3}.c3>path{stroke-dasharray:9 3 2 3}.c4>path{stroke-dasharray:4 2}
-.c5>path{stroke-dasharray:12 3}.c6>path{stroke-dasharray:1 2}.c7>path{stroke-dasharray:5 5}
-@media screen and (prefers-color-scheme:dark){.c0{--c:#5a9ff0}.c1{--c:#f08a5d}.c2{--c:#6fcf97}.c3{--c:#b58cff}
-.c4{--c:#e0b640}.c5{--c:#56c3d3}.c6{--c:#f07ab0}.c7{--c:#b3b2ac}}
-.grid-table{max-width:none}.grid-table th{width:auto;font-size:.82rem}.grid-table td:first-child{font-weight:600}
-.figures{overflow-wrap:normal}.figures td+td{white-space:nowrap}.figures td:first-child{overflow-wrap:anywhere}
-@media(max-width:900px){.grid-table thead{display:none}.grid-table tr{display:block;background:var(--panel);
-border:1px solid var(--grid);border-radius:8px;padding:.4rem .7rem;margin-bottom:.6rem;break-inside:avoid}
-.grid-table td{display:flex;justify-content:space-between;gap:1rem;border:0;padding:.1rem 0;text-align:right}
-.grid-table td::before{content:attr(data-label);color:var(--muted);font-size:.82rem;font-weight:400;text-align:left;
-overflow-wrap:break-word;flex-shrink:99;max-width:65%}}
-@media print{body{max-width:none;padding:0;font-size:11pt;background:#fff}
-.charts{grid-template-columns:1fr 1fr}
-details::details-content{content-visibility:visible;block-size:auto}}
-"""
+Point = tuple[float, float | None]  # None is a value that cannot be drawn
+Spot = tuple[float, float]
+STEP = "training step"
+# Where a name may stand beside its spot, the first free place of them: its anchor, and how far to move it.
+PLACES = tuple((end, x, y) for x, y in ((7, 4), (4, -12), (4, 20), (4, -28), (4, 36)) for end in ("start", "end"))
+LETTER = (7.5, 12)  # a letter's width and height at most
 
 
-def drawable(value: object) -> float | None:
-    """``value`` as a float that can be drawn, or None (absent, not a number, not finite, absurdly large)."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e100:
-        return None  # past 1e100 axis arithmetic could overflow; such a value is as good as infinite
-    return float(value) if abs(value) > 1e-100 else 0.0
+@dataclass(frozen=True)
+class Line:
+    """What is to be drawn in one colour.
+
+    Attributes:
+      kind: names of its style.
+      marked: a dot at every point, not at lonely ones alone.
+      joined: points are joined, but for gaps.
+      names: stand beside its points.
+    """
+
+    kind: str
+    label: str
+    points: list[Point]
+    marked: bool = False
+    joined: bool = True
+    names: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A `Line` in its place: runs of joined spots, and dots with what they say."""
+
+    kind: str
+    label: str
+    runs: list[list[Spot]]
+    dots: list[tuple[float, float, str]]
+    marked: bool
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A chart in a box of `width` x `height`, y downwards; no ticks where there is nothing to draw.
+
+    Attributes:
+      extent: its values in words.
+      gaps: x of values that cannot be drawn.
+      bars: x, y, width, height, and what each says.
+      names: x, y, anchor (start or end) and text beside spots.
+    """
+
+    width: ClassVar = 400
+    height: ClassVar = 250
+    left: ClassVar = 52
+    right: ClassVar = 380
+    top: ClassVar = 30
+    base: ClassVar = 206
+
+    title: str
+    unit: str = ""
+    across: str = ""
+    extent: str = ""
+    x_ticks: list[tuple[float, str]] = field(default_factory=list)
+    y_ticks: list[tuple[float, str]] = field(default_factory=list)
+    curves: list[Curve] = field(default_factory=list)
+    gaps: list[float] = field(default_factory=list)
+    bars: list[tuple[float, float, float, float, str]] = field(default_factory=list)
+    names: list[tuple[float, float, str, str]] = field(default_factory=list)
 
 
 def thinned(points: list[Point], limit: int = 600) -> list[Point]:
@@ -92,139 +99,113 @@ def smoothed(points: list[Point], span: int) -> list[Point]:
     return out
 
 
+def chart(
+    title: str,
+    unit: str,
+    lines: Sequence[Line],
+    x_range: tuple[float, float],
+    *,
+    across: str = STEP,
+    x_names: Sequence[str] = (),
+    x_least: float = 1.0,
+    bars: Sequence[tuple[float, float, int, str]] = (),
+) -> Chart:
+    """Lines, or bars, over one pair of axes.
+
+    Args:
+      x_names: of 0, 1, ... instead of numbers; x_least: the least step between numbers.
+      bars: from x to x, a count, and what the bar says.
+    """
+    values = [y for line in lines for _, y in line.points if y is not None] + [count for *_, count, _ in bars]
+    gaps = sorted({x for line in lines for x, y in line.points if y is None})
+    if not values and not gaps:
+        return Chart(title)
+    low, high = min(values, default=0.0), max(values, default=1.0)
+    # A loss axis from zero would flatten its curve.
+    step, first, last = _axis(low if "loss" in title.lower() else min(low, 0.0), high, 1.0 if bars else 0.0)
+    box = Chart
+
+    def place(x: float, y: float) -> Spot:
+        right = (x - x_range[0]) / (x_range[1] - x_range[0]) * (box.right - box.left)
+        up = (y / step - first) / (last - first) * (box.base - box.top)
+        return round(box.left + right, 1), round(box.base - up, 1)
+
+    labels, power = _labels(step, first, last)
+    x_step = 1.0 if x_names else max(x_least, _tick_step(x_range[1] - x_range[0]))
+    x_ticks = range(math.ceil(x_range[0] / x_step), math.floor(x_range[1] / x_step) + 1)
+    curves = [_curve(line, place, across, x_names) for line in lines]
+    named = [(each, name) for line in lines for each, name in zip(line.points, line.names, strict=False)]
+    return Chart(
+        title,
+        unit + power,
+        across,
+        f"{min(values):.4g} to {max(values):.4g} {unit}" if values else "no finite value",
+        x_ticks=[(place(k * x_step, 0)[0], x_names[k] if x_names else compact(k * x_step)) for k in x_ticks],
+        y_ticks=[(place(0, k * step)[1], label) for k, label in zip(range(first, last + 1), labels, strict=True)],
+        curves=[curve for curve in curves if curve.runs or curve.dots],
+        gaps=[place(x, 0)[0] for x in gaps],
+        bars=[_bar(place(start, count), place(end, 0), text) for start, end, count, text in bars],
+        names=_beside([(place(x, y), name) for (x, y), name in named if y is not None]),
+    )
+
+
 def _tick_step(span: float) -> float:
     """The round step (1, 2 or 5 times a power of ten) that cuts ``span`` into at most five parts."""
     magnitude = 10.0 ** math.floor(math.log10(span / 5))
     return next((m * magnitude for m in (1, 2, 5) if m * magnitude >= span / 5.005), 10 * magnitude)
 
 
-def compact(value: float) -> str:
-    """1234567 -> 1.23M; whole below ten thousand."""
-    for least, size, suffix in ((1e12, 1e12, "T"), (1e9, 1e9, "B"), (1e6, 1e6, "M"), (1e4, 1e3, "k")):
-        if abs(value) >= least:
-            return f"{value / size:.3g}{suffix}"
-    return f"{value:,.4g}" if value % 1 else f"{value:,.0f}"
-
-
-def chart(title: str, unit: str, lines: list[Line], x_range: tuple[float, float]) -> str:
-    """One figure with its lines drawn in order; an empty one says so."""
-    values = [y for _, _, points in lines for _, y in points if y is not None]
-    gaps = sorted({x for _, _, points in lines for x, y in points if y is None})
-    if not values and not gaps:
-        return f'<figure><figcaption>{title}</figcaption><p class="muted">No values yet.</p></figure>'
-    low, high = min(values, default=0.0), max(values, default=1.0)
-    low = low if "loss" in title.lower() else min(low, 0.0)  # a loss axis from zero would flatten its curve
+def _axis(low: float, high: float, least: float) -> tuple[float, int, int]:
+    """The step between ticks, `least` or more, and the first and the last tick in steps."""
     if high - low <= 1e-3 * max(abs(high), abs(low)):  # one point, or a flat line, still needs a range
-        pad = abs(high) * 0.1 or 1.0
-        low, high = low - pad, high + pad
-    step = _tick_step(high - low)
-    first, last = math.floor(low / step + 1e-6), math.ceil(high / step - 1e-6)
+        pad = 0.1 * abs(high)
+        low, high = (low - pad, high + pad) if pad else (0.0, 1.0)
+    step = max(least, _tick_step(high - low))
+    return step, math.floor(low / step + 1e-6), math.ceil(high / step - 1e-6)
+
+
+def _labels(step: float, first: int, last: int) -> tuple[list[str], str]:
+    """Labels that fit beside the axis, and the power of ten that stands above it for all: 2.0 and ×10⁻⁴."""
     power = math.floor(math.log10(max(abs(first), abs(last)) * step) + 1e-9)
-    power = 0 if -3 < power < 5 else power  # labels must fit beside the axis: 2.0 with x10^-4 above it
+    power = 0 if -3 < power < 5 else power
     decimals = max(0, power - math.floor(math.log10(step) + 1e-9))
-    base, right = HEIGHT - BOTTOM, WIDTH - RIGHT
-
-    def place(x: float, y: float) -> tuple[float, float]:
-        across = (x - x_range[0]) / (x_range[1] - x_range[0])
-        return LEFT + across * (right - LEFT), base - (y / step - first) / (last - first) * (base - TOP)
-
+    labels = [f"{k * step / 10.0**power:,.{decimals}f}".replace("-", "−") for k in range(first, last + 1)]
     exponent = str(power).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
-    body = [
-        f'<text x="4" y="14">{unit}{f", ×10{exponent}" if power else ""}</text>',
-        f'<text x="{(LEFT + right) / 2}" y="{HEIGHT - 6}" text-anchor="middle">training step</text>',
-    ]
-    for k in range(first, last + 1):
-        y, label = place(0, k * step)[1], f"{k * step / 10.0**power:,.{decimals}f}".replace("-", "−")
-        body.append(
-            f'<path class="{"grid" if k > first else "axis"}" d="M{LEFT} {y:.1f}H{right}"/>'
-            f'<text x="{LEFT - 7}" y="{y + 4:.1f}" text-anchor="end">{label}</text>'
-        )
-    x_step = max(1.0, _tick_step(x_range[1] - x_range[0]))
-    for k in range(math.ceil(x_range[0] / x_step), math.floor(x_range[1] / x_step) + 1):
-        x = place(k * x_step, 0)[0]
-        body.append(
-            f'<path class="axis" d="M{x:.1f} {base}v5"/><text x="{x:.1f}" y="{base + 18}" '
-            f'text-anchor="middle">{compact(k * x_step)}</text>'
-        )
-    body += [_curve(kind, points, place) for kind, _, points in lines]
-    keys = [
-        (f'<g class="{kind}"><path d="M1 5H21"/>{DOT if kind == "eval" else ""}</g>', label)
-        for kind, label, points in lines
-        if len(lines) > 1 and points
-    ]
-    cross = "l6 6m0 -6l-6 6"
-    if gaps:
-        d = "".join(f"M{place(x, 0)[0] - 3:.1f} {base - 9}{cross}" for x in gaps)
-        body.append(f'<path class="gap" d="{d}"/>')
-        keys.append((f'<path class="gap" d="M8 2{cross}"/>', "not finite"))
-    legend = "".join(f'<span><svg viewBox="0 0 22 10">{mark}</svg> {label}</span>' for mark, label in keys)
-    extent = f"{min(values):.4g} to {max(values):.4g} {unit}" if values else "no finite value"
-    return (
-        f'<figure><figcaption>{title}<div class="legend">{legend}</div></figcaption><svg role="img" '
-        f'viewBox="0 0 {WIDTH} {HEIGHT}" aria-label="{title}: {extent}">{"".join(body)}</svg></figure>'
-    )
+    return labels, f", ×10{exponent}" if power else ""
 
 
-def _curve(kind: str, points: list[Point], place: Callable[[float, float], tuple[float, float]]) -> str:
-    """One line, broken at gaps. A point with no drawable neighbour gets a dot: a line would hide it."""
-    path, dots, marked = "", "", kind == "eval" and len(points) <= 60
-    edged = [(0.0, None), *points, (0.0, None)]
-    for (_, before), (step, value), (_, after) in zip(edged, points, edged[2:], strict=False):
-        if value is not None:
-            x, y = place(step, value)
-            path += f"{'M' if before is None else 'L'}{x:.1f} {y:.1f}"
-            if marked or (before is None and after is None):
-                dots += (
-                    f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{4 if marked else 3}">'
-                    f"<title>step {step:,.0f}: {value:.4g}</title></circle>"
-                )
-    return f'<g class="{kind}"><path d="{path}"/>{dots}</g>' if path else ""
+def _curve(line: Line, place: Callable[[float, float], Spot], across: str, x_names: Sequence[str]) -> Curve:
+    """A line broken at gaps. A point with no drawable neighbour gets a dot: a line would hide it."""
+    runs: list[list[Spot]] = [[]]
+    dots = []
+    edged = [(0.0, None), *line.points, (0.0, None)]
+    for number, ((_, before), (x, y), (_, after)) in enumerate(zip(edged, line.points, edged[2:], strict=False)):
+        if y is None:
+            runs.append([])
+            continue
+        runs[-1].append(place(x, y))
+        if line.marked or (before is None and after is None):
+            name = x_names[round(x)] if x_names else line.names[number] if line.names else f"{across} {x:,.0f}"
+            dots.append((*runs[-1][-1], f"{name}: {y:.4g}"))
+    return Curve(line.kind, line.label, [run for run in runs if run and line.joined], dots, line.marked)
 
 
-def mapping(value: object) -> dict[str, Any]:
-    """``value`` if it is a mapping, else an empty one."""
-    return value if isinstance(value, dict) else {}
+def _bar(top: Spot, foot: Spot, text: str) -> tuple[float, float, float, float, str]:
+    return top[0] + 0.5, top[1], max(round(foot[0] - top[0] - 1, 1), 0.5), round(foot[1] - top[1], 1), text
 
 
-def shown(value: object, style: Style = "{:,.10g}".format) -> str:
-    """A figure from the files: styled when it is a number, as it stands otherwise, a dash when absent."""
-    number = drawable(value)
-    return style(number) if number is not None else "–" if value is None else escape(value)
-
-
-def size(value: float) -> str:
-    """Bytes in GiB, or in MiB below half of one."""
-    return f"{value / 2**30:.2f} GiB" if value >= 2**29 else f"{value / 2**20:.1f} MiB"
-
-
-def duration(seconds: float) -> str:
-    """Seconds as people say them."""
-    minutes, rest = divmod(round(seconds), 60)
-    short = f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.1f} s"
-    return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else short
-
-
-def table(rows: list[tuple[str, str]]) -> str:
-    """Names and values; the values are HTML already."""
-    body = "".join(f'<tr><th scope="row">{escape(name)}</th><td>{value}</td></tr>' for name, value in rows)
-    return f"<table><tbody>{body}</tbody></table>" if rows else '<p class="muted">Not recorded yet.</p>'
-
-
-def perplexity(loss: float) -> str:
-    """exp(loss), short."""
-    return f"{math.exp(loss):,.4g}" if loss < 13 else f"{math.exp(min(loss, 700)):.2e}"
-
-
-def page(title: str, header: str, main: str) -> str:
-    """A whole page in this style; the title is plain text, the rest HTML."""
-    return frame(title, CSS, header, main)
-
-
-def answers(parts: list[tuple[str, object]]) -> str:
-    """Named texts side by side, verbatim."""
-    # HTML drops one line break right after <pre>, so one is always added to keep the text verbatim.
-    out = (
-        f'<div><small>{escape(name)}</small><pre dir="auto">\n{escape(text or "(empty)")}</pre></div>'
-        for name, text in parts
-    )
-    return "".join(out)
+def _beside(named: list[tuple[Spot, str]]) -> list[tuple[float, float, str, str]]:
+    """Names where they cover neither a spot nor another name; one without such a place is left to its dot to say."""
+    taken = [(x - 4, y - 4, x + 4, y + 4) for (x, y), _ in named]
+    out = []
+    for (x, y), name in named:
+        for anchor, right, down in PLACES:
+            at = x + right if anchor == "start" else x - right
+            start = at if anchor == "start" else at - LETTER[0] * len(name)
+            end, top, foot = start + LETTER[0] * len(name), y + down - LETTER[1], y + down + 3
+            covers = any(start < r and le < end and top < b and t < foot for le, t, r, b in taken)
+            if not covers and Chart.left < start and end < Chart.width:
+                taken.append((start, top, end, foot))
+                out.append((at, y + down, anchor, name))
+                break
+    return out

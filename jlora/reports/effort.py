@@ -1,21 +1,23 @@
 """The effort report's page and picture: what each strategy costs beside what it gives. Needs matplotlib, not JAX."""
 
 import io
-import re
+import math
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from jlora.atomic import write_bytes
-from jlora.compare import answer_card, led
-from jlora.page import clean, escape, table, write_page
-from jlora.scores import METRICS
+from jlora.files.atomic import write_bytes
+from jlora.reports.answers import SCORES, Columns, said, tabulated
+from jlora.reports.charts import Chart, Line, chart
+from jlora.reports.figures import drawable
+from jlora.reports.page import clean, render, write_page
 
 Record = dict[str, Any]
 
-# Okabe and Ito's palette, one colour a base; what is not in it becomes the page's own colours, light or dark.
+# One style a base; in the picture Okabe and Ito's palette.
+KINDS = tuple(f"c{number}" for number in range(6))
 COLOURS, MARKERS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"), "osD^vP"
 INK, GREY, GRID = "#222222", "#666666", "#dddddd"
-VARIABLES = {INK: "var(--text)", GREY: "var(--muted)", GRID: "var(--grid)"}
 SHOWN_PROMPTS = 5
 # What is drawn over the strategies: figure -> title and axis.
 PANELS = {
@@ -23,39 +25,52 @@ PANELS = {
     "rouge_l": ("ROUGE-L of answers, higher is better", "ROUGE-L, 0 to 1"),
     "chrf": ("chrF of answers, higher is better", "chrF, 0 to 100"),
 }
-MINUTES = "Held-out loss against minutes of training"
-# Where a label may stand beside its point, in typographic points, the first free one of them.
-PLACES = (("left", 4, 4), ("left", 4, -12), ("right", -4, 4), ("right", -4, -12), ("left", 8, -4), ("right", -8, -4))
+BENEFIT: Columns = {
+    "loss": ("Held-out loss", "{:.4f}", min),
+    "token_accuracy": ("Tokens right", "{:.1%}", max),
+    **SCORES,
+    "ended": ("Answers that end", "{:.0%}", None),
+}
+EFFORT: Columns = {
+    "rows": ("Rows used", "{:,}", None),
+    "tokens": ("Training tokens", "{:,}", None),
+    "minutes": ("Training minutes", "{:.1f}", None),
+    "prompt_tokens": ("Prompt tokens", "{:.0f}", None),
+    "each": ("Seconds an answer", "{:.2f}", None),
+    "training": ("Training, $", "{:.4f}", None),
+    "thousand_answers": ("1,000 answers, $", "{:.4f}", None),
+}
 
 
 def write_effort(folder: Path, settings: Record, results: list[Record]) -> None:
     """Write effort.html and effort.png.
 
     Args:
-      settings, results: as `jlora.effort.effort` gives them, one base after another, each in order of effort.
+      settings, results: as `jlora.evaluation.effort` gives them, one base after another, each in order of effort.
     """
     bases = list(dict.fromkeys(record["base"] for record in results))
     by_base = {name: [r for r in results if r["base"] == base] for base, name in zip(bases, _short(bases), strict=True)}
-    draw(by_base, folder / "effort.png")
-    body = "<h2>In short</h2>"
-    for name, records in by_base.items():
-        body += f"<h3>{escape(name)}</h3><ul>{''.join(f'<li>{escape(text)}</li>' for text in verdict(records))}</ul>"
-    figures = [_figure(_title(key), panel_svg(by_base, key)) for key in (*PANELS, None)]
-    body += f'<h2>Effort against benefit</h2><div class="grid wide">{"".join(figures)}</div>'
-    for name, records in by_base.items():
-        body += f"<h2>{escape(name)}</h2>{_tables(records)}"
-    body += f"<h2>How it was measured</h2>{_method(settings)}<h2>Answers</h2>"
+    charts = panels(by_base)
+    draw(charts, folder / "effort.png")
     asked = results[0]["answers"]
-    for number in shown([answer["prompt"] for answer in asked]):
-        first, several = asked[number], len(by_base) > 1
-        said = [
-            (f"{name}: {record['name']}" if several else record["name"], record["answers"][number])
-            for name, records in by_base.items()
-            for record in records
-        ]
-        body += answer_card(number, first["prompt"], first["reference"], said)
-    lead = f"{settings['heldout_rows']} held-out rows, the same for every strategy; measured on {settings['device']}."
-    write_page(folder / "effort.html", led("Does fine-tuning pay?", lead, body))
+    named = [
+        (f"{name}: {record['name']}" if len(by_base) > 1 else record["name"], record)
+        for name, records in by_base.items()
+        for record in records
+    ]
+    page = render(
+        "effort.html",
+        title="Does fine-tuning pay?",
+        verdicts={name: verdict(records) for name, records in by_base.items()},
+        charts=charts,
+        tables={name: _tables(records) for name, records in by_base.items()},
+        settings=settings,
+        cards=[
+            (k + 1, asked[k]["prompt"], said(asked[k]["reference"], [(name, r["answers"][k]) for name, r in named]))
+            for k in shown([answer["prompt"] for answer in asked])
+        ],
+    )
+    write_page(folder / "effort.html", page)
 
 
 def shown(prompts: list[str]) -> list[int]:
@@ -70,23 +85,23 @@ def verdict(records: list[Record]) -> list[str]:
     """What the figures of one base say, in sentences."""
     bare, tuned = records[0], [record for record in records if record["rows"]]
     shots = [record for record in records if record["shots"]]
-    said = [f"Bare instruction: {_quality(bare)}."]
+    told = [f"Bare instruction: {_quality(bare)}."]
     if shots:
         best = max(shots, key=lambda record: record["rouge_l"])
         times = best["prompt_tokens"] / bare["prompt_tokens"]
-        said.append(f"{best['name'].capitalize()}: {_quality(best)}, and prompts {times:.1f} times as long.")
+        told.append(f"{best['name'].capitalize()}: {_quality(best)}, and prompts {times:.1f} times as long.")
     if tuned:
         best = min(tuned, key=lambda record: record["loss"])
         minutes = best["training"]["seconds"] / 60
-        said.append(f"{best['name'].capitalize()}: {_quality(best)}, after {minutes:.1f} minutes of training.")
+        told.append(f"{best['name'].capitalize()}: {_quality(best)}, after {minutes:.1f} minutes of training.")
         for other in shots:
             saved = (other["seconds"] - best["seconds"]) / best["generated"]
             if saved > 0:
                 queries = best["training"]["seconds"] / saved
-                said.append(
+                told.append(
                     f"Against {other['name']} that training is paid back in device time after {queries:,.0f} queries."
                 )
-    return said
+    return told
 
 
 def _quality(record: Record) -> str:
@@ -99,181 +114,79 @@ def _short(bases: list[str]) -> list[str]:
     return names if len(set(names)) == len(names) else bases
 
 
-def _tables(records: list[Record]) -> str:
+def _tables(records: list[Record]) -> list[Any]:
     """Benefit, then effort."""
-    scores = [*METRICS.items()]
-    benefit = [
-        [
-            record["name"],
-            f"{record['loss']:.4f}",
-            f"{record['token_accuracy']:.1%}",
-            f"{record['exact_match']:.1%}",
-            f"{record['rouge_l']:.4f}",
-            f"{record['chrf']:.2f}",
-            f"{sum(answer['ended'] for answer in record['answers']) / record['generated']:.0%}",
-        ]
-        for record in records
-    ]
-    best: list[int | None] = [None]
-    for key, least in (("loss", True), ("token_accuracy", False), *((key, False) for key, _ in scores)):
-        values = [record[key] for record in records]
-        pick = min(values) if least else max(values)
-        best.append(values.index(pick) if len(set(values)) > 1 else None)
-    heads = ["Strategy", "Held-out loss", "Tokens right", *(title for _, title in scores), "Answers that end"]
-    priced = records[0]["cost"] is not None
-    effort = [[record["name"], *_effort(record), *(_cost(record) if priced else ())] for record in records]
-    costs = ["Training, $", "1,000 answers, $"] if priced else []
-    return (
-        "<h3>Benefit</h3>"
-        + table(heads, benefit, [*best, None])
-        + "<h3>Effort</h3>"
-        + table(
-            [
-                "Strategy",
-                "Rows used",
-                "Training tokens",
-                "Training minutes",
-                "Prompt tokens",
-                "Seconds an answer",
-                *costs,
-            ],
-            effort,
-        )
-    )
+    benefit, effort = [], []
+    for record in records:
+        ended = sum(answer["ended"] for answer in record["answers"]) / record["generated"]
+        training = record["training"] or {"tokens": None, "seconds": None}
+        spent = {
+            "rows": record["rows"] or record["shots"] or None,
+            "tokens": training["tokens"],
+            "minutes": training["seconds"] and training["seconds"] / 60,
+            "prompt_tokens": record["prompt_tokens"],
+            "each": record["seconds"] / record["generated"],
+        }
+        benefit.append((record["name"], record | {"ended": ended}))
+        effort.append((record["name"], spent | (record["cost"] or {})))
+    return [tabulated("Strategy", BENEFIT, benefit), tabulated("Strategy", EFFORT, effort)]
 
 
-def _effort(record: Record) -> list[str]:
-    training = record["training"]
-    trained = [f"{training['tokens']:,}", f"{training['seconds'] / 60:.1f}"] if training else ["–", "–"]
-    rows = f"{record['rows'] or record['shots']:,}" if record["rows"] or record["shots"] else "–"
-    return [rows, *trained, f"{record['prompt_tokens']:.0f}", f"{record['seconds'] / record['generated']:.2f}"]
+def panels(by_base: dict[str, list[Record]]) -> list[Chart]:
+    """Each figure over the strategies in order of effort, then the loss over minutes of training."""
+    ways = sorted({(r["rows"], r["shots"], r["short"]) for records in by_base.values() for r in records})
+    names, across = [short for *_, short in ways], "bare, examples in the prompt, rows trained on"
+    charts = []
+    for key, (title, unit) in PANELS.items():
+        lines = []
+        for kind, (base, records) in zip(cycle(KINDS), by_base.items(), strict=False):
+            points = [(float(names.index(r["short"])), drawable(r[key])) for r in records]
+            lines.append(Line(kind, base, points, marked=True))
+        charts.append(chart(title, unit, lines, (-0.4, len(names) - 0.6), across=across, x_names=names))
+    most, lines = 0.0, []
+    for kind, (base, records) in zip(cycle(KINDS), by_base.items(), strict=False):
+        minutes = [(r["training"] or {"seconds": 0.0})["seconds"] / 60 for r in records]
+        points = [(x, drawable(r["loss"])) for x, r in zip(minutes, records, strict=True)]
+        lines.append(Line(kind, base, points, marked=True, joined=False, names=[r["short"] for r in records]))
+        most = max(most, *minutes)
+    title, x_range = "Held-out loss against minutes of training", (-0.2 * (most or 1), 1.12 * (most or 1))
+    across = "minutes of training (wall time)"
+    return [*charts, chart(title, PANELS["loss"][1], lines, x_range, across=across, x_least=0.0)]
 
 
-def _cost(record: Record) -> list[str]:
-    return [f"{record['cost']['training']:.4f}", f"{record['cost']['thousand_answers']:.4f}"]
-
-
-def _method(settings: Record) -> str:
-    price = settings["price"]
-    said = [
-        f"Rows to learn from: {settings['training_rows']:,} of {settings['train']}, in an order drawn with seed "
-        f"{settings['seed']}; fewer rows are the first of more, and examples in the prompt are the first of all.",
-        "Training minutes are wall time of the whole run: reading the base, compiling, held-out loss before and "
-        f"after. Seconds an answer: {settings['batch_size']} prompts together on one device, at most "
-        f"{settings['max_new_tokens']} tokens, greedy, without compilation.",
-        "Held-out loss is that of the rows' own answers, after the strategy's prompt. Scores of answers need many "
-        "rows to tell small differences from chance.",
-        f"Cost: at {price:g} dollars an hour of each of {settings['devices']} device(s)."
-        if price is not None
-        else "No cost is shown, for no price of a device hour was given (--price).",
-    ]
-    if settings["left_out"]:
-        said.append(f"{settings['left_out']} training rows equal a held-out row and were left out.")
-    return "".join(f"<p>{escape(text)}</p>" for text in said)
-
-
-def _figure(title: str, svg: str) -> str:
-    return f"<figure><figcaption>{escape(title)}</figcaption>{svg}</figure>"
-
-
-def _title(key: str | None) -> str:
-    return MINUTES if key is None else PANELS[key][0]
-
-
-def draw(by_base: dict[str, list[Record]], path: Path) -> None:
+def draw(charts: list[Chart], path: Path) -> None:
     """All panels as one picture."""
-    pyplot = _pyplot()
-    figure, axes = pyplot.subplots(2, 2, figsize=(10, 7), layout="constrained")
-    for axis, key in zip(axes.flat, (*PANELS, None), strict=True):
-        _panel(axis, by_base, key)
-        axis.set_title(_title(key), loc="left", fontsize=11, color=INK)
-    file = io.BytesIO()
-    figure.savefig(file, dpi=110, facecolor="white")
-    write_bytes(path, file.getvalue())
-    pyplot.close(figure)
-
-
-def panel_svg(by_base: dict[str, list[Record]], key: str | None) -> str:
-    """One panel as SVG for a page, in the page's colours."""
-    pyplot = _pyplot()
-    # Ids are unique within a page, and text stays text.
-    with pyplot.rc_context({"svg.fonttype": "none", "svg.hashsalt": f"panel {key}", "font.family": "sans-serif"}):
-        figure, axis = pyplot.subplots(figsize=(4.6, 3.1), layout="constrained")
-        _panel(axis, by_base, key)
-        file = io.StringIO()
-        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
-        pyplot.close(figure)
-    svg = file.getvalue()
-    svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", svg[svg.index("<svg") :], flags=re.DOTALL)
-    svg = re.sub(
-        r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1), count=1
-    )
-    svg = svg.replace("<svg", f'<svg role="img" aria-label="{escape(_title(key))}"', 1)
-    svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\1{key or 'minutes'}-", svg)
-    for colour, variable in VARIABLES.items():
-        svg = svg.replace(colour, variable)
-    return svg
-
-
-def _pyplot() -> Any:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    return pyplot
-
-
-def _panel(axis: Any, by_base: dict[str, list[Record]], key: str | None) -> None:
-    """One figure over the strategies in order of effort; without a key the loss over minutes of training."""
-    order = list(dict.fromkeys((r["shots"], r["rows"], r["short"]) for records in by_base.values() for r in records))
-    names = [short for _, _, short in sorted(order, key=lambda one: (one[1], one[0]))]
-    labelled: list[tuple[float, float, str]] = []
-    for number, (name, records) in enumerate(by_base.items()):
-        style = {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)]}
-        style["label"] = clean(name).replace("$", "\\$")  # no formula
-        if key is None:
-            points = [((r["training"] or {}).get("seconds", 0.0) / 60, r["loss"], r["short"]) for r in records]
-            axis.plot([x for x, _, _ in points], [y for _, y, _ in points], linestyle="", markersize=5, **style)
-            labelled += points
-        else:
-            xs = [names.index(record["short"]) for record in records]
-            axis.plot(xs, [record[key] for record in records], linewidth=1.5, markersize=5, **style)
-    if key is None:
-        axis.set_xlabel("minutes of training (wall time)", fontsize=10, color=GREY)
-        axis.set_ylabel("nats a token", fontsize=10, color=GREY)
-        axis.margins(x=0.12, y=0.15)
-    else:
-        axis.set_xticks(range(len(names)), names)
-        axis.set_xlabel("bare, examples in the prompt, rows trained on", fontsize=10, color=GREY)
-        axis.set_ylabel(PANELS[key][1], fontsize=10, color=GREY)
-        if key != "loss":
-            # From zero, so that a small difference of scores looks small.
-            axis.set_ylim(0, 1.1 * max(r[key] for records in by_base.values() for r in records) or 1)
-    axis.tick_params(axis="both", length=0, colors=GREY, labelsize=10)
-    axis.grid(color=GRID, linewidth=0.8)
-    axis.set_axisbelow(True)
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.spines[["left", "bottom"]].set_color(GRID)
-    if len(by_base) > 1:
-        axis.legend(frameon=False, fontsize=9, labelcolor=INK)
-    if key is None:
-        _label(axis, labelled)
-
-
-def _label(axis: Any, points: list[tuple[float, float, str]]) -> None:
-    """Names beside their points, where they cover neither another name nor a point, if there is such a place."""
-    axis.figure.draw_without_rendering()  # the axes have their final scale only then
-    taken = [axis.transData.transform((x, y)) for x, y, _ in points]
-    boxes: list[Any] = []
-    for x, y, text in points:
-        for side, right, up in PLACES:
-            style = {"textcoords": "offset points", "fontsize": 9, "color": GREY, "ha": side}
-            note = axis.annotate(text, (x, y), (right, up), **style)
-            box = note.get_window_extent()
-            if not box.count_overlaps(boxes) and not any(box.contains(*point) for point in taken):
-                break
-            note.remove()
-        else:
-            box = axis.annotate(text, (x, y), PLACES[0][1:], **style | {"ha": "left"}).get_window_extent()
-        boxes.append(box)
+    figure, axes = pyplot.subplots(2, 2, figsize=(10, 7), layout=ConstrainedLayoutEngine(h_pad=0.12))
+    for axis, it in zip(axes.flat, charts, strict=True):
+        axis.set(xlim=(0, it.width), ylim=(it.height, 0))
+        axis.set_axis_off()
+        axis.set_title(it.title, loc="left", fontsize=11, color=INK)
+        axis.text(4, 14, it.unit, color=GREY)
+        axis.text((it.left + it.right) / 2, it.height - 2, it.across, color=GREY, ha="center")
+        for y, label in it.y_ticks:
+            axis.hlines(y, it.left, it.right, color=GRID, linewidth=0.8)
+            axis.text(it.left - 7, y, label, color=GREY, ha="right", va="center")
+        for x, label in it.x_ticks:
+            axis.text(x, it.base + 18, label, color=GREY, ha="center")
+        for number, curve in enumerate(it.curves):
+            style = {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)]}
+            spots = [spot for run in curve.runs for spot in [*run, (math.nan, math.nan)]]  # which parts the runs
+            spots = spots or [(x, y) for x, y, _ in curve.dots]
+            label = clean(curve.label).replace("$", "\\$")  # no formula
+            style |= {"label": label, "linestyle": "-" if curve.runs else ""}
+            axis.plot(*zip(*spots, strict=True), markersize=5, **style)
+        for x, y, anchor, name in it.names:
+            axis.text(x, y, name, color=GREY, fontsize=9, ha="left" if anchor == "start" else "right")
+    if len(charts[0].curves) > 1:
+        known = axes.flat[0].get_legend_handles_labels()
+        figure.legend(*known, loc="outside lower center", ncols=2, frameon=False, labelcolor=INK)
+    file = io.BytesIO()
+    figure.savefig(file, dpi=110, facecolor="white")
+    write_bytes(path, file.getvalue())
+    pyplot.close(figure)

@@ -5,8 +5,8 @@ import io
 from pathlib import Path
 from typing import Any
 
-from jlora.atomic import write_bytes
 from jlora.errors import ConfigError
+from jlora.files.atomic import write_bytes
 
 GIB = 2**30
 # Okabe and Ito's palette, told apart by colour-blind readers; the pale ones get the dark text.
@@ -26,7 +26,7 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
     """One row a result: the run's bar of a device at the left, full fine-tuning over the same devices at the right.
 
     Args:
-      results: what `jlora.compiled.plan` gives, one for each topology.
+      results: what `jlora.planning.compiled.plan` gives, one for each topology.
       path: of the picture; its ending says which format.
 
     Raises:

@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jlora.charts import Point, drawable
+from jlora.reports.charts import Point
+from jlora.reports.figures import drawable, mapping
 
 KEYS = (
     *("loss", "eval_loss", "learning_rate", "grad_norm", "tokens_per_second", "skipped_steps"),
     *("host_bytes", "device_bytes"),
 )
+MAPPINGS = ("rows", "tokens", "peak_memory_bytes", "versions", "hashes")
 GIB = 2**30
 
 
@@ -24,7 +26,7 @@ class RunFiles:
       name: its folder's.
       records: the usable lines of metrics.jsonl, and `unreadable` the number of others.
       series: values by step of each of `KEYS`; bytes in GiB.
-      summary: summary.json, empty where there is none yet.
+      summary: summary.json, empty where there is none yet; each of `MAPPINGS` is one, and samples are mappings.
       config: config.yaml as it stands.
     """
 
@@ -38,6 +40,15 @@ class RunFiles:
     def figure(self, key: str, logged: str) -> Any:
         """A figure of the summary, or else the last value logged."""
         return self.summary[key] if self.summary.get(key) is not None else last_value(self.series[logged])
+
+    @property
+    def steps(self) -> list[float]:
+        """The steps of all records."""
+        return [drawable(record["step"]) or 0.0 for record in self.records]
+
+    def num_steps(self) -> Any:
+        """How many steps were made."""
+        return self.summary["steps"] if self.summary.get("steps") is not None else max(self.steps, default=None)
 
     def held_out(self) -> tuple[Any, Any]:
         """Held-out loss before and after training."""
@@ -54,8 +65,11 @@ def read_run(run_dir: Path) -> RunFiles:
     for key in ("host_bytes", "device_bytes"):
         series[key] = [(step, None if value is None else value / GIB) for step, value in series[key]]
     summary = parse(read_text(run_dir / "summary.json")) or {}
-    if "samples" not in summary and (samples := parse(read_text(run_dir / "samples.json"))):
-        summary = summary | samples  # of a run that goes on: those before it
+    if "samples" not in summary and (early := parse(read_text(run_dir / "samples.json"))):
+        summary |= early  # of a run that goes on: those before it
+    samples = summary.get("samples")
+    summary |= {"samples": [each for each in samples if mapping(each)] if isinstance(samples, list) else []}
+    summary |= {key: mapping(summary.get(key)) for key in MAPPINGS}
     return RunFiles(run_dir.resolve().name, records, unreadable, series, summary, read_text(run_dir / "config.yaml"))
 
 

@@ -1,29 +1,15 @@
 """Several runs in one HTML page: figures side by side, curves over each other, and the keys in which they differ."""
 
-from __future__ import annotations
-
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from jlora.charts import (
-    Line,
-    answers,
-    chart,
-    compact,
-    drawable,
-    duration,
-    mapping,
-    page,
-    perplexity,
-    shown,
-    size,
-    smoothed,
-    thinned,
-)
-from jlora.page import escape
-from jlora.run_files import RunFiles, read_run
+from jlora.reports.charts import Chart, Line, chart, smoothed, thinned
+from jlora.reports.figures import compact, drawable, duration, loss, memory, perplexity, shown
+from jlora.reports.page import render
+from jlora.reports.run_files import RunFiles, read_run
 
 # Lines that a reader still tells apart.
 MOST_RUNS = 8
@@ -36,89 +22,63 @@ CURVES = (
     ("host_bytes", "Host memory", "GiB"),
     ("device_bytes", "Device memory", "GiB"),
 )
+HEADS = (
+    *("Run", "Held-out loss", "Held-out perplexity", "Train loss", "Steps", "Tokens/s", "Wall time"),
+    *("Peak host memory", "Peak device memory", "Trained parameters"),
+)
 
 
 def compare(folders: list[Path]) -> str:
     """The page of some run folders, in their order."""
-    runs = [read_run(folder) for folder in folders]
-    plain = _names(runs, folders)
-    names = [escape(name) for name in plain]
-    steps = [drawable(record["step"]) or 0.0 for run in runs for record in run.records]
-    x_range = (min([0.0, *steps]), max([1.0, *steps]))
-    curves = ""
-    for key, title, unit in CURVES:
-        lines = [_line(number, name, run, key) for number, (name, run) in enumerate(zip(names, runs, strict=True))]
-        if key != "device_bytes" or any(points for _, _, points in lines):
-            curves += chart(title, unit, lines, x_range)
-    best = _best(runs, names)
-    return page(
-        f"{len(runs)} runs compared",
-        f'<h1>{len(runs)} runs compared</h1><p class="muted">{best}</p>',
-        f"""<h2>Key figures</h2>{_figures(runs, names)}
-<h2>Curves</h2><div class="charts">{curves}</div>
-<h2>What differs in their configurations</h2>{_differences(runs, names)}
-{_samples(runs, plain)}""",
+    names = _names([folder.resolve() for folder in folders])
+    runs = [replace(read_run(folder), name=name) for folder, name in zip(folders, names, strict=True)]
+    after = sorted((value, run.name) for run in runs if (value := drawable(run.held_out()[1])))
+    lowest = f"Lowest held-out loss: {after[0][1]}, {after[0][0]:.4f}. " if len(after) > 1 else ""
+    return render(
+        "runs.html",
+        title=f"{len(runs)} runs compared",
+        lead=f"{lowest}Lines of training loss are smoothed.",
+        figures=(HEADS, [(run.name, *_figures(run)) for run in runs]),
+        charts=_charts(runs),
+        differences=(["Key", *names], _differences(runs)),
+        samples=_samples(runs),
     )
 
 
-def _names(runs: list[RunFiles], folders: list[Path]) -> list[str]:
+def _names(folders: list[Path]) -> list[str]:
     """The folders' names, with their parents' where two are alike."""
-    plain = [run.name for run in runs]
-    paths = [folder.resolve() for folder in folders]
+    plain = [folder.name for folder in folders]
+    return [f.name if plain.count(f.name) == 1 else f"{f.parent.name}/{f.name}" for f in folders]
+
+
+def _figures(run: RunFiles) -> list[str]:
+    (before, after), summary = run.held_out(), run.summary
     return [
-        name if plain.count(name) == 1 else f"{path.parent.name}/{path.name}"
-        for name, path in zip(plain, paths, strict=True)
+        f"{shown(before, loss)} → {shown(after, loss)}",
+        shown(after, perplexity),
+        shown(run.figure("train_loss", "loss"), loss),
+        shown(run.num_steps()),
+        shown(run.figure("tokens_per_second", "tokens_per_second"), compact),
+        shown(summary.get("wall_seconds"), duration),
+        *(shown(summary["peak_memory_bytes"].get(where), memory) for where in ("host", "device")),
+        shown(summary.get("trainable_params"), compact),
     ]
 
 
-def _line(number: int, name: str, run: RunFiles, key: str) -> Line:
-    points = run.series[key]
-    if key == "loss" and len(points) >= 5:
-        points = smoothed(points, max(5, len(points) // 20))
-    return f"c{number}", name, thinned(points)
-
-
-def _best(runs: list[RunFiles], names: list[str]) -> str:
-    after = [(value, name) for run, name in zip(runs, names, strict=True) if (value := drawable(run.held_out()[1]))]
-    if len(after) < 2:
-        return "Lines of training loss are smoothed."
-    value, name = min(after)
-    return f"Lowest held-out loss: {name}, {value:.4f}. Lines of training loss are smoothed."
-
-
-def _grid(kind: str, head: list[str], rows: list[list[str]]) -> str:
-    """A table whose rows become cards on a narrow screen; cells are HTML already."""
-    top = "".join(f'<th scope="col">{name}</th>' for name in head)
-    body = "".join(
-        "<tr>"
-        + "".join(f'<td data-label="{name}"><span>{cell}</span></td>' for name, cell in zip(head, row, strict=True))
-        + "</tr>"
-        for row in rows
-    )
-    return f'<table class="grid-table {kind}"><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>'
-
-
-def _figures(runs: list[RunFiles], names: list[str]) -> str:
-    rows = []
-    for run, name in zip(runs, names, strict=True):
-        (before, after), loss, summary = run.held_out(), "{:.4f}".format, run.summary
-        memory = mapping(summary.get("peak_memory_bytes"))
-        rows.append(
-            [
-                name,
-                f"{shown(before, loss)} → {shown(after, loss)}",
-                shown(after, perplexity),
-                shown(run.figure("train_loss", "loss"), loss),
-                shown(summary.get("steps") or max((r["step"] for r in run.records), default=None)),
-                shown(run.figure("tokens_per_second", "tokens_per_second"), compact),
-                shown(summary.get("wall_seconds"), duration),
-                shown(memory.get("host"), size),
-                shown(memory.get("device"), size),
-                shown(summary.get("trainable_params"), compact),
-            ]
-        )
-    head = ["Run", "Held-out loss", "Held-out perplexity", "Train loss", "Steps", "Tokens/s", "Wall time"]
-    return _grid("figures", [*head, "Peak host memory", "Peak device memory", "Trained parameters"], rows)
+def _charts(runs: list[RunFiles]) -> list[Chart]:
+    steps = [step for run in runs for step in run.steps]
+    x_range = (min([0.0, *steps]), max([1.0, *steps]))
+    charts = []
+    for key, title, unit in CURVES:
+        lines = []
+        for number, run in enumerate(runs):
+            points = run.series[key]
+            if key == "loss" and len(points) >= 5:
+                points = smoothed(points, max(5, len(points) // 20))
+            lines.append(Line(f"c{number}", run.name, thinned(points)))
+        if key != "device_bytes" or any(line.points for line in lines):
+            charts.append(chart(title, unit, lines, x_range))
+    return charts
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, str]:
@@ -128,37 +88,24 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, str]:
     return {prefix.removesuffix("."): text.strip().removesuffix("...").strip()}
 
 
-def _differences(runs: list[RunFiles], names: list[str]) -> str:
+def _differences(runs: list[RunFiles]) -> list[list[str]]:
     configs = []
     for run in runs:
         try:
             configs.append(_flat(yaml.safe_load(run.config) or {}))
         except yaml.YAMLError:
             configs.append({})
-    keys = list(dict.fromkeys(key for config in configs for key in config if key != "output_dir"))
-    rows = [[config.get(key, "–") for config in configs] for key in keys]
-    differing = [
-        [escape(key), *map(escape, row)] for key, row in zip(keys, rows, strict=True) if key and len(set(row)) > 1
-    ]
-    return (
-        _grid("differences", ["Key", *names], differing)
-        if differing
-        else '<p class="muted">Nothing but the folder.</p>'
-    )
+    keys = dict.fromkeys(key for config in configs for key in config if key and key != "output_dir")
+    rows = [[key, *(config.get(key, "–") for config in configs)] for key in keys]
+    return [row for row in rows if len({*row[1:]}) > 1]
 
 
-def _samples(runs: list[RunFiles], names: list[str]) -> str:
+def _samples(runs: list[RunFiles]) -> list[tuple[str, list[tuple[str, Any, str]]]]:
     """The answers to each prompt of the first run that others were given, too."""
-    told: list[dict[str, dict[str, Any]]] = []
-    for run in runs:
-        found = run.summary.get("samples")
-        samples = [mapping(sample) for sample in (found if isinstance(found, list) else [])]
-        told.append({str(sample.get("prompt")): sample for sample in samples if sample})
-    out = ""
-    for prompt, sample in told[0].items():
-        after = [(name, mine[prompt].get("after")) for name, mine in zip(names, told, strict=True) if prompt in mine]
+    told = [(run.name, {str(sample.get("prompt")): sample for sample in run.summary["samples"]}) for run in runs]
+    out = []
+    for prompt, sample in told[0][1].items():
+        after = [(f"After: {name}", mine[prompt].get("after"), "") for name, mine in told if prompt in mine]
         if len(after) > 1:
-            before = [(f"Before training ({names[0]})", sample.get("before"))]
-            texts = answers([*before, *((f"After: {name}", text) for name, text in after)])
-            out += f'<div class="sample">{answers([("Prompt", prompt)])}<div class="pair">{texts}</div></div>'
-    return f"<h2>Samples</h2>{out}" if out else ""
+            out.append((prompt, [(f"Before training ({runs[0].name})", sample.get("before"), ""), *after]))
+    return out

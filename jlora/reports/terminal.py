@@ -5,7 +5,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from jlora.data.shown import Shown
+from jlora.data.preview import Shown
 
 STYLES = {"context": "", "trained": "bold green", "cut": "strike red", "gap": "italic dim"}
 # Where there is no colour, what is trained and what is cut off stands in brackets.
