@@ -1,21 +1,20 @@
 """cuDNN's flash attention, for GPUs: over packed rows, or over rows of one segment each.
 
 Not with cuDNN's own packed layout: it wants a fixed number of segments in a row, runs from Hopper on only, is told
-the wrong places of grouped keys by JAX 0.10.2, and its backward pass takes a float32 workspace of as many times
+the wrong places of grouped keys by JAX before 0.11.1, and its backward pass takes a float32 workspace of as many times
 [B N T H] as there are segments (4 GiB for 64 segments of 32 heads at 4096 tokens), which no compiled peak shows.
 """
 
 from functools import partial
 from typing import Any
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
-from jax._src.cudnn import fused_attention_stablehlo
 from jax.extend.core import Primitive
 from jaxtyping import Array, Float, Int
 
-from jlora.attention.interface import per_device
+from jlora.model.attention.interface import per_device
+from jlora.runtime import private_jax
 
 # cuDNN takes a mask as a bias, so a mask of [T S] is held twice. Up to the first length that is little beside a
 # layer's activations; longer rows have masks of so many queries at a time.
@@ -80,7 +79,7 @@ def _packed_rows(q: Array, k: Array, v: Array, segments: Array, window: int | No
 
 def _is_kernel(primitive: Primitive, *_: Any, **__: Any) -> bool:
     """Backward keeps what cuDNN's forward call gives; slices and masks are made again."""
-    return primitive.name == "dot_product_attention_fwd_wrapper"
+    return primitive.name == private_jax.CUDNN_FORWARD
 
 
 def _query_block(
@@ -94,9 +93,7 @@ def _query_block(
     is_causal = start == first  # cuDNN lets the first query see the first key
     if not is_causal:
         mask &= keys <= queries
-    # A mask has no gradient, but JAX asks cuDNN for that of any bias, made in a workspace of [B N T S] that no peak
-    # compiled without the GPU shows: 1 GiB for 32 heads at 4096 tokens (jax pull request 39512, after 0.10).
-    with mock.patch.object(fused_attention_stablehlo, "should_export_dbias", lambda *_: False):
+    with private_jax.no_mask_gradient():
         return jax.nn.dot_product_attention(
             q[:, start:stop],
             k[:, first:stop],
