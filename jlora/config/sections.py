@@ -19,7 +19,7 @@ PROJECTIONS = ATTENTION_PROJECTIONS + MLP_PROJECTIONS
 
 Dtype = Literal["bfloat16", "float32"]
 Quantization = Literal["int8", "fp8", "nf4", "int4"]
-# Fastest first, and each holds less than the one before it: see `jlora.remat`.
+# Fastest first, and each holds less than the one before it: see `jlora.model.remat`.
 Remat = Literal["none", "dots", "qkv", "attention", "full", "offload", "auto"]
 Format = Literal["alpaca", "completion", "text", "messages", "sharegpt", "preference"]
 TrainOn = Literal["response", "all"]
@@ -350,8 +350,11 @@ class Config(Section):
     resume: ResumeSection = ResumeSection()
     sweep: list[dict[str, Any]] = Field(
         [],
-        description="runs trained together over one base: each a name and the dotted keys in which it differs; see "
-        "docs/sweep.md",
+        description="runs trained one after another over one base: each a name and the dotted keys in which it "
+        "differs; see docs/sweep.md",
+    )
+    sweep_halving: bool = Field(
+        False, description="train a sweep's runs rung by rung, and stop the worse half by held-out loss at each"
     )
     mesh: MeshSection = MeshSection()
     distributed: DistributedSection = DistributedSection()

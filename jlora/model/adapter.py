@@ -8,7 +8,7 @@ belong to, and from the name of any other weight to `Saved`, where that is train
 import math
 import re
 import zlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -20,14 +20,15 @@ from jax.tree_util import register_dataclass
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from jlora.config import ATTENTION_PROJECTIONS, PROJECTIONS, LoraSection
-from jlora.layers import times
-from jlora.precision import products_in
-from jlora.quant import Leaf, Quantized, dequantize, quantized_einsum
+from jlora.model.layers import times
+from jlora.model.precision import products_in
+from jlora.model.quant import Leaf, Quantized, dequantize, quantized_einsum
 
-# The checkpoint name of a product with a quantised weight, for `jlora.remat`.
+# The checkpoint name of a product with a quantised weight, for `jlora.model.remat`.
 QUANTIZED_PRODUCT = "quantized_product"
 
 
+@register_dataclass
 @dataclass(frozen=True)
 class Lora:
     """Low-rank factors of one projection (arXiv:2106.09685): W x becomes W x + scale * B A x.
@@ -35,8 +36,8 @@ class Lora:
     Attributes:
       lora_a: the projection's input dims, then R; float32.
       lora_b: R, then the projection's output dims; float32.
-      scale: alpha / R, or alpha / sqrt(R) with rsLoRA: a number; a tuple of each layer's where they differ, 0 where it
-        has no adapter; and of these, within a scan over layers, the layer's own as a traced scalar.
+      scale: alpha / R, or alpha / sqrt(R) with rsLoRA, of each layer, 0 where it has no adapter; float32. It is never
+        trained: None while it is kept apart from what is (see `without_scales`).
       dropout: probability with which an element of the adapter's input is dropped in training.
       magnitude: DoRA's (arXiv:2402.09353), the projection's output dims; float32. None without DoRA.
       initial: A and B at the start, whose product is taken from W (PiSSA, OLoRA); never changed. None elsewhere.
@@ -47,13 +48,14 @@ class Lora:
 
     lora_a: Float[Array, "..."]
     lora_b: Float[Array, "..."]
-    scale: Any
-    dropout: float
+    scale: Float[Array, "..."]
+    dropout: float = field(metadata={"static": True})
     magnitude: Float[Array, "..."] | None = None
     initial: tuple[Float[Array, "..."], Float[Array, "..."]] | None = None
-    ranks: tuple[int, ...] | None = None
+    ranks: tuple[int, ...] | None = field(default=None, metadata={"static": True})
 
 
+@register_dataclass
 @dataclass(frozen=True)
 class Saved:
     """A weight that is trained in full, in place of the base's (`modules_to_save`, `bias`).
@@ -64,9 +66,6 @@ class Saved:
 
     weight: Float[Array, "..."]
 
-
-register_dataclass(Lora, ["lora_a", "lora_b", "magnitude", "initial"], ["scale", "dropout", "ranks"])
-register_dataclass(Saved, ["weight"], [])
 
 Adapter = dict[str, Lora | Saved]
 
@@ -96,19 +95,19 @@ def layer_ranks(cfg: LoraSection, projection: str, num_layers: int) -> tuple[int
     )
 
 
-def layer_scales(cfg: LoraSection, projection: str, num_layers: int) -> float | tuple[float, ...]:
-    """What each layer's product BA is multiplied by, 0 where there is none; one number if alike."""
-    scales = tuple(
+def layer_scales(cfg: LoraSection, projection: str, num_layers: int) -> np.ndarray:
+    """What each layer's product BA is multiplied by, 0 where there is none; [L] float32."""
+    scales = [
         scaling(cfg, _by_pattern(cfg.alpha_pattern, projection, layer, cfg.alpha), rank) if rank else 0.0
         for layer, rank in enumerate(layer_ranks(cfg, projection, num_layers))
-    )
-    return scales[0] if len(set(scales)) == 1 else scales
+    ]
+    return np.array(scales, np.float32)
 
 
 def new_lora(cfg: LoraSection, projection: str, factors: tuple[Array, Array], num_layers: int, dropout: float) -> Lora:
     """Stacked factors with what the options say of them."""
     ranks = layer_ranks(cfg, projection, num_layers)
-    scale = layer_scales(cfg, projection, num_layers)
+    scale = jnp.asarray(layer_scales(cfg, projection, num_layers))
     return Lora(*factors, scale, dropout, ranks=ranks if len(set(ranks)) > 1 else None)
 
 
@@ -119,7 +118,7 @@ def init_adapter(
 
     PyTorch's `kaiming_uniform_(a=sqrt(5))` draws from U(-1/sqrt(fan_in), 1/sqrt(fan_in)). The draw of
     a projection depends on the seed and its name alone, so adding a target does not move the others.
-    What is made of the base (DoRA's magnitude, factors of PiSSA and OLoRA) is zero here: see `jlora.initial`.
+    What is made of the base (DoRA's magnitude, factors of PiSSA and OLoRA) is zero here: see `adapter_init`.
 
     Args:
       shapes: projection name -> (input dims, output dims) of one layer.
@@ -150,24 +149,17 @@ def init_adapter(
     return adapter
 
 
-def scaled(adapter: Adapter, scale: Any) -> Adapter:
-    """The adapter with `scale` in A and 1 as its own; the same product, and the same gradients."""
-
-    def fold(lora: Lora) -> Lora:
-        initial = None if lora.initial is None else (lora.initial[0] * scale, lora.initial[1])
-        return replace(lora, lora_a=lora.lora_a * scale, initial=initial, scale=1.0)
-
-    return {name: fold(part) if isinstance(part, Lora) else part for name, part in adapter.items()}
+def without_scales(adapter: Adapter) -> tuple[Adapter, dict[str, Float[Array, " L"]]]:
+    """The adapter's own leaves, and the scales of its low-rank parts by name."""
+    scales = {name: part.scale for name, part in adapter.items() if isinstance(part, Lora)}
+    return with_scales(adapter, dict.fromkeys(scales)), scales
 
 
-def scales_to_scan(adapter: dict[str, Lora]) -> dict[str, Float[Array, "L"]]:
-    """The scales that differ between layers, for a scan over layers along with the adapter: see `at_layer`."""
-    return {name: jnp.array(lora.scale) for name, lora in adapter.items() if isinstance(lora.scale, tuple)}
-
-
-def at_layer(adapter: dict[str, Lora], scales: dict[str, Float[Array, ""]]) -> dict[str, Lora]:
-    """The adapter of one layer with its own scale of those that differ, a traced scalar."""
-    return {name: replace(lora, scale=scales.get(name, lora.scale)) for name, lora in adapter.items()}
+def with_scales(adapter: Adapter, scales: dict[str, Any]) -> Adapter:
+    """The inverse of `without_scales`."""
+    return {
+        name: replace(part, scale=scales[name]) if isinstance(part, Lora) else part for name, part in adapter.items()
+    }
 
 
 def project(
@@ -185,7 +177,7 @@ def project(
     input, as in PEFT; with DoRA that is the input of the base's share of the rescaling too. Result in the dtype of `x`.
 
     Args:
-      weight: the projection's array, or its `jlora.quant.Quantized`.
+      weight: the projection's array, or its `jlora.model.quant.Quantized`.
       dropout_key: None when not training.
     """
     y = _dense(equation, x, weight, lora)
@@ -199,8 +191,7 @@ def project(
     if lora.magnitude is None:
         return y + delta
     ratio = lora.magnitude / jnp.maximum(weight_norm(weight, lora, x.dtype), jnp.finfo(jnp.float32).tiny)
-    if isinstance(lora.scale, Array):  # of one layer of many, perhaps one without an adapter
-        ratio = jnp.where(lora.scale == 0.0, 1.0, ratio)
+    ratio = jnp.where(lora.scale == 0.0, 1.0, ratio)  # a layer without an adapter
     rescaled = y if dropped is x else _dense(equation, dropped, weight, lora)
     return y + times(rescaled, ratio - 1.0) + times(delta, ratio)
 

@@ -1,7 +1,7 @@
 """What an adapter starts from: what its options ask of the model, and what of it is made from the base's weights.
 
-PiSSA and OLoRA take their factors out of W. They are held beside the trained ones, and `jlora.adapter.project` takes
-their product from W's: the base in memory stays the one on disk, and an export is plain LoRA of rank 2R against it
+PiSSA and OLoRA take their factors out of W. They are held beside the trained ones, and `adapter.project` takes their
+product from W's: the base in memory stays the one on disk, and an export is plain LoRA of rank 2R against it
 (B A - B0 A0), as PEFT's `path_initial_model_for_weight_conversion` makes it.
 """
 
@@ -14,12 +14,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from jlora.adapter import Adapter, Lora, Saved, init_adapter, layer_ranks, module_path, weight_norm
 from jlora.config import LoraSection
 from jlora.errors import ConfigError
-from jlora.model import Decoder, LlamaConfig, block_weights, outer_weights, projection_shapes
-from jlora.precision import products_in
-from jlora.quant import Leaf, dequantize
+from jlora.model.adapter import Adapter, Lora, Saved, init_adapter, layer_ranks, module_path, weight_norm
+from jlora.model.llama import Decoder, LlamaConfig, block_weights, outer_weights, projection_shapes
+from jlora.model.precision import products_in
+from jlora.model.quant import Leaf, dequantize
 
 
 def check_options(cfg: LoraSection, model: LlamaConfig) -> None:
@@ -98,23 +98,21 @@ def _whole(leaf: Leaf) -> jax.sharding.Sharding | None:
 
 def _with_magnitude(leaf: Leaf, lora: Lora) -> Lora:
     """DoRA's magnitude: the norm of what the projection starts from."""
-    scales = jnp.broadcast_to(jnp.asarray(lora.scale, jnp.float32), (lora.lora_b.shape[0],))
     one_layer = partial(weight_norm, dtype=jnp.dtype("float32"))
 
-    def norms(leaf: Leaf, lora: Lora, scales: Array) -> Array:
-        return jax.lax.map(lambda at: one_layer(at[0], replace(at[1], scale=at[2])), (leaf, lora, scales))
+    def norms(leaf: Leaf, lora: Lora) -> Array:
+        return jax.lax.map(lambda at: one_layer(*at), (leaf, lora))
 
-    return replace(lora, magnitude=jax.jit(norms, out_shardings=_whole(leaf))(leaf, lora, scales))
+    return replace(lora, magnitude=jax.jit(norms, out_shardings=_whole(leaf))(leaf, lora))
 
 
 def _taken_from(leaf: Leaf, name: str, lora: Lora, cfg: LoraSection, num_layers: int, seed: int) -> Lora:
     """Factors taken from each layer's weight, held and trained."""
     ranks = layer_ranks(cfg, name, num_layers)
-    scales = lora.scale if isinstance(lora.scale, tuple) else (lora.scale,) * num_layers
     make = jax.jit(principal, static_argnames=("init", "rank", "num_outputs"), out_shardings=_whole(leaf))
     how = {"init": str(cfg.init_lora_weights), "num_outputs": len(lora.lora_b.shape) - 2}
     found = []
-    for layer, (rank, scale) in enumerate(zip(ranks, scales, strict=True)):
+    for layer, (rank, scale) in enumerate(zip(ranks, lora.scale, strict=True)):
         weight = jax.tree.map(lambda array, layer=layer: array[layer], leaf)
         key = jax.random.fold_in(jax.random.key(seed), layer)
         a, b = lora.lora_a[layer, ..., :0], lora.lora_b[layer, :0]

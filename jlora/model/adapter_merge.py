@@ -5,9 +5,9 @@ Knows nothing of files or of the base; runs on the host, a layer at a time.
 
 import numpy as np
 
-from jlora.adapter import Adapter, Lora, new_lora
 from jlora.config import PROJECTIONS, LoraSection
 from jlora.errors import ConfigError, ModelError
+from jlora.model.adapter import Adapter, Lora, new_lora
 
 COMBINATIONS = ("linear", "cat", "svd")
 
@@ -77,7 +77,7 @@ def combine_adapters(
 def _at(lora: Lora, layer: int, weight: float) -> Part:
     """One layer's factors; multiplied by 0 where it has no adapter."""
     kept = lora.lora_b.shape[1] if lora.ranks is None else lora.ranks[layer]
-    scale = lora.scale[layer] if isinstance(lora.scale, tuple) else lora.scale
+    scale = float(lora.scale[layer])
     a, b = np.asarray(lora.lora_a[layer], np.float32), np.asarray(lora.lora_b[layer], np.float32)
     rank = a.shape[-1]
     return a.reshape(-1, rank)[:, : kept or rank], b.reshape(rank, -1)[: kept or rank], scale * weight

@@ -13,11 +13,11 @@ from typing import Any
 
 import jax
 
-from jlora import distributed
 from jlora.config import Config
-from jlora.layouts import current, saved_bytes
-from jlora.model import LlamaConfig
-from jlora.remat import LADDER
+from jlora.model.llama import LlamaConfig
+from jlora.model.remat import LADDER
+from jlora.runtime import distributed
+from jlora.training.layout import current, saved_bytes
 
 # Of a device, left free: cuDNN's workspaces and what lies between buffers are in no compiled peak.
 HEADROOM = 0.05

@@ -19,8 +19,9 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from jlora import distributed, manifest
 from jlora.errors import ConfigError, HostLost, ModelError
+from jlora.files import manifest
+from jlora.runtime import distributed
 
 Tree = Any
 

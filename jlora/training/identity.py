@@ -3,10 +3,14 @@
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from jlora.config import Config, nearest
 from jlora.data import Dataset
 from jlora.errors import ConfigError, ModelError
-from jlora.pretrained import Pretrained
+from jlora.hf.pretrained import Pretrained
+from jlora.runtime import distributed
+from jlora.training.summary import versions
 
 # Keys that may differ between a run and its continuation: they do not change what is computed.
 FREE_KEYS = {
@@ -40,6 +44,15 @@ def run_identity(cfg: Config, pretrained: Pretrained, train_data: Dataset, eval_
     }
 
 
+def require_one_job(cfg: Config, folder: Path) -> None:
+    """All processes of a job run the same config with the same libraries into the same folder."""
+    keys = flatten_config(cfg.model_dump(mode="json"))
+    del keys["distributed.process_id"]
+    kind = {"device": jax.local_devices()[0].device_kind}
+    distributed.require_agreement("config", ConfigError, keys | versions() | kind)
+    distributed.require_shared_folder(folder)
+
+
 def flatten_config(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested sections as dotted keys."""
     flat: dict[str, Any] = {}
@@ -62,7 +75,9 @@ def check_identity(
     Raises:
       ModelError: saying what differs. ConfigError: `allowed` holds a name that there is not.
     """
-    before, now = _named(saved), _named(current)
+    # A key that came with a newer version counts as its default in a checkpoint of an older one.
+    newer = {key: value for key, value in _defaults().items() if key in current["config"]}
+    before, now = _named({**saved, "config": newer | saved["config"]}), _named(current)
     known = before.keys() | now.keys()
     for name in allowed:
         if name not in known:
@@ -75,6 +90,10 @@ def check_identity(
             "another output_dir, or name it in resume.allow_changes"
         )
     return saved.get("history", []) + ([{"step": step, "changes": changes}] if changes else [])
+
+
+def _defaults() -> dict[str, Any]:
+    return flatten_config(Config(model={"path": "-"}, data={"train": "-"}, output_dir="-").model_dump(mode="json"))
 
 
 def _named(identity: dict[str, Any]) -> dict[str, Any]:

@@ -16,26 +16,27 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jlora import attention, fitting, verify
-from jlora.adapter import Adapter
 from jlora.config import Config, MeshSection
 from jlora.data import read_data
 from jlora.errors import ConfigError, DataError, MemoryExceeded
-from jlora.evaluate import Evaluator
-from jlora.folders import inside
-from jlora.generate import one_device_mesh
-from jlora.gguf import GGUFFile
+from jlora.files.paths import inside
+from jlora.hf import verify
 from jlora.hf.architecture import parse_config
-from jlora.hf.base import check_names, open_source
+from jlora.hf.gguf import GGUFFile
 from jlora.hf.load import hash_base, load_base
 from jlora.hf.merged import save_checkpoint, stored_bytes, untied
 from jlora.hf.names import name_table
+from jlora.hf.pretrained import Opened, load_pretrained
+from jlora.hf.source import check_names, open_source
 from jlora.hf.weights import Dequantized, Merged, Stored, Trained, Weights
-from jlora.initial import new_adapter
-from jlora.model import Decoder, LlamaConfig, abstract_decoder
-from jlora.pretrained import Opened, load_pretrained
-from jlora.sharding import make_mesh
-from jlora.step import Forward, count_parameters, place_adapter
+from jlora.model import attention
+from jlora.model.adapter import Adapter
+from jlora.model.adapter_init import new_adapter
+from jlora.model.llama import Decoder, LlamaConfig, abstract_decoder, place_adapter
+from jlora.model.sharding import make_mesh, one_device_mesh
+from jlora.training import auto_remat
+from jlora.training.evaluator import Evaluator
+from jlora.training.step import Forward, count_parameters
 
 # Rows on which the cost of merging is measured.
 COST_ROWS = 64
@@ -67,7 +68,7 @@ def require_room(out: Path, cfg: Config, model: LlamaConfig, dtype: str) -> None
     Raises:
       MemoryExceeded, ConfigError: with what is needed and what there is.
     """
-    need, free = needed_memory(cfg, model), fitting.free_host_bytes()
+    need, free = needed_memory(cfg, model), auto_remat.free_host_bytes()
     if need > free:
         raise MemoryExceeded(
             f"merging {cfg.model.path} takes {need / 2**30:,.1f} GiB of the host's memory, and {free / 2**30:,.1f} GiB "

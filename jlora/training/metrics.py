@@ -16,11 +16,10 @@ import jax
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from jlora.atomic import open_own, write_text
-from jlora.cli import strict_json
 from jlora.config import TrainingSection
 from jlora.data import Epochs
 from jlora.errors import ConfigError, NonFiniteError
+from jlora.files.atomic import open_own, strict_json, write_text
 
 # Lines of a log file come this often where no terminal shows a bar.
 PLAIN_LINE_SECONDS = 10.0
@@ -133,9 +132,9 @@ class ProgressLine:
             self._task = self._bar.add_task("train", total=total, completed=start, text="")
             self._bar.start()
 
-    def update(self, step: int, losses: list[float], tokens_per_second: float) -> None:
-        """Show a step's figures; several losses are those of a sweep's runs."""
-        text = f"loss {' '.join(f'{loss:.4f}' for loss in losses)}  {tokens_per_second:,.0f} tokens/s"
+    def update(self, step: int, loss: float, tokens_per_second: float) -> None:
+        """Show a step's figures."""
+        text = f"loss {loss:.4f}  {tokens_per_second:,.0f} tokens/s"
         if self._bar is not None:
             self._bar.update(self._task, completed=step, text=text)
             return
@@ -217,7 +216,7 @@ class StepMeter:
             if skip:
                 line |= {"skipped": skip, "rows": rows}
             self._log.write(line | {"tokens": total, "tokens_per_second": rate} | memory_now())
-            self._progress.update(step, [self.loss], rate)
+            self._progress.update(step, self.loss, rate)
         if not skip:
             return
         more = f" and {len(rows) - NAMED_ROWS} more" if len(rows) > NAMED_ROWS else ""

@@ -1,7 +1,7 @@
 """Cross-entropy, summed or token by token. Takes hidden states; knows nothing of how they are made.
 
 A loss is a sum over trained tokens, returned with their number: whoever adds up micro-batches and
-devices divides once. Losses on pairs of answers are made from its tokens in `jlora.preference`.
+devices divides once. Losses on pairs of answers are made from its tokens in `jlora.training.preference`.
 """
 
 import math
@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jlora.sharding import constrain
+from jlora.model.sharding import constrain
 
 # Logits that are held at once on a device, and the fewest tokens that still keep its matmul units busy.
 CHUNK_LOGITS, MIN_CHUNK = 2**24, 256

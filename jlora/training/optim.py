@@ -1,48 +1,63 @@
-"""Optimizer: schedule, clipping, update rule, and which parameters are trained at all.
+"""Optimizer: what is trained and what is frozen, the schedule, clipping, and the update rule.
 
-The labels cover the whole tree of adapter and base; what is labelled frozen has no optimizer state and
-its gradient is never asked for.
+`split` parts adapter and base once, by structure: what is frozen is an argument of the step that is never
+differentiated, so it has no gradient and no optimizer state. Knows nothing of losses.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
-from jax.tree_util import keystr, tree_map_with_path
+from jaxtyping import Array, Float
 
 from jlora.config import OptimizerSection
+from jlora.model.adapter import Saved, with_scales, without_scales
 
 Tree = Any
 
+# What a leaf is to the optimizer: trained as A is, trained as B is (LoRA+), or kept as it started.
+LIKE_A, LIKE_B, HELD = "A", "B", "held"
+# The table of learning rates grows by so many steps, so that runs of about the same length share a program.
+TABLE = 1024
 
-def labels(params: dict[str, Tree], method: str) -> dict[str, Tree]:
-    """`trained`, `held` or `frozen` for every leaf of {"adapter": ..., "base": ...}.
 
-    What is held never changes, as what is frozen, but is kept with what is trained: it is the run's own.
+def split(params: dict[str, Tree], method: str) -> tuple[dict[str, Tree], dict[str, Tree]]:
+    """Part {"adapter", "base"} (and "reference", of an objective on pairs) into (trained, frozen); see `join`."""
+    if method == "full":
+        return {"base": params["base"]}, {name: part for name, part in params.items() if name != "base"}
+    adapter, scales = without_scales(params["adapter"])
+    frozen = {name: part for name, part in params.items() if name != "adapter"}
+    return {"adapter": adapter}, frozen | {"scales": scales}
+
+
+def join(trained: dict[str, Tree], frozen: dict[str, Tree]) -> dict[str, Tree]:
+    """The inverse of `split`."""
+    params = frozen | trained
+    scales = params.pop("scales", None)
+    return params if scales is None else params | {"adapter": with_scales(params["adapter"], scales)}
+
+
+def roles(trained: dict[str, Tree]) -> dict[str, Tree]:
+    """What every leaf of what is trained is to the optimizer: `LIKE_A`, `LIKE_B` or `HELD`.
+
+    LoRA+ has B, magnitudes and biases in the faster group, as `peft.optimizers.create_loraplus_optimizer`.
     """
-    trained = {"lora": "adapter", "full": "base"}[method]
-
-    def label(path: Any, _: Any) -> str:
-        return "frozen" if path[0].key != trained else "held" if is_held(path) else "trained"
-
-    return tree_map_with_path(label, params)
-
-
-def is_held(path: Any) -> bool:
-    """Whether a leaf belongs to the factors that an adapter started from (`jlora.adapter.Lora.initial`)."""
-    return ".initial" in keystr(path)
+    return {
+        part: {name: _adapter_roles(name, leaf) for name, leaf in tree.items()}
+        if part == "adapter"
+        else jax.tree.map(lambda _: LIKE_A, tree)
+        for part, tree in trained.items()
+    }
 
 
-def partition(params: Tree, label_tree: Tree) -> tuple[Tree, Tree]:
-    """Split into (trained and held, frozen); each has None for the leaves of the other."""
-    trained = jax.tree.map(lambda x, label: None if label == "frozen" else x, params, label_tree)
-    frozen = jax.tree.map(lambda x, label: x if label == "frozen" else None, params, label_tree)
-    return trained, frozen
-
-
-def combine(trained: Tree, frozen: Tree) -> Tree:
-    """The inverse of `partition`."""
-    return jax.tree.map(lambda a, b: b if a is None else a, trained, frozen, is_leaf=lambda x: x is None)
+def _adapter_roles(name: str, part: Any) -> Any:
+    if isinstance(part, Saved):
+        return replace(part, weight=LIKE_B if name.endswith("_bias") else LIKE_A)  # type: ignore[arg-type]
+    magnitude = None if part.magnitude is None else LIKE_B
+    initial = None if part.initial is None else (HELD, HELD)
+    return replace(part, lora_a=LIKE_A, lora_b=LIKE_B, magnitude=magnitude, initial=initial)
 
 
 def learning_rate(cfg: OptimizerSection, num_steps: int) -> optax.Schedule:
@@ -62,44 +77,82 @@ def learning_rate(cfg: OptimizerSection, num_steps: int) -> optax.Schedule:
     return optax.join_schedules([warmup, decays[cfg.schedule]], [cfg.warmup_steps])
 
 
-def make_optimizer(cfg: OptimizerSection, num_steps: int, label_tree: Tree) -> optax.GradientTransformation:
-    """Clipping, then the update rule, for the leaves labelled trained; nothing for the others."""
-    return update_rule(cfg, learning_rate(cfg, num_steps), label_tree)
+def hyperparameters(cfg: OptimizerSection, num_steps: int) -> dict[str, Float[Array, "..."]]:
+    """What the step takes as arguments, so that another value needs no other program; float32.
 
-
-def update_rule(cfg: OptimizerSection, schedule: optax.Schedule, label_tree: Tree) -> optax.GradientTransformation:
-    """As `make_optimizer`, with any schedule; the weight decay may be a traced scalar.
-
-    With LoRA+ (arXiv:2402.12354) the updates of B, and of vectors, are then multiplied by its ratio: every rule is
-    proportional to the learning rate, and all leaves are clipped together, which groups of their own would not be.
+    Returns {"learning_rate" [S]: of every step and of some after the last, "weight_decay" []}.
     """
+    size = -(-(num_steps + 1) // TABLE) * TABLE
+    rates = jax.vmap(learning_rate(cfg, num_steps))(jnp.arange(size))
+    return {
+        "learning_rate": jnp.broadcast_to(jnp.float32(rates), (size,)),
+        "weight_decay": jnp.float32(cfg.weight_decay),
+    }
+
+
+def make_optimizer(
+    cfg: OptimizerSection, trained: dict[str, Tree], hyper: dict[str, Float[Array, "..."]]
+) -> optax.GradientTransformation:
+    """Clipping, then the update rule, then LoRA+'s ratio, for the leaves of `trained` that are not held.
+
+    With LoRA+ (arXiv:2402.12354) the updates of B, and of vectors, are multiplied by its ratio in the end: every rule
+    is proportional to the learning rate, and all leaves are clipped together, which groups of their own would not be.
+
+    Args:
+      trained: as `split` gives it, arrays or shapes. hyper: as `hyperparameters` gives them, arrays or tracers.
+    """
+    role_of, decay = roles(trained), hyper["weight_decay"]
+
+    def schedule(count: Any) -> Array:
+        return hyper["learning_rate"][count]
+
     match cfg.name:
         case "adamw":
-            rule = optax.adamw(schedule, cfg.b1, cfg.b2, cfg.eps, weight_decay=cfg.weight_decay)
+            rule = optax.adamw(schedule, cfg.b1, cfg.b2, cfg.eps, weight_decay=decay)
         case "adafactor":
             # optax.adafactor does not scale its own weight decay by the learning rate; the others do.
             rule = optax.chain(
                 optax.adafactor(learning_rate=None),
-                optax.add_decayed_weights(-cfg.weight_decay),
+                optax.add_decayed_weights(-decay),
                 optax.scale_by_schedule(schedule),
             )
         case "lion":
-            rule = optax.lion(schedule, cfg.b1, cfg.b2, weight_decay=cfg.weight_decay)
+            rule = optax.lion(schedule, cfg.b1, cfg.b2, weight_decay=decay)
         case "sgd":
-            rule = optax.chain(
-                optax.add_decayed_weights(cfg.weight_decay), optax.sgd(schedule, momentum=cfg.b1 or None)
-            )
+            rule = optax.chain(optax.add_decayed_weights(decay), optax.sgd(schedule, momentum=cfg.b1 or None))
     clip = [] if cfg.max_grad_norm is None else [optax.clip_by_global_norm(cfg.max_grad_norm)]
-    faster = [] if cfg.loraplus_lr_ratio is None else [scale_by_loraplus(cfg.loraplus_lr_ratio)]
-    rules = {"trained": optax.chain(*clip, rule, *faster), "held": optax.set_to_zero(), "frozen": optax.set_to_zero()}
-    return optax.multi_transform(rules, label_tree)
+    faster = [] if cfg.loraplus_lr_ratio is None else [_scale_by_loraplus(cfg.loraplus_lr_ratio, role_of)]
+    labels = jax.tree.map(lambda role: "held" if role == HELD else "trained", role_of)
+    return optax.multi_transform({"trained": optax.chain(*clip, rule, *faster), "held": optax.set_to_zero()}, labels)
 
 
-def scale_by_loraplus(ratio: float) -> optax.GradientTransformation:
-    """Multiplies what `peft.optimizers.create_loraplus_optimizer` has in groups B: lora_b, magnitudes and biases."""
+def _scale_by_loraplus(ratio: float, role_of: dict[str, Tree]) -> optax.GradientTransformation:
+    mine = jax.tree.map(lambda role: optax.MaskedNode() if role == HELD else role, role_of)
 
-    def scale(path: Any, update: Any) -> Any:
-        name = keystr(path)
-        return update * ratio if name.endswith((".lora_b", ".magnitude", "_bias'].weight")) else update
+    def scale(updates: Tree, _: Any) -> Tree:
+        return jax.tree.map(lambda update, role: update * ratio if role == LIKE_B else update, updates, mine)
 
-    return optax.stateless(lambda updates, _: tree_map_with_path(scale, updates))
+    return optax.stateless(scale)
+
+
+def moments_like(optimizer: optax.GradientTransformation, state: Tree, trained: Tree, placed: Tree, rest: Any) -> Tree:
+    """A tree like the optimizer's state: of a moment what `placed` has for its parameter, else `rest`.
+
+    A moment that has another shape than its parameter, as Adafactor's factored ones, has `rest` too.
+    """
+
+    def place(moment: Any, parameter: Any, where: Any) -> Any:
+        if isinstance(moment, optax.MaskedNode):
+            return moment
+        return where if moment.shape == parameter.shape else rest
+
+    # By shapes: a plan's mesh has no devices to make anything on.
+    return optax.tree_utils.tree_map_params(
+        lambda params: jax.eval_shape(optimizer.init, params),
+        place,
+        state,
+        trained,
+        placed,
+        transform_non_params=lambda _: rest,
+        is_leaf=lambda leaf: isinstance(leaf, optax.MaskedNode),
+    )

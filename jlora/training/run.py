@@ -1,48 +1,44 @@
-"""`python -m jlora.train --config C [key=value ...]`: the story of a run, top to bottom.
+"""The story of a run, top to bottom: open, resume, loop, finish.
 
-Config -> mesh -> model -> data -> step -> loop -> adapter. A run folder that holds a checkpoint of the
-same run is gone on from.
+If the run folder holds a checkpoint of the same run, training resumes from it. A sweep and the effort report are loops
+over `train`, which hand what runs have in common from one to the next (`Shared`).
 """
 
 import json
 import sys
 import time
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from jlora import cli, data, distributed, lock, optim, preemption, streams, xla
-from jlora.atomic import write_text
-from jlora.checkpoint import Checkpoints
-from jlora.config import Config, load_config
+from jlora import data
+from jlora.config import Config
 from jlora.data import Dataset, Epochs, read_data
-from jlora.divides import check_batch_split, check_divides
 from jlora.errors import ConfigError, DataError, ModelError, NonFiniteError
-from jlora.evaluate import Evaluator, describe_figures
-from jlora.fitting import compile_fastest
-from jlora.hf.architecture import parse_config
-from jlora.hf.base import base_fingerprint
-from jlora.identity import check_identity, flatten_config, run_identity
-from jlora.initial import check_options
-from jlora.metrics import MetricsLog, ProgressLine, StepMeter, require_wandb
-from jlora.pretrained import Pretrained, load_pretrained, make_adapter, make_reference, open_pretrained
-from jlora.report import write_report
-from jlora.running import (
-    batch_rows,
-    due,
-    make_run_dir,
-    put_batch,
-    require_trained,
-    run_summary,
-    saves_left,
-    warn_of_length,
-)
-from jlora.samples import Samples
-from jlora.sharding import make_mesh
-from jlora.step import (
+from jlora.files import lock
+from jlora.files.atomic import write_text
+from jlora.hf.pretrained import Opened, Pretrained, load_pretrained, make_adapter, make_reference, open_pretrained
+from jlora.hf.source import base_fingerprint
+from jlora.hf.verify import export_adapter
+from jlora.model.adapter_init import check_options
+from jlora.model.divisibility import check_batch_split, check_divides
+from jlora.model.sharding import make_mesh
+from jlora.reports.run import write_report
+from jlora.runtime import distributed, signals
+from jlora.runtime.watch import Watch
+from jlora.training import optim
+from jlora.training.auto_remat import compile_fastest
+from jlora.training.checkpoint import Checkpoints
+from jlora.training.evaluator import Evaluator, describe_figures
+from jlora.training.folder import batch_rows, due, make_run_dir, put_batch, require_trained, saves_left, warn_of_length
+from jlora.training.identity import check_identity, require_one_job, run_identity
+from jlora.training.metrics import MetricsLog, ProgressLine, StepMeter, require_wandb
+from jlora.training.samples import Samples
+from jlora.training.step import (
+    Forward,
     TrainState,
     count_parameters,
     count_trained,
@@ -50,254 +46,354 @@ from jlora.step import (
     make_forward,
     make_train_step,
     param_dtype,
-    place_adapter,
 )
-from jlora.summary import finished_summary, print_summary, versions
-from jlora.sweep import train_together
-from jlora.verify import export_adapter
+from jlora.training.summary import finished_summary, measured, rows_of
 
 
-def train(cfg: Config, quiet: bool = False) -> dict[str, Any]:
+@dataclass
+class Shared:
+    """What the runs of one process have in common, each taking from it what an earlier one made.
+
+    Attributes:
+      pretrained: the frozen base; its path, tokenizer, dtype, quantization and mesh are those of all the runs.
+      programs: compiled steps by the SHA-256 of what was compiled.
+    """
+
+    opened: Opened | None = None
+    pretrained: Pretrained | None = None
+    rows: dict[str, tuple[Dataset, Dataset | None]] = field(default_factory=dict)
+    programs: dict[str, Any] = field(default_factory=dict)
+
+    def open(self, cfg: Config) -> Opened:
+        """The base, no weight read yet, with its tokenizer."""
+        if self.opened is None:
+            self.opened = open_pretrained(cfg.model.path, cfg.model.tokenizer, cfg.data.chat_template)
+        return self.opened
+
+    def read(self, cfg: Config) -> tuple[Dataset, Dataset | None]:
+        """The tokenised rows of a run, training and held out."""
+        key = json.dumps([cfg.data.model_dump(mode="json"), cfg.training.seed if cfg.data.eval else None])
+        if key not in self.rows:
+            self.rows[key] = read_data(cfg, self.open(cfg).tokenizer)
+        return self.rows[key]
+
+    def load(self, cfg: Config, mesh: jax.sharding.Mesh) -> Pretrained:
+        """The base on the devices; one that is trained itself is each run's own."""
+        if self.pretrained is not None:
+            return self.pretrained
+        loaded = load_pretrained(self.open(cfg), param_dtype(cfg), mesh, cfg.model.quantization)
+        if cfg.method == "lora":
+            self.pretrained = loaded
+        return loaded
+
+    def compile(self, lowered: Any) -> Any:
+        """The executable of a lowered step, compiled once for all runs that lower to the same program."""
+        program = lowered.as_text()
+        if program not in self.programs:
+            self.programs[program] = lowered.compile()
+        return self.programs[program]
+
+
+@dataclass
+class Run:
+    """A run from its opening to its end.
+
+    Attributes:
+      state, frozen, hyper: the arguments of the step beside the batch.
+      start, step: steps done when this process took the run up, and now.
+      compiled: the step, once it is.
+    """
+
+    cfg: Config
+    folder: Path
+    mesh: jax.sharding.Mesh
+    shared: Shared
+    watch: Watch
+    kernel: str
+    forward: Forward
+    pretrained: Pretrained
+    train_data: Dataset
+    eval_data: Dataset | None
+    epochs: Epochs
+    num_steps: int
+    state: TrainState
+    frozen: dict[str, Any]
+    hyper: dict[str, jax.Array]
+    identity: dict[str, Any]
+    checkpoints: Checkpoints
+    batches: Any
+    remat: str
+    start: int = 0
+    step: int = 0
+    compiled: Any = None
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """{"adapter", "base"} and, of an objective on pairs, "reference", as they are now."""
+        return optim.join(self.state.trained, self.frozen)
+
+
+def train(cfg: Config, quiet: bool = False, shared: Shared | None = None, until: int | None = None) -> dict[str, Any]:
     """Run a config to its end, or on from its last checkpoint; returns the summary.
+
+    Args:
+      shared: what an earlier run of this process has left for this one.
+      until: a step to stop after, evaluated and saved, as a signal would stop it; for `jlora.training.sweep`.
 
     Raises:
       UserError: see `jlora.errors`; what was saved before stays whole.
     """
     began = time.monotonic()
-    preemption.end_on_signals()
+    signals.end_on_signals()
     distributed.start(cfg.distributed)
     mesh = make_mesh(cfg.mesh, jax.devices())
     check_batch_split(cfg, mesh)
     require_wandb(cfg.training.wandb)
-    run_dir = make_run_dir(cfg)
-    watch = distributed.Watch(cfg.distributed.step_timeout)
+    folder = make_run_dir(cfg)
+    watch = Watch(cfg.distributed.step_timeout)  # before the processes compare anything: one that differs ends all
     main = distributed.is_main()
     quiet = quiet or not main
-    with lock.held(run_dir, main), jax.set_mesh(mesh):
-        require_one_job(cfg, run_dir)
-        # The base, the rows, and what is trained of the whole.
-        opened = open_pretrained(cfg.model.path, cfg.model.tokenizer, cfg.data.chat_template)
-        model = parse_config(opened.source.config, opened.name)
-        check_divides(model, mesh, cfg)
-        if cfg.method == "lora":
-            check_options(cfg.lora, model)
-        kernel, forward = make_forward(cfg, model, mesh)
-        if not quiet:
-            warn_of_length(cfg, opened)
-        loaded = {"base": base_fingerprint(opened.source), "tokenizer": opened.tokenizer.digest}
-        distributed.require_agreement("base", ModelError, loaded)
-        train_data, eval_data = read_data(cfg, opened.tokenizer)
-        digests = {"data": train_data.digest, "eval": eval_data.digest if eval_data else None}
-        distributed.require_agreement("data", DataError, digests)
-        pretrained = load_pretrained(opened, param_dtype(cfg), mesh, cfg.model.quantization)
-        epochs = Epochs(train_data, cfg.data, cfg.training.batch_size, cfg.training.seed)
-        num_steps = cfg.training.max_steps or epochs.num_batches(cfg.training.epochs)
-        adapter = place_adapter(make_adapter(cfg, pretrained), pretrained.base.cfg, mesh)
-        params = {"adapter": adapter, "base": pretrained.base}
-        if (reference := make_reference(cfg, pretrained)) is not None:
-            params["reference"] = place_adapter(reference, pretrained.base.cfg, mesh)
-        labels = optim.labels(params, cfg.method)
-        optimizer = optim.make_optimizer(cfg.optimizer, num_steps, labels)
-        schedule = optim.learning_rate(cfg.optimizer, num_steps)
-        state = init_state(params, optimizer, cfg, mesh)
-        _, frozen = optim.partition(params, labels)
-        del params, adapter
-
-        # Where an earlier start of this run left off.
-        identity = run_identity(cfg, pretrained, train_data, eval_data)
-        checkpoints = Checkpoints(run_dir / "checkpoints", cfg.training.keep_checkpoints)
-        batches = data.batches(epochs, cfg.training.batch_size, batch_rows(cfg, mesh))
-        start = distributed.from_first("newest checkpoint", checkpoints.newest_whole)
-        remat: str = cfg.model.remat
-        if start:
-            saved = checkpoints.identity(start)
-            identity["history"] = check_identity(run_dir, start, saved, identity, cfg.resume.allow_changes)
-            if start > num_steps:
-                raise ConfigError(f"{run_dir}: is at step {start} already, past the {num_steps} asked for; raise them")
-            remat = saved.get("remat", remat) if remat == "auto" else remat
-            done = finished_summary(run_dir) if start == num_steps else None
-            if done is not None:
-                if not quiet:
-                    print(f"{run_dir}: this run is finished; nothing is left to do", file=sys.stderr)
-                checkpoints.close()
-                return done
-            restored = checkpoints.restore(start, state)
-            state = restored.state
-            batches.set_state(restored.data)
-        checkpoints.require_room(state, saves_left(cfg.training.save_every, start, num_steps))
+    with lock.held(folder, main), jax.set_mesh(mesh):
+        require_one_job(cfg, folder)
+        run = open_run(cfg, folder, mesh, watch, shared or Shared(), quiet)
+        finished = resume(run)
+        if finished is not None:
+            if not quiet:
+                print(f"{folder}: this run is finished; nothing is left to do", file=sys.stderr)
+            run.checkpoints.close()
+            return finished
         if main:
-            write_text(run_dir / "config.yaml", cfg.dump_yaml())
-
-        log = MetricsLog(run_dir, start, cfg.training.wandb, cfg.model_dump(), main)
-        progress = ProgressLine(num_steps, start, quiet)
-        meter = StepMeter(log, progress, epochs, cfg.training, start, num_steps)
-        announce(progress, cfg, kernel, pretrained, state, train_data, num_steps, start)
-        evaluator = None
-        if eval_data is not None:
-            rows = cfg.training.batch_size // cfg.training.gradient_accumulation_steps
-            # Nothing is differentiated, so nothing is kept.
-            evaluator = Evaluator(eval_data, cfg.data, rows, replace(forward, remat="none"), mesh)
-
-        def evaluate(step: int) -> float | None:
-            """Held-out loss of the current state, logged; None without held-out rows."""
-            if evaluator is None:
-                return None
-            with meter.paused():
-                now = optim.combine(state.trained, frozen)
-                parts = now["base"], now["adapter"], now.get("reference")
-                figures = evaluator.measure(*parts, lambda: watch.beat(step))
-            log.write({"step": step, **{f"eval_{name}": value for name, value in figures.items()}})
-            progress.say(f"step {step}: held-out {describe_figures(figures)}")
-            return figures["loss"]
-
-        samples = None
-        if cfg.training.samples and mesh.size == 1:
-            samples = Samples(run_dir, eval_data or train_data, cfg.training.samples, pretrained, forward.dtype)
-        elif cfg.training.samples:
-            progress.say("training.samples is left out: rows are answered on one device alone")
-
-        def compile_step(remat: str, arguments: tuple[Any, ...]) -> Any:
-            step_fn = make_train_step(cfg, replace(forward, remat=remat), optimizer, schedule)
-            return jax.jit(step_fn, donate_argnums=0).lower(*arguments).compile()
-
-        step, stopped, compiled = start, False, None
-        watch.beat(start)
-        try:
-            if start == 0:
-                evaluate(0)
-                if samples is not None:
-                    samples.take("before", optim.combine(state.trained, frozen))
-            while step < num_steps and not stopped:
-                # While the step before still runs: its figures are waited for only after this one is under way.
-                on_device = put_batch(next(batches), cfg.training.gradient_accumulation_steps, mesh)
-                if compiled is None:
-                    progress.say("compiling the training step")
-                    if remat == "auto":
-                        compile_with = partial(compile_step, arguments=(state, frozen, on_device))
-                        remat, compiled = compile_fastest(cfg, model, mesh, compile_with)
-                        progress.say(f"rematerialisation {remat}, the fastest that fits")
-                    else:
-                        compiled = compile_step(remat, (state, frozen, on_device))
-                    identity["remat"] = remat  # a run that goes on rounds as it did before
-                    stop_after = preemption.save_on_signals()
-                    meter.start()
-                state, metrics = compiled(state, frozen, on_device)
-                step += 1
-                meter.took(step, metrics, epochs.tokens_in(step - 1))
-                watch.beat(step)
-                checkpoints.check()
-                last, stopped = step == num_steps, stop_after(step)
-                eval_loss = evaluate(step) if last or due(cfg.training.eval_every, step) else None
-                if last or stopped or due(cfg.training.save_every, step):
-                    meter.settle()  # a run past its limit of non-finite steps ends here, unsaved
-                    checkpoints.save(step, state, batches.get_state(), identity, eval_loss)
-            meter.settle()
-            checkpoints.wait()
-        except NonFiniteError as error:
-            checkpoints.wait()
-            kept = f"; checkpoint {checkpoints.steps()[-1]} stays" if checkpoints.steps() else ""
-            raise NonFiniteError(f"{error}{kept}") from None
-        finally:
-            progress.close()
-            try:
-                log.close()
-            finally:  # a full disk takes no log, and what is being saved is to be told, too
-                checkpoints.close()
-
-        finished = step == num_steps
-        if finished:
-            require_trained(state)
-            if samples is not None:
-                samples.take("after", optim.combine(state.trained, frozen))
-        if finished and cfg.method == "lora":
-            adapter = optim.combine(state.trained, frozen)["adapter"]
-            export_adapter(run_dir / "adapter", adapter, cfg.lora, cfg.model.path, pretrained, forward.dtype, mesh)
-        summary = run_summary(
-            cfg,
-            step,
-            num_steps,
-            state,
-            frozen,
-            train_data,
-            eval_data,
-            epochs,
-            {"remat": remat} | identity,
-            began,
-            meter,
-            compiled,
-        )
-        if main:
-            write_text(run_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
-            write_report(run_dir)
-        # Who has left the job waits host_timeout seconds for the last to leave, and then takes it for lost.
+            write_text(folder / "config.yaml", cfg.dump_yaml())
+        meter = loop(run, until, quiet)
+        summary = finish(run, meter, began)
+        # A process that has left the job treats peers as lost after host_timeout seconds.
         distributed.wait_for_all("report written")
     return summary
 
 
-def require_one_job(cfg: Config, run_dir: Path) -> None:
-    """All processes of a job run the same config with the same libraries into the same folder."""
-    keys = flatten_config(cfg.model_dump(mode="json"))
-    del keys["distributed.process_id"]
-    kind = {"device": jax.local_devices()[0].device_kind}
-    distributed.require_agreement("config", ConfigError, keys | versions() | kind)
-    distributed.require_shared_folder(run_dir)
+def open_run(cfg: Config, folder: Path, mesh: jax.sharding.Mesh, watch: Watch, shared: Shared, quiet: bool) -> Run:
+    """The base, the rows, and what is trained of the whole, before the first step.
+
+    Raises:
+      ConfigError, DataError, ModelError: what does not fit together, before anything large is read where it can be.
+    """
+    opened = shared.open(cfg)
+    check_divides(opened.model, mesh, cfg)
+    if cfg.method == "lora":
+        check_options(cfg.lora, opened.model)
+    kernel, forward = make_forward(cfg, opened.model, mesh)
+    if not quiet:
+        warn_of_length(cfg, opened)
+    loaded = {"base": base_fingerprint(opened.source), "tokenizer": opened.tokenizer.digest}
+    distributed.require_agreement("base", ModelError, loaded)
+    train_data, eval_data = shared.read(cfg)
+    digests = {"data": train_data.digest, "eval": eval_data.digest if eval_data else None}
+    distributed.require_agreement("data", DataError, digests)
+    pretrained = shared.load(cfg, mesh)
+    epochs = Epochs(train_data, cfg.data, cfg.training.batch_size, cfg.training.seed)
+    num_steps = cfg.training.max_steps or epochs.num_batches(cfg.training.epochs)
+    params = {"adapter": make_adapter(cfg, pretrained, mesh), "base": pretrained.base}
+    if (reference := make_reference(cfg, pretrained, mesh)) is not None:
+        params["reference"] = reference
+    trained, frozen = optim.split(params, cfg.method)
+    return Run(
+        cfg=cfg,
+        folder=folder,
+        mesh=mesh,
+        shared=shared,
+        watch=watch,
+        kernel=kernel,
+        forward=forward,
+        pretrained=pretrained,
+        train_data=train_data,
+        eval_data=eval_data,
+        epochs=epochs,
+        num_steps=num_steps,
+        state=init_state(trained, cfg, mesh),
+        frozen=frozen,
+        hyper=optim.hyperparameters(cfg.optimizer, num_steps),
+        identity=run_identity(cfg, pretrained, train_data, eval_data),
+        checkpoints=Checkpoints(folder / "checkpoints", cfg.training.keep_checkpoints),
+        batches=data.batches(epochs, cfg.training.batch_size, batch_rows(cfg, mesh)),
+        remat=cfg.model.remat,
+    )
 
 
-def announce(
-    progress: ProgressLine,
-    cfg: Config,
-    kernel: str,
-    pretrained: Pretrained,
-    state: TrainState,
-    dataset: Dataset,
-    num_steps: int,
-    start: int,
-) -> None:
-    """What is about to happen, in three lines."""
-    trained = count_trained(state.trained)
-    total = count_parameters(pretrained.base)
-    dropped = f", dropped {dict(dataset.dropped)}" if dataset.dropped else ""
-    cut = f", {dataset.truncated} cut at {cfg.data.max_length} tokens" if dataset.truncated else ""
-    held = f" in {cfg.model.quantization}" if cfg.model.quantization else ""
-    progress.say(f"base {cfg.model.path}{held}: {total:,} parameters, {trained:,} trained; attention {kernel}")
-    sources = ", ".join(source.path for source in cfg.data.sources)
-    progress.say(f"data {sources}: {len(dataset.examples)} sequences of {dataset.read} rows{dropped}{cut}")
-    progress.say(f"{num_steps} steps" + (f", going on from step {start}" if start else ""))
+def resume(run: Run) -> dict[str, Any] | None:
+    """Bring a run to where an earlier start left off; returns the summary of one that is finished.
+
+    Raises:
+      ConfigError, ModelError: the checkpoint is another run's, or beyond the steps that are asked for.
+    """
+    cfg, num_steps = run.cfg, run.num_steps
+    start = distributed.from_first(f"newest checkpoint of {run.folder}", run.checkpoints.newest_whole)
+    if start:
+        saved = run.checkpoints.identity(start)
+        history = check_identity(run.folder, start, saved, run.identity, cfg.resume.allow_changes)
+        run.identity["history"] = history
+        if start > num_steps:
+            raise ConfigError(
+                f"{run.folder}: is at step {start} already, past the {num_steps} asked for; raise training.max_steps "
+                "or training.epochs"
+            )
+        if run.remat == "auto":
+            run.remat = saved.get("remat", run.remat)
+        done = finished_summary(run.folder) if start == num_steps else None
+        if done is not None:
+            return done
+        restored = run.checkpoints.restore(start, run.state)
+        run.state = restored.state
+        run.batches.set_state(restored.data)
+    run.start = run.step = start
+    run.checkpoints.require_room(run.state, saves_left(cfg.training.save_every, start, num_steps))
+    return None
 
 
-def main() -> None:
-    """Command line."""
-    parser = cli.Parser(prog="python -m jlora.train", description="Fine-tune a Llama with LoRA.")
-    parser.add_argument("--config", required=True, help="YAML file; see docs/config.md for its keys")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a dotted config key")
-    parser.add_argument("-q", "--quiet", action="store_true", help="no progress")
-    parser.add_argument("--json", action="store_true", help="print the summary as JSON on stdout")
-    args = parser.parse_intermixed_args()
-    xla.use_huge_pages()
+def loop(run: Run, until: int | None, quiet: bool) -> StepMeter:
+    """Take steps to the end, or until told to stop; evaluates, saves and logs on the way.
 
-    def body() -> int:
-        preemption.end_on_signals()
-        cfg = load_config(args.config, args.overrides)
-        if distributed.expected(cfg.distributed):
-            distributed.supervise(cfg.distributed.host_timeout)
+    Raises:
+      NonFiniteError: too many steps were skipped; ConfigError: a checkpoint could not be saved.
+    """
+    cfg, num_steps = run.cfg, run.num_steps
+    log = MetricsLog(run.folder, run.start, cfg.training.wandb, cfg.model_dump(), distributed.is_main())
+    progress = ProgressLine(num_steps, run.start, quiet)
+    meter = StepMeter(log, progress, run.epochs, cfg.training, run.start, num_steps)
+    announce(run, progress)
+    evaluate = partial(held_out_loss, run, make_evaluator(run), log, progress, meter)
+    samples = make_samples(run, progress)
+    run.watch.beat(run.step)
+    try:
+        if run.step == 0:
+            evaluate()
+            if samples is not None:
+                samples.take("before", run.params)
+        stopped = run.step == until
+        while run.step < num_steps and not stopped:
+            # While the step before still runs: its figures are waited for only after this one is under way.
+            batch = put_batch(next(run.batches), cfg.training.gradient_accumulation_steps, run.mesh)
+            if run.compiled is None:
+                compile_step(run, batch, progress)
+                stop_after = signals.save_on_signals()
+                meter.start()
+            run.state, metrics = run.compiled(run.state, run.frozen, batch, run.hyper)
+            run.step += 1
+            meter.took(run.step, metrics, run.epochs.tokens_in(run.step - 1))
+            run.watch.beat(run.step)
+            run.checkpoints.check()
+            stopped = stop_after(run.step) or run.step == until
+            last = run.step in (num_steps, until)
+            eval_loss = evaluate() if last or due(cfg.training.eval_every, run.step) else None
+            if last or stopped or due(cfg.training.save_every, run.step):
+                meter.settle()  # a run past its limit of non-finite steps ends here, unsaved
+                run.checkpoints.save(run.step, run.state, run.batches.get_state(), run.identity, eval_loss)
+        meter.settle()
+        run.checkpoints.wait()
+    except NonFiniteError as error:
+        run.checkpoints.wait()
+        kept = f"; checkpoint {run.checkpoints.steps()[-1]} stays" if run.checkpoints.steps() else ""
+        raise NonFiniteError(f"{error}{kept}") from None
+    finally:
+        progress.close()
         try:
-            with preemption.listening():
-                if cfg.sweep:
-                    return train_together(cfg, args.quiet, args.json)
-                summary = train(cfg, args.quiet)
-        finally:
-            preemption.ignore_signals()
-        finished = summary["status"] == "finished"
-        if distributed.is_main():
-            with streams.told(result=args.json and finished):
-                if args.json:
-                    cli.print_json(summary)
-                elif not args.quiet:
-                    print_summary(summary, cfg.output_dir)
-        return 0 if finished else cli.PREEMPTED
-
-    cli.run(body, listen=False)
+            log.close()
+        finally:  # a full disk takes no log, and what is being saved is to be told, too
+            run.checkpoints.close()
+    if run.step == num_steps:
+        require_trained(run.state)
+        if samples is not None:
+            samples.take("after", run.params)
+    return meter
 
 
-if __name__ == "__main__":
-    main()
+def finish(run: Run, meter: StepMeter, began: float) -> dict[str, Any]:
+    """Export the adapter of a run that came to its end, and write what every run leaves; returns its summary."""
+    cfg, finished = run.cfg, run.step == run.num_steps
+    exported = finished and cfg.method == "lora"
+    if exported:
+        where = (cfg.lora, cfg.model.path, run.pretrained, run.forward.dtype, run.mesh)
+        export_adapter(run.folder / "adapter", run.params["adapter"], *where)
+    summary = {
+        "status": "finished" if finished else "preempted",
+        "steps": run.step,
+        "epochs": run.epochs.epoch_at(run.step),
+        "skipped_steps": int(run.state.skipped),
+        "rows": rows_of(run.train_data, run.eval_data),
+        "trainable_params": count_trained(run.state.trained),
+        "frozen_params": count_parameters({name: part for name, part in run.frozen.items() if name != "scales"}),
+        "remat": run.identity.get("remat", run.remat),
+        "hashes": run.identity["hashes"],
+        "history": run.identity.get("history", []),
+        "adapter": str(run.folder / "adapter") if exported else None,
+        "wall_seconds": time.monotonic() - began,
+        **measured(run.folder, meter, run.compiled),
+    }
+    if distributed.is_main():
+        write_text(run.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+        write_report(run.folder)
+    return summary
+
+
+def compile_step(run: Run, batch: dict[str, jax.Array], progress: ProgressLine) -> None:
+    """Compile the step for a batch, with the fastest rematerialisation that fits where the config leaves it open."""
+    progress.say("compiling the training step")
+
+    def lower(remat: str) -> Any:
+        step = make_train_step(run.cfg, replace(run.forward, remat=remat))
+        return jax.jit(step, donate_argnums=0).lower(run.state, run.frozen, batch, run.hyper)
+
+    if run.remat == "auto":
+        run.remat, run.compiled = compile_fastest(
+            run.cfg, run.pretrained.base.cfg, run.mesh, lambda remat: lower(remat).compile()
+        )
+        progress.say(f"rematerialisation {run.remat}, the fastest that fits")
+    else:
+        run.compiled = run.shared.compile(lower(run.remat))
+    run.identity["remat"] = run.remat  # a run that resumes rounds as it did before
+
+
+def make_evaluator(run: Run) -> Evaluator | None:
+    """What measures the held-out rows, where there are some."""
+    if run.eval_data is None:
+        return None
+    rows = run.cfg.training.batch_size // run.cfg.training.gradient_accumulation_steps
+    # Nothing is differentiated, so nothing is kept.
+    return Evaluator(run.eval_data, run.cfg.data, rows, replace(run.forward, remat="none"), run.mesh)
+
+
+def held_out_loss(
+    run: Run, evaluator: Evaluator | None, log: MetricsLog, progress: ProgressLine, meter: StepMeter
+) -> float | None:
+    """Held-out loss of the current state, logged; None without held-out rows."""
+    if evaluator is None:
+        return None
+    with meter.paused():
+        now = run.params
+        parts = now["base"], now["adapter"], now.get("reference")
+        figures = evaluator.measure(*parts, lambda: run.watch.beat(run.step))
+    log.write({"step": run.step, **{f"eval_{name}": value for name, value in figures.items()}})
+    progress.say(f"step {run.step}: held-out {describe_figures(figures)}")
+    return figures["loss"]
+
+
+def make_samples(run: Run, progress: ProgressLine) -> Samples | None:
+    """What answers some rows before and after, where the config asks for it and one device holds the model."""
+    count = run.cfg.training.samples
+    if count and run.mesh.size > 1:
+        progress.say("training.samples is left out: rows are answered on one device alone")
+    if not count or run.mesh.size > 1:
+        return None
+    return Samples(run.folder, run.eval_data or run.train_data, count, run.pretrained, run.forward.dtype)
+
+
+def announce(run: Run, progress: ProgressLine) -> None:
+    """What is about to happen, in three lines."""
+    cfg, rows = run.cfg, run.train_data
+    dropped = f", dropped {dict(rows.dropped)}" if rows.dropped else ""
+    cut = f", {rows.truncated} cut at {cfg.data.max_length} tokens" if rows.truncated else ""
+    held = f" in {cfg.model.quantization}" if cfg.model.quantization else ""
+    total, trained = count_parameters(run.pretrained.base), count_trained(run.state.trained)
+    progress.say(f"base {cfg.model.path}{held}: {total:,} parameters, {trained:,} trained; attention {run.kernel}")
+    sources = ", ".join(source.path for source in cfg.data.sources)
+    progress.say(f"data {sources}: {len(rows.examples)} sequences of {rows.read} rows{dropped}{cut}")
+    progress.say(f"{run.num_steps} steps" + (f", resumed from step {run.start}" if run.start else ""))

@@ -9,11 +9,11 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jlora import attention
-from jlora.atomic import write_text
 from jlora.data import Dataset
-from jlora.generate import Sampling, generate
-from jlora.pretrained import Pretrained
+from jlora.files.atomic import write_text
+from jlora.hf.pretrained import Pretrained
+from jlora.inference.generate import Sampling, generate
+from jlora.model import attention
 
 # Tokens of an answer, and of a text without a prompt that stand for one.
 NEW_TOKENS = 96

@@ -12,19 +12,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.tree_util import keystr, tree_leaves_with_path, tree_map_with_path
 from jaxtyping import Array, Float, Int
 
-from jlora import attention, optim, quant
-from jlora.adapter import Adapter
-from jlora.attention import Attention
 from jlora.config import Config, ObjectiveSection
-from jlora.model import Decoder, LlamaConfig, adapter_axes
-from jlora.objective import correct_tokens, next_token_loss, token_cross_entropy
-from jlora.precision import products_in
-from jlora.preference import pair_loss, pair_sums
-from jlora.quant import is_quantized
-from jlora.sharding import named_sharding, place
+from jlora.model import attention, quant
+from jlora.model.adapter import Adapter
+from jlora.model.attention import Attention
+from jlora.model.llama import Decoder, LlamaConfig
+from jlora.model.precision import products_in
+from jlora.model.quant import is_quantized
+from jlora.model.sharding import named_sharding, place
+from jlora.training import optim
+from jlora.training.objective import correct_tokens, next_token_loss, token_cross_entropy
+from jlora.training.preference import pair_loss, pair_sums
 
 Tree = Any
 
@@ -38,11 +38,13 @@ def count_parameters(tree: Tree) -> int:
 
 
 def count_trained(trained: Tree) -> int:
-    """Number of elements of the trained leaves, without factors that are only held (see `jlora.optim.labels`)."""
-    leaves = tree_leaves_with_path(trained, is_leaf=is_quantized)
-    return sum(leaf.size for path, leaf in leaves if not optim.is_held(path))
+    """Number of elements of the trained leaves, without factors that are only held (see `optim.roles`)."""
+    roles = jax.tree.leaves(optim.roles(trained))
+    leaves = jax.tree.leaves(trained)
+    return sum(leaf.size for leaf, role in zip(leaves, roles, strict=True) if role != optim.HELD)
 
 
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TrainState:
     """Everything that a step changes.
@@ -50,8 +52,7 @@ class TrainState:
     Attributes:
       step: batches taken so far, skipped ones included; scalar int32.
       skipped: of these, batches that were skipped, see `make_train_step`; scalar int32.
-      trained: the trained leaves of {"adapter": Adapter, "base": Decoder}, and those of the adapter that are only
-        held, so that a checkpoint has them; None elsewhere; float32.
+      trained: {"adapter": Adapter} or {"base": Decoder}, as `optim.split` gives it; float32.
       opt_state: optimizer state of the trained leaves.
       key: raw PRNG key that dropout draws from; a step folds its number into it.
       moved: batches that changed a trained leaf by their gradients; scalar int32.
@@ -65,13 +66,6 @@ class TrainState:
     key: Array
     moved: Int[Array, ""]
     losses: Float[Array, " window"]
-
-
-jax.tree_util.register_dataclass(
-    TrainState,
-    data_fields=["step", "skipped", "trained", "opt_state", "key", "moved", "losses"],
-    meta_fields=[],
-)
 
 
 @dataclass(frozen=True)
@@ -140,72 +134,54 @@ class Forward:
         )
 
 
-def place_adapter(adapter: Adapter, cfg: LlamaConfig, mesh: jax.sharding.Mesh) -> Adapter:
-    """The adapter laid out over `mesh` like the weights it belongs to; abstract in, abstract out."""
-
-    def lay_out(array: Array, dims: tuple[str, ...]) -> Array:
-        sharding = named_sharding(mesh, dims)
-        if isinstance(array, jax.ShapeDtypeStruct):
-            return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)  # type: ignore[return-value]
-        return place(np.asarray(array), sharding)
-
-    return jax.tree.map(lay_out, adapter, adapter_axes(cfg, adapter))
-
-
-def state_shardings(
-    params: dict[str, Tree], optimizer: optax.GradientTransformation, cfg: Config, mesh: jax.sharding.Mesh
-) -> TrainState:
+def state_shardings(trained: Tree, cfg: Config, mesh: jax.sharding.Mesh) -> TrainState:
     """Where each leaf of the state lies: trained leaves where they are, optimizer moments with their parameter.
 
     Args:
-      params: as for `init_state`, arrays or shapes that have a sharding.
+      trained: as for `init_state`, arrays or shapes that have a sharding.
     """
-    state = jax.eval_shape(lambda p: _new_state(p, optimizer.init(p), cfg), params)
-    trained, _ = optim.partition(params, optim.labels(params, cfg.method))
-    placed = {keystr(path): leaf for path, leaf in tree_leaves_with_path(trained)}
+    state = jax.eval_shape(partial(_new_state, cfg=cfg), trained)
     everywhere = named_sharding(mesh, ())
-
-    def sharding_of(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.sharding.Sharding:
-        name = keystr(path)
-        # A moment's path ends with the path of the parameter whose shape it has.
-        matches = (p.sharding for end, p in placed.items() if name.endswith(end) and p.shape == leaf.shape)
-        return next(matches, everywhere)
-
-    return tree_map_with_path(sharding_of, state)
+    places = jax.tree.map(lambda leaf: leaf.sharding, trained)
+    moments = optim.moments_like(_initial_optimizer(cfg, trained), state.opt_state, trained, places, everywhere)
+    rest = jax.tree.map(lambda _: everywhere, state)
+    return replace(rest, trained=places, opt_state=moments)
 
 
-def init_state(
-    params: dict[str, Tree], optimizer: optax.GradientTransformation, cfg: Config, mesh: jax.sharding.Mesh
-) -> TrainState:
+def init_state(trained: Tree, cfg: Config, mesh: jax.sharding.Mesh) -> TrainState:
     """The state before the first step, laid out over `mesh`.
 
     Args:
-      params: {"adapter": Adapter, "base": Decoder}, all of it, and the reference's adapter where it has one; the
-        optimizer looks at the labels.
+      trained: what is trained of adapter and base, see `optim.split`.
     """
-    shardings = state_shardings(params, optimizer, cfg, mesh)
+    shardings = state_shardings(trained, cfg, mesh)
     # Made in place: a moment as large as a sharded model never exists on one device.
-    opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(params)
-    state = _new_state(params, opt_state, cfg)
+    init = jax.jit(_initial_optimizer(cfg, trained).init, out_shardings=shardings.opt_state)
+    state = _new_state(trained, cfg, init(trained))
     names = ("step", "skipped", "key", "moved", "losses")
     counts = {name: place(np.asarray(getattr(state, name)), getattr(shardings, name)) for name in names}
     return replace(state, **counts)
 
 
-def abstract_state(
-    params: dict[str, Tree], optimizer: optax.GradientTransformation, cfg: Config, mesh: jax.sharding.Mesh
-) -> TrainState:
+def abstract_state(trained: Tree, cfg: Config, mesh: jax.sharding.Mesh) -> TrainState:
     """Shapes and shardings of the state, for compilation without arrays."""
-    state = jax.eval_shape(lambda p: _new_state(p, optimizer.init(p), cfg), params)
+    state = jax.eval_shape(partial(_new_state, cfg=cfg), trained)
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         state,
-        state_shardings(params, optimizer, cfg, mesh),
+        state_shardings(trained, cfg, mesh),
     )
 
 
-def _new_state(params: dict[str, Tree], opt_state: optax.OptState, cfg: Config) -> TrainState:
-    trained, _ = optim.partition(params, optim.labels(params, cfg.method))
+def _initial_optimizer(cfg: Config, trained: Tree) -> optax.GradientTransformation:
+    """The optimizer for its state, which no rate has a part in; NumPy's zeros need no device, which may be absent."""
+    nothing: Any = {"learning_rate": np.zeros(1, np.float32), "weight_decay": np.zeros((), np.float32)}
+    return optim.make_optimizer(cfg.optimizer, trained, nothing)
+
+
+def _new_state(trained: Tree, cfg: Config, opt_state: optax.OptState | None = None) -> TrainState:
+    if opt_state is None:
+        opt_state = _initial_optimizer(cfg, trained).init(trained)
     key = jax.random.key_data(jax.random.key(cfg.training.seed))
     # Three arrays, not one thrice: the step donates its state, and a buffer can be given away only once.
     step, skipped, moved = (jnp.zeros((), jnp.int32) for _ in range(3))
@@ -213,9 +189,9 @@ def _new_state(params: dict[str, Tree], opt_state: optax.OptState, cfg: Config) 
 
 
 def make_train_step(
-    cfg: Config, forward: Forward, optimizer: optax.GradientTransformation, schedule: optax.Schedule
-) -> Callable[[TrainState, Tree, dict[str, Array]], tuple[TrainState, dict[str, Array]]]:
-    """(state, frozen leaves, batch [A B T]) -> (new state, metrics); A micro-batches make one step.
+    cfg: Config, forward: Forward
+) -> Callable[[TrainState, Tree, dict[str, Array], dict[str, Array]], tuple[TrainState, dict[str, Array]]]:
+    """(state, what is frozen, batch [A B T], hyperparameters) -> (new state, metrics); A micro-batches make one step.
 
     Gradients exist for the trained leaves alone. Their sum over micro-batches and devices is divided
     once, by the number of trained tokens (or of pairs, as the objective has it) of the whole batch. A step
@@ -224,12 +200,14 @@ def make_train_step(
     """
 
     @products_in(forward.dtype)
-    def step(state: TrainState, frozen: Tree, batch: dict[str, Array]) -> tuple[TrainState, dict[str, Array]]:
+    def step(
+        state: TrainState, frozen: Tree, batch: dict[str, Array], hyper: dict[str, Array]
+    ) -> tuple[TrainState, dict[str, Array]]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         with_dropout = (cfg.method == "lora" and cfg.lora.dropout > 0.0) or forward.neftune_noise_alpha > 0.0
 
         def loss_of(trained: Tree, part: dict[str, Array], part_key: Array) -> tuple[Array, tuple[Array, Any]]:
-            params = optim.combine(trained, frozen)
+            params = optim.join(trained, frozen)
             dropout_key = part_key if with_dropout else None
             loss, count, sums = forward.loss(
                 params["base"], params["adapter"], part, dropout_key, params.get("reference")
@@ -248,12 +226,9 @@ def make_train_step(
         loss, sums, gradients = jax.tree.map(lambda x: x / count, (loss, sums, gradients))
         norm = optax.tree.norm(gradients)
 
-        # The optimizer knows the whole tree. Frozen leaves stand in for gradients that do not exist;
-        # their label discards them, and the compiler drops the zeros made in their place.
-        params = optim.combine(state.trained, frozen)
-        updates, opt_state = optimizer.update(optim.combine(gradients, frozen), state.opt_state, params)
-        trained_updates, _ = optim.partition(updates, optim.labels(params, cfg.method))
-        trained = optax.apply_updates(state.trained, trained_updates)
+        optimizer = optim.make_optimizer(cfg.optimizer, state.trained, hyper)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.trained)
+        trained = optax.apply_updates(state.trained, updates)
 
         # Not the update's norm: the squares of small changes are zero in float32.
         changes = jax.tree.map(lambda new, old: jnp.max(jnp.abs(new - old)), trained, state.trained)
@@ -265,7 +240,7 @@ def make_train_step(
         metrics = {
             "loss": loss,
             "grad_norm": norm,
-            "learning_rate": jnp.asarray(schedule(state.step - state.skipped), jnp.float32),
+            "learning_rate": hyper["learning_rate"][state.step - state.skipped],
             "trained_tokens": batch["weights"].sum(),
             "skipped_steps": state.skipped + ~accepted,
             "skip": jnp.where(finite, jnp.where(spike, 2, 0), 1),

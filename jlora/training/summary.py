@@ -9,10 +9,24 @@ from typing import Any
 
 import jax
 
-from jlora.metrics import StepMeter, read_metrics
+from jlora.data import Dataset
+from jlora.data.checks import count_sources
+from jlora.training.metrics import StepMeter, read_metrics
 
 
-def summarize(run_dir: Path, meter: StepMeter, compiled: Any) -> dict[str, Any]:
+def rows_of(train_data: Dataset, eval_data: Dataset | None) -> dict[str, Any]:
+    """What became of the rows that were read."""
+    return {
+        "read": train_data.read,
+        "used": len(train_data.examples),
+        "dropped": dict(train_data.dropped),
+        "truncated": train_data.truncated,
+        "eval": len(eval_data.examples) if eval_data else 0,
+        **({"sources": count_sources(train_data)} if train_data.parts else {}),
+    }
+
+
+def measured(run_dir: Path, meter: StepMeter, compiled: Any) -> dict[str, Any]:
     """The measured part of summary.json.
 
     Args:
@@ -92,3 +106,11 @@ def print_summary(summary: dict[str, Any], output_dir: str) -> None:
     print(f"{summary['steps']} steps, {speed}peak host memory {memory['host'] / 2**30:.2f} GiB")
     print(f"adapter: {summary['adapter']}" if summary["adapter"] else f"checkpoint: {output_dir}/checkpoints")
     print(f"report: {output_dir}/report.html")
+
+
+def print_sweep(summary: dict[str, Any]) -> None:
+    """The end of a sweep, for people."""
+    for name, run in summary["runs"].items():
+        losses = {key.replace("_", " "): run.get(key) for key in ("train_loss", "eval_loss")}
+        text = ", ".join(f"{key} {value:.4f}" for key, value in losses.items() if value is not None)
+        print(f"{name}: {run['status']} after {run['steps']} steps, {text}")

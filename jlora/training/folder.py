@@ -1,24 +1,18 @@
-"""What every run does around its steps, alone or in a sweep: its folder, its batches on the devices, its summary."""
+"""Small steps around a run: its folder, when something is due, its batches on the devices."""
 
 import os
 import sys
-import time
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 
 from jlora.config import Config
-from jlora.data import Dataset, Epochs
-from jlora.data.figures import count_sources
 from jlora.errors import ConfigError, NothingTrained
-from jlora.folders import require_own
-from jlora.metrics import StepMeter
-from jlora.pretrained import Opened
-from jlora.sharding import local_rows, place_rows
-from jlora.step import TrainState, count_parameters, count_trained
-from jlora.summary import summarize
+from jlora.files.paths import require_own
+from jlora.hf.pretrained import Opened
+from jlora.model.sharding import local_rows, place_rows
+from jlora.training.step import TrainState
 
 
 def due(every: int | None, step: int) -> bool:
@@ -42,7 +36,7 @@ def warn_of_length(cfg: Config, opened: Opened) -> None:
 
 
 def make_run_dir(cfg: Config) -> Path:
-    """Create the run folder, or take the one that is there; see `jlora.folders.require_own`."""
+    """Create the run folder, or take the one that is there; see `jlora.files.paths.require_own`."""
     run_dir = Path(cfg.output_dir)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -78,51 +72,6 @@ def batch_rows(cfg: Config, mesh: jax.sharding.Mesh) -> np.ndarray:
 
 
 def put_batch(batch: dict[str, np.ndarray], parts: int, mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
-    """This process's rows of a batch [..., B, T] -> [..., A, B / A, T] on all devices."""
-    split = {name: array.reshape(*array.shape[:-2], parts, -1, array.shape[-1]) for name, array in batch.items()}
+    """This process's rows of a batch [B, T] -> [A, B / A, T] on all devices."""
+    split = {name: array.reshape(parts, -1, array.shape[-1]) for name, array in batch.items()}
     return {name: place_rows(array, mesh) for name, array in split.items()}
-
-
-def run_summary(
-    cfg: Config,
-    step: int,
-    num_steps: int,
-    state: TrainState,
-    frozen: Any,
-    train_data: Dataset,
-    eval_data: Dataset | None,
-    epochs: Epochs,
-    identity: dict[str, Any],
-    began: float,
-    meter: StepMeter,
-    compiled: Any,
-) -> dict[str, Any]:
-    """summary.json of a run that ended at `step`.
-
-    Args:
-      began: `time.monotonic()` at its start.
-      compiled: the compiled step, or None where no step was left to take.
-    """
-    finished, run_dir = step == num_steps, Path(cfg.output_dir)
-    return {
-        "status": "finished" if finished else "preempted",
-        "steps": step,
-        "epochs": epochs.epoch_at(step),
-        "skipped_steps": int(state.skipped),
-        "rows": {
-            "read": train_data.read,
-            "used": len(train_data.examples),
-            "dropped": dict(train_data.dropped),
-            "truncated": train_data.truncated,
-            "eval": len(eval_data.examples) if eval_data else 0,
-            **({"sources": count_sources(train_data)} if train_data.parts else {}),
-        },
-        "trainable_params": count_trained(state.trained),
-        "frozen_params": count_parameters(frozen),
-        "remat": identity.get("remat", cfg.model.remat),
-        "hashes": identity["hashes"],
-        "history": identity.get("history", []),
-        "adapter": str(run_dir / "adapter") if finished and cfg.method == "lora" else None,
-        "wall_seconds": time.monotonic() - began,
-        **summarize(run_dir, meter, compiled),
-    }

@@ -1,0 +1,51 @@
+"""`python -m jlora.train --config C [key=value ...]`: train a run, or the runs of a sweep.
+
+If the run folder holds a checkpoint of the same run, training resumes from it. The story is `jlora.training.run`.
+"""
+
+from jlora import cli
+from jlora.config import load_config
+from jlora.runtime import distributed, signals, streams, supervise, xla
+from jlora.training.run import train
+from jlora.training.summary import print_summary, print_sweep
+from jlora.training.sweep import require_all, train_together
+
+
+def main() -> None:
+    """Command line."""
+    parser = cli.Parser(prog="python -m jlora.train", description="Fine-tune a Llama with LoRA.")
+    parser.add_argument("--config", required=True, help="YAML file; see docs/config.md for its keys")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a dotted config key")
+    parser.add_argument("-q", "--quiet", action="store_true", help="no progress")
+    parser.add_argument("--json", action="store_true", help="print the summary as JSON on stdout")
+    args = parser.parse_intermixed_args()
+    xla.use_huge_pages()
+
+    def body() -> int:
+        signals.end_on_signals()
+        cfg = load_config(args.config, args.overrides)
+        if distributed.expected(cfg.distributed):
+            supervise.supervise(cfg.distributed.host_timeout)
+        try:
+            with signals.listening():
+                summary = train_together(cfg, args.quiet) if cfg.sweep else train(cfg, args.quiet)
+        finally:
+            signals.ignore_signals()
+        finished = summary["status"] == "finished"
+        if distributed.is_main():
+            with streams.told(result=args.json and finished):
+                if args.json:
+                    cli.print_json(summary)
+                elif not args.quiet and cfg.sweep:
+                    print_sweep(summary)
+                elif not args.quiet:
+                    print_summary(summary, cfg.output_dir)
+        if cfg.sweep:
+            require_all(summary)
+        return 0 if finished else cli.PREEMPTED
+
+    cli.run(body, listen=False)
+
+
+if __name__ == "__main__":
+    main()

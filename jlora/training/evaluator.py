@@ -1,0 +1,76 @@
+"""The loss of held-out rows, during training and after it."""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+
+from jlora import data
+from jlora.config import DataSection
+from jlora.data import Dataset, Epochs
+from jlora.model.adapter import Adapter
+from jlora.model.llama import Decoder
+from jlora.model.sharding import local_rows, place_rows
+from jlora.training.step import Forward, make_eval_step
+
+
+class Evaluator:
+    """The objective of any base and adapter on one set of rows."""
+
+    def __init__(self, dataset: Dataset, cfg: DataSection, batch_size: int, forward: Forward, mesh: jax.sharding.Mesh):
+        self._batch_size, self._mesh = batch_size, mesh
+        self._epochs = Epochs(dataset, cfg, batch_size, seed=None)
+        self._step = make_eval_step(forward)
+        self._pairs = forward.objective.name != "sft"
+
+    def mean_loss(self, base: Decoder, adapter: Adapter) -> tuple[float, int]:
+        """Mean loss, over trained tokens in nats or over pairs, and their number."""
+        figures = self.measure(base, adapter)
+        return figures["loss"], figures["pairs" if self._pairs else "tokens"]
+
+    def measure(
+        self,
+        base: Decoder,
+        adapter: Adapter,
+        reference: Adapter | None = None,
+        on_batch: Callable[[], None] = lambda: None,
+    ) -> dict[str, Any]:
+        """{"loss", "perplexity", "tokens"} over trained tokens; of an objective on pairs {"loss", "pairs"} and rewards.
+
+        With `Forward.token_accuracy` also {"token_accuracy"}, the share of trained tokens that are the likeliest.
+
+        Args:
+          reference: as for `jlora.training.step.Forward.loss`.
+          on_batch: called after every batch.
+        """
+        totals: dict[str, float] = {}
+        for batch in self._batches():
+            on_devices = {name: place_rows(array, self._mesh) for name, array in batch.items()}
+            loss, count, sums = self._step(base, adapter, reference, on_devices)
+            for name, value in {"loss": loss, "count": count, **sums}.items():
+                totals[name] = totals.get(name, 0.0) + value.item()
+            on_batch()
+        number = totals.pop("count")
+        means = {name: value / number for name, value in totals.items()}
+        if self._pairs:
+            return means | {"pairs": int(number)}
+        return means | {"perplexity": perplexity(means["loss"]), "tokens": int(number)}
+
+    def _batches(self) -> Iterable[dict[str, Any]]:
+        rows = local_rows(self._mesh, self._batch_size)
+        return data.batches(self._epochs, self._batch_size, rows, last=self._epochs.num_batches(1))
+
+
+def describe_figures(figures: dict[str, Any]) -> str:
+    """What `Evaluator.measure` found, in a line."""
+    if "pairs" in figures:
+        right = figures["rewards/accuracies"]
+        return f"loss {figures['loss']:.4f}, {right:.1%} of {figures['pairs']} pairs the right way round"
+    right = f", {figures['token_accuracy']:.1%} right" if "token_accuracy" in figures else ""
+    return f"loss {figures['loss']:.4f}, perplexity {figures['perplexity']:.3f}{right} over {figures['tokens']} tokens"
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss), infinite where that does not fit a float."""
+    return math.exp(loss) if loss < 700.0 else math.inf
