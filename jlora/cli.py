@@ -1,27 +1,32 @@
-"""What the commands share: exit codes, and the console script `jlora SUBCOMMAND`."""
+"""What the commands share: the parser, how a command ends, and the arguments that name a model."""
 
 import argparse
 import errno
-import importlib
-import json
 import logging
-import math
 import os
 import sys
 import traceback
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
-from jlora import distributed, preemption, streams, xla
+import jax
+import jax.numpy as jnp
+
+from jlora.config import DataSection, Quantization
+from jlora.data.prompts import FORMATS
 from jlora.errors import ConfigError, HostLost, Interrupted, MemoryExceeded, Stopped, UserError
-from jlora.redaction import redact
+from jlora.files.atomic import strict_json
+from jlora.files.secrets import redact
+from jlora.hf.pretrained import Pretrained, load_pretrained, open_adapter, open_pretrained, run_config
+from jlora.model import quant
+from jlora.model.adapter import Adapter
+from jlora.runtime import distributed, signals, streams, supervise, xla
 
 # Before transformers is imported: it reports at every start that PyTorch is not there, which it need not be.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
-COMMANDS = ("train", "data", "plan", "generate", "evaluate", "effort", "export", "report", "config")
 PREEMPTED = Stopped.exit_code
 # What is wrong with the user's disk, not with us.
 FILE_ERRORS = (
@@ -73,14 +78,14 @@ def run(command: Callable[[], int | None], listen: bool = True) -> None:
         warnings.simplefilter("ignore")  # of libraries to their callers
     code, sentence = 0, ""
     try:
-        preemption.interrupt_on_signal()
-        with preemption.listening() if listen else nullcontext():
+        signals.interrupt_on_signal()
+        with signals.listening() if listen else nullcontext():
             code = command() or 0
         sys.stdout.flush()
     except Interrupted as interrupted:
-        preemption.leave(interrupted)
+        signals.leave(interrupted)
     except KeyboardInterrupt:  # insisted on
-        preemption.leave(Interrupted())
+        signals.leave(Interrupted())
     except Exception as error:
         known = explain(error)
         if known is None:
@@ -95,7 +100,7 @@ def run(command: Callable[[], int | None], listen: bool = True) -> None:
     if distributed.several():
         if code not in (0, PREEMPTED):
             distributed.end(code, sentence)
-        distributed.done(code)
+        supervise.done(code)
     sys.exit(code)
 
 
@@ -127,33 +132,48 @@ def _unraisable(stray: Any) -> None:
         sys.__unraisablehook__(stray)
 
 
-def strict_json(value: dict[str, Any]) -> str:
-    """One line of JSON; a figure that is not finite, for which JSON has no word, becomes null."""
-    return json.dumps(_finite(value), ensure_ascii=False, allow_nan=False)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def print_json(value: Any) -> None:
     """One JSON object on stdout."""
     print(strict_json(value), flush=True)
 
 
-def main() -> None:
-    """`jlora SUBCOMMAND ...` is `python -m jlora.SUBCOMMAND ...`."""
-    parser = Parser(prog="jlora", description="LoRA fine-tuning of Llama models in JAX.")
-    parser.add_argument("command", choices=COMMANDS)
-    parser.add_argument("arguments", nargs="*", default=[], help="see jlora COMMAND --help")
-    args = parser.parse_args(sys.argv[1:2])
-    sys.argv = [f"jlora {args.command}", *sys.argv[2:]]
-    importlib.import_module(f"jlora.{args.command}").main()
+def add_model_arguments(parser: argparse.ArgumentParser, format: str) -> None:
+    """The arguments of every command that runs a base with an adapter; `format` is how it reads rows by itself."""
+    parser.set_defaults(own_format=format)
+    parser.add_argument("--base", required=True, help="Hugging Face folder, .gguf file or hub name")
+    parser.add_argument("--adapter", help="run folder or PEFT LoRA folder")
+    parser.add_argument("--tokenizer", help="another folder for the tokenizer")
+    parser.add_argument("--chat-template", help="llama2, chatml or a .jinja file")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="of weights and matmuls")
+    parser.add_argument(
+        "--quantization",
+        choices=("none", *get_args(Quantization)),
+        help="hold the base's projections in fewer bits; default: as the adapter's run did, else none",
+    )
+    parser.add_argument(
+        "--format",
+        choices=FORMATS,
+        help=f"how rows are read; default: as the adapter's run did, else {format}",
+    )
+    parser.add_argument(
+        "--prompt-style", choices=("stanford", "chat"), help="how alpaca rows are written; default: as the run did"
+    )
 
 
-if __name__ == "__main__":
-    main()
+def open_model(args: argparse.Namespace, mesh: jax.sharding.Mesh) -> tuple[Pretrained, Adapter, jnp.dtype, DataSection]:
+    """Base, adapter, dtype and row format from the arguments, then from the adapter's run, then defaults."""
+    run = run_config(args.adapter)
+    chosen = {
+        "format": args.format or (run.data.format if run else args.own_format),
+        "prompt": args.prompt_style or (run.data.prompt if run else "stanford"),
+        "chat_template": args.chat_template or (run.data.chat_template if run else None),
+    }
+    section = (run.data if run else DataSection(train="-")).model_copy(update=chosen)
+    dtype = jnp.dtype(args.dtype or (run.model.dtype if run else "bfloat16"))
+    tokenizer = args.tokenizer or (run.model.tokenizer if run else None)
+    asked = args.quantization or (run.model.quantization if run else None)
+    quantization = None if asked == "none" else asked
+    quant.check_device(quantization, mesh.devices.flat[0])
+    opened = open_pretrained(args.base, tokenizer, section.chat_template)
+    pretrained = load_pretrained(opened, dtype, mesh, quantization)
+    return pretrained, open_adapter(args.adapter, pretrained), dtype, section

@@ -5,126 +5,25 @@ scored against the rows' own, and with `--compare` those of several adapters sid
 """
 
 import argparse
-import math
 import sys
-from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from jlora import attention, cli, data
-from jlora.adapter import Adapter
-from jlora.answers import Question, answer, read_questions
-from jlora.compare import write_comparison
+from jlora import cli, data
+from jlora.cli import add_model_arguments, open_model
 from jlora.config import DataSection, ObjectiveSection
-from jlora.data import Dataset, Epochs
 from jlora.errors import ConfigError
-from jlora.generate import add_model_arguments, one_device_mesh, open_model
-from jlora.model import Decoder
-from jlora.pretrained import Pretrained, make_reference, open_adapter, run_config
-from jlora.scores import describe_scores, require_scores, score
-from jlora.sharding import local_rows, place_rows
-from jlora.step import Forward, make_eval_step
-
-
-class Evaluator:
-    """The objective of any base and adapter on one set of rows."""
-
-    def __init__(self, dataset: Dataset, cfg: DataSection, batch_size: int, forward: Forward, mesh: jax.sharding.Mesh):
-        self._batch_size, self._mesh = batch_size, mesh
-        self._epochs = Epochs(dataset, cfg, batch_size, seed=None)
-        self._step = make_eval_step(forward)
-        self._pairs = forward.objective.name != "sft"
-
-    def mean_loss(self, base: Decoder, adapter: Adapter) -> tuple[float, int]:
-        """Mean loss, over trained tokens in nats or over pairs, and their number."""
-        figures = self.measure(base, adapter)
-        return figures["loss"], figures["pairs" if self._pairs else "tokens"]
-
-    def measure(
-        self,
-        base: Decoder,
-        adapter: Adapter,
-        reference: Adapter | None = None,
-        on_batch: Callable[[], None] = lambda: None,
-    ) -> dict[str, Any]:
-        """{"loss", "perplexity", "tokens"} over trained tokens; of an objective on pairs {"loss", "pairs"} and rewards.
-
-        With `Forward.token_accuracy` also {"token_accuracy"}, the share of trained tokens that are the likeliest.
-
-        Args:
-          reference: as for `jlora.step.Forward.loss`.
-          on_batch: called after every batch.
-        """
-        totals: dict[str, float] = {}
-        for batch in self._batches():
-            on_devices = {name: place_rows(array, self._mesh) for name, array in batch.items()}
-            loss, count, sums = self._step(base, adapter, reference, on_devices)
-            for name, value in {"loss": loss, "count": count, **sums}.items():
-                totals[name] = totals.get(name, 0.0) + value.item()
-            on_batch()
-        number = totals.pop("count")
-        means = {name: value / number for name, value in totals.items()}
-        if self._pairs:
-            return means | {"pairs": int(number)}
-        return means | {"perplexity": perplexity(means["loss"]), "tokens": int(number)}
-
-    def _batches(self) -> Iterable[dict[str, Any]]:
-        rows = local_rows(self._mesh, self._batch_size)
-        return data.batches(self._epochs, self._batch_size, rows, last=self._epochs.num_batches(1))
-
-
-def describe_figures(figures: dict[str, Any]) -> str:
-    """What `Evaluator.measure` found, in a line."""
-    if "pairs" in figures:
-        right = figures["rewards/accuracies"]
-        return f"loss {figures['loss']:.4f}, {right:.1%} of {figures['pairs']} pairs the right way round"
-    right = f", {figures['token_accuracy']:.1%} right" if "token_accuracy" in figures else ""
-    return f"loss {figures['loss']:.4f}, perplexity {figures['perplexity']:.3f}{right} over {figures['tokens']} tokens"
-
-
-def perplexity(loss: float) -> float:
-    """exp(loss), infinite where that does not fit a float."""
-    return math.exp(loss) if loss < 700.0 else math.inf
-
-
-def answer_and_score(
-    pretrained: Pretrained,
-    adapter: Adapter,
-    questions: list[Question],
-    *,
-    dtype: jnp.dtype,
-    max_new_tokens: int,
-    batch_size: int,
-    timed: bool = False,
-    until: tuple[str, ...] = (),
-) -> dict[str, Any]:
-    """Greedy answers with their scores.
-
-    Returns {"exact_match", "rouge_l", "chrf"} of all (see `jlora.scores.score`), "generated" (how many), "mean_tokens",
-    "seconds" and "answers", which holds {"text", "tokens", "ended"} and the scores of each. For `timed` and `until`
-    see `jlora.answers.answer`.
-    """
-    found = answer(
-        pretrained,
-        adapter,
-        [question.ids for question in questions],
-        dtype=dtype,
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
-        timed=timed,
-        until=until,
-    )
-    total, each = score(found.texts, [question.reference for question in questions])
-    answers = [
-        {"text": text, "tokens": tokens, "ended": ended} | scores
-        for text, tokens, ended, scores in zip(found.texts, found.tokens, found.ended, each, strict=True)
-    ]
-    mean = sum(found.tokens) / len(answers)
-    rest = {"generated": len(answers), "mean_tokens": mean, "seconds": found.seconds, "answers": answers}
-    return total | rest
+from jlora.evaluation.scores import answer_and_score, describe_scores, require_scores
+from jlora.hf.pretrained import make_reference, open_adapter, run_config
+from jlora.inference.answers import Question, read_questions
+from jlora.model import attention
+from jlora.model.adapter import Adapter
+from jlora.model.sharding import one_device_mesh
+from jlora.reports.answers import write_comparison
+from jlora.training.evaluator import Evaluator, describe_figures
+from jlora.training.step import Forward
 
 
 def make_parser() -> cli.Parser:
@@ -197,7 +96,7 @@ def main() -> None:
                 run = run_config(args.adapter)
                 if names or run is None or run.objective.name == "sft":
                     raise ConfigError("rows of preference are measured as a run on pairs does; give it as --adapter")
-                objective, reference = run.objective, make_reference(run, pretrained)
+                objective, reference = run.objective, make_reference(run, pretrained, mesh)
             dataset = data.tokenize(args.data, pretrained.tokenizer, section)
             device, head_dim = mesh.devices.flat[0], pretrained.base.cfg.head_dim
             _, kernel = attention.choose("auto", device, head_dim, section.max_length, dtype, section.one_segment)

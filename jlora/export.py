@@ -13,22 +13,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jlora import cli, streams, verify
-from jlora.adapter import Adapter
-from jlora.atomic import new_folder
-from jlora.checkpoint import Checkpoints
-from jlora.combine import COMBINATIONS, combine_adapters
+from jlora import cli
 from jlora.config import Config
 from jlora.errors import ConfigError, ModelError
-from jlora.generate import one_device_mesh
+from jlora.files.atomic import new_folder
+from jlora.hf import verify
 from jlora.hf.architecture import parse_config
-from jlora.initial import new_adapter
-from jlora.merge import TOLERANCE
-from jlora.merge import merge as merge_run
-from jlora.model import Decoder, LlamaConfig, abstract_decoder
-from jlora.pretrained import load_pretrained, open_adapter, open_pretrained, run_config
-from jlora.sharding import named_sharding
-from jlora.step import place_adapter
+from jlora.hf.pretrained import load_pretrained, open_adapter, open_pretrained, run_config
+from jlora.model.adapter import Adapter, layer_scales, with_scales, without_scales
+from jlora.model.adapter_init import new_adapter
+from jlora.model.adapter_merge import COMBINATIONS, combine_adapters
+from jlora.model.llama import Decoder, LlamaConfig, abstract_decoder, place_adapter
+from jlora.model.sharding import named_sharding, one_device_mesh
+from jlora.runtime import streams
+from jlora.training.checkpoint import Checkpoints
+from jlora.training.merge import TOLERANCE
+from jlora.training.merge import merge as merge_run
 
 # The proof is in float32, where rounding can not hide a mistake.
 PROOF_DTYPE = jnp.dtype("float32")
@@ -57,17 +57,19 @@ def restore(
             f"{run_dir}: was trained on another base (tensors {saved[:12]}..., {cfg.model.path} has "
             f"{base_hash[:12]}...)"
         )
-    like: dict[str, Any] = {"adapter": {}, "base": None}
     if cfg.method == "lora":
-        adapter = jax.eval_shape(lambda: new_adapter(cfg.lora, model, cfg.training.seed))
-        like["adapter"] = place_adapter(adapter, model, mesh)
+        fresh = jax.eval_shape(lambda: without_scales(new_adapter(cfg.lora, model, cfg.training.seed))[0])
+        adapter = checkpoints.restore_trained(step, {"adapter": place_adapter(fresh, model, mesh)})["adapter"]
+        layers = model.num_hidden_layers
+        scales = {name: jnp.asarray(layer_scales(cfg.lora, name, layers)) for name in cfg.lora.targets}
+        restored = with_scales(adapter, scales), None
     else:
         whole = named_sharding(mesh, ())
         decoder = abstract_decoder(model, jnp.dtype("float32"))
-        like["base"] = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole), decoder)
-    trained = checkpoints.restore_trained(step, like)
+        like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole), decoder)
+        restored = {}, checkpoints.restore_trained(step, {"base": like})["base"]
     checkpoints.close()
-    return step, trained["adapter"], trained["base"]
+    return step, *restored
 
 
 def export(
@@ -77,7 +79,7 @@ def export(
 
     Raises:
       ModelError: no such checkpoint, another base, or an export that does not compute what the run does.
-      MemoryExceeded, ConfigError: see `jlora.merge.require_room`.
+      MemoryExceeded, ConfigError: see `jlora.training.merge.require_room`.
     """
     cfg = run_config(run_dir)
     if cfg is None:
@@ -136,7 +138,7 @@ def export_combined(
       weighted: FOLDER=WEIGHT of each adapter.
 
     Raises:
-      ConfigError, ModelError: see `jlora.combine`; or no base, or a weight that is no number.
+      ConfigError, ModelError: see `jlora.model.adapter_merge`; or no base, or a weight that is no number.
     """
     if base is None:
         raise ConfigError("--adapters needs --base, the base that they were trained on")

@@ -1,6 +1,6 @@
 """`python -m jlora.plan`: what a run takes on hardware that is not there, before anything is rented.
 
-Prints and draws what `jlora.compiled` finds, with its price by `jlora.cost`; `--search` looks for a faster layout.
+Prints and draws what `jlora.planning` finds, with its price; `--search` looks for a faster layout.
 """
 
 import argparse
@@ -15,15 +15,15 @@ from rich.console import Console
 from rich.table import Table
 
 from jlora import cli
-from jlora.compiled import plan
 from jlora.config import Config, load_config
-from jlora.cost import add_time, count_data
 from jlora.errors import ConfigError, MemoryExceeded
-from jlora.memory_plot import draw, require_matplotlib
-from jlora.remedy import find_remedy, sentence
-from jlora.search import search
-from jlora.topology import KNOWN, Target, compiler_logs_off, prepare
-from jlora.topology import resolve as resolve_topology
+from jlora.planning.compiled import plan
+from jlora.planning.cost import add_time, count_data
+from jlora.planning.search import search
+from jlora.planning.suggest import find_remedy, sentence
+from jlora.planning.topology import KNOWN, Target, compiler_logs_off, prepare
+from jlora.planning.topology import resolve as resolve_topology
+from jlora.reports.memory import draw, require_matplotlib
 
 UTILIZATIONS = (0.2, 0.3, 0.4, 0.5)
 COMPILATIONS = 16

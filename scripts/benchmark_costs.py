@@ -82,7 +82,7 @@ def _dense_flops(args: argparse.Namespace, folder: Path) -> float:
     import jax
 
     from jlora.config import load_config
-    from jlora.sharding import make_mesh
+    from jlora.model.sharding import make_mesh
 
     cfg = load_config(folder / "ours.yaml", args.overrides)
     mesh = make_mesh(cfg.mesh, jax.devices())
@@ -96,8 +96,9 @@ def needed_flops(cfg: Any, mesh: Any) -> float:
     The jaxpr is that over the reference attention, which computes the whole square: 4 products forward and
     backward, each twice, of [T H] x [H T] for every head.
     """
-    from jlora.compiled import model_shape, step_flops
-    from jlora.step import make_forward
+    from jlora.hf.pretrained import model_shape
+    from jlora.planning.compiled import step_flops
+    from jlora.training.step import make_forward
 
     model = model_shape(cfg.model.path)
     square = cfg.training.batch_size * cfg.data.max_length**2 * model.num_attention_heads * model.head_dim

@@ -24,7 +24,7 @@ def prepare(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Writes base, adapter, our config, the rows and which belong to what part to `folder`.
 
     Raises:
-      DataError, ModelError: rows or tokenizer are not usable, see `jlora.data` and `jlora.tokens`.
+      DataError, ModelError: rows or tokenizer are not usable, see `jlora.data` and `jlora.data.tokens`.
     """
     rows = _instruction_rows(args) if args.mode == "rows" else _random_rows(args)
 
@@ -80,8 +80,8 @@ def _instruction_rows(args: argparse.Namespace) -> Rows:
     """Rows of `--data` in a random order, by the tokenizer and the prompt that a run of jlora would use."""
     from jlora import data
     from jlora.config import DataSection
+    from jlora.data.tokens import load_tokenizer
     from jlora.errors import ConfigError
-    from jlora.tokens import load_tokenizer
 
     tokenizer = load_tokenizer(args.tokenizer, None)
     if tokenizer.vocab_size > args.vocab:
@@ -151,11 +151,11 @@ class Ours:
         """Args: cfg: Config; base: Decoder on the devices of `mesh`, base_hash: of its files."""
         import jax
 
-        from jlora import optim
-        from jlora.adapter import init_adapter
         from jlora.hf.peft import load_adapter
-        from jlora.model import projection_shapes
-        from jlora.step import init_state, make_forward, make_train_step, place_adapter
+        from jlora.model.adapter import init_adapter
+        from jlora.model.llama import place_adapter, projection_shapes
+        from jlora.training import optim
+        from jlora.training.step import init_state, make_forward, make_train_step
 
         self.cfg, self.mesh, self.compiled = cfg, mesh, None
         self.kernel, self.forward = make_forward(cfg, base.cfg, mesh)
@@ -164,31 +164,30 @@ class Ours:
         else:
             adapter = load_adapter(Path(cfg.lora.init_from), base.cfg, base_hash, cfg.lora.dropout)
         params = {"adapter": place_adapter(adapter, base.cfg, mesh), "base": base}
-        labels = optim.labels(params, cfg.method)
-        num_steps = cfg.training.max_steps
-        optimizer = optim.make_optimizer(cfg.optimizer, num_steps, labels)
-        self.state = init_state(params, optimizer, cfg, mesh)
-        _, self.frozen = optim.partition(params, labels)
-        step = make_train_step(cfg, self.forward, optimizer, optim.learning_rate(cfg.optimizer, num_steps))
+        trained, self.frozen = optim.split(params, cfg.method)
+        self.state = init_state(trained, cfg, mesh)
+        self.hyper = optim.hyperparameters(cfg.optimizer, cfg.training.max_steps)
+        step = make_train_step(cfg, self.forward)
         self.step = jax.jit(step, donate_argnums=0)
 
     def train(self, rows: Rows) -> dict[str, Any]:
         """One pass over the rows, in their order; what is not computing (packing, batching) is in the seconds."""
         import jax
 
-        from jlora import data, train
-        from jlora.prompts import Example
-        from jlora.summary import peak_memory
+        from jlora import data
+        from jlora.data.prompts import Example
+        from jlora.training import folder
+        from jlora.training.summary import peak_memory
 
         cfg, losses = self.cfg, []
         began = time.perf_counter()
         dataset = data.Dataset([Example(*row) for row in rows], len(rows))
         epochs = data.Epochs(dataset, cfg.data, cfg.training.batch_size, None)
         for batch in data.batches(epochs, cfg.training.batch_size, last=epochs.num_batches(1)):
-            on_device = train.put_batch(batch, cfg.training.gradient_accumulation_steps, self.mesh)
+            on_device = folder.put_batch(batch, cfg.training.gradient_accumulation_steps, self.mesh)
             if self.compiled is None:
-                self.compiled = self.step.lower(self.state, self.frozen, on_device).compile()
-            self.state, metrics = self.compiled(self.state, self.frozen, on_device)
+                self.compiled = self.step.lower(self.state, self.frozen, on_device, self.hyper).compile()
+            self.state, metrics = self.compiled(self.state, self.frozen, on_device, self.hyper)
             losses.append(metrics["loss"])
         jax.block_until_ready(self.state)
         seconds = time.perf_counter() - began
@@ -202,9 +201,9 @@ def open_ours(folder: Path, overrides: list[str]) -> tuple[Any, Any, str, Any]:
     import jax.numpy as jnp
 
     from jlora.config import load_config
-    from jlora.hf.base import open_source
     from jlora.hf.load import load_base
-    from jlora.sharding import make_mesh
+    from jlora.hf.source import open_source
+    from jlora.model.sharding import make_mesh
 
     cfg = load_config(folder / "ours.yaml", overrides)
     mesh = make_mesh(cfg.mesh, jax.devices())

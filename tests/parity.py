@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-from jlora import attention
-from jlora.adapter import Adapter
-from jlora.generate import one_device_mesh
-from jlora.hf.base import open_source
 from jlora.hf.load import load_base
-from jlora.model import Decoder
+from jlora.hf.source import open_source
+from jlora.model import attention
+from jlora.model.adapter import Adapter
+from jlora.model.llama import Decoder
+from jlora.model.sharding import one_device_mesh
 
 LENGTH = 24
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from jlora.config import DataSection
 from jlora.data import Epochs, batches, tokenize
-from jlora.tokens import load_tokenizer
+from jlora.data.tokens import load_tokenizer
 
 BATCHES = 3000
 

@@ -49,9 +49,9 @@ import json, re, sys, time
 from pathlib import Path
 import jax, jax.numpy as jnp, numpy as np
 from jlora.config import MeshSection
-from jlora.hf.base import open_source
+from jlora.hf.source import open_source
 from jlora.hf.load import load_base
-from jlora.sharding import make_mesh
+from jlora.model.sharding import make_mesh
 def status(key):
     return int(re.search(key + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 small, folder, sizes = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])

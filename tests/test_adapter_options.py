@@ -18,20 +18,21 @@ from shared_data import SHARED
 from tiny import make_llama, make_qwen2, make_tokenizer
 from transformers import AutoModelForCausalLM
 
-from jlora import attention, optim, verify
-from jlora.adapter import Adapter, Lora, Saved, layer_ranks, project, weight_norm
 from jlora.config import PROJECTIONS, Config, LoraSection
 from jlora.errors import ConfigError, ModelError
 from jlora.export import export_combined
-from jlora.generate import one_device_mesh
-from jlora.hf import weights
-from jlora.hf.base import open_source
+from jlora.hf import verify, weights
 from jlora.hf.merged import save_checkpoint, untied
 from jlora.hf.peft import CONFIG, load_adapter, save_adapter
+from jlora.hf.source import open_source
 from jlora.hf.weights import Merged, Stored
-from jlora.initial import check_options, complete, new_adapter
-from jlora.quant import dequantize, quantize
-from jlora.step import Forward, init_state, make_train_step
+from jlora.model import attention
+from jlora.model.adapter import Adapter, Lora, Saved, layer_ranks, project, weight_norm
+from jlora.model.adapter_init import check_options, complete, new_adapter
+from jlora.model.quant import dequantize, quantize
+from jlora.model.sharding import one_device_mesh
+from jlora.training import optim
+from jlora.training.step import Forward, init_state, make_train_step
 
 RANKS = {"rank_pattern": {"q_proj": 2, r"layers\.1\.mlp\.(up|down)_proj": 7}}
 ALPHAS = {"alpha_pattern": {"layers.0.self_attn.v_proj": 3.5, "down_proj": 16.0}}
@@ -250,12 +251,11 @@ def our_curve(cfg: Config, base, adapter: Adapter, forward: Forward) -> tuple[li
     """Losses of each step on whole rows, and the adapter after them."""
     mesh = one_device_mesh()
     params = {"adapter": adapter, "base": base}
-    labels = optim.labels(params, "lora")
-    optimizer = optim.make_optimizer(cfg.optimizer, STEPS, labels)
-    _, frozen = optim.partition(params, labels)
+    trained, frozen = optim.split(params, "lora")
+    hyper = optim.hyperparameters(cfg.optimizer, STEPS)
     with jax.set_mesh(mesh):
-        state = init_state(params, optimizer, cfg, mesh)
-        step = jax.jit(make_train_step(cfg, forward, optimizer, optim.learning_rate(cfg.optimizer, STEPS)))
+        state = init_state(trained, cfg, mesh)
+        step = jax.jit(make_train_step(cfg, forward))
         losses = []
         for tokens in batches(base.cfg.vocab_size):
             targets = np.roll(tokens, -1, axis=1)
@@ -264,9 +264,9 @@ def our_curve(cfg: Config, base, adapter: Adapter, forward: Forward) -> tuple[li
             positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
             batch = {"tokens": tokens, "targets": targets, "weights": weights, "positions": positions}
             batch |= {"segments": np.ones_like(tokens)}
-            state, metrics = step(state, frozen, {key: value[None] for key, value in batch.items()})
+            state, metrics = step(state, frozen, {key: value[None] for key, value in batch.items()}, hyper)
             losses.append(float(metrics["loss"]))
-    return losses, optim.combine(state.trained, frozen)["adapter"]
+    return losses, optim.join(state.trained, frozen)["adapter"]
 
 
 def torch_curve(model: torch.nn.Module, vocab_size: int, ratio: float | None) -> list[float]:
@@ -341,8 +341,8 @@ def test_dora_drops_inputs_as_peft_does(monkeypatch):
     layer.lora_magnitude_vector["default"].weight.data = torch.tensor(m, dtype=torch.float32)
     keep = draw.uniform(size=x.shape) < 0.6
     layer.lora_dropout["default"].forward = lambda x: x * torch.tensor(keep) / 0.6
-    monkeypatch.setattr("jlora.adapter.jax.random.bernoulli", lambda *_: jnp.asarray(keep))
-    ours = Lora(*(jnp.asarray(v, jnp.float32) for v in (a, b)), 1.5, 0.4, magnitude=jnp.asarray(m, jnp.float32))
+    monkeypatch.setattr("jlora.model.adapter.jax.random.bernoulli", lambda *_: jnp.asarray(keep))
+    ours = Lora(*(jnp.asarray(v, jnp.float32) for v in (a, b, 1.5)), 0.4, magnitude=jnp.asarray(m, jnp.float32))
     found = project(
         "btd,df->btf", jnp.asarray(x, jnp.float32), jnp.asarray(weight, jnp.float32), ours, jax.random.key(0)
     )
@@ -358,10 +358,10 @@ def test_dora_on_a_quantised_weight(kind):
     a, b = (jnp.asarray(draw.normal(size=shape), jnp.float32) for shape in ((64, 2), (2, 3, 4)))
     dense = np.asarray(dequantize(leaf, jnp.dtype("float32"))) + 1.5 * np.einsum("dr,rnh->dnh", a, b)
     norm = np.linalg.norm(dense, axis=0)
-    found = weight_norm(leaf, Lora(a, b, 1.5, 0.0), jnp.dtype("float32"))
+    found = weight_norm(leaf, Lora(a, b, jnp.float32(1.5), 0.0), jnp.dtype("float32"))
     np.testing.assert_allclose(found, norm, rtol=1e-5)
     x = jnp.asarray(draw.normal(size=(1, 5, 64)), jnp.float32)
-    lora = Lora(a, b, 1.5, 0.0, magnitude=jnp.ones((3, 4)))
+    lora = Lora(a, b, jnp.float32(1.5), 0.0, magnitude=jnp.ones((3, 4)))
     np.testing.assert_allclose(
         project("btd,dnh->btnh", x, leaf, lora, None), np.einsum("btd,dnh->btnh", x, dense / norm), rtol=1e-4, atol=1e-5
     )
@@ -399,7 +399,7 @@ def test_neftune_is_noise_of_the_paper_s_size_in_training_alone(opened):
     first, again, other = (float(jax.jit(noisy.loss)(base, {}, batch, jax.random.key(k))[0]) for k in (0, 0, 1))
     assert first == again and len({first, other, losses[0]}) == 3
 
-    from jlora.model import embedding_noise
+    from jlora.model.llama import embedding_noise
 
     x = jnp.zeros((2, 24, 48))
     noise = np.asarray(embedding_noise(jax.random.key(0), x, 5.0))

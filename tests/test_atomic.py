@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from jlora import atomic
 from jlora.errors import ModelError
+from jlora.files import atomic
 
 ROOT = Path(__file__).parents[1]
 
@@ -158,7 +158,7 @@ def test_one_of_ours_is_replaced_and_one_of_others_too_is_kept(tmp_path, capsys)
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from jlora import atomic
+from jlora.files import atomic
 number, target, seen = int(sys.argv[1]), Path(sys.argv[2]), []
 def hook(event, args):
     changes = event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir") or (event == "open" and "x" in str(args[1]))

@@ -15,15 +15,15 @@ from test_verify import grown
 from tiny import make_llama, make_tokenizer
 from transformers import AutoModelForCausalLM
 
-from jlora import verify
-from jlora.compiled import model_shape
 from jlora.errors import ModelError
 from jlora.export import export
-from jlora.generate import one_device_mesh
-from jlora.hf.base import SafetensorsFolder, base_fingerprint, open_source
+from jlora.files.atomic import new_folder
+from jlora.hf import verify
 from jlora.hf.load import hash_base
+from jlora.hf.pretrained import load_pretrained, model_shape, open_pretrained
+from jlora.hf.source import SafetensorsFolder, base_fingerprint, open_source
 from jlora.hf.weights import Stored
-from jlora.pretrained import load_pretrained, open_pretrained
+from jlora.model.sharding import one_device_mesh
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 HEAD, TABLE = "lm_head.weight", "model.embed_tokens.weight"
@@ -147,9 +147,9 @@ def test_verify_sees_a_base_that_was_misread(how, tied, tmp_path, monkeypatch):
     float32, mesh = jnp.dtype("float32"), one_device_mesh()
     pretrained = load_pretrained(open_pretrained(str(folder), None, None), float32, mesh)
     section, adapter = grown(pretrained)
-    verify.export_adapter(tmp_path / "out", adapter, section, "base", pretrained, float32, mesh)
-    with pytest.raises(ModelError, match="logits that differ") as refused:
-        verify.compare_with_peft(tmp_path / "out", adapter, pretrained)
+    with pytest.raises(ModelError, match="logits that differ") as refused, new_folder(tmp_path / "out") as made:
+        verify.write_adapter(made, adapter, section, "base", pretrained, float32, mesh)
+        verify.compare_with_peft(made, adapter, pretrained)
     assert refused.value.exit_code == 4 and not (tmp_path / "out").exists()
 
 

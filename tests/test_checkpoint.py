@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jlora import manifest
-from jlora.checkpoint import Checkpoints, flatten
 from jlora.errors import ConfigError, ModelError
-from jlora.identity import FREE_KEYS, check_identity, flatten_config
-from jlora.step import TrainState
+from jlora.files import manifest
+from jlora.training.checkpoint import Checkpoints, flatten
+from jlora.training.identity import FREE_KEYS, check_identity, flatten_config
+from jlora.training.step import TrainState
 
 IDENTITY = {"config": {"lora.rank": 4}, "hashes": {"base": "abc", "eval": None}}
 
@@ -390,3 +390,11 @@ def test_free_keys_are_keys_of_the_config():
 
     tree = {"model": {"path": "m"}, "data": {"train": "t"}, "output_dir": "o"}
     assert FREE_KEYS <= flatten_config(Config.model_validate(tree).model_dump()).keys()
+
+
+def test_a_key_that_came_with_a_newer_version_counts_as_its_default(tmp_path):
+    newer = {**IDENTITY, "config": IDENTITY["config"] | {"training.samples": 0, "sweep_halving": False}}
+    assert check_identity(tmp_path, 4, IDENTITY, newer, []) == []
+    newer["config"]["training.samples"] = 3
+    with pytest.raises(ModelError, match="config.training.samples: 0 -> 3"):
+        check_identity(tmp_path, 4, IDENTITY, newer, [])

@@ -13,16 +13,16 @@ import pytest
 from jax.tree_util import keystr, tree_leaves_with_path
 from tiny import make_llama
 
-from jlora import attention, quant
-from jlora.adapter import init_adapter
-from jlora.attention import gpu, tiles, tpu
 from jlora.config import LoraSection
-from jlora.generate import one_device_mesh
-from jlora.hf.base import open_source
 from jlora.hf.load import load_base
-from jlora.model import projection_shapes
-from jlora.remat import LADDER
-from jlora.step import Forward
+from jlora.hf.source import open_source
+from jlora.model import attention, quant
+from jlora.model.adapter import init_adapter
+from jlora.model.attention import gpu, tiles, tpu
+from jlora.model.llama import projection_shapes
+from jlora.model.remat import LADDER
+from jlora.model.sharding import one_device_mesh
+from jlora.training.step import Forward
 
 FLOAT32 = jnp.dtype("float32")
 LENGTH = 256

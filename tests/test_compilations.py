@@ -4,9 +4,9 @@ import jax
 import pytest
 from tiny import make_completions, make_llama, make_tokenizer, write_config
 
-import jlora.train
+import jlora.training.run
 from jlora.config import load_config
-from jlora.train import train
+from jlora.training.run import train
 
 COMPILED = "/jax/core/compile/backend_compile_duration"  # also where the program came from a cache
 
@@ -37,13 +37,13 @@ def test_nothing_is_compiled_after_the_first_step(tmp_path, monkeypatch, compila
             **{"data": data, "training": {"batch_size": 3, "max_steps": 10, "eval_every": 2, "save_every": 3}},
         )
     )
-    before_each_step, put = [], jlora.train.put_batch
+    before_each_step, put = [], jlora.training.run.put_batch
 
     def counted(*arguments):
         before_each_step.append(len(compilations))
         return put(*arguments)
 
-    monkeypatch.setattr(jlora.train, "put_batch", counted)
+    monkeypatch.setattr(jlora.training.run, "put_batch", counted)
     assert train(cfg, quiet=True)["steps"] == 10 == len(before_each_step)
     # The evaluation before the first step and the first step itself; the tenth ends past the end of an epoch.
     assert 0 < before_each_step[0] < before_each_step[1]

@@ -2,7 +2,7 @@
 
 `train` has no dry run; what stands for it is all that it checks of a config before it reads weights: the schema,
 the entries of a sweep, the mesh, the split of a batch, the adapter's options on the model's shape, and the whole
-training step's state and arguments made as shapes (`jlora.compiled.held_bytes`, as the planner does).
+training step's state and arguments made as shapes (`jlora.planning.compiled.held_bytes`, as the planner does).
 """
 
 import json
@@ -13,13 +13,13 @@ import pytest
 import yaml
 from test_cli import here, one_sentence  # noqa: F401, a fixture
 
-from jlora.compiled import held_bytes
 from jlora.config import Config, load_config, variants
-from jlora.config.convert import convert, describe_notes
+from jlora.config.convert.convert import convert, describe_notes
 from jlora.config.reference import json_schema
 from jlora.errors import ConfigError
 from jlora.hf.architecture import parse_config
-from jlora.topology import Target
+from jlora.planning.compiled import held_bytes
+from jlora.planning.topology import Target
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted((Path(__file__).parent / "configs_of_peers").glob("*.yaml"))
@@ -227,7 +227,7 @@ def test_every_key_of_a_file_is_accounted_for():
     path = next(path for path in FILES if path.stem == "axolotl_own_columns_fp16")
     given = yaml.safe_load(path.read_text(encoding="utf-8"))
     given |= {"a_key_of_next_year": 3, "lisa_n_layers": 4}
-    from jlora.config import axolotl
+    from jlora.config.convert import axolotl
 
     out = axolotl.convert(given, 1)
     unknown = [note.key for note in out.notes if "does not know" in note.why]

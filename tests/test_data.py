@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 from tiny import make_tokenizer
 
-import jlora.rows
+import jlora.data.rows
 from jlora import data
 from jlora.config import DataSection
 from jlora.data import Dataset, Epochs, batches, hold_out, pack, pack_row, tokenize
+from jlora.data.prompts import Example
+from jlora.data.rows import BadRow, read_rows
+from jlora.data.tokens import load_tokenizer
 from jlora.errors import DataError
-from jlora.prompts import BadRow, Example
-from jlora.rows import read_rows
-from jlora.tokens import load_tokenizer
 
 ROWS = [{"prompt": f"{i}:", "completion": "x" * (1 + i % 5), "id": i} for i in range(7)]
 GOOD = json.dumps(ROWS[0]).encode()
@@ -277,7 +277,7 @@ def test_bad_row_of_an_array_and_of_parquet(tmp_path, tokenizer):
 
 
 def test_line_that_is_no_line(tmp_path, monkeypatch):
-    monkeypatch.setattr(jlora.rows, "MAX_ROW_BYTES", 1 << 10)
+    monkeypatch.setattr(jlora.data.rows, "MAX_ROW_BYTES", 1 << 10)
     path = write(tmp_path / "rows.jsonl", GOOD + b"\n" + b'{"prompt": "' + b"x" * 2000 + b'"}\n' + GOOD)
     good, bad, after = read_rows(str(path), "train")
     assert bad.where == "rows.jsonl:2" and bad.value.message.startswith("the line is longer than")

@@ -16,11 +16,11 @@ import pytest
 from safetensors.numpy import load_file
 from tiny import make_completions, make_llama, make_tokenizer, write_config
 
-from jlora import distributed
 from jlora.config import load_config
 from jlora.errors import Stopped
-from jlora.metrics import read_metrics
-from jlora.train import train
+from jlora.runtime import supervise
+from jlora.training.metrics import read_metrics
+from jlora.training.run import train
 
 ROOT = Path(__file__).parents[1]
 NUM_STEPS, SAVE_EVERY, HOST_TIMEOUT = 9, 3, 10
@@ -132,8 +132,9 @@ def require_the_same(run_dir, alone):
 LATE_REPORT = f"""
 import time
 from jlora import train
-write = train.write_report
-train.write_report = lambda run_dir: (time.sleep({HOST_TIMEOUT + 5}), write(run_dir))
+from jlora.training import run
+write = run.write_report
+run.write_report = lambda run_dir: (time.sleep({HOST_TIMEOUT + 5}), write(run_dir))
 train.main()
 """
 
@@ -143,7 +144,7 @@ LATE_LEAVE = f"""
 import atexit, time
 from jlora import train
 late = lambda: atexit.register(time.sleep, {HOST_TIMEOUT + 10})
-train.preemption.ignore_signals = lambda: train.distributed.is_main() or late()
+train.signals.ignore_signals = lambda: train.distributed.is_main() or late()
 train.main()
 """
 
@@ -205,7 +206,8 @@ def test_four_processes_the_first_is_killed_and_one_process_goes_on(material, al
 READS_LONG = """
 import time
 from jlora import train
-train.read_data = lambda *args: (print("reading", flush=True), time.sleep(300))
+from jlora.training import run
+run.read_data = lambda *args: (print("reading", flush=True), time.sleep(300))
 train.main()
 """
 
@@ -251,19 +253,19 @@ def test_a_stuck_process_is_noticed_and_named(material, tmp_path):
     # The first step compiles, for longer than this test wants to wait for the third.
     stuck = """
 import sys, time
-import jlora.train
-beat = jlora.train.distributed.Watch.beat
+import jlora.train, jlora.training.run
+beat = jlora.training.run.Watch.beat
 def soon(self, step):
     self._step_timeout = 8 if step >= 2 else 600
     beat(self, step)
-jlora.train.distributed.Watch.beat = soon
-put_batch, calls = jlora.train.put_batch, []
+jlora.training.run.Watch.beat = soon
+put_batch, calls = jlora.training.run.put_batch, []
 def hang(*args):
     calls.append(1)
     if len(calls) == 3 and "distributed.process_id=1" in sys.argv:
         time.sleep(1000)
     return put_batch(*args)
-jlora.train.put_batch = hang
+jlora.training.run.put_batch = hang
 jlora.train.main()
 """
     run_dir = tmp_path / "run"
@@ -287,10 +289,10 @@ def test_a_stopped_child_is_ended():
     child = subprocess.Popen(["sleep", "1"])
     child.send_signal(signal.SIGSTOP)
     threading.Timer(0.3, child.send_signal, (signal.SIGCONT,)).start()
-    assert distributed._wait_for(child.pid, 5.0) == (0, False)
+    assert supervise._wait_for(child.pid, 5.0) == (0, False)
     child = subprocess.Popen(["sleep", "100"])
     child.send_signal(signal.SIGSTOP)
-    assert distributed._wait_for(child.pid, 0.5) == (-signal.SIGKILL, True)
+    assert supervise._wait_for(child.pid, 0.5) == (-signal.SIGKILL, True)
     assert time.monotonic() - started < 10
 
 
@@ -328,12 +330,12 @@ def test_a_host_that_differs_is_refused_by_all(material, tmp_path, name, code, w
             (folders[1] / "rows.jsonl").write_text("\n".join(lines), encoding="utf-8")
         case "library":
             body = (
-                "import sys, jlora.summary as s; v = s.importlib.metadata.version\n"
+                "import sys, jlora.training.summary as s; v = s.importlib.metadata.version\n"
                 "if 'distributed.process_id=1' in sys.argv:\n"
                 "    s.importlib.metadata.version = lambda name: '0.0.1' if name == 'optax' else v(name)\n" + TRAIN
             )
         case "folder":
-            output, body = Path("run"), f"import jlora.distributed as d; d.SHARED_SECONDS = 2.0; {TRAIN}"
+            output, body = Path("run"), f"import jlora.runtime.distributed as d; d.SHARED_SECONDS = 2.0; {TRAIN}"
     overrides = (f"output_dir={output}", "data.train=rows.jsonl", "mesh.fsdp=2", "-q")
     overrides += ("model.path=base",) if name == "base" else ()
     job = Job(material / "run.yaml", 2, 1, *overrides, own=own, folders=folders, code=body)
@@ -367,7 +369,7 @@ def test_nobody_else_starts(material):
 
 JOIN = """
 import sys
-from jlora import distributed
+from jlora.runtime import distributed
 from jlora.config import DistributedSection
 assert distributed.expected(DistributedSection())
 distributed.start(DistributedSection(start_timeout=60, host_timeout=10))

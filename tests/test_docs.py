@@ -22,10 +22,12 @@ import pytest
 from load_script import load_script
 from tiny import make_llama, make_rows, make_tokenizer, write_config
 
-from jlora import cli, xla
+from jlora import cli
+from jlora.__main__ import COMMANDS as MODULES
 from jlora.config import load_config
-from jlora.tokens import CHAT_TEMPLATES
-from jlora.train import train
+from jlora.data.tokens import CHAT_TEMPLATES
+from jlora.runtime import xla
+from jlora.training.run import train
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -158,7 +160,7 @@ def parse(module, arguments, monkeypatch, capfd):
     monkeypatch.setattr(xla, "use_huge_pages", lambda: None)
     monkeypatch.setattr(sys, "argv", [module, *arguments])
     try:
-        importlib.import_module(module).main()
+        importlib.import_module(MODULES.get(module.removeprefix("jlora."), module)).main()
     except SystemExit as exit:
         assert not exit.code, capfd.readouterr().err
 
@@ -259,7 +261,7 @@ def test_command_runs_on_tiny_inputs(words, world, tmp_path, monkeypatch, capfd)
     monkeypatch.setattr(sys, "stdin", io.StringIO(""))
     monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
     with pytest.raises(SystemExit) as exit:
-        importlib.import_module(module).main()
+        importlib.import_module(MODULES.get(module.removeprefix("jlora."), module)).main()
     assert not exit.value.code, capfd.readouterr().err
 
 
@@ -285,7 +287,7 @@ def test_notebook_runs_on_the_tiny_model(world, tmp_path, monkeypatch, capfd):
         assert words[:2] == ["python", "-m"], line
         monkeypatch.setattr(sys, "argv", [module, *shlex.split(line)[3:]])
         with pytest.raises(SystemExit) as exit:
-            importlib.import_module(module).main()
+            importlib.import_module(MODULES.get(module.removeprefix("jlora."), module)).main()
         assert not exit.value.code, capfd.readouterr().err
 
     for cell in notebook["cells"]:

@@ -14,13 +14,16 @@ from test_report import Page
 from tiny import make_completions, make_llama, make_tokenizer, write_config
 from transformers import AutoModelForCausalLM
 
-from jlora import effort, effort_page, strategies
-from jlora.config import DataSection
+from jlora import effort as command_line
+from jlora.config import DataSection, load_config
+from jlora.data.tokens import load_tokenizer
 from jlora.errors import NonFiniteError
-from jlora.strategies import Strategy, ask, choose
-from jlora.tokens import load_tokenizer
+from jlora.evaluation import effort, strategies
+from jlora.evaluation.strategies import Strategy, ask, choose
+from jlora.reports import effort as effort_page
+from jlora.runtime import xla
 
-HOSTILE = "</pre><script>alert(1)</script><b>\"'&\x00"
+HOSTILE = "</pre><script>alert(1)</script><b>\"'&\x00\x1b\u202e\u2066"
 
 
 @pytest.fixture(scope="module")
@@ -44,12 +47,12 @@ def world(tmp_path_factory):
 @pytest.fixture
 def here(monkeypatch, capfd):
     """The command in this process: (exit code, stdout, stderr)."""
-    monkeypatch.setattr(effort.xla, "use_huge_pages", lambda: None)
+    monkeypatch.setattr(xla, "use_huge_pages", lambda: None)
 
     def run(*arguments):
         monkeypatch.setattr("sys.argv", ["jlora.effort", *map(str, arguments)])
         with pytest.raises(SystemExit) as exit:
-            effort.main()
+            command_line.main()
         return (exit.value.code or 0, *capfd.readouterr())
 
     return run
@@ -62,7 +65,7 @@ def command(world, *more):
 @pytest.fixture(scope="module")
 def done(world):
     """A whole report; of 1000 rows there are twelve."""
-    cfg = effort.load_config(world / "config.yaml")
+    cfg = load_config(world / "config.yaml")
     options = effort.Options([cfg.model.path], [1000], [2], 100, 4, 4, None)
     result, failures, stopped = effort.effort(cfg, options, quiet=True)
     assert not failures and not stopped
@@ -119,7 +122,7 @@ def test_what_is_done_is_not_done_again(world, done, here, monkeypatch):
 
     effort_judge = effort.judge
     monkeypatch.setattr(effort, "judge", judge)
-    monkeypatch.setattr(effort, "train", lambda cfg, quiet: trained.append(cfg.output_dir))
+    monkeypatch.setattr(effort, "train", lambda cfg, quiet, shared: trained.append(cfg.output_dir))
     code, out, err = here(*command(world, "--rows", "1000", "--price", 2, "--json"))
     assert (code, err, judged, trained) == (0, "", [], [])
     again = json.loads(out)
@@ -137,11 +140,8 @@ def test_what_is_done_is_not_done_again(world, done, here, monkeypatch):
     assert shown.problems == []
     for record in done["results"]:
         assert record["name"] in shown.text and f"{record['loss']:.4f}" in shown.text
-    ids = [attrs["id"] for _, attrs in shown.tags if "id" in attrs]
-    assert len(set(ids)) == len(ids)
-    pointed = [a.get("xlink:href") or a.get("clip-path") or "" for _, a in shown.tags]
-    pointed = [re.sub(r"url\(|\)|#", "", one) for one in pointed if one]
-    assert len(pointed) > 20 and {*pointed} <= {*ids}  # marks and clips are found
+    assert len(shown.charts()) == 4
+    assert [tag for tag, _ in shown.tags].count("circle") == 4 * len(again["results"]) + 4  # each in every chart
     picture = (world / "out" / "effort.png").read_bytes()
     assert picture.startswith(b"\x89PNG") and len(picture) > 20_000
 
@@ -150,14 +150,14 @@ def test_a_stopped_and_a_failed_fine_tuning(world, here, tmp_path, monkeypatch):
     monkeypatch.setattr(effort, "judge", lambda *_: pytest.fail("nothing is there to judge"))
     summary = {"status": "preempted", "wall_seconds": 60.0, "steps": 1, "epochs": 0.1, "trainable_params": 5}
     summary["tokens"] = {"total": 7}
-    monkeypatch.setattr(effort, "train", lambda cfg, quiet: summary)
+    monkeypatch.setattr(effort, "train", lambda cfg, quiet, shared: summary)
     where = f"output_dir={tmp_path}/out"
     assert here(*command(world, "--rows", 3, where))[0] == 75
     assert here(*command(world, "--rows", 3, where))[0] == 75
     (record,) = json.loads((tmp_path / "out" / "effort.json").read_text())["results"]
     assert record["training"]["seconds"] == 120.0 and not record["training"]["finished"]
 
-    def fail(cfg, quiet):
+    def fail(cfg, quiet, shared):
         raise NonFiniteError("the loss is not finite")
 
     judged = []
@@ -201,7 +201,7 @@ def test_several_bases_with_hostile_names(tmp_path):
     shown = Page(page)
     assert shown.problems == [] and "alert(1)" in shown.text and "1,234" in shown.text and "1.5" in shown.text
     assert not {tag for tag, _ in shown.tags} & {"script", "b", "link", "img"} and "\x00" not in page
-    assert not re.search(r"https?://(?!www\.w3\.org/)", page)
+    assert not re.search("https?:|[\x1b\u202a-\u202e\u2066-\u2069]", page)
     assert all(not name.startswith("on") for _, attrs in shown.tags for name in attrs)
 
 
@@ -286,7 +286,7 @@ def test_rows_that_all_bases_can_use_and_none_twice(world, tmp_path):
     lines = (world / "rows.jsonl").read_text().splitlines()
     (tmp_path / "train.jsonl").write_text("\n".join([*lines, lines[0], '{"prompt": "a"}']) + "\n")
     (tmp_path / "eval.jsonl").write_text("\n".join(lines[:3]) + "\n")
-    cfg = effort.load_config(
+    cfg = load_config(
         world / "config.yaml",
         [f"data.train={tmp_path}/train.jsonl", f"data.eval={tmp_path}/eval.jsonl", "data.on_bad_row=skip"],
     )
@@ -303,7 +303,7 @@ def test_rows_that_all_bases_can_use_and_none_twice(world, tmp_path):
     # Fewer rows are the first of more, and the order is the seed's.
     files = effort.write_rows(tmp_path / "data", rows, choose([], [2, 5], 100))
     assert files["rows-5"].read_text().startswith(files["rows-2"].read_text())
-    other_seed = effort.load_config(world / "config.yaml", ["training.seed=1"])
-    default = effort.load_config(world / "config.yaml")
+    other_seed = load_config(world / "config.yaml", ["training.seed=1"])
+    default = load_config(world / "config.yaml")
     drawn = [strategies.split_rows(c, [tokenizer], 9) for c in (default, default, other_seed)]
     assert drawn[0] == drawn[1] != drawn[2]

@@ -13,13 +13,17 @@ from peft import LoraConfig, get_peft_model
 from test_report import Page
 from tiny import make_completions, make_llama, make_tokenizer
 
-from jlora import answers, compare, page, scores
-from jlora.answers import Question
 from jlora.config import DataSection
+from jlora.data.prompts import encode_prompt, encode_row, reference_answer, shown_prompt
+from jlora.data.rows import BadRow
 from jlora.errors import ConfigError, DataError
-from jlora.generate import one_device_mesh
-from jlora.pretrained import load_pretrained, open_adapter, open_pretrained
-from jlora.prompts import BadRow, encode_prompt, encode_row, reference_answer, shown_prompt
+from jlora.evaluation import scores
+from jlora.hf.pretrained import load_pretrained, open_adapter, open_pretrained
+from jlora.inference import answers
+from jlora.inference.answers import Question
+from jlora.model.sharding import one_device_mesh
+from jlora.reports import answers as answers_page
+from jlora.reports import page
 
 HOSTILE = "</pre><script>alert(1)</script><img src=x onerror='x()'>\"'&amp;\x00\x1b[31m\ud800 \u202e</style>"
 
@@ -205,7 +209,7 @@ def test_hostile_rows_stay_text(tmp_path):
     answer = {"text": HOSTILE, "ended": False, "exact_match": 0.0, "rouge_l": 0.1, "chrf": 2.0, "tokens": 3}
     results = [{"model": HOSTILE, "loss": math.inf, "rouge_l": 0.5, "answers": [answer]}] * 2
     file = tmp_path / "page.html"
-    compare.write_comparison(file, HOSTILE, results, [Question(HOSTILE, [1], HOSTILE)])
+    answers_page.write_comparison(file, HOSTILE, results, [Question(HOSTILE, [1], HOSTILE)])
     text = file.read_text(encoding="utf-8")
     shown = Page(text)
     assert shown.problems == []
@@ -214,7 +218,7 @@ def test_hostile_rows_stay_text(tmp_path):
         *("table", "thead", "tbody", "tr", "th", "td", "article", "small", "div"),
     }
     assert shown.text.count("alert(1)") == text.count("alert(1)") >= 6
-    assert not re.search("[\x00\x1b\ud800]", text)
+    assert not re.search("[\x00\x1b\ud800\u202e]", text)
     assert all(not name.startswith("on") for _, attrs in shown.tags for name in attrs)
 
 

@@ -7,17 +7,18 @@ import jax
 import pytest
 from tiny import make_completions, make_llama, make_tokenizer, write_config
 
-import jlora.compiled
-import jlora.preemption
+import jlora.planning.compiled
+import jlora.runtime.signals
 import jlora.train
-from jlora import fitting
-from jlora.compiled import held_bytes, plan
 from jlora.config import load_config
-from jlora.layouts import Layout, saved_bytes, with_settings
-from jlora.model import LlamaConfig
-from jlora.remat import LADDER
-from jlora.topology import Target
-from jlora.train import train
+from jlora.model.llama import LlamaConfig
+from jlora.model.remat import LADDER
+from jlora.planning.compiled import held_bytes, plan
+from jlora.planning.layouts import with_settings
+from jlora.planning.topology import Target
+from jlora.training import auto_remat
+from jlora.training.layout import Layout, saved_bytes
+from jlora.training.run import train
 
 SHAPE = LlamaConfig(
     **{"vocab_size": 512, "hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 24, "head_dim": 32},
@@ -71,9 +72,9 @@ def test_auto_takes_the_first_that_fits(ladder, monkeypatch, chosen):
 
     room = temporaries(plans[chosen]) if chosen != "full" else 0
     held = held_bytes(with_settings(cfg, {"model.remat": "full"}), target, SHAPE)
-    target = dataclasses.replace(target, capacity=(held + room) / (1 - fitting.HEADROOM) + 1)
+    target = dataclasses.replace(target, capacity=(held + room) / (1 - auto_remat.HEADROOM) + 1)
     cfg = with_settings(cfg, {"model.remat": "auto"})
-    monkeypatch.setattr(jlora.compiled, "plan", known)
+    monkeypatch.setattr(jlora.planning.compiled, "plan", known)
     result = plan(cfg, target, SHAPE)
     assert result["remat"] == chosen and asked == ON_CPU[: ON_CPU.index(chosen) + 1][-len(asked) :]
     assert len(asked) == 1 or chosen != "full"  # where there is no room at all, arithmetic says so
@@ -83,11 +84,11 @@ def test_auto_takes_the_first_that_fits(ladder, monkeypatch, chosen):
 def test_what_a_container_allows_counts(tmp_path, monkeypatch, files, free):
     for name, text in ({"current": "4000", "stat": "anon 3000\ninactive_file 500\n"} | files).items():
         (tmp_path / f"memory.{name}").write_text(text)
-    monkeypatch.setattr(fitting, "CGROUP", tmp_path)
+    monkeypatch.setattr(auto_remat, "CGROUP", tmp_path)
     machine = tmp_path / "meminfo"
     machine.write_text("MemTotal: 16 kB\nMemAvailable:    7 kB\n")
-    monkeypatch.setattr(fitting, "MEMINFO", machine)
-    assert fitting.free_bytes(jax.devices()[:1]) == pytest.approx((7168 if free == 7000 else free) * 0.95, abs=1)
+    monkeypatch.setattr(auto_remat, "MEMINFO", machine)
+    assert auto_remat.free_bytes(jax.devices()[:1]) == pytest.approx((7168 if free == 7000 else free) * 0.95, abs=1)
 
 
 def test_a_run_goes_on_with_the_policy_it_took(tmp_path, monkeypatch):
@@ -99,8 +100,8 @@ def test_a_run_goes_on_with_the_policy_it_took(tmp_path, monkeypatch):
     config = write_config(tmp_path / "c.yaml", tmp_path / "base", rows, tmp_path / "run", data=section)
 
     def run(free, name, stop_after):
-        monkeypatch.setattr(fitting, "free_bytes", lambda devices: free)
-        monkeypatch.setattr(jlora.preemption, "save_on_signals", lambda: lambda step: step == stop_after)
+        monkeypatch.setattr(auto_remat, "free_bytes", lambda devices: free)
+        monkeypatch.setattr(jlora.runtime.signals, "save_on_signals", lambda: lambda step: step == stop_after)
         return train(load_config(config, ["model.remat=auto", f"output_dir={tmp_path / name}"]), quiet=True)
 
     stopped = run(2**40, "run", stop_after=2)

@@ -25,16 +25,16 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from tiny import make_llama, make_tokenizer
 
-from jlora.adapter import init_adapter
 from jlora.config import Config, DataSection, LoraSection, load_config
 from jlora.data import tokenize
+from jlora.data.tokens import CHAT_TEMPLATES, load_tokenizer
 from jlora.errors import ConfigError, DataError, ModelError, UserError
 from jlora.hf.architecture import parse_config
-from jlora.hf.base import base_fingerprint, check_names, open_source
 from jlora.hf.peft import load_adapter, save_adapter
-from jlora.model import projection_shapes
-from jlora.pretrained import find_adapter
-from jlora.tokens import CHAT_TEMPLATES, load_tokenizer
+from jlora.hf.pretrained import find_adapter
+from jlora.hf.source import base_fingerprint, check_names, open_source
+from jlora.model.adapter import init_adapter
+from jlora.model.llama import projection_shapes
 
 FEW, MANY, PARTS = 100, 10_000, 4
 SEED = int(os.environ.get("JLORA_FUZZ_SEED", "0"))

@@ -1,4 +1,4 @@
-"""`jlora.gguf` on files written by the `gguf` package, with tensors as llama.cpp's converter has them."""
+"""`jlora.hf.gguf` on files written by the `gguf` package, with tensors as llama.cpp's converter has them."""
 
 import subprocess
 import sys
@@ -14,7 +14,7 @@ from shared_data import SMOLLM2, needs_smollm2
 from tokenizers.pre_tokenizers import ByteLevel
 
 from jlora.errors import ModelError
-from jlora.gguf import GGUFFile
+from jlora.hf.gguf import GGUFFile
 
 HIDDEN, FFN, LAYERS, HEADS, KV_HEADS, HEAD_DIM = 64, 96, 2, 4, 2, 16
 LLAMA = {
@@ -228,7 +228,7 @@ def test_works_without_torch_and_jax(path: Path) -> None:
     write(path)
     code = (
         "import sys; sys.modules['torch'] = sys.modules['jax'] = None\n"
-        "from pathlib import Path; from jlora.gguf import GGUFFile\n"
+        "from pathlib import Path; from jlora.hf.gguf import GGUFFile\n"
         "f = GGUFFile(Path(sys.argv[1])); [f.read(n) for n in f.shapes]; f.tokenizer()('hello')"
     )
     run = subprocess.run([sys.executable, "-c", code, str(path)], check=False, capture_output=True, text=True)

@@ -11,13 +11,13 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from tiny import make_llama, make_tokenizer, write_config
 
-import jlora.preemption
-import jlora.train
+import jlora.runtime.signals
+import jlora.training.run
 from jlora.config import load_config
 from jlora.errors import ModelError, NonFiniteError, NothingTrained
-from jlora.metrics import read_metrics
-from jlora.step import FEWEST_LOSSES, LOSS_WINDOW, is_spike
-from jlora.train import train
+from jlora.training.metrics import read_metrics
+from jlora.training.run import train
+from jlora.training.step import FEWEST_LOSSES, LOSS_WINDOW, is_spike
 
 # The order of the rows in the first epoch; in step 20 comes the one that is unlike all others.
 ORDER = (np.random.default_rng([0, 0]).permutation(24) + 1).tolist()
@@ -61,7 +61,7 @@ def adapter_bytes(folder):
 
 def poison(monkeypatch, *steps):
     """The loss of these steps of the next run is NaN."""
-    real, taken = jlora.train.put_batch, []
+    real, taken = jlora.training.run.put_batch, []
 
     def put_batch(batch, parts, mesh):
         taken.append(None)
@@ -69,7 +69,7 @@ def poison(monkeypatch, *steps):
             batch = batch | {"weights": np.full_like(batch["weights"], np.nan)}
         return real(batch, parts, mesh)
 
-    monkeypatch.setattr(jlora.train, "put_batch", put_batch)
+    monkeypatch.setattr(jlora.training.run, "put_batch", put_batch)
 
 
 def test_case_6_step_of_nan_is_skipped_counted_and_named(tiny, tmp_path, monkeypatch, capsys):
@@ -104,7 +104,7 @@ def test_case_6_spike_is_skipped_alike_in_one_run_and_in_one_gone_on_with(tiny, 
 
     # Stopped right before the spike, the losses that tell it come from the checkpoint.
     with monkeypatch.context() as patched:
-        patched.setattr(jlora.preemption, "save_on_signals", lambda: lambda step: step == 19)
+        patched.setattr(jlora.runtime.signals, "save_on_signals", lambda: lambda step: step == 19)
         assert train(configure(tiny, halves, spike), quiet=True)["steps"] == 19
     assert train(configure(tiny, halves, spike), quiet=True)["status"] == "finished"
     assert skips(halves) == skips(whole) and adapter_bytes(halves) == adapter_bytes(whole)
@@ -153,14 +153,14 @@ def test_case_6_run_whose_updates_are_lost_is_no_success(tiny, tmp_path):
 
 def test_case_6_adapter_that_is_not_finite_is_never_exported(tiny, tmp_path, monkeypatch):
     """Should one come about in spite of the guards."""
-    real = jlora.train.require_trained
+    real = jlora.training.run.require_trained
 
     def spoil(state):
         real(state)
         lora = state.trained["adapter"]["q_proj"]
         object.__setattr__(lora, "lora_b", lora.lora_b.at[0].set(jnp.nan))
 
-    monkeypatch.setattr(jlora.train, "require_trained", spoil)
+    monkeypatch.setattr(jlora.training.run, "require_trained", spoil)
     with pytest.raises(ModelError, match="the adapter of q_proj is not finite, so nothing was written") as caught:
         train(configure(tiny, tmp_path, ["training.max_steps=1"]), quiet=True)
     assert caught.value.exit_code == 4

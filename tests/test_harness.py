@@ -11,8 +11,9 @@ from shared_data import SHARED, needs_data
 from tiny import make_completions, make_llama, make_tokenizer
 from transformers import AutoModelForCausalLM
 
-from jlora import harness
+from jlora import harness as command
 from jlora.errors import ConfigError
+from jlora.evaluation import harness
 
 
 def test_without_the_library_it_says_so(monkeypatch, capsys):
@@ -20,7 +21,7 @@ def test_without_the_library_it_says_so(monkeypatch, capsys):
     with pytest.raises(ConfigError, match=r"needs lm_eval, which is not installed; pip install 'jlora\[harness\]'"):
         harness.JloraLM("base")
     with pytest.raises(SystemExit) as exit:
-        harness.main()
+        command.main()
     assert exit.value.code == 2 and capsys.readouterr().err.count("\n") == 1
 
 

@@ -21,12 +21,12 @@ from safetensors.torch import save_file as save_torch
 from tiny import LLAMA3_ROPE, copy_folder, make_llama
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig
 
-from jlora.atomic import new_folder
 from jlora.errors import ModelError
+from jlora.files.atomic import new_folder
 from jlora.hf import merged
 from jlora.hf.architecture import parse_config
-from jlora.hf.base import check_names, open_source, resolve
 from jlora.hf.merged import save_checkpoint
+from jlora.hf.source import check_names, open_source, resolve
 from jlora.hf.weights import Trained
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -17,19 +17,20 @@ from safetensors.numpy import load_file, save_file
 from tiny import copy_folder, make_completions, make_llama, make_tokenizer, write_config
 
 import jlora.train
-from jlora import cli, confined
-from jlora.adapter import init_adapter
+from jlora import cli
 from jlora.config import Config, DataSection, LoraSection, load_config
 from jlora.data import Epochs, tokenize
+from jlora.data.rows import MAX_ROW_BYTES
+from jlora.data.tokens import load_tokenizer
 from jlora.errors import ConfigError, DataError, ModelError
+from jlora.files import sandbox
+from jlora.files.secrets import HIDDEN, find_secret, redact
 from jlora.hf.architecture import parse_config
-from jlora.hf.base import check_names, open_source
 from jlora.hf.peft import load_adapter, save_adapter
-from jlora.model import projection_shapes
-from jlora.pretrained import run_config
-from jlora.redaction import HIDDEN, find_secret, redact
-from jlora.rows import MAX_ROW_BYTES
-from jlora.tokens import load_tokenizer
+from jlora.hf.pretrained import run_config
+from jlora.hf.source import check_names, open_source
+from jlora.model.adapter import init_adapter
+from jlora.model.llama import projection_shapes
 
 GOOD = b'{"prompt": "a", "completion": "b"}\n'
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -181,7 +182,7 @@ def test_case_24_parquet_text_that_is_not_utf8(tmp_path, tokenizer):
 MEASURE = """
 import resource, sys
 from jlora.errors import DataError
-from jlora.rows import read_rows
+from jlora.data.rows import read_rows
 kind, path = sys.argv[1:]
 with open(path, "wb") as file:
     if kind == "nested":
@@ -435,7 +436,7 @@ MESSAGES = [{"role": "user", "content": "a"}]
 @pytest.mark.parametrize("name", [*TEMPLATES, *GREEDY])
 def test_case_28_chat_template_runs_in_a_bounded_sandbox(base, tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(confined, "SECONDS", 0.2)
+    monkeypatch.setattr(sandbox, "SECONDS", 0.2)
     template = write(tmp_path / "evil.jinja", (TEMPLATES.get(name) or GREEDY[name]).encode())
     tokenizer = load_tokenizer(base, str(template))
     began = time.monotonic()

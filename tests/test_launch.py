@@ -19,9 +19,10 @@ import yaml
 from jax._src.clusters import ClusterEnv, cloud_tpu_cluster, cluster
 from tiny import make_llama, make_rows, make_tokenizer, write_config
 
-from jlora import cli, distributed
+from jlora import cli
 from jlora.config import Config, load_config
 from jlora.errors import HostLost, UserError
+from jlora.runtime import distributed
 
 ROOT = Path(__file__).parents[1]
 LAUNCH = ROOT / "scripts/launch"

@@ -23,12 +23,12 @@ from test_gguf import write as write_gguf
 from tiny import copy_folder, make_llama
 
 from jlora.errors import ModelError
-from jlora.generate import one_device_mesh
-from jlora.hf import base as bases
+from jlora.hf import source as bases
 from jlora.hf.architecture import parse_config
-from jlora.hf.base import base_fingerprint, open_source
 from jlora.hf.load import load_base
 from jlora.hf.names import name_table
+from jlora.hf.source import base_fingerprint, open_source
+from jlora.model.sharding import one_device_mesh
 
 ROOT = Path(__file__).parents[1]
 WEIGHTS = "model.safetensors"
@@ -43,10 +43,10 @@ from jlora.config import MeshSection
 from jlora.errors import UserError
 from jlora.hf import load
 from jlora.hf.architecture import parse_config
-from jlora.hf.base import open_source
+from jlora.hf.source import open_source
 from jlora.hf.load import load_base
 from jlora.hf.names import name_table
-from jlora.sharding import make_mesh, named_sharding
+from jlora.model.sharding import make_mesh, named_sharding
 
 def expected(folder, dtype):
     source = open_source(Path(folder))

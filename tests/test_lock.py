@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from jlora import lock
 from jlora.errors import ConfigError
+from jlora.files import lock
 
 ROOT = Path(__file__).parents[1]
 
@@ -21,7 +21,9 @@ def impatient(monkeypatch):
     monkeypatch.setattr(lock, "WAIT_SECONDS", 0.0)
 
 
-HOLD = "import signal, sys; from pathlib import Path; from jlora import lock\nwith lock.held(Path(sys.argv[1])):\n"
+HOLD = (
+    "import signal, sys; from pathlib import Path; from jlora.files import lock\nwith lock.held(Path(sys.argv[1])):\n"
+)
 HOLD += "    print('held', flush=True); signal.pause()"
 
 

@@ -17,20 +17,20 @@ from safetensors.numpy import load_file, save_file
 from test_gguf import write as write_gguf
 from tiny import OFF_DEFAULT, make_completions, make_llama, make_tokenizer, write_config
 
-from jlora import fitting, merge, optim, verify
-from jlora.checkpoint import Checkpoints
 from jlora.config import load_config
 from jlora.errors import ConfigError, MemoryExceeded, ModelError
 from jlora.export import export
-from jlora.generate import one_device_mesh
-from jlora.hf import weights
+from jlora.hf import verify, weights
 from jlora.hf.architecture import parse_config
-from jlora.hf.base import open_source
 from jlora.hf.load import hash_base
 from jlora.hf.names import name_table
-from jlora.initial import new_adapter
-from jlora.step import init_state
-from jlora.train import train
+from jlora.hf.source import open_source
+from jlora.model.adapter_init import new_adapter
+from jlora.model.sharding import one_device_mesh
+from jlora.training import auto_remat, merge, optim
+from jlora.training.checkpoint import Checkpoints
+from jlora.training.run import train
+from jlora.training.step import init_state
 
 ROOT = Path(__file__).parents[1]
 
@@ -44,11 +44,10 @@ def make_run(folder: Path, base: Path, *overrides: str) -> Path:
     source = open_source(base)
     adapter = new_adapter(cfg.lora, parse_config(source.config, "base"), 0)
     grown = {name: dataclasses.replace(part, lora_b=part.lora_b + 0.02) for name, part in adapter.items()}
-    params = {"adapter": grown, "base": {}}
-    optimizer = optim.make_optimizer(cfg.optimizer, 1, optim.labels(params, "lora"))
+    trained, _ = optim.split({"adapter": grown, "base": {}}, "lora")
     checkpoints = Checkpoints(folder / "checkpoints", 1)
     identity = {"hashes": {"base": hash_base(source, "base")}}
-    checkpoints.save(1, init_state(params, optimizer, cfg, one_device_mesh()), {}, identity, None)
+    checkpoints.save(1, init_state(trained, cfg, one_device_mesh()), {}, identity, None)
     checkpoints.close()
     return folder
 
@@ -181,13 +180,13 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(run, tmp_path, 
         **{"num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 128},
     )
     assert merge.needed_memory(cfg, large) / 2**30 == pytest.approx(1.75 + 0.77 + 0.5, abs=0.01)
-    monkeypatch.setattr(fitting, "free_host_bytes", lambda: 400 * 2**20)
+    monkeypatch.setattr(auto_remat, "free_host_bytes", lambda: 400 * 2**20)
     with pytest.raises(
         MemoryExceeded, match="takes 0.5 GiB of the host's memory, and 0.4 GiB are available"
     ) as refused:
         export(run, tmp_path / "out", None, True, None, False)
     assert refused.value.exit_code == 5
-    monkeypatch.setattr(fitting, "free_host_bytes", lambda: 2**40)
+    monkeypatch.setattr(auto_remat, "free_host_bytes", lambda: 2**40)
     monkeypatch.setattr(merge.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     with pytest.raises(ConfigError, match="takes 0.0 GiB in bfloat16, and 0.0 GiB are free"):
         export(run, tmp_path / "out", None, True, "bfloat16", False)

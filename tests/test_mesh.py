@@ -16,8 +16,8 @@ from shared_data import SHARED, needs_data
 from tiny import make_completions, make_llama, make_tokenizer, write_config
 
 from jlora.config import load_config
-from jlora.metrics import read_metrics
-from jlora.train import train
+from jlora.training.metrics import read_metrics
+from jlora.training.run import train
 
 ROOT = Path(__file__).parents[1]
 MESHES = {
@@ -44,11 +44,11 @@ for folder, sizes in meshes.items():
 SPLASH = """
 import numpy as np, jax, jax.numpy as jnp
 from functools import partial
-from jlora import attention
-from jlora.attention import interface, tpu
+from jlora.model import attention
+from jlora.model.attention import interface, tpu
 from jlora.config import MeshSection
 from jlora.errors import ConfigError
-from jlora.sharding import make_mesh
+from jlora.model.sharding import make_mesh
 tpu.MAX_SPLASH_BLOCK = 128
 rng = np.random.default_rng(0)
 q, k, v = (jnp.asarray(rng.standard_normal((4, 256, n, 64)), jnp.float32) for n in (4, 2, 2))

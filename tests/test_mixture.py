@@ -12,11 +12,11 @@ from tiny import make_completions, make_llama, make_tokenizer, write_config
 
 from jlora.config import Source, load_config
 from jlora.data import Epochs, batches, hold_out, read_data
-from jlora.data.figures import count_sources
+from jlora.data.checks import count_sources
 from jlora.data.mixture import join
+from jlora.data.tokens import load_tokenizer
 from jlora.errors import ConfigError, DataError
-from jlora.tokens import load_tokenizer
-from jlora.train import train
+from jlora.training.run import train
 
 
 def mixture(sizes, weights):

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from jlora import objective
-from jlora.objective import chunked_cross_entropy, correct_tokens, next_token_loss
+from jlora.training import objective
+from jlora.training.objective import chunked_cross_entropy, correct_tokens, next_token_loss
 
 VOCAB, WIDTH = 37, 12
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from load_script import load_script
 
-from jlora.compiled import SHAPES
 from jlora.config import load_config
+from jlora.hf.pretrained import SHAPES
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted(path for path in (ROOT / "configs").glob("*.yaml") if path.name.startswith("llama2"))

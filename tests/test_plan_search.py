@@ -13,16 +13,19 @@ import pytest
 import yaml
 from tiny import make_llama, make_rows, make_tokenizer, write_config
 
-from jlora import layouts, memory_plot, search
-from jlora.compiled import fresh, model_shape
 from jlora.config import load_config
-from jlora.counts import collective_bytes
-from jlora.divides import check_divides
 from jlora.errors import ConfigError
-from jlora.layouts import Layout, smallest
-from jlora.remedy import find_remedy, sentence
-from jlora.roofline import estimate
-from jlora.topology import GPUS, Gpu, Target, read_gpu
+from jlora.hf.pretrained import model_shape
+from jlora.model.divisibility import check_divides
+from jlora.planning import layouts, search
+from jlora.planning.compiled import fresh
+from jlora.planning.flops import collective_bytes
+from jlora.planning.layouts import smallest
+from jlora.planning.roofline import estimate
+from jlora.planning.suggest import find_remedy, sentence
+from jlora.planning.topology import GPUS, Gpu, Target, read_gpu
+from jlora.reports import memory
+from jlora.training.layout import Layout
 
 # A peak for tests of order alone.
 TARGET = Target("gpu:a:4", "gpu", [None] * 4, 80, 1e12, 1e11, 1e10)
@@ -302,7 +305,7 @@ def test_search_from_the_command_line(config):
 
 def remedy_of(monkeypatch, config, capacity, per_row, *overrides, spread=60.0):
     cfg, target, calls = fake(monkeypatch, config, capacity, per_row, spread)
-    monkeypatch.setattr("jlora.remedy.larger", lambda target: iter(()))
+    monkeypatch.setattr("jlora.planning.suggest.larger", lambda target: iter(()))
     now = Layout(1, 4, 1, "dots", None, 2, 8)
     settings = now.settings() | dict(word.split("=") for word in overrides)
     cfg = load_config(config, ["data.max_length=512", *layouts.as_overrides(settings)])
@@ -410,21 +413,21 @@ def test_one_picture_shows_every_topology(config, tmp_path):
     assert [result["topology"] for result in results] == ["cpu:1", "cpu:2"]
     assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     one = tmp_path / "one.png"
-    memory_plot.draw(results[:1], one)
+    memory.draw(results[:1], one)
     heights = [int.from_bytes(file.read_bytes()[20:24], "big") for file in (one, path)]
     assert heights[0] < heights[1]  # a row more
 
 
 def test_bars_end_at_the_peak(config):
     result = json.loads(plan(config, "--topology", "cpu:1", "--json").stdout)
-    assert math.isclose(sum(memory_plot._ours(result).values()) * 2**30, result["peak_bytes"])
-    assert math.isclose(sum(memory_plot._full(result).values()) * 2**30, result["naive"]["total"])
+    assert math.isclose(sum(memory._ours(result).values()) * 2**30, result["peak_bytes"])
+    assert math.isclose(sum(memory._full(result).values()) * 2**30, result["naive"]["total"])
 
 
 def test_without_matplotlib_one_sentence(monkeypatch):
-    monkeypatch.setattr(memory_plot.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(memory.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install 'jlora\[plot\]'"):
-        memory_plot.require_matplotlib()
+        memory.require_matplotlib()
 
 
 def test_a_plan_compiles_anew():

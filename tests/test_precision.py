@@ -11,15 +11,17 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jlora import attention, verify
-from jlora.adapter import Lora, weight_norm
-from jlora.compiled import abstract_step
 from jlora.config import Config
-from jlora.counts import subjaxprs
-from jlora.generate import Sampling, decode, one_device_mesh, prefill
-from jlora.initial import principal
-from jlora.model import LlamaConfig, abstract_decoder
-from jlora.step import Forward, make_eval_step, make_forward
+from jlora.hf import verify
+from jlora.inference.generate import Sampling, decode, prefill
+from jlora.model import attention
+from jlora.model.adapter import Lora, weight_norm
+from jlora.model.adapter_init import principal
+from jlora.model.llama import LlamaConfig, abstract_decoder
+from jlora.model.sharding import one_device_mesh
+from jlora.planning.compiled import abstract_step
+from jlora.planning.flops import subjaxprs
+from jlora.training.step import Forward, make_eval_step, make_forward
 
 FLOAT32, BFLOAT16 = jnp.dtype("float32"), jnp.dtype("bfloat16")
 IN_FULL = (jax.lax.Precision.HIGHEST,) * 2
@@ -144,6 +146,6 @@ def test_every_product_of_an_initialisation(init):
 def test_every_product_of_a_norm(dtype):
     """In float32, but of a bfloat16 weight, whose product with A is one of bfloat16."""
     weight, a, b = jnp.zeros((8, 12), dtype), jnp.zeros((8, 2)), jnp.zeros((2, 12))
-    found = traced(lambda w, a, b: weight_norm(w, Lora(a, b, 1.0, 0.0), dtype), weight, a, b)
+    found = traced(lambda w, a, b: weight_norm(w, Lora(a, b, jnp.float32(1.0), 0.0), dtype), weight, a, b)
     in_full, not_in_full = (frozenset([FLOAT32]), True), (frozenset([BFLOAT16]), False)
     assert found == ({in_full: 3} if dtype == FLOAT32 else {in_full: 2, not_in_full: 1})

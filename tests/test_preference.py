@@ -15,17 +15,18 @@ from shared_data import SHARED, needs_data, read_rows
 from tiny import make_llama, make_tokenizer, write_config
 
 import jlora.evaluate
-from jlora import attention, data
-from jlora.adapter import init_adapter
+from jlora import data
 from jlora.config import DataSection, LoraSection, ObjectiveSection, load_config
+from jlora.data.tokens import load_tokenizer
 from jlora.errors import ConfigError, DataError
 from jlora.hf.peft import save_adapter
-from jlora.metrics import read_metrics
-from jlora.model import projection_shapes
-from jlora.preference import pair_loss
-from jlora.step import Forward
-from jlora.tokens import load_tokenizer
-from jlora.train import train
+from jlora.model import attention
+from jlora.model.adapter import init_adapter
+from jlora.model.llama import projection_shapes
+from jlora.training.metrics import read_metrics
+from jlora.training.preference import pair_loss
+from jlora.training.run import train
+from jlora.training.step import Forward
 
 STORIES = SHARED / "stories260K"
 LENGTH, AT_ONCE = 96, 25  # of one sequence; pairs

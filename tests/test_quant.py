@@ -19,24 +19,24 @@ from shared_data import SHARED, needs_data
 from test_mesh import RUNS, losses, run_on_eight
 from tiny import make_completions, make_llama, make_tokenizer, write_config
 
-from jlora import quant
-from jlora.adapter import init_adapter, project
-from jlora.attention import reference
 from jlora.config import DataSection, LoraSection, load_config
 from jlora.data import tokenize
+from jlora.data.tokens import load_tokenizer
 from jlora.errors import ConfigError
-from jlora.evaluate import Evaluator
 from jlora.export import export
-from jlora.generate import one_device_mesh
-from jlora.hf.base import open_source
 from jlora.hf.load import load_base
 from jlora.hf.merged import save_checkpoint
 from jlora.hf.names import name_table, to_hf
+from jlora.hf.source import open_source
 from jlora.hf.weights import Dequantized
-from jlora.model import LlamaConfig, abstract_decoder, projection_shapes
-from jlora.step import Forward, count_parameters
-from jlora.tokens import load_tokenizer
-from jlora.train import train
+from jlora.model import quant
+from jlora.model.adapter import init_adapter, project
+from jlora.model.attention import reference
+from jlora.model.llama import LlamaConfig, abstract_decoder, projection_shapes
+from jlora.model.sharding import one_device_mesh
+from jlora.training.evaluator import Evaluator
+from jlora.training.run import train
+from jlora.training.step import Forward, count_parameters
 
 ROOT = Path(__file__).parents[1]
 KINDS = ("int8", "fp8", "nf4", "int4")
@@ -353,11 +353,11 @@ def test_training_is_that_on_the_dequantised_base(base, tmp_path):
 SHARDINGS = """
 import hashlib, sys, jax, jax.numpy as jnp, numpy as np
 from jlora.config import MeshSection
-from jlora.hf.base import open_source
+from jlora.hf.source import open_source
 from jlora.hf.load import load_base
-from jlora.quant import map_axes
-from jlora.sharding import make_mesh, named_sharding
-from jlora.model import block_weights
+from jlora.model.quant import map_axes
+from jlora.model.sharding import make_mesh, named_sharding
+from jlora.model.llama import block_weights
 from jlora.hf import load
 load.BLOCK_WEIGHTS = 30_000  # blocks of a few rows, of which the last overlaps the one before it
 mesh = make_mesh(MeshSection(data=1, fsdp=4, tensor=2), jax.devices())

@@ -17,12 +17,13 @@ import pytest
 from shared_data import SHARED, read_rows
 from tiny import make_completions, make_llama, make_tokenizer, write_config
 
-import jlora.train
-from jlora import cli, lock, manifest
+import jlora.training.run
+from jlora import cli
 from jlora.config import load_config
 from jlora.errors import ConfigError, ModelError
-from jlora.metrics import MetricsLog, StepMeter, read_metrics
-from jlora.train import train
+from jlora.files import lock, manifest
+from jlora.training.metrics import MetricsLog, StepMeter, read_metrics
+from jlora.training.run import train
 
 ROOT = Path(__file__).parents[1]
 REVIEWS = "reviews/sephora_reviews.jsonl"
@@ -337,7 +338,7 @@ def test_a_disk_too_small_is_refused_before_training(finished, monkeypatch):
     before = contents(run_dir, "checkpoints")
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(0, 0, 2**20))
-        patch.setattr(jlora.train, "make_train_step", None)
+        patch.setattr(jlora.training.run, "make_train_step", None)
         with pytest.raises(ConfigError, match="1 MiB are free, and 1 more checkpoints of .* make room"):
             train(load_config(config), quiet=True)
     assert contents(run_dir, "checkpoints") == before
@@ -395,7 +396,7 @@ def test_figures_do_not_depend_on_where_it_was_stopped(tmp_path, monkeypatch):
             )
         )
         with monkeypatch.context() as patch:
-            patch.setattr(jlora.train.StepMeter, "took", stop_at)
+            patch.setattr(jlora.training.run.StepMeter, "took", stop_at)
             for stop in stops:
                 summary = train(config, quiet=True)
                 assert (summary["status"], summary["steps"]) == ("preempted", stop)

@@ -16,14 +16,15 @@ from parity import open_base
 from tiny import make_llama, make_tokenizer
 
 import jlora.evaluate
-from jlora import attention, data
-from jlora.adapter import init_adapter
-from jlora.attention import gpu, tiles, tpu
+from jlora import data
 from jlora.config import Config
+from jlora.data.tokens import load_tokenizer
 from jlora.hf.peft import save_adapter
-from jlora.model import projection_shapes
-from jlora.step import Forward, make_forward
-from jlora.tokens import load_tokenizer
+from jlora.model import attention
+from jlora.model.adapter import init_adapter, with_scales, without_scales
+from jlora.model.attention import gpu, tiles, tpu
+from jlora.model.llama import projection_shapes
+from jlora.training.step import Forward, make_forward
 
 LENGTH, ROWS, BETA = 128, 4, 0.1
 # Splash's rows are multiples of 128 and its heads of 64.
@@ -68,7 +69,9 @@ def tiny(tmp_path_factory):
     section = Config(**sections(folder, "text", True, "auto")).lora
     adapter = init_adapter(section, projection_shapes(base.cfg), SHAPE["num_hidden_layers"], 0)
     draw = np.random.default_rng(0)
-    adapter = jax.tree.map(lambda x: x + 0.1 * draw.standard_normal(x.shape).astype(np.float32), adapter)
+    own, scales = without_scales(adapter)
+    own = jax.tree.map(lambda x: x + 0.1 * draw.standard_normal(x.shape).astype(np.float32), own)
+    adapter = with_scales(own, scales)
     return SimpleNamespace(folder=folder, base=base, digest=digest, adapter=adapter)
 
 

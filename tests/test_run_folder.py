@@ -11,16 +11,15 @@ import pytest
 from safetensors.numpy import load_file
 from tiny import make_completions, make_llama, make_tokenizer, write_config
 
-from jlora import verify
 from jlora.config import load_config
 from jlora.errors import ConfigError, ModelError
-from jlora.folders import RUN_FILES, RUN_FOLDERS
-from jlora.generate import run_config
-from jlora.metrics import MetricsLog
-from jlora.pretrained import find_adapter
-from jlora.report import write_report
-from jlora.sweep import train_together
-from jlora.train import train
+from jlora.files.paths import RUN_FILES, RUN_FOLDERS
+from jlora.hf import verify
+from jlora.hf.pretrained import find_adapter, run_config
+from jlora.reports.run import write_report
+from jlora.training.metrics import MetricsLog
+from jlora.training.run import train
+from jlora.training.sweep import train_together
 
 WEIGHTS = "adapter_model.safetensors"
 

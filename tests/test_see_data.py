@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 from tiny import make_llama, make_rows, make_tokenizer, write_config
 
-from jlora import cli
+from jlora.__main__ import main
 from jlora.config import load_config
 from jlora.data import __main__ as command
 from jlora.data import read_data
-from jlora.data.figures import histogram
-from jlora.data.shown import SHOWN, SHOWN_CUT, show_rows
+from jlora.data.checks import histogram
+from jlora.data.preview import SHOWN, SHOWN_CUT, show_rows
+from jlora.data.tokens import load_tokenizer
 from jlora.errors import DataError
-from jlora.tokens import load_tokenizer
 
 GOOD = [{"prompt": f"{i}:", "completion": " " + "abc" * (1 + i % 3)} for i in range(6)]
 # A template that ends no turn with EOS, as that of another model may.
@@ -204,7 +204,7 @@ def run(monkeypatch, *arguments):
     """The command in this process: its exit code."""
     monkeypatch.setattr("sys.argv", ["jlora", "data", *map(str, arguments)])
     with pytest.raises(SystemExit) as ended:
-        cli.main()
+        main()
     return ended.value.code
 
 

@@ -8,22 +8,23 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 import yaml
 from tiny import make_completions, make_llama, make_tokenizer, write_config
 
-import jlora.sweep
-import jlora.train
-from jlora import preemption
+import jlora.training.run
+import jlora.training.sweep
 from jlora.config import load_config
-from jlora.effort import own_signals
 from jlora.errors import Interrupted, Stopped
-from jlora.evaluate import Evaluator
-from jlora.metrics import StepMeter, read_metrics
-from jlora.sweep import train_together
-from jlora.train import train
+from jlora.evaluation.effort import own_signals
+from jlora.runtime import signals
+from jlora.training.evaluator import Evaluator
+from jlora.training.metrics import StepMeter, read_metrics
+from jlora.training.run import train
+from jlora.training.sweep import train_together
 
 ROOT = Path(__file__).parents[1]
 SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
@@ -97,12 +98,12 @@ def test_run_that_reads_rows_ends_at_once(folder, tmp_path, number):
 
 
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
-@pytest.mark.parametrize("owner, name", [(jlora.train, "load_pretrained"), (Evaluator, "measure")])
+@pytest.mark.parametrize("owner, name", [(jlora.training.run, "load_pretrained"), (Evaluator, "measure")])
 def test_nothing_is_begun_before_the_first_step(folder, tmp_path, monkeypatch, number, owner, name):
     """Weights, the held-out loss of step 0; and nothing is compiled for a step that is not wanted any more."""
     whole = getattr(owner, name)
     monkeypatch.setattr(owner, name, lambda *args: [whole(*args), os.kill(os.getpid(), number)][0])
-    monkeypatch.setattr(jlora.train, "make_train_step", None)
+    monkeypatch.setattr(jlora.training.run, "make_train_step", None)
     with pytest.raises(Stopped):
         train(load_config(configure(folder, tmp_path / "run")), quiet=True)
     assert committed(tmp_path / "run") == []
@@ -127,20 +128,22 @@ def test_run_that_goes_on_and_sweep_end_before_a_new_step(folder, tmp_path, monk
     sweep = [{"name": "a", "lora.rank": 2}, {"name": "b"}]
     both = configure(folder, tmp_path / "both", sweep=sweep, max_steps=3)
     with monkeypatch.context() as patch:
-        for module, run in ((jlora.train, train), (jlora.sweep, train_together)):
-            read = module.read_data
-            patch.setattr(module, "read_data", lambda *a, r=read: [r(*a), os.kill(os.getpid(), signal.SIGINT)][0])
+        read = jlora.training.run.read_data
+        kill = partial(os.kill, os.getpid(), signal.SIGINT)
+        patch.setattr(jlora.training.run, "read_data", lambda *a: [read(*a), kill()][0])
+        for run in (train, train_together):
             with pytest.raises(Stopped):
                 run(load_config(config if run is train else both), True)
     assert committed(tmp_path / "run") == [2] and (tmp_path / "run" / "summary.json").read_bytes() == before
     assert train(load_config(config), quiet=True)["status"] == "finished"
-    with monkeypatch.context() as patch:  # from its first step on a sweep is saved, too; it asks before this is called
+    with monkeypatch.context() as patch:  # from its first step on a sweep is saved, too
         patch.setattr(StepMeter, "took", lambda *args: [took(*args), os.kill(os.getpid(), signal.SIGHUP)][0])
-        assert train_together(load_config(both), True) == 75
-        assert [committed(tmp_path / "both" / name) for name in "ab"] == [[2], [2]]
+        summary = train_together(load_config(both), True)
+        assert summary["status"] == "preempted" and committed(tmp_path / "both" / "a") == [1]
+        assert summary["runs"]["b"] == {"status": "not started", "steps": 0}
     with monkeypatch.context() as patch:  # a signal in the last step takes nothing away
-        patch.setattr(preemption, "save_on_signals", lambda: lambda step: True)
-        assert train_together(load_config(both), True) == 0
+        patch.setattr(signals, "save_on_signals", lambda: lambda step: step == 3)
+        assert train_together(load_config(both), True)["status"] == "finished"
     assert json.loads((tmp_path / "both" / "summary.json").read_text(encoding="utf-8"))["status"] == "finished"
 
 
@@ -161,8 +164,9 @@ def test_hangup_saves_the_run_unless_it_is_ignored(folder, tmp_path, ignored):
 
 
 def test_hangup_is_given_back_after_a_training_of_the_effort_report():
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     with own_signals():
-        preemption.end_on_signals()
+        signals.end_on_signals()
         assert signal.getsignal(signal.SIGHUP) is not signal.SIG_DFL
     assert signal.getsignal(signal.SIGHUP) is signal.SIG_DFL
 
@@ -173,7 +177,8 @@ def test_native_code_does_not_keep_a_process(prepare, code):
     body = f"""
 import hashlib, signal
 signal.signal(signal.SIGINT, signal.default_int_handler)
-from jlora import cli, preemption
+from jlora import cli
+from jlora.runtime import signals as preemption
 def body():
     preemption.{prepare}()
     print("in native code", flush=True)
@@ -196,7 +201,7 @@ cli.run(body)
 def test_a_signal_is_not_lost_in_a_callback_of_the_garbage_collector(error):
     """Python drops what is raised there, and JAX has such a callback."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    (preemption.end_on_signals if error is Stopped else preemption.interrupt_on_signal)()
+    (signals.end_on_signals if error is Stopped else signals.interrupt_on_signal)()
     calls = []
 
     def callback(phase, info):
@@ -218,7 +223,7 @@ def test_a_signal_is_not_lost_in_a_callback_of_the_garbage_collector(error):
 def test_ctrl_c_ends_the_other_commands_with_130(folder, tmp_path, module, monkeypatch, capfd):
     """Heard at once and said in one word."""
     left = []
-    monkeypatch.setattr(preemption.distributed, "_leave", lambda code: left.append(code) or sys.exit(code))
+    monkeypatch.setattr(signals.distributed, "_leave", lambda code: left.append(code) or sys.exit(code))
     command = importlib.import_module("jlora.data.__main__" if module == "data" else f"jlora.{module}")
     monkeypatch.setattr(command, "load_config", lambda *args: os.kill(os.getpid(), signal.SIGINT))
     config = configure(folder, tmp_path / "run")

@@ -13,12 +13,13 @@ from peft import PeftModel
 from shared_data import SMOLLM2, needs_smollm2
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from jlora.attention import reference
-from jlora.generate import Sampling, generate, one_device_mesh
+from jlora.data.prompts import encode_prompt
 from jlora.hf.names import name_table
-from jlora.pretrained import load_pretrained, open_adapter, open_pretrained
-from jlora.prompts import encode_prompt
-from jlora.verify import probe_logits, probe_tokens
+from jlora.hf.pretrained import load_pretrained, open_adapter, open_pretrained
+from jlora.hf.verify import probe_logits, probe_tokens
+from jlora.inference.generate import Sampling, generate
+from jlora.model.attention import reference
+from jlora.model.sharding import one_device_mesh
 
 ROOT = Path(__file__).parent.parent
 PROMPTS = ROOT / "data" / "product_reviews" / "prompts.jsonl"

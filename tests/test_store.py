@@ -15,8 +15,8 @@ from test_data import ROWS, jsonl, section, write, write_parquet
 from tiny import make_tokenizer
 
 from jlora.data import encoding, store, tokenize
+from jlora.data.tokens import load_tokenizer
 from jlora.errors import ConfigError, DataError
-from jlora.tokens import load_tokenizer
 
 PAIRS = [{"prompt": f"{i}", "chosen": " yes" * (1 + i), "rejected": " no"} for i in range(3)]
 CHAT = "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from tiny import make_completions, make_llama, make_tokenizer, write_config
 
-from jlora import cli, streams
+from jlora import cli
+from jlora.runtime import streams
 
 ROOT = Path(__file__).parents[1]
 

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from shared_data import SHARED, needs_data, read_rows
 
+from jlora.data.prompts import encode_prompt, encode_row
+from jlora.data.rows import BadRow
+from jlora.data.tokens import CHAT_TEMPLATES, load_tokenizer
 from jlora.errors import ConfigError, DataError, ModelError
-from jlora.prompts import BadRow, encode_prompt, encode_row
-from jlora.tokens import CHAT_TEMPLATES, load_tokenizer
 
 pytestmark = needs_data
 

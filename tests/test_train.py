@@ -4,7 +4,7 @@ import hashlib
 import json
 import shutil
 import warnings
-from functools import cache
+from functools import cache, partial
 from types import SimpleNamespace
 
 import jax
@@ -21,24 +21,18 @@ from tiny import make_completions, make_llama, make_tokenizer, write_config
 from transformers import LlamaForCausalLM, get_cosine_schedule_with_warmup
 
 import jlora.train
-from jlora import data, optim
-from jlora.checkpoint import flatten
+from jlora import data
 from jlora.config import load_config
 from jlora.data import Epochs, read_data
 from jlora.errors import ModelError, NonFiniteError
 from jlora.export import export
 from jlora.hf.peft import load_adapter, save_adapter
-from jlora.metrics import read_metrics
-from jlora.pretrained import load_pretrained, make_adapter, open_pretrained
-from jlora.step import (
-    init_state,
-    make_eval_step,
-    make_forward,
-    make_train_step,
-    param_dtype,
-    place_adapter,
-)
-from jlora.train import put_batch, train
+from jlora.hf.pretrained import load_pretrained, make_adapter, open_pretrained
+from jlora.training import optim
+from jlora.training.checkpoint import flatten
+from jlora.training.metrics import read_metrics
+from jlora.training.run import put_batch, train
+from jlora.training.step import init_state, make_eval_step, make_forward, make_train_step, param_dtype
 
 STORIES = SHARED / "stories260K"
 REVIEWS = SHARED / "reviews" / "sephora_reviews.jsonl"
@@ -80,11 +74,9 @@ def open_run(cfg, num_steps=20):
     pretrained = open_base(cfg.model.path, param_dtype(cfg))
     _, forward = make_forward(cfg, pretrained.base.cfg, mesh)
     train_data, _ = read_data(cfg, pretrained.tokenizer)
-    adapter = place_adapter(make_adapter(cfg, pretrained), pretrained.base.cfg, mesh)
-    params = {"adapter": adapter, "base": pretrained.base}
-    labels = optim.labels(params, cfg.method)
-    optimizer = optim.make_optimizer(cfg.optimizer, num_steps, labels)
-    _, frozen = optim.partition(params, labels)
+    params = {"adapter": make_adapter(cfg, pretrained, mesh), "base": pretrained.base}
+    trained, frozen = optim.split(params, cfg.method)
+    hyper = optim.hyperparameters(cfg.optimizer, num_steps)
     return SimpleNamespace(
         cfg=cfg,
         mesh=mesh,
@@ -92,9 +84,9 @@ def open_run(cfg, num_steps=20):
         pretrained=pretrained,
         train_data=train_data,
         epochs=Epochs(train_data, cfg.data, cfg.training.batch_size, cfg.training.seed),
-        state=init_state(params, optimizer, cfg, mesh),
+        state=init_state(trained, cfg, mesh),
         frozen=frozen,
-        step=make_train_step(cfg, forward, optimizer, optim.learning_rate(cfg.optimizer, num_steps)),
+        step=partial(make_train_step(cfg, forward), hyper=hyper),
     )
 
 
@@ -207,7 +199,9 @@ def test_lora_curve_is_that_of_peft(tmp_path, record_property, targets):
     cfg = review_config(tmp_path, **sections)
     pretrained = open_base(str(STORIES), jnp.dtype("float32"))
     fresh = cfg.model_copy(update={"lora": cfg.lora.model_copy(update={"init_from": None})})
-    save_adapter(init, make_adapter(fresh, pretrained), cfg.lora, str(STORIES), pretrained.base_hash)
+    save_adapter(
+        init, make_adapter(fresh, pretrained, make_mesh_of_one()), cfg.lora, str(STORIES), pretrained.base_hash
+    )
     theirs = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(STORIES), str(init), is_trainable=True)
 
     train(cfg, quiet=True)
@@ -315,7 +309,7 @@ def test_packing_changes_neither_loss_nor_gradients(tiny, tmp_path, record_prope
         rows = run.epochs.rows(0)
         batch = [data.pack_row([run.train_data.examples[i] for i in row], section["max_length"]) for row in rows]
         batch = {name: np.stack([row[name] for row in batch]) for name in batch[0]}
-        adapter = with_random_b(run.state.trained["adapter"])
+        adapter = with_random_b(optim.join(run.state.trained, run.frozen)["adapter"])
 
         def loss(adapter, base, batch, run=run):
             return run.forward.loss(base, adapter, batch, None)[:2]
@@ -371,15 +365,11 @@ def test_gradients_and_optimizer_state_are_those_of_what_is_trained(tiny, tmp_pa
     assert list(flatten(new_state)) == list(flatten(run.state))
 
 
-def test_a_frozen_label_gets_no_update(tiny, tmp_path):
+def test_what_is_frozen_is_no_part_of_the_state(tiny, tmp_path):
     run = open_run(tiny_config(tiny, tmp_path))
-    params = optim.combine(run.state.trained, run.frozen)
-    labels = optim.labels(params, "lora")
-    optimizer = optim.make_optimizer(run.cfg.optimizer, 4, labels)
-    updates, _ = optimizer.update(jax.tree.map(jnp.ones_like, params), optimizer.init(params), params)
-    assert all(not leaf.any() for leaf in jax.tree.leaves(updates["base"]))
-    assert all(leaf.any() for leaf in jax.tree.leaves(updates["adapter"]))
-    assert jax.tree.structure(optim.combine(*optim.partition(params, labels))) == jax.tree.structure(params)
+    assert list(run.state.trained) == ["adapter"] and run.frozen["base"] is run.pretrained.base
+    new, _ = jax.jit(run.step)(run.state, run.frozen, put_batch(next(data.batches(run.epochs, 4)), 1, run.mesh))
+    assert jax.tree.structure(new) == jax.tree.structure(run.state)
 
 
 @pytest.fixture(scope="module")
@@ -400,7 +390,7 @@ def reviews_run(tmp_path_factory):
         return pretrained
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jlora.train, "load_pretrained", load)
+        patch.setattr(jlora.training.run, "load_pretrained", load)
         with warnings.catch_warnings(record=True) as warned:
             warnings.simplefilter("always")
             summary = train(cfg, quiet=True)
@@ -504,7 +494,7 @@ def test_dropout_is_drawn_anew_each_step_and_part(tiny, tmp_path):
         cfg = tiny_config(tiny, tmp_path, lora=lora, training=training, optimizer=section, data={"packing": False})
         if not (tmp_path / "init").exists():
             run = open_run(tiny_config(tiny, tmp_path))
-            adapter = with_random_b(run.state.trained["adapter"])
+            adapter = with_random_b(optim.join(run.state.trained, run.frozen)["adapter"])
             save_adapter(tmp_path / "init", adapter, run.cfg.lora, str(tiny[0]), run.pretrained.base_hash)
         run = open_run(cfg)
         batch = put_batch(next(data.batches(run.epochs, 24)), parts, run.mesh)
@@ -562,19 +552,18 @@ def test_optimizer_rule_and_schedule_are_those_of_torch(name, schedule):
     scheduler = get_scheduler(
         "constant_with_warmup" if schedule == "constant" else schedule, rule, num_warmup_steps=3, num_training_steps=9
     )
-    params = {"adapter": jnp.asarray(start), "base": jnp.ones(2)}
-    optimizer = optim.make_optimizer(section, 9, optim.labels(params, "lora"))
+    params = {"base": jnp.asarray(start)}
+    optimizer = optim.make_optimizer(section, params, optim.hyperparameters(section, 9))
     state = optimizer.init(params)
     for gradient in gradients:
         theirs.grad = torch.from_numpy(gradient.copy())
         torch.nn.utils.clip_grad_norm_([theirs], 0.7)
         rule.step()
         scheduler.step()
-        updates, state = optimizer.update({"adapter": jnp.asarray(gradient), "base": jnp.ones(2)}, state, params)
+        updates, state = optimizer.update({"base": jnp.asarray(gradient)}, state, params)
         params = optax.apply_updates(params, updates)
-        np.testing.assert_allclose(params["adapter"], theirs.detach().numpy(), rtol=0, atol=2e-6)
-    assert np.abs(params["adapter"] - start).max() > 0.05
-    np.testing.assert_array_equal(params["base"], 1.0)
+        np.testing.assert_allclose(params["base"], theirs.detach().numpy(), rtol=0, atol=2e-6)
+    assert np.abs(params["base"] - start).max() > 0.05
 
 
 def test_train_on_all_counts_every_next_token(tiny, tmp_path):
@@ -603,7 +592,7 @@ def test_init_from_goes_on_from_a_peft_adapter(reviews_run, tmp_path):
     run = open_run(review_config(tmp_path, lora=lora))
     batch = next(data.batches(run.epochs, 4))
     adapter = load_adapter(folder, run.pretrained.base.cfg, run.pretrained.base_hash, dropout=0.0)
-    assert digest(adapter) == digest(run.state.trained["adapter"])
+    assert digest(optim.split({"adapter": adapter}, "lora")[0]["adapter"]) == digest(run.state.trained["adapter"])
     total, count, _ = make_eval_step(run.forward)(run.pretrained.base, adapter, None, batch)
     bare, _, _ = make_eval_step(run.forward)(run.pretrained.base, {}, None, batch)
     (line,) = take_steps(run, 1)

@@ -12,16 +12,16 @@ from test_gguf import write as write_gguf
 from tiny import make_llama, make_mistral, make_tokenizer
 from transformers import AutoModelForCausalLM, MistralForCausalLM
 
-from jlora import verify
-from jlora.adapter import init_adapter
-from jlora.atomic import new_folder
 from jlora.config import LoraSection
 from jlora.errors import ModelError
-from jlora.generate import one_device_mesh
+from jlora.files.atomic import new_folder
+from jlora.hf import verify
 from jlora.hf.merged import save_checkpoint
+from jlora.hf.pretrained import load_pretrained, open_pretrained
 from jlora.hf.weights import Merged, Stored
-from jlora.model import projection_shapes
-from jlora.pretrained import load_pretrained, open_pretrained
+from jlora.model.adapter import init_adapter
+from jlora.model.llama import projection_shapes
+from jlora.model.sharding import one_device_mesh
 
 FLOAT32 = jnp.dtype("float32")
 
@@ -134,12 +134,13 @@ def test_a_gguf_base_is_read_by_transformers_where_it_can(reader, tmp_path, monk
 
 def test_a_base_that_transformers_refuses_fits_no_export(pretrained, adapter, tmp_path, monkeypatch):
     section, factors = adapter
-    verify.export_adapter(tmp_path / "out", factors, section, "base", pretrained, FLOAT32, one_device_mesh())
 
     def refuse(*args, **kwargs):
         raise RuntimeError("sizes\nmismatch")
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", refuse)
-    with pytest.raises(ModelError, match=r"transformers does not load this base \(sizes mismatch\)"):
-        verify.compare_with_peft(tmp_path / "out", factors, pretrained)
+    says = r"transformers does not load this base \(sizes mismatch\)"
+    with pytest.raises(ModelError, match=says), new_folder(tmp_path / "out") as made:
+        verify.write_adapter(made, factors, section, "base", pretrained, FLOAT32, one_device_mesh())
+        verify.compare_with_peft(made, factors, pretrained)
     assert not (tmp_path / "out").exists()

@@ -8,12 +8,12 @@ import sys
 
 import pytest
 
-from jlora import xla
-from jlora.xla import FLAGS
+from jlora.runtime import xla
+from jlora.runtime.xla import FLAGS
 
 SHOW = """
 import json, os
-from jlora import xla
+from jlora.runtime import xla
 xla.prepare()
 import jax
 print(json.dumps([os.environ["XLA_FLAGS"], os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"],
@@ -49,7 +49,7 @@ def test_the_environment_wins(tmp_path):
 
 HUGE = """
 import ctypes, os, sys
-from jlora import xla
+from jlora.runtime import xla
 xla.use_huge_pages()
 libc = ctypes.CDLL("libc.so.6")
 libc.malloc.restype = ctypes.c_void_p

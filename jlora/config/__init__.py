@@ -44,7 +44,6 @@ __all__ = [
     "describe",
     "json_schema",
     "load_config",
-    "main",
     "nearest",
     "read_yaml",
     "read_yaml_of",
@@ -52,10 +51,3 @@ __all__ = [
     "variants",
     "yaml_scalar",
 ]
-
-
-def main() -> None:
-    """The command; imported late, for it knows of exit codes and of JAX, which a config does not."""
-    from jlora.config.__main__ import main as command
-
-    command()

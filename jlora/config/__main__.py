@@ -4,10 +4,10 @@ import sys
 from pathlib import Path
 
 from jlora import cli
-from jlora.atomic import write_text
-from jlora.config.convert import convert, describe_notes
+from jlora.config.convert.convert import convert, describe_notes
 from jlora.config.reference import json_schema, reference
 from jlora.errors import ConfigError
+from jlora.files.atomic import write_text
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Rows -> tokenised examples -> packed rows -> batches, with a position that can be saved; and the page that shows them.
+"""Rows -> tokenised examples -> packed rows -> batches, with a position that can be saved.
 
 Knows nothing of models or devices. What other modules use of it is named here.
 """
@@ -13,7 +13,6 @@ __all__ = [
     "Epochs",
     "batches",
     "hold_out",
-    "main",
     "pack",
     "pack_row",
     "read_data",
@@ -21,10 +20,3 @@ __all__ = [
     "split",
     "tokenize",
 ]
-
-
-def main() -> None:
-    """The command `data`."""
-    from jlora.data.__main__ import main as command  # here alone: the rest of a run needs nothing of it
-
-    command()

@@ -8,18 +8,16 @@ from typing import Any
 from rich.console import Console
 
 from jlora import cli
-from jlora.compiled import SHAPES
 from jlora.config import Config, load_config
+from jlora.data.checks import Check, check, check_overlap, count_batches, describe, scan
 from jlora.data.encoding import read_data
-from jlora.data.figures import Check, check, check_overlap, count_batches, describe, scan
-from jlora.data.page import render
-from jlora.data.shown import Shown, show_rows
-from jlora.data.terminal import print_report
+from jlora.data.preview import Shown, show_rows
+from jlora.data.tokens import Tokenizer
 from jlora.errors import ConfigError, DataError
-from jlora.generate import stop_tokens
-from jlora.page import write_page
-from jlora.pretrained import open_pretrained
-from jlora.tokens import Tokenizer, load_tokenizer
+from jlora.hf.pretrained import SHAPES, open_pretrained, open_tokenizer, stop_tokens
+from jlora.reports.data import render
+from jlora.reports.page import write_page
+from jlora.reports.terminal import print_report
 
 ROWS = 5
 
@@ -82,7 +80,7 @@ def _tokenizer(cfg: Config) -> tuple[Tokenizer, list[int]]:
         return opened.tokenizer, stop_tokens(opened)
     if cfg.model.tokenizer is None:
         raise ConfigError(f"model.path={cfg.model.path} is a shape alone; set model.tokenizer to see the data")
-    tokenizer = load_tokenizer(cfg.model.tokenizer, cfg.data.chat_template)
+    tokenizer = open_tokenizer(cfg.model.tokenizer, cfg.data.chat_template)
     return tokenizer, [tokenizer.eos_id]
 
 

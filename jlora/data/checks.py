@@ -1,4 +1,4 @@
-"""What tokenised rows amount to, and what is wrong with them: lengths, batches, copies, and checks in one sentence each.
+"""What tokenised rows amount to, and what is wrong with them: lengths, batches, copies, checks of a sentence each.
 
 Knows nothing of how they are shown.
 """

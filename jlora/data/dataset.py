@@ -8,8 +8,8 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
+from jlora.data.prompts import Example
 from jlora.errors import DataError
-from jlora.prompts import Example
 
 T = TypeVar("T")
 

@@ -11,11 +11,11 @@ import numpy as np
 from jlora.config import Config, DataSection
 from jlora.data.dataset import Dataset, hold_out
 from jlora.data.mixture import join
+from jlora.data.prompts import Example, Layout, encode_layouts, encode_pair, lay_out
+from jlora.data.rows import BadRow, Row, read_rows
 from jlora.data.store import Keep, content_key, stamp, stored
+from jlora.data.tokens import Tokenizer
 from jlora.errors import DataError
-from jlora.prompts import BadRow, Example, Layout, encode_layouts, encode_pair, lay_out
-from jlora.rows import Row, read_rows
-from jlora.tokens import Tokenizer
 
 # Rows, or characters of them, that are tokenised at once.
 AT_ONCE = 512
@@ -47,8 +47,8 @@ def tokenize(source: str, tokenizer: Tokenizer, cfg: DataSection) -> Dataset:
     size = sum(size for _, size, _ in stamp(source))
     if size > LARGE:
         print(
-            f"warning: {source}: the tokens of {size / 1e9:.1f} GB of rows are held in memory; data.cache_dir=FOLDER keeps "
-            "them on the disk",
+            f"warning: {source}: the tokens of {size / 1e9:.1f} GB of rows are held in memory; "
+            "data.cache_dir=FOLDER keeps them on the disk",
             file=sys.stderr,
         )
     examples: list[Example] = []

@@ -16,7 +16,7 @@ import numpy as np
 from jlora.config import DataSection
 from jlora.data.dataset import Dataset, View
 from jlora.data.mixture import epoch_order
-from jlora.prompts import Example
+from jlora.data.prompts import Example
 
 # Examples whose lengths are Python's numbers at once, and packed ones that are kept beside those of two epochs.
 CHUNK = 2**16

@@ -8,9 +8,8 @@ import numpy as np
 
 from jlora.config import DataSection
 from jlora.data.encoding import encode_whole, fit
-from jlora.prompts import BadRow
-from jlora.rows import read_rows
-from jlora.tokens import Tokenizer
+from jlora.data.rows import BadRow, read_rows
+from jlora.data.tokens import Tokenizer
 
 # Tokens of a sequence that are shown, half of them from its start; of what is cut off, so many.
 SHOWN = 2048

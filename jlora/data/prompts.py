@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jlora.data.rows import BadRow
+from jlora.data.tokens import Tokenizer
 from jlora.errors import DataError
-from jlora.tokens import Tokenizer
 
 FORMATS = ("alpaca", "completion", "text", "messages", "sharegpt", "preference")
 
@@ -31,15 +32,6 @@ STANFORD_WITHOUT_INPUT = (
     "Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Response:"
 )
-
-
-class BadRow(Exception):
-    """A row that cannot be used; `message` is one clause, to which the reader adds file and line."""
-
-    def __init__(self, reason: str, message: str):
-        super().__init__(message)
-        self.reason = reason
-        self.message = message
 
 
 class Example(NamedTuple):

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from jlora.errors import DataError
-from jlora.prompts import BadRow
 
 # The longest row, as JSON or CSV. JSON can take up some forty times its length once it is read.
 MAX_ROW_BYTES = 16 * 2**20
@@ -24,6 +23,15 @@ TOO_LONG = f"longer than {MAX_ROW_BYTES >> 20} MiB"
 PARQUET_ROWS = 1024
 _SPACES = re.compile(r"[ \t\r\n]*")
 KINDS = (".json", ".jsonl", ".csv", ".parquet")
+
+
+class BadRow(Exception):
+    """A row that cannot be used; `message` is one clause, to which the reader adds file and line."""
+
+    def __init__(self, reason: str, message: str):
+        super().__init__(message)
+        self.reason = reason
+        self.message = message
 
 
 @dataclass(frozen=True)

@@ -22,14 +22,14 @@ from typing import IO, Any
 
 import numpy as np
 
-from jlora import manifest
-from jlora.atomic import leftovers, new_folder, open_own
 from jlora.config import DataSection
 from jlora.data.dataset import Dataset, View
+from jlora.data.prompts import Example
+from jlora.data.rows import BadRow, files_of, read_rows
+from jlora.data.tokens import Tokenizer
 from jlora.errors import ConfigError, DataError
-from jlora.prompts import BadRow, Example
-from jlora.rows import files_of, read_rows
-from jlora.tokens import Tokenizer
+from jlora.files import manifest
+from jlora.files.atomic import leftovers, new_folder, open_own
 
 # Raised with every change of what rows become, or of how it is written down.
 VERSION = 1

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jlora.confined import BYTES, SECONDS, confined
 from jlora.errors import ConfigError, DataError, ModelError
-from jlora.folders import inside
+from jlora.files.paths import inside
+from jlora.files.sandbox import BYTES, SECONDS, confined
 
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
@@ -195,29 +195,32 @@ def load_tokenizer(path: str | Path, chat_template: str | None) -> Tokenizer:
 
     Raises ModelError if the tokenizer is missing, unreadable or has no EOS, ConfigError for `chat_template`.
     """
-    if Path(path).suffix == ".gguf":
-        from jlora.gguf import GGUFFile
+    folder = _folder(path)
+    files = tuple(path for path in (inside(folder, name) for name in _FILES) if path.is_file())
+    if folder / "tokenizer.json" in files:
+        from transformers import PreTrainedTokenizerFast
 
-        hf = GGUFFile(Path(path)).tokenizer()
-        tokenizer = _from_fast(hf, hf.backend_tokenizer.to_str().encode(), (), path)
+        try:  # not by AutoTokenizer, which rebuilds Llama's so that it cuts some texts differently
+            hf = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+        except Exception as error:  # the tokenizers library raises bare Exception
+            raise ModelError(f"the tokenizer files in {folder} cannot be read: {error}") from error
+        tokenizer = from_fast(hf, (folder / "tokenizer.json").read_bytes(), files, path)
+    elif folder / "tokenizer.model" in files:
+        try:
+            tokenizer = _from_sentencepiece(folder, files)
+        except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+            raise ModelError(f"the tokenizer files in {folder} cannot be read: {error}") from error
     else:
-        folder = _folder(path)
-        files = tuple(path for path in (inside(folder, name) for name in _FILES) if path.is_file())
-        if folder / "tokenizer.json" in files:
-            from transformers import PreTrainedTokenizerFast
+        raise ModelError(f"{folder} has no tokenizer: it needs a tokenizer.json or a tokenizer.model")
+    return with_template(tokenizer, chat_template, path)
 
-            try:  # not by AutoTokenizer, which rebuilds Llama's so that it cuts some texts differently
-                hf = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
-            except Exception as error:  # the tokenizers library raises bare Exception
-                raise ModelError(f"the tokenizer files in {folder} cannot be read: {error}") from error
-            tokenizer = _from_fast(hf, (folder / "tokenizer.json").read_bytes(), files, path)
-        elif folder / "tokenizer.model" in files:
-            try:
-                tokenizer = _from_sentencepiece(folder, files)
-            except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
-                raise ModelError(f"the tokenizer files in {folder} cannot be read: {error}") from error
-        else:
-            raise ModelError(f"{folder} has no tokenizer: it needs a tokenizer.json or a tokenizer.model")
+
+def with_template(tokenizer: Tokenizer, chat_template: str | None, path: str | Path) -> Tokenizer:
+    """The tokenizer with another chat template: one of `CHAT_TEMPLATES`, a file's, or None for its own.
+
+    Raises:
+      ConfigError: neither a name nor a readable file, or a template whose tokens the tokenizer does not have.
+    """
     if chat_template is None:
         return tokenizer
     if chat_template == "chatml" and len(tokenizer.encode("<|im_end|>")) != 1:
@@ -246,7 +249,8 @@ def _folder(path: str | Path) -> Path:
         raise ModelError(f"tokenizer {path} is not a folder, and the hub gave none ({type(error).__name__})") from error
 
 
-def _from_fast(hf: "PreTrainedTokenizerFast", content: bytes, files: tuple[Path, ...], where: str | Path) -> Tokenizer:
+def from_fast(hf: "PreTrainedTokenizerFast", content: bytes, files: tuple[Path, ...], where: str | Path) -> Tokenizer:
+    """A tokenizer of the `tokenizers` library. Args: content: what decides its ids. files: what makes a folder it."""
     if hf.eos_token_id is None:
         raise ModelError(f"the tokenizer of {where} names no eos_token that has an id")
     add_bos = hf.bos_token_id is not None and hf("x").input_ids[:1] == [hf.bos_token_id]

@@ -1,11 +1,10 @@
-"""`python -m jlora.effort --config C [key=value ...]`: does fine-tuning pay, on the user's own task?
+"""Does fine-tuning pay, on the user's own task?
 
 The same held-out rows answered by the base with the bare instruction, with examples in the prompt, and after training
 on more and more rows, by `jlora.train` itself; quality beside tokens, minutes and money: effort.json, effort.html.
 What is done is kept in effort.json and not done again.
 """
 
-import argparse
 import hashlib
 import json
 import signal
@@ -19,23 +18,25 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jlora import attention, cli, distributed, lock, quant, streams, xla
-from jlora.adapter import Adapter
-from jlora.atomic import write_text
-from jlora.config import Config, load_config
-from jlora.effort_page import write_effort
+from jlora.config import Config
 from jlora.errors import ConfigError, UserError
-from jlora.evaluate import Evaluator, answer_and_score, describe_figures
-from jlora.folders import require_own
-from jlora.generate import LENGTH_STEP, one_device_mesh
-from jlora.hf.base import base_fingerprint
-from jlora.memory_plot import require_matplotlib
-from jlora.pretrained import Opened, Pretrained, load_pretrained, open_adapter, open_pretrained
-from jlora.running import make_run_dir
-from jlora.scores import describe_scores, require_scores
-from jlora.step import Forward
-from jlora.strategies import Rows, Strategy, ask, choose, split_rows
-from jlora.train import train
+from jlora.evaluation.scores import answer_and_score, describe_scores, require_scores
+from jlora.evaluation.strategies import Rows, Strategy, ask, choose, split_rows
+from jlora.files import lock
+from jlora.files.atomic import strict_json, write_text
+from jlora.files.paths import require_own
+from jlora.hf.pretrained import Opened, Pretrained, open_adapter, open_pretrained
+from jlora.hf.source import base_fingerprint
+from jlora.inference.generate import LENGTH_STEP
+from jlora.model import attention, quant
+from jlora.model.adapter import Adapter
+from jlora.model.sharding import one_device_mesh
+from jlora.reports.memory import require_matplotlib
+from jlora.runtime import distributed, supervise
+from jlora.training.evaluator import Evaluator, describe_figures
+from jlora.training.folder import make_run_dir
+from jlora.training.run import Shared, train
+from jlora.training.step import Forward
 
 Record = dict[str, Any]
 
@@ -80,7 +81,7 @@ class Results:
         """Write all; returns the records of `order`, as far as they are there."""
         wanted = [self._records[identity] for identity in order if identity in self._records]
         others = [record for identity, record in self._records.items() if identity not in order]
-        text = cli.strict_json({"settings": settings, "results": wanted + others})
+        text = strict_json({"settings": settings, "results": wanted + others})
         write_text(self.folder / "effort.json", text + "\n")
         return wanted
 
@@ -110,6 +111,7 @@ def effort(cfg: Config, options: Options, quiet: bool) -> tuple[Record, list[Use
     with lock.held(folder):
         results = Results(folder)
         for one in opened:
+            shared = Shared(opened=one)
             mine = [(way, identity) for base, way, identity in plan if base is one]
             for way, identity in mine:
                 if not way.rows or is_trained(results.get(identity)):
@@ -117,7 +119,7 @@ def effort(cfg: Config, options: Options, quiet: bool) -> tuple[Record, list[Use
                 say(f"== {one.name}: {way.name}")
                 record = results.get(identity) or _record(one, way, identity)
                 try:
-                    finished = fine_tune(tuned_config(cfg, one, way, folder, files), record, quiet)
+                    finished = fine_tune(tuned_config(cfg, one, way, folder, files), record, quiet, shared)
                 except UserError as error:
                     failures.append(error)
                     say(f"error: {error}; going on with the others")
@@ -130,9 +132,10 @@ def effort(cfg: Config, options: Options, quiet: bool) -> tuple[Record, list[Use
             if todo:
                 mesh = one_device_mesh()
                 with jax.set_mesh(mesh):
-                    dtype = jnp.dtype(cfg.model.dtype)
                     quant.check_device(cfg.model.quantization, mesh.devices.flat[0])
-                    pretrained = load_pretrained(one, dtype, mesh, cfg.model.quantization)
+                    if jax.device_count() > 1:
+                        shared = Shared(opened=one)  # the runs' own base lies over all devices
+                    pretrained = shared.load(cfg, mesh)
                     for way, key in todo:
                         say(f"== {one.name}: answers, {way.name}")
                         record = results.get(key) or _record(one, way, key)
@@ -232,11 +235,11 @@ def folder_of(opened: Opened) -> str:
     return f"{Path(opened.name).stem}-{base_fingerprint(opened.source)[:8]}"
 
 
-def fine_tune(cfg: Config, record: Record, quiet: bool) -> bool:
+def fine_tune(cfg: Config, record: Record, quiet: bool, shared: Shared) -> bool:
     """Train by `jlora.train`, and note in `record` what it took; False where it was stopped and saved."""
     before = (record["training"] or {}).get("seconds", 0.0)
     with own_signals():
-        summary = train(cfg, quiet)
+        summary = train(cfg, quiet, shared)
     record["training"] = {
         "run": cfg.output_dir,
         "finished": summary["status"] == "finished",
@@ -252,7 +255,7 @@ def fine_tune(cfg: Config, record: Record, quiet: bool) -> bool:
 @contextmanager
 def own_signals() -> Iterator[None]:
     """A run takes the signals that stop it; give them back after it."""
-    kept = {number: signal.getsignal(number) for number in distributed.STOP_SIGNALS}
+    kept = {number: signal.getsignal(number) for number in supervise.STOP_SIGNALS}
     try:
         yield
     finally:
@@ -305,71 +308,3 @@ def cost(record: Record, price: float | None) -> Record | None:
     training = (record["training"] or {}).get("seconds", 0.0) * jax.device_count()
     answers = record["seconds"] / record["generated"] * 1000
     return {"training": training / 3600 * price, "thousand_answers": answers / 3600 * price}
-
-
-def numbers(text: str) -> list[int]:
-    """`10,30,100` as numbers, each at least 1."""
-    found = [int(part) for part in text.split(",")]
-    if any(number < 1 for number in found):
-        raise ValueError
-    return found
-
-
-def make_parser() -> cli.Parser:
-    """The command line."""
-    parser = cli.Parser(
-        prog="python -m jlora.effort", description="Effort against benefit of fine-tuning on your rows."
-    )
-    parser.add_argument("--config", required=True, help="YAML file of the fine-tuning; data.eval says what to judge by")
-    parser.add_argument(
-        "--base", action="append", metavar="DIR", help="base model; repeat for more; default: model.path"
-    )
-    parser.add_argument("--rows", type=numbers, default="10,30,100,300,1000", metavar="N,N", help="rows to train on")
-    parser.add_argument("--shots", type=numbers, default="3", metavar="N,N", help="examples in the prompt")
-    parser.add_argument("--heldout", type=int, default=100, metavar="N", help="at most so many held-out rows")
-    parser.add_argument("--max-new-tokens", type=int, default=128, help="longest answer")
-    parser.add_argument("--batch-size", type=int, default=8, help="prompts answered together")
-    parser.add_argument("--price", type=float, help="dollars per device-hour; without it no cost is shown")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a dotted config key")
-    parser.add_argument("-q", "--quiet", action="store_true", help="no progress")
-    parser.add_argument("--json", action="store_true", help="print settings and results as one JSON object")
-    return parser
-
-
-def read_options(args: argparse.Namespace, cfg: Config) -> Options:
-    """Raises: ConfigError: a number out of its range."""
-    if min(args.heldout, args.max_new_tokens, args.batch_size) < 1:
-        raise ConfigError("--heldout, --max-new-tokens and --batch-size must be at least 1")
-    if args.price is not None and not 0 <= args.price < float("inf"):
-        raise ConfigError("--price must be finite and not negative")
-    bases = list(dict.fromkeys(args.base or [cfg.model.path]))
-    return Options(bases, args.rows, args.shots, args.heldout, args.max_new_tokens, args.batch_size, args.price)
-
-
-def main() -> None:
-    """Command line."""
-    args = make_parser().parse_intermixed_args()
-    xla.use_huge_pages()
-
-    def body() -> int:
-        cfg = load_config(args.config, args.overrides)
-        result, failures, stopped = effort(cfg, read_options(args, cfg), args.quiet)
-        if stopped:
-            if not args.quiet:
-                print("stopped and saved; run the same command again to go on", file=sys.stderr)
-            return cli.PREEMPTED
-        write_effort(Path(cfg.output_dir), result["settings"], result["results"])
-        if args.json:
-            cli.print_json(result)
-        elif not args.quiet:
-            with streams.told():
-                print(f"report: {cfg.output_dir}/effort.html")
-        if failures:
-            raise failures[0]
-        return 0
-
-    cli.run(body)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,7 +1,6 @@
 """A jlora model for EleutherAI's lm-evaluation-harness, so that its tasks run on a base with an adapter.
 
-`lm_eval.simple_evaluate(model=JloraLM("BASE", adapter="RUN"), tasks=[...])`, or the harness's own command line:
-`python -m jlora.harness --model jlora --model_args base=BASE,adapter=RUN --tasks ...`. Needs the extra `harness`.
+`lm_eval.simple_evaluate(model=JloraLM("BASE", adapter="RUN"), tasks=[...])`. Needs the extra `harness`.
 """
 
 from collections.abc import Callable
@@ -11,15 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jlora import attention, cli, quant
-from jlora.answers import answer, width_of
 from jlora.data import Batch, pack_row
+from jlora.data.prompts import Example
 from jlora.errors import ConfigError
-from jlora.generate import one_device_mesh
-from jlora.pretrained import load_pretrained, open_adapter, open_pretrained, run_config
-from jlora.prompts import Example
-from jlora.sharding import place_rows
-from jlora.step import Forward
+from jlora.hf.pretrained import load_pretrained, open_adapter, open_pretrained, run_config
+from jlora.inference.answers import answer, width_of
+from jlora.model import attention, quant
+from jlora.model.sharding import one_device_mesh, place_rows
+from jlora.training.step import Forward
 
 try:
     from lm_eval.api.model import LM
@@ -71,7 +69,9 @@ class JloraLM(LM or object):  # type: ignore[misc]
         require_harness()
         super().__init__()
         if unknown := set(others) - {"device", "max_batch_size"}:
-            raise ConfigError(f"jlora's model takes no argument {sorted(unknown)[0]}; see jlora.harness.JloraLM")
+            raise ConfigError(
+                f"jlora's model takes no argument {sorted(unknown)[0]}; see jlora.evaluation.harness.JloraLM"
+            )
         run = run_config(adapter)
         self.dtype = jnp.dtype(dtype or (run.model.dtype if run else "bfloat16"))
         quantization = quantization or (run.model.quantization if run else None)
@@ -210,19 +210,3 @@ class JloraLM(LM or object):  # type: ignore[misc]
 
 if register_model is not None:
     register_model("jlora")(JloraLM)
-
-
-def main() -> None:
-    """The harness's own command line, which knows the model `jlora`."""
-
-    def body() -> None:
-        require_harness()
-        from lm_eval.__main__ import cli_evaluate
-
-        cli_evaluate()
-
-    cli.run(body)
-
-
-if __name__ == "__main__":
-    main()

@@ -7,9 +7,14 @@ import importlib.util
 import re
 from typing import Any
 
-from jlora.errors import ConfigError
+import jax.numpy as jnp
 
-METRICS = {"exact_match": "Exact match", "rouge_l": "ROUGE-L", "chrf": "chrF"}
+from jlora.errors import ConfigError
+from jlora.hf.pretrained import Pretrained
+from jlora.inference import answers as answering
+from jlora.inference.answers import Question
+from jlora.model.adapter import Adapter
+
 _WORD = re.compile(r"[^\W_]+")
 
 
@@ -62,3 +67,40 @@ def score(answers: list[str], references: list[str]) -> tuple[dict[str, float], 
 def describe_scores(scores: dict[str, Any]) -> str:
     """Scores in a line."""
     return f"exact match {scores['exact_match']:.1%}, ROUGE-L {scores['rouge_l']:.4f}, chrF {scores['chrf']:.2f}"
+
+
+def answer_and_score(
+    pretrained: Pretrained,
+    adapter: Adapter,
+    questions: list[Question],
+    *,
+    dtype: jnp.dtype,
+    max_new_tokens: int,
+    batch_size: int,
+    timed: bool = False,
+    until: tuple[str, ...] = (),
+) -> dict[str, Any]:
+    """Greedy answers with their scores.
+
+    Returns {"exact_match", "rouge_l", "chrf"} of all (see `score`), "generated" (how many), "mean_tokens",
+    "seconds" and "answers", which holds {"text", "tokens", "ended"} and the scores of each. For `timed` and `until`
+    see `jlora.inference.answers.answer`.
+    """
+    found = answering.answer(
+        pretrained,
+        adapter,
+        [question.ids for question in questions],
+        dtype=dtype,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        timed=timed,
+        until=until,
+    )
+    total, each = score(found.texts, [question.reference for question in questions])
+    answers = [
+        {"text": text, "tokens": tokens, "ended": ended} | scores
+        for text, tokens, ended, scores in zip(found.texts, found.tokens, found.ended, each, strict=True)
+    ]
+    mean = sum(found.tokens) / len(answers)
+    rest = {"generated": len(answers), "mean_tokens": mean, "seconds": found.seconds, "answers": answers}
+    return total | rest

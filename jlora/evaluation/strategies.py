@@ -11,12 +11,9 @@ from typing import Any
 import numpy as np
 
 from jlora import data
-from jlora.answers import Question
 from jlora.config import Config, DataSection
 from jlora.data import Dataset, hold_out
-from jlora.errors import DataError
-from jlora.prompts import (
-    BadRow,
+from jlora.data.prompts import (
     Example,
     encode_prompt,
     encode_row,
@@ -25,8 +22,10 @@ from jlora.prompts import (
     shown_prompt,
     with_shots,
 )
-from jlora.rows import read_rows
-from jlora.tokens import Tokenizer
+from jlora.data.rows import BadRow, read_rows
+from jlora.data.tokens import Tokenizer
+from jlora.errors import DataError
+from jlora.inference.answers import Question
 
 Row = dict[str, Any]
 

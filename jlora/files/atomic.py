@@ -4,6 +4,8 @@ Nothing is deleted, cut short or written through but what this process made. Kno
 """
 
 import errno
+import json
+import math
 import os
 import re
 import secrets
@@ -13,7 +15,7 @@ import sys
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from jlora.errors import UserError
 
@@ -142,3 +144,16 @@ def _place(partial: Path, target: Path, ours: Collection[str]) -> None:
 
 def _refuse(path: Path, why: str) -> NoReturn:
     raise FileExistsError(errno.EEXIST, why, str(path))
+
+
+def strict_json(value: dict[str, Any]) -> str:
+    """One line of JSON; a figure that is not finite, for which JSON has no word, becomes null."""
+    return json.dumps(_finite(value), ensure_ascii=False, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from jlora.atomic import open_own
 from jlora.errors import ConfigError
+from jlora.files.atomic import open_own
 
 NAME = ".lock"
 MARK = '{"pid": '  # how a note of ours begins

@@ -10,8 +10,8 @@ from typing import Any
 
 from jlora.config import ATTENTION_PROJECTIONS, MLP_PROJECTIONS
 from jlora.errors import ModelError
-from jlora.model import LlamaConfig
-from jlora.rope import DynamicRope, LinearRope, Llama3Rope, RopeScaling, YarnRope
+from jlora.model.llama import LlamaConfig
+from jlora.model.rope import DynamicRope, LinearRope, Llama3Rope, RopeScaling, YarnRope
 
 
 @dataclass(frozen=True)

@@ -21,13 +21,13 @@ from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jlora import quant
 from jlora.errors import ConfigError, ModelError
 from jlora.hf.architecture import parse_config
-from jlora.hf.base import Source, check_names
 from jlora.hf.names import Entry
-from jlora.model import Decoder, LlamaConfig, abstract_decoder, projection_shapes
-from jlora.sharding import named_sharding
+from jlora.hf.source import Source, check_names
+from jlora.model import quant
+from jlora.model.llama import Decoder, LlamaConfig, abstract_decoder, projection_shapes
+from jlora.model.sharding import named_sharding
 
 # Weights of one block, over all devices of this process. Beside the devices' buffers the host holds a block and
 # its copies on the way (put, turned), and what malloc keeps of those that were: twenty to forty blocks
@@ -233,8 +233,8 @@ class Leaf:
     Attributes:
       shape, sharding: of the weight, over the whole mesh.
       kind: what it is quantised to, or None.
-      parts: the arrays that hold it, as shapes: itself, or the codes and scales of a `jlora.quant.Quantized` before
-        its `finish`.
+      parts: the arrays that hold it, as shapes: itself, or the codes and scales of a `Quantized` before its
+        `finish`.
       shardings, dtypes: of the parts.
       buffers: this process's shards of each part, end to end along dim 0, over the mesh of this process's devices.
         On CPUs floats of 8 and 16 bits are unsigned integers there, since XLA for CPUs writes into a bfloat16

@@ -13,13 +13,13 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from jlora.adapter import Adapter
 from jlora.errors import ModelError
 from jlora.hf.architecture import FAMILIES
-from jlora.hf.base import FLOATS
 from jlora.hf.names import name_table
+from jlora.hf.source import FLOATS
 from jlora.hf.weights import Weights, blocks
-from jlora.model import LlamaConfig
+from jlora.model.adapter import Adapter
+from jlora.model.llama import LlamaConfig
 
 SHARD_BYTES = 5 * 10**9
 DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16, "float32": np.float32}

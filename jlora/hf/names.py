@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from jlora.model import LlamaConfig, block_weights, outer_weights, projection_shapes
+from jlora.model.llama import LlamaConfig, block_weights, outer_weights, projection_shapes
 
 OUTER = {
     "embed_tokens": "model.embed_tokens.weight",

@@ -15,14 +15,14 @@ import numpy as np
 from pydantic import ValidationError
 from safetensors.numpy import save
 
-from jlora.adapter import Adapter, Lora, Saved, layer_ranks, module_path, new_lora
 from jlora.config import PROJECTIONS, LoraSection, describe
 from jlora.errors import ModelError
-from jlora.folders import inside
-from jlora.hf.base import open_safetensors, read_floats, read_json
+from jlora.files.paths import inside
 from jlora.hf.names import OUTER
-from jlora.initial import saved_weights
-from jlora.model import LlamaConfig, projection_shapes
+from jlora.hf.source import open_safetensors, read_floats, read_json
+from jlora.model.adapter import Adapter, Lora, Saved, layer_ranks, module_path, new_lora
+from jlora.model.adapter_init import saved_weights
+from jlora.model.llama import LlamaConfig, projection_shapes
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 

@@ -6,19 +6,21 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from pydantic import ValidationError
 
-from jlora.adapter import Adapter
 from jlora.config import Config, describe, read_yaml
+from jlora.data.tokens import Tokenizer, from_fast, load_tokenizer, with_template
 from jlora.errors import ModelError
-from jlora.folders import require_own
+from jlora.files.paths import require_own
 from jlora.hf.architecture import parse_config
-from jlora.hf.base import Source, open_source, resolve
+from jlora.hf.gguf import GGUFFile
 from jlora.hf.load import load_base
 from jlora.hf.peft import CONFIG, load_adapter, read_adapter_config
-from jlora.initial import complete, new_adapter
-from jlora.model import Decoder
-from jlora.tokens import Tokenizer, load_tokenizer
+from jlora.hf.source import Source, open_source, resolve
+from jlora.model.adapter import Adapter
+from jlora.model.adapter_init import complete, new_adapter
+from jlora.model.llama import Decoder, LlamaConfig, place_adapter
 
 # A tokenizer this much smaller than the embedding is another model's; padding of the vocabulary is not.
 SMALLEST_VOCAB_SHARE = 0.75
@@ -40,6 +42,7 @@ class Opened:
     name: str
     path: Path
     source: Source
+    model: LlamaConfig
     tokenizer: Tokenizer
 
 
@@ -58,18 +61,31 @@ def open_pretrained(path: str, tokenizer_path: str | None, chat_template: str | 
     """Open base and tokenizer.
 
     Raises:
-      ModelError: see `jlora.hf.base`; or the tokenizer has ids beyond the embedding, or far too few.
+      ModelError: see `jlora.hf.source`; or the tokenizer has ids beyond the embedding, or far too few.
     """
     local = resolve(path)
     source = open_source(local)
-    tokenizer = load_tokenizer(tokenizer_path or str(local), chat_template)
-    vocab_size = parse_config(source.config, path).vocab_size
+    tokenizer = open_tokenizer(tokenizer_path or str(local), chat_template)
+    model = parse_config(source.config, path)
+    vocab_size = model.vocab_size
     if not SMALLEST_VOCAB_SHARE * vocab_size <= tokenizer.vocab_size <= vocab_size:
         raise ModelError(
             f"{tokenizer_path or path}: the tokenizer has {tokenizer.vocab_size} tokens, but the model "
             f"{path} has {vocab_size}; give the tokenizer that belongs to the model (model.tokenizer)"
         )
-    return Opened(path, local, source, tokenizer)
+    return Opened(path, local, source, model, tokenizer)
+
+
+def open_tokenizer(path: str, chat_template: str | None) -> Tokenizer:
+    """The tokenizer of a folder, a hub repository or a GGUF file.
+
+    Raises:
+      ModelError, ConfigError: see `jlora.data.tokens.load_tokenizer`.
+    """
+    if Path(path).suffix != ".gguf":
+        return load_tokenizer(path, chat_template)
+    hf = GGUFFile(Path(path)).tokenizer()
+    return with_template(from_fast(hf, hf.backend_tokenizer.to_str().encode(), (), path), chat_template, path)
 
 
 def load_pretrained(
@@ -127,14 +143,19 @@ def run_config(folder: str | Path | None) -> Config | None:
     return None
 
 
-def make_adapter(cfg: Config, pretrained: Pretrained) -> Adapter:
-    """A fresh adapter, one read from `lora.init_from`, or none for full fine-tuning."""
+def make_adapter(cfg: Config, pretrained: Pretrained, mesh: Mesh) -> Adapter:
+    """The adapter that a run begins with, laid out over `mesh`: fresh or `lora.init_from`; none for full fine-tuning.
+
+    Raises:
+      ModelError: the adapter of `lora.init_from` is not as the config says.
+    """
     if cfg.method == "full":
         return {}
     model = pretrained.base.cfg
     if cfg.lora.init_from is None:
         seed = cfg.training.seed
-        return complete(new_adapter(cfg.lora, model, seed), cfg.lora, pretrained.base, seed)
+        fresh = complete(new_adapter(cfg.lora, model, seed), cfg.lora, pretrained.base, seed)
+        return place_adapter(fresh, model, mesh)
     folder = find_adapter(cfg.lora.init_from)
     theirs = read_adapter_config(folder)
     for key, ours in (
@@ -149,13 +170,50 @@ def make_adapter(cfg: Config, pretrained: Pretrained) -> Adapter:
             raise ModelError(
                 f"{folder}: the adapter has {name}={value}, the config {json.dumps(ours)}; set lora.{name}={value}"
             )
-    return load_adapter(folder, model, pretrained.base_hash, cfg.lora.dropout)
+    return place_adapter(load_adapter(folder, model, pretrained.base_hash, cfg.lora.dropout), model, mesh)
 
 
-def make_reference(cfg: Config, pretrained: Pretrained) -> Adapter | None:
+def make_reference(cfg: Config, pretrained: Pretrained, mesh: Mesh) -> Adapter | None:
     """The adapter of the model that an objective on pairs compares with; None where that is the bare base.
 
     It is the one that training begins with: as TRL, a policy that starts from an adapter is compared with it.
     """
     fresh = cfg.lora.init_from is None  # its B is zero
-    return None if fresh or cfg.objective.name in ("sft", "orpo") else make_adapter(cfg, pretrained)
+    return None if fresh or cfg.objective.name in ("sft", "orpo") else make_adapter(cfg, pretrained, mesh)
+
+
+# Named shapes, for a plan without any file of the model.
+SHAPES = {
+    "llama2-7b": (4096, 11008, 32, 32, 32),
+    "llama2-13b": (5120, 13824, 40, 40, 40),
+    "llama2-70b": (8192, 28672, 80, 64, 8),
+}
+
+
+def model_shape(path: str) -> LlamaConfig:
+    """Shape of a named size, or of the base at `path`; no weight is read."""
+    if path not in SHAPES:
+        return parse_config(open_source(resolve(path)).config, path)
+    hidden, mlp, layers, heads, kv_heads = SHAPES[path]
+    return LlamaConfig(
+        vocab_size=32000,
+        hidden_size=hidden,
+        intermediate_size=mlp,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=128,
+        rms_norm_eps=1e-5,
+        rope_theta=10000.0,
+        rope_scaling=None,
+        sliding_window=None,
+        tie_word_embeddings=False,
+        biased=(),
+    )
+
+
+def stop_tokens(pretrained: Pretrained | Opened) -> list[int]:
+    """Ids that end a text: the tokenizer's EOS and what the model's own config names."""
+    configured = pretrained.source.config.get("eos_token_id")
+    ids = configured if isinstance(configured, list) else [configured]
+    return sorted({pretrained.tokenizer.eos_id, *(i for i in ids if isinstance(i, int))})

@@ -18,10 +18,10 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from jlora.errors import ModelError
-from jlora.folders import inside
-from jlora.gguf import GGUFFile
+from jlora.files.paths import inside
+from jlora.hf.gguf import GGUFFile
 from jlora.hf.names import OUTER, Entry, name_table
-from jlora.model import LlamaConfig
+from jlora.model.llama import LlamaConfig
 
 # The stored types that are read, by safetensors' names.
 FLOATS: dict[str, np.dtype] = {

@@ -11,22 +11,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jlora import attention
-from jlora.adapter import Adapter, Lora, Saved
-from jlora.atomic import beside, new_folder
 from jlora.config import LoraSection
-from jlora.distributed import from_first, is_main, wait_for_all
 from jlora.errors import ConfigError, ModelError
+from jlora.files.atomic import beside, new_folder
 from jlora.hf.names import BLOCK, OUTER, name_table
 from jlora.hf.peft import CONFIG, WEIGHTS, load_adapter, save_adapter
+from jlora.hf.pretrained import Pretrained
 from jlora.hf.weights import Merged, Weights, at_layer, blocks, leaf
-from jlora.layers import rms_norm
-from jlora.model import Block, Decoder, LlamaConfig
-from jlora.precision import products_in
-from jlora.pretrained import Pretrained
-from jlora.rope import rotary_table
-from jlora.sharding import constrain, gather
-from jlora.step import place_adapter
+from jlora.model import attention
+from jlora.model.adapter import Adapter, Lora, Saved
+from jlora.model.layers import rms_norm
+from jlora.model.llama import Block, Decoder, LlamaConfig, place_adapter
+from jlora.model.precision import products_in
+from jlora.model.rope import rotary_table
+from jlora.model.sharding import constrain, gather
+from jlora.runtime.distributed import from_first, is_main, wait_for_all
 
 PROBE_LENGTH = 32
 
@@ -60,7 +59,7 @@ def _probed(base: Decoder, adapter: Adapter, dtype: jnp.dtype) -> jax.Array:
 
 
 class StreamedBlock:
-    """One layer as `jlora.model.Block` computes it, each weight read when it is used and let go after."""
+    """One layer as `jlora.model.llama.Block` computes it, each weight read when it is used and let go after."""
 
     def __init__(self, cfg: LlamaConfig, weights: Weights, layer: int):
         self.cfg = cfg

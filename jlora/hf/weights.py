@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jlora.adapter import Adapter, Lora, Saved
-from jlora.hf.base import Source
 from jlora.hf.names import OUTER, Entry, to_hf
-from jlora.model import Decoder, LlamaConfig
-from jlora.quant import CHANNEL_TYPES, Quantized, dequantize, encode, finish
+from jlora.hf.source import Source
+from jlora.model.adapter import Adapter, Lora, Saved
+from jlora.model.llama import Decoder, LlamaConfig
+from jlora.model.quant import CHANNEL_TYPES, Quantized, dequantize, encode, finish
 
 # Weights of a block of rows, unless a head has more.
 BLOCK_WEIGHTS = 2**20
@@ -145,7 +145,7 @@ def at_layer(lora: Lora, layer: int) -> Lora | None:
     if lora.ranks is not None and not lora.ranks[layer]:
         return None
     cut = jax.tree.map(lambda array: array[layer], lora)
-    scale = lora.scale[layer] if isinstance(lora.scale, tuple) else lora.scale
+    scale = lora.scale[layer]
     return Lora(cut.lora_a, cut.lora_b, scale, 0.0, cut.magnitude, cut.initial)
 
 

@@ -7,15 +7,15 @@ from itertools import islice
 
 import jax.numpy as jnp
 
-from jlora import attention
-from jlora.adapter import Adapter
 from jlora.config import DataSection
+from jlora.data.prompts import encode_prompt, reference_answer, shown_prompt
+from jlora.data.rows import BadRow, read_rows
+from jlora.data.tokens import Tokenizer
 from jlora.errors import DataError
-from jlora.generate import LENGTH_STEP, Sampling, generate
-from jlora.pretrained import Pretrained
-from jlora.prompts import BadRow, encode_prompt, reference_answer, shown_prompt
-from jlora.rows import read_rows
-from jlora.tokens import Tokenizer
+from jlora.hf.pretrained import Pretrained
+from jlora.inference.generate import LENGTH_STEP, Sampling, generate
+from jlora.model import attention
+from jlora.model.adapter import Adapter
 
 
 @dataclass(frozen=True)

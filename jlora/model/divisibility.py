@@ -1,7 +1,7 @@
 """Whether a model divides over a mesh, asked before anything is read or compiled.
 
 JAX refuses an argument whose dim does not divide, deep in the call, and pads an activation in silence. Both
-are refused here by name. Sizes come from the table of weights, axes from `jlora.sharding.RULES`.
+are refused here by name. Sizes come from the table of weights, axes from `jlora.model.sharding.RULES`.
 """
 
 import math
@@ -9,11 +9,11 @@ from collections.abc import Iterator, Mapping
 
 from jax.sharding import Mesh
 
-from jlora import quant
 from jlora.config import Config
 from jlora.errors import ConfigError
-from jlora.model import LlamaConfig, block_weights, outer_weights, projection_shapes
-from jlora.sharding import MESH_AXES, RULES
+from jlora.model import quant
+from jlora.model.llama import LlamaConfig, block_weights, outer_weights, projection_shapes
+from jlora.model.sharding import MESH_AXES, RULES
 
 # Logical axis -> what a user calls its size, in config.json or in the run's config.
 NAMES = {

@@ -13,17 +13,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from jlora.adapter import Adapter, Lora, Saved, at_layer, layer_keys, project, scales_to_scan
-from jlora.attention import Attention
-from jlora.layers import plus, rms_norm
-from jlora.quant import in_turn, quantize
-from jlora.remat import ATTENTION_INPUT, LAYER_INPUT, checkpointed
-from jlora.rope import RopeScaling, Rotary, rotary_table, rotate
-from jlora.sharding import constrain
+from jlora.model.adapter import Adapter, Lora, Saved, layer_keys, project
+from jlora.model.attention import Attention
+from jlora.model.layers import plus, rms_norm
+from jlora.model.quant import in_turn, quantize
+from jlora.model.remat import ATTENTION_INPUT, LAYER_INPUT, checkpointed
+from jlora.model.rope import RopeScaling, Rotary, rotary_table, rotate
+from jlora.model.sharding import constrain, named_sharding, place
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,8 @@ def adapter_axes(cfg: LlamaConfig, adapter: Adapter) -> Any:
         a, b = ("layers", *ins, "rank"), ("layers", "rank", *outs)
         magnitude = None if part.magnitude is None else ("layers", *outs)
         initial = None if part.initial is None else (a, b)
-        tree[name] = replace(part, lora_a=a, lora_b=b, magnitude=magnitude, initial=initial)
+        scale = None if part.scale is None else ("layers",)
+        tree[name] = replace(part, lora_a=a, lora_b=b, scale=scale, magnitude=magnitude, initial=initial)
     return tree
 
 
@@ -265,15 +267,15 @@ class Decoder(nnx.Module):
         )
         rotary = self._rotary(positions, segments)
 
-        def layer(x: Array, scanned: tuple[Block, dict[str, Lora], Any, PRNGKeyArray | None]) -> tuple[Array, None]:
-            block, factors, scales, key = scanned
-            return block(checkpoint_name(x, LAYER_INPUT), rotary, attend, at_layer(factors, scales), key), None
+        def layer(x: Array, scanned: tuple[Block, dict[str, Lora], PRNGKeyArray | None]) -> tuple[Array, None]:
+            block, factors, key = scanned
+            return block(checkpoint_name(x, LAYER_INPUT), rotary, attend, factors, key), None
 
         keys = None if dropout_key is None else jax.random.split(dropout_key, self.cfg.num_hidden_layers)
         x = model._embed(tokens, dtype)
         if dropout_key is not None and neftune_noise_alpha > 0.0:
             x = x + embedding_noise(dropout_key, x, neftune_noise_alpha)
-        x, _ = jax.lax.scan(checkpointed(layer, remat), x, (model.layers, low_rank, scales_to_scan(low_rank), keys))
+        x, _ = jax.lax.scan(checkpointed(layer, remat), x, (model.layers, low_rank, keys))
         return rms_norm(x, self.norm[...], self.cfg.rms_norm_eps)
 
     def hidden_cached(
@@ -294,10 +296,10 @@ class Decoder(nnx.Module):
         rotary = self._rotary(positions, segments)
 
         def layer(
-            carry: tuple[Array, Array, Array], scanned: tuple[Block, dict[str, Lora], Any, Array]
+            carry: tuple[Array, Array, Array], scanned: tuple[Block, dict[str, Lora], Array]
         ) -> tuple[tuple[Array, Array, Array], None]:
             x, keys, values = carry
-            block, factors, scales, index = scanned
+            block, factors, index = scanned
 
             def attend(q: Array, k: Array, v: Array) -> Array:
                 nonlocal keys, values
@@ -306,14 +308,14 @@ class Decoder(nnx.Module):
                 rows = segments, all_segments, positions, all_positions
                 return attention(q, keys[index], values[index], *rows, self.cfg.sliding_window)
 
-            return (block(x, rotary, attend, at_layer(factors, scales), None), keys, values), None
+            return (block(x, rotary, attend, factors, None), keys, values), None
 
         x = model._embed(tokens, cache.keys.dtype)
         # The cache is carried, not scanned over, so that a step writes its own slots and copies nothing.
         (x, keys, values), _ = jax.lax.scan(
             layer,
             (x, cache.keys, cache.values),
-            (model.layers, low_rank, scales_to_scan(low_rank), jnp.arange(self.cfg.num_hidden_layers)),
+            (model.layers, low_rank, jnp.arange(self.cfg.num_hidden_layers)),
         )
         cache = Cache(keys, values, all_segments, all_positions, slot + tokens.shape[1])
         return rms_norm(x, self.norm[...], self.cfg.rms_norm_eps), cache
@@ -353,3 +355,15 @@ def abstract_decoder(cfg: LlamaConfig, dtype: jnp.dtype, quantization: str | Non
         return decoder
 
     return jax.eval_shape(make)
+
+
+def place_adapter(adapter: Adapter, cfg: LlamaConfig, mesh: jax.sharding.Mesh) -> Adapter:
+    """The adapter laid out over `mesh` like the weights it belongs to; abstract in, abstract out."""
+
+    def lay_out(array: Array, dims: tuple[str, ...]) -> Array:
+        sharding = named_sharding(mesh, dims)
+        if isinstance(array, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)  # type: ignore[return-value]
+        return place(np.asarray(array), sharding)
+
+    return jax.tree.map(lay_out, adapter, adapter_axes(cfg, adapter))

@@ -1,6 +1,6 @@
 """Quantised weight leaf: int8, fp8, nf4 and int4 codes with their scales, made and undone by pure JAX.
 
-A weight of the model is an array or a `Quantized`; this module and `jlora.adapter.project` alone know.
+A weight of the model is an array or a `Quantized`; this module and `jlora.model.adapter.project` alone know.
 Not Qwix (0.1.8): its NF4 has no double quantisation (4.5 bits a weight with float32 scales, not 4.13, and not the
 scales of bitsandbytes), and `quantize_params` takes a leaf whole: stacked for `scan`, 35 GiB of a 70B's gate_proj.
 
@@ -10,7 +10,7 @@ Hugging Face's [out, in] runs down our flattened input dims: codes and scales ar
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -61,6 +61,7 @@ def dynamic_map() -> np.ndarray:
 DYNAMIC_MAP = dynamic_map()
 
 
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Quantized:
     """One projection's weight, quantised; stacked over layers, every array has a leading dim L.
@@ -83,22 +84,16 @@ class Quantized:
     scales: Any
     second: Any
     offset: Any
-    kind: str
-    inputs: tuple[int, ...]
+    kind: str = field(metadata={"static": True})
+    inputs: tuple[int, ...] = field(metadata={"static": True})
 
     @property
     def size(self) -> int:
-        """Number of weights; 0 where `jlora.optim.partition` took them out."""
-        if self.codes is None:
-            return 0
+        """Number of weights."""
         num_inputs = math.prod(self.inputs)
         num_scales = 1 if self.kind in CHANNEL_TYPES else -(-num_inputs // BLOCK)
         return math.prod(self.scales.shape) // num_scales * num_inputs
 
-
-jax.tree_util.register_dataclass(
-    Quantized, data_fields=["codes", "scales", "second", "offset"], meta_fields=["kind", "inputs"]
-)
 
 Leaf = Array | Quantized
 
@@ -136,7 +131,7 @@ def finish(leaf: Quantized) -> Quantized:
     return replace(leaf, scales=scales.reshape(-1, *outputs), second=second.reshape(-1, *outputs), offset=offset)
 
 
-def channel_codes(weight: Float[Array, "I O"], kind: str) -> tuple[Array, Float[Array, "O"]]:
+def channel_codes(weight: Float[Array, "I O"], kind: str) -> tuple[Array, Float[Array, " O"]]:
     """Codes [I O] and scales of int8 or fp8. Needs all inputs of a channel, but no other channel."""
     dtype, largest = CHANNEL_TYPES[kind]
     weight = weight.astype(jnp.float32)

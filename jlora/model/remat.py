@@ -1,8 +1,8 @@
 """Rematerialisation: what a layer's forward pass keeps for the backward pass, by the names of config key `model.remat`.
 
 Each policy of `LADDER` keeps less on the device than the one before it, and is paid for with a recomputation or,
-for `offload`, with copies to the host's memory and back. Knows the names that `jlora.model` and `jlora.attention` give
-to values, and no more of them.
+for `offload`, with copies to the host's memory and back. Knows the names that `llama` and `attention` give to
+values, and no more of them.
 """
 
 from collections.abc import Callable
@@ -10,16 +10,15 @@ from typing import Any, get_args
 
 import jax
 
-from jlora.adapter import QUANTIZED_PRODUCT
-from jlora.attention.interface import ATTENTION_OUTPUT
 from jlora.config import Remat
+from jlora.model.adapter import QUANTIZED_PRODUCT
+from jlora.model.attention.interface import ATTENTION_OUTPUT
+from jlora.runtime.private_jax import CUDNN_FORWARD
 
 LADDER: tuple[str, ...] = tuple(name for name in get_args(Remat) if name != "auto")
 
-# What `jlora.model` marks with `checkpoint_name`, beside ATTENTION_OUTPUT.
+# What `jlora.model.llama` marks with `checkpoint_name`, beside ATTENTION_OUTPUT.
 LAYER_INPUT, ATTENTION_INPUT = "layer_input", "attention_input"
-# cuDNN's kernel gives its output and its softmax statistics no names; they are known by the primitive.
-KERNELS = ("dot_product_attention_fwd_wrapper",)
 
 
 def checkpointed(layer: Callable, remat: str) -> Callable:
@@ -57,7 +56,7 @@ def _named(*names: str) -> Callable[..., bool]:
     by_name = jax.checkpoint_policies.save_only_these_names(*names)
 
     def keeps(primitive: Any, *args: Any, **params: Any) -> bool:
-        return primitive.name in KERNELS or by_name(primitive, *args, **params)
+        return primitive.name == CUDNN_FORWARD or by_name(primitive, *args, **params)
 
     return keeps
 

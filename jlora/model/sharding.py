@@ -112,3 +112,8 @@ def place_rows(local: np.ndarray, mesh: Mesh) -> jax.Array:
 
     shape = (*local.shape[:-2], num_rows, local.shape[-1])
     return jax.make_array_from_callback(shape, named_sharding(mesh, (*leading, "act_batch", None)), shard)
+
+
+def one_device_mesh() -> jax.sharding.Mesh:
+    """Inference runs on the first device."""
+    return make_mesh(MeshSection(data=1, fsdp=1, tensor=1), jax.devices()[:1])

@@ -2,7 +2,7 @@
 
 The same mesh, state and step function as `jlora.train`. Memory is the compiler's own answer for one device, FLOPs
 are counted over the step's jaxpr, and bytes sent over the compiled program's text. Executables come from the
-compiler each time, never from JAX's persistent cache: see `jlora.fitting.fresh`.
+compiler each time, never from JAX's persistent cache: see `jlora.training.auto_remat.fresh`.
 """
 
 import math
@@ -16,21 +16,23 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jlora import attention, optim
 from jlora.config import Config
-from jlora.counts import collective_bytes, count_flops
-from jlora.divides import check_batch_split, check_divides
 from jlora.errors import MemoryExceeded
-from jlora.fitting import HEADROOM, fastest_that_fits, fresh, peak_bytes
-from jlora.hf.architecture import parse_config
-from jlora.hf.base import open_source, resolve
-from jlora.initial import check_options, new_adapter
-from jlora.layouts import with_settings
-from jlora.model import Decoder, LlamaConfig, abstract_decoder
-from jlora.quant import is_quantized, map_axes
-from jlora.roofline import estimate
-from jlora.sharding import make_mesh, named_sharding
-from jlora.step import (
+from jlora.hf.pretrained import model_shape
+from jlora.model import attention
+from jlora.model.adapter import without_scales
+from jlora.model.adapter_init import check_options, new_adapter
+from jlora.model.divisibility import check_batch_split, check_divides
+from jlora.model.llama import Decoder, LlamaConfig, abstract_decoder, place_adapter
+from jlora.model.quant import is_quantized, map_axes
+from jlora.model.sharding import make_mesh, named_sharding
+from jlora.planning.flops import collective_bytes, count_flops
+from jlora.planning.layouts import with_settings
+from jlora.planning.roofline import estimate
+from jlora.planning.topology import Target, compiling_for
+from jlora.training import optim
+from jlora.training.auto_remat import HEADROOM, fastest_that_fits, fresh, peak_bytes
+from jlora.training.step import (
     Forward,
     abstract_state,
     count_parameters,
@@ -38,38 +40,7 @@ from jlora.step import (
     make_forward,
     make_train_step,
     param_dtype,
-    place_adapter,
 )
-from jlora.topology import Target, compiling_for
-
-# Named shapes, for a plan without any file of the model.
-SHAPES = {
-    "llama2-7b": (4096, 11008, 32, 32, 32),
-    "llama2-13b": (5120, 13824, 40, 40, 40),
-    "llama2-70b": (8192, 28672, 80, 64, 8),
-}
-
-
-def model_shape(path: str) -> LlamaConfig:
-    """Shape of a named size, or of the base at `path`; no weight is read."""
-    if path not in SHAPES:
-        return parse_config(open_source(resolve(path)).config, path)
-    hidden, mlp, layers, heads, kv_heads = SHAPES[path]
-    return LlamaConfig(
-        vocab_size=32000,
-        hidden_size=hidden,
-        intermediate_size=mlp,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        head_dim=128,
-        rms_norm_eps=1e-5,
-        rope_theta=10000.0,
-        rope_scaling=None,
-        sliding_window=None,
-        tie_word_embeddings=False,
-        biased=(),
-    )
 
 
 def place_base(base: Decoder, mesh: jax.sharding.Mesh) -> Decoder:
@@ -87,8 +58,8 @@ def place_base(base: Decoder, mesh: jax.sharding.Mesh) -> Decoder:
 
 def abstract_step(
     cfg: Config, model: LlamaConfig, mesh: jax.sharding.Mesh, forward: Forward
-) -> tuple[Any, tuple[Any, Any, Any], dict[str, Any]]:
-    """The step, its arguments (state, frozen leaves, batch) as shapes, and {"adapter", "base"}."""
+) -> tuple[Any, tuple[Any, Any, Any, Any], dict[str, Any]]:
+    """The step, its arguments (state, what is frozen, batch, hyperparameters) as shapes, and {"adapter", "base"}."""
     base = place_base(abstract_decoder(model, param_dtype(cfg), cfg.model.quantization), mesh)
     adapter = {}
     if cfg.method == "lora":
@@ -96,12 +67,8 @@ def abstract_step(
         make = partial(new_adapter, cfg.lora, model, 0)
         adapter = place_adapter(jax.eval_shape(make), model, mesh)
     params = {"adapter": adapter, "base": base}
-    labels = optim.labels(params, cfg.method)
-    # The schedule's length does not change the program; a plan need not have read the data.
-    num_steps = cfg.training.max_steps or 1000
-    optimizer = optim.make_optimizer(cfg.optimizer, num_steps, labels)
-    state = abstract_state(params, optimizer, cfg, mesh)
-    _, frozen = optim.partition(params, labels)
+    trained, frozen = optim.split(params, cfg.method)
+    state = abstract_state(trained, cfg, mesh)
     parts = cfg.training.gradient_accumulation_steps
     shape = (parts, cfg.training.batch_size // parts, cfg.data.max_length)
     sharding = named_sharding(mesh, (None, "act_batch", None))
@@ -110,8 +77,12 @@ def abstract_step(
         name: jax.ShapeDtypeStruct(shape, dtypes.get(name, jnp.int32), sharding=sharding)
         for name in ("tokens", "targets", "weights", "segments", "positions")
     }
-    step = make_train_step(cfg, forward, optimizer, optim.learning_rate(cfg.optimizer, num_steps))
-    return step, (state, frozen, batch), params
+    # The schedule's length does not change the program; a plan need not have read the data.
+    hyper = jax.eval_shape(lambda: optim.hyperparameters(cfg.optimizer, cfg.training.max_steps or 1000))
+    everywhere = named_sharding(mesh, ())
+    hyper = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere) for name, x in hyper.items()}
+    params["adapter"], _ = without_scales(adapter)
+    return make_train_step(cfg, forward), (state, frozen, batch, hyper), params
 
 
 def step_flops(cfg: Config, model: LlamaConfig, mesh: jax.sharding.Mesh, forward: Forward) -> float:
@@ -180,19 +151,20 @@ def plan(cfg: Config, target: Target, model: LlamaConfig | None = None, flops: f
     kernel, forward = make_forward(cfg, model, mesh)
     sent: float | None = None
     with jax.set_mesh(mesh):
-        step, (state, frozen, batch), params = abstract_step(cfg, model, mesh, forward)
+        step, arguments, params = abstract_step(cfg, model, mesh, forward)
         flops = step_flops(cfg, model, mesh, forward) if flops is None else flops
         began = time.monotonic()
         with compiling_for(target), fresh():
             try:
-                compiled = jax.jit(step, donate_argnums=0).lower(state, frozen, batch).compile()
+                compiled = jax.jit(step, donate_argnums=0).lower(*arguments).compile()
                 memory: Any = compiled.memory_analysis()
                 arguments_bytes, temp = memory.argument_size_in_bytes, memory.temp_size_in_bytes
                 peak, offloaded = peak_bytes(compiled, target.platform), memory.host_temp_size_in_bytes
                 sent = collective_bytes(compiled.as_text() or "")
             except jax.errors.JaxRuntimeError as error:
-                arguments_bytes, temp, offloaded = bytes_per_device((state, frozen, batch)), None, None
+                arguments_bytes, temp, offloaded = bytes_per_device(arguments), None, None
                 peak = _wanted_bytes(str(error), arguments_bytes)
+    state, _, batch, _ = arguments
     tokens = cfg.training.batch_size * cfg.data.max_length
     trained = count_trained(state.trained)
     total = count_parameters(params)

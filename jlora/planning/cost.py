@@ -4,11 +4,10 @@ from pathlib import Path
 from typing import Any
 
 from jlora import data
-from jlora.compiled import SHAPES
 from jlora.config import Config
-from jlora.data.figures import count_batches
-from jlora.pretrained import open_pretrained
-from jlora.topology import Target
+from jlora.data.checks import count_batches
+from jlora.hf.pretrained import SHAPES, open_pretrained
+from jlora.planning.topology import Target
 
 
 def count_data(cfg: Config) -> dict[str, int] | None:

@@ -7,61 +7,22 @@ What exists, which of them a run's batch and model allow, and a guess at each be
 import math
 import types
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Literal, Union, get_args, get_origin
 
 import jax.numpy as jnp
 
-from jlora import quant
 from jlora.config import Config, ModelSection
-from jlora.divides import input_cuts, split_sizes
-from jlora.model import LlamaConfig, block_weights, outer_weights
-from jlora.remat import LADDER
-from jlora.roofline import estimate, passes
-from jlora.topology import Target
+from jlora.model import quant
+from jlora.model.divisibility import input_cuts, split_sizes
+from jlora.model.llama import LlamaConfig, block_weights, outer_weights
+from jlora.model.remat import LADDER
+from jlora.planning.roofline import estimate, passes
+from jlora.planning.topology import Target
+from jlora.training.layout import Layout, saved_bytes
 
 # Policies that hold at least as much as this one does.
 HEAVIER = {name: LADDER[: number + 1] for number, name in enumerate(LADDER)}
-
-
-@dataclass(frozen=True)
-class Layout:
-    """One way to run a config.
-
-    Attributes:
-      rows: of a micro-batch, on one device.
-      batch_size: rows of an optimizer step over all devices; the config's own, where it divides.
-    """
-
-    data: int
-    fsdp: int
-    tensor: int
-    remat: str
-    quantization: Any
-    rows: int
-    batch_size: int
-
-    @property
-    def place(self) -> tuple[int, int, int, Any]:
-        """What decides where the weights lie."""
-        return self.data, self.fsdp, self.tensor, self.quantization
-
-    @property
-    def micro_batches(self) -> int:
-        """Gradient accumulation steps."""
-        return self.batch_size // (self.rows * self.data * self.fsdp)
-
-    def settings(self) -> dict[str, Any]:
-        """Dotted config key -> value."""
-        return {
-            "mesh.data": self.data,
-            "mesh.fsdp": self.fsdp,
-            "mesh.tensor": self.tensor,
-            "model.remat": self.remat,
-            "training.batch_size": self.batch_size,
-            "training.gradient_accumulation_steps": self.micro_batches,
-            "model.quantization": self.quantization,
-        }
 
 
 def choices(key: str) -> list[Any]:
@@ -103,13 +64,6 @@ def as_overrides(settings: dict[str, Any]) -> list[str]:
     return [f"{key}={'null' if value is None else value}" for key, value in settings.items()]
 
 
-def current(cfg: Config, mesh: dict[str, int], remat: str) -> Layout:
-    """The layout that a config asks for, on a mesh whose sizes are known and with a policy that is not `auto`."""
-    parts, batch = cfg.training.gradient_accumulation_steps, cfg.training.batch_size
-    rows = batch // (parts * mesh["data"] * mesh["fsdp"])
-    return Layout(**mesh, remat=remat, quantization=cfg.model.quantization, rows=rows, batch_size=batch)
-
-
 def meshes(model: LlamaConfig, cfg: Config, num_devices: int) -> list[tuple[int, int, int]]:
     """Every (data, fsdp, tensor) over all devices that the model divides over."""
     common = {axis: math.gcd(*found.values(), 0) for axis, found in split_sizes(model, cfg.data.max_length).items()}
@@ -149,20 +103,6 @@ def smallest(layout: Layout) -> Layout:
 
 def _divisors(number: int) -> list[int]:
     return [n for n in range(1, number + 1) if number % n == 0]
-
-
-def saved_bytes(model: LlamaConfig, cfg: Config, layout: Layout) -> float:
-    """About what the forward pass of a micro-batch keeps for the backward pass, on one device."""
-    d, f, h = model.hidden_size, model.intermediate_size, model.head_dim
-    heads, kv_heads = model.num_attention_heads, model.num_key_value_heads
-    products = 2 * d + (heads + 2 * kv_heads) * h + 2 * f
-    mixed, taken = heads * h, (heads + 2 * kv_heads) * h
-    width = {
-        **{"none": 2 * products, "dots": d + products + mixed, "qkv": d + taken + mixed},
-        **{"attention": d + mixed, "full": d, "offload": 0},
-    }[layout.remat]
-    tokens = layout.rows * cfg.data.max_length
-    return tokens * model.num_hidden_layers * width * jnp.dtype(cfg.model.dtype).itemsize / layout.tensor
 
 
 def guess_seconds(

@@ -8,7 +8,7 @@ a device multiplies with, once for each pass of each micro-batch, and its tempor
 Quantised weights are read as they are held, written out dequantised and read again: they save memory, not time.
 """
 
-from jlora.topology import Target
+from jlora.planning.topology import Target
 
 
 def passes(remat: str) -> int:

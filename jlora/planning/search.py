@@ -8,22 +8,15 @@ from typing import Any
 
 import jax
 
-from jlora.compiled import held_bytes, model_shape, plan, step_flops
 from jlora.config import Config
-from jlora.layouts import (
-    HEAVIER,
-    Layout,
-    as_overrides,
-    guess_seconds,
-    layouts,
-    saved_bytes,
-    smallest,
-    with_settings,
-)
-from jlora.model import LlamaConfig
-from jlora.sharding import make_mesh
-from jlora.step import make_forward
-from jlora.topology import Target
+from jlora.hf.pretrained import model_shape
+from jlora.model.llama import LlamaConfig
+from jlora.model.sharding import make_mesh
+from jlora.planning.compiled import held_bytes, plan, step_flops
+from jlora.planning.layouts import HEAVIER, as_overrides, guess_seconds, layouts, smallest, with_settings
+from jlora.planning.topology import Target
+from jlora.training.layout import Layout, saved_bytes
+from jlora.training.step import make_forward
 
 ENOUGH = 4  # layouts that fit, met in the guessed order, after which the guessed order is trusted for the rest
 
@@ -32,7 +25,7 @@ class Compiler:
     """Compiles layouts of one run on one target, and remembers what that says of the others.
 
     Attributes:
-      results: layout -> what `jlora.compiled.plan` says of it.
+      results: layout -> what `jlora.planning.compiled.plan` says of it.
     """
 
     def __init__(self, cfg: Config, target: Target, model: LlamaConfig):
@@ -92,7 +85,7 @@ class Compiler:
 
 
 def search(cfg: Config, target: Target, limit: int) -> dict[str, Any]:
-    """The fastest layout that fits, by `jlora.roofline`.
+    """The fastest layout that fits, by `jlora.planning.roofline`.
 
     The batch of an optimizer step stays as configured, so a run's result does; only where no such layout fits
     are meshes tried that need another batch.

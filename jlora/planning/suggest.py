@@ -8,11 +8,12 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from jlora.compiled import model_shape
 from jlora.config import Config
-from jlora.layouts import Layout, as_overrides, current, layouts, quantizations, smallest, with_settings
-from jlora.search import Compiler
-from jlora.topology import Target, larger
+from jlora.hf.pretrained import model_shape
+from jlora.planning.layouts import as_overrides, layouts, quantizations, smallest, with_settings
+from jlora.planning.search import Compiler
+from jlora.planning.topology import Target, larger
+from jlora.training.layout import Layout, current
 
 COMPILATIONS = 6  # at most, before more devices are tried; and then half as many again
 MIN_LENGTH = 128  # what the attention kernels take is a multiple of it
@@ -34,7 +35,7 @@ def find_remedy(cfg: Config, target: Target, result: dict[str, Any]) -> dict[str
     """The cheapest change that fits: {"topology", "overrides", "peak_bytes"}; None where a bounded search finds none.
 
     Args:
-      result: what `jlora.compiled.plan` says of the run as it is.
+      result: what `jlora.planning.compiled.plan` says of the run as it is.
     """
     model = model_shape(cfg.model.path)
     compiler = Compiler(cfg, target, model)

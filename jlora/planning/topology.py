@@ -10,11 +10,10 @@ import math
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import jax
 import pydantic
@@ -23,7 +22,8 @@ from pydantic import ConfigDict, PositiveFloat, PositiveInt, TypeAdapter, Valida
 
 from jlora.config import read_yaml_of
 from jlora.errors import ConfigError
-from jlora.xla import GPU_MEMORY_FRACTION
+from jlora.runtime import private_jax
+from jlora.runtime.xla import GPU_MEMORY_FRACTION
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
@@ -258,21 +258,6 @@ def compiler_logs_off() -> Iterator[None]:
         os.close(nowhere)
 
 
-@contextmanager
-def compiling_for(target: Target) -> Iterator[None]:
-    """Let JAX lower for CUDA where it has no CUDA device.
-
-    It resolves the alias "gpu" by asking the backends that are up, and none is (jax issues 23971, 28376).
-    """
-    if target.platform != "gpu":
-        yield
-        return
-    from jax._src import xla_bridge
-
-    expand, canonicalize = xla_bridge.expand_platform_alias, xla_bridge.canonicalize_platform
-    aliased: dict[str, Any] = {
-        "expand_platform_alias": lambda platform: ["cuda"] if platform == "gpu" else expand(platform),
-        "canonicalize_platform": lambda platform: "cuda" if platform == "gpu" else canonicalize(platform),
-    }
-    with mock.patch.multiple(xla_bridge, **aliased):
-        yield
+def compiling_for(target: Target) -> AbstractContextManager[None]:
+    """What lets JAX lower for the target where its devices are absent."""
+    return private_jax.gpu_is_cuda() if target.platform == "gpu" else nullcontext()

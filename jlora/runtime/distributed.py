@@ -4,19 +4,12 @@ JAX's own runtime does the joining and the heartbeats. Where it gives up it abor
 process of a job has a parent that outlives it and says what happened. Knows nothing of models or training.
 """
 
-import ctypes
-import faulthandler
 import glob
 import importlib.util
 import json
-import math
-import mmap
 import os
 import re
-import signal
 import socket
-import sys
-import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -25,21 +18,17 @@ from typing import Any, NoReturn
 
 import jax
 import numpy as np
-from jax._src.distributed import global_state  # its key-value store has no public name
 from jax.experimental import multihost_utils
 
-from jlora import streams
 from jlora.config import DistributedSection
-from jlora.errors import ConfigError, HostLost, Stopped, UserError
+from jlora.errors import ConfigError, UserError
+from jlora.runtime import private_jax, streams
+from jlora.runtime.supervise import stands
 
 POLL_SECONDS = 1.0
 SHARED_SECONDS = 30.0  # as late as network file systems may be
 # How the collectives of CPUs and GPUs say that a peer is gone.
 LOST_PEER = ("Gloo", "NCCL", "coordination service", "heartbeat", "Connection closed by peer", "Socket closed")
-DONE = "done, to end with "
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-
-_board: mmap.mmap | None = None  # where this process stands, for the parent that outlives it
 
 
 def detected() -> bool:
@@ -67,85 +56,6 @@ def detected() -> bool:
 def expected(cfg: DistributedSection) -> bool:
     """Whether this process is one of several."""
     return cfg.num_processes > 1 if cfg.num_processes is not None else detected()
-
-
-def stop_signals() -> list[signal.Signals]:
-    """Those that ask a run to stop: a terminal that goes away, too, but where that is ignored already (nohup)."""
-    ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-    return [number for number in STOP_SIGNALS if not (ignored and number == signal.SIGHUP)]
-
-
-def supervise(stopped_seconds: float) -> None:
-    """Go on in a child process; its parent waits, passes signals on, and explains an end that Python did not see.
-
-    Args:
-      stopped_seconds: a child that is stopped (SIGSTOP) for longer is ended; the job has given it up by then.
-    """
-    global _board
-    _board = mmap.mmap(-1, 4096)
-    child = os.fork()
-    if child == 0:
-        if sys.platform == "linux":  # PR_SET_PDEATHSIG: whoever kills the parent kills both
-            ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-        return
-
-    def pass_on(number: int, frame: Any) -> None:
-        with suppress(ProcessLookupError):  # it has just ended
-            os.kill(child, signal.SIGINT)  # in the child JAX takes SIGTERM, also where it is not heard before a step
-
-    for number in stop_signals():
-        signal.signal(number, pass_on)
-    code, was_stopped = _wait_for(child, stopped_seconds)
-    stood = _board[:].rstrip(b"\0").decode() or "at its start"
-    if code == -signal.SIGABRT and stood.startswith(DONE):
-        code = int(stood.removeprefix(DONE))
-    elif code < 0:
-        name = signal.Signals(-code).name
-        why = {
-            signal.SIGABRT: "another process of the job was lost, or could not be reached in time",
-            signal.SIGKILL: f"it was stopped for {stopped_seconds:.0f} s (distributed.host_timeout)"
-            if was_stopped
-            else "somebody killed it, or the host ran out of memory",
-        }.get(signal.Signals(-code), "it crashed")
-        print(
-            f"error: {socket.gethostname()}: ended by {name} {stood}: {why}; see the logs of all processes, then "
-            "run the same command again to go on from the last checkpoint",
-            file=sys.stderr,
-        )
-        code = HostLost.exit_code
-    sys.stderr.flush()
-    os._exit(code)
-
-
-def _wait_for(child: int, stopped_seconds: float) -> tuple[int, bool]:
-    """Exit code of a child, and whether it was ended for being stopped too long."""
-    since = math.inf
-    while True:
-        look = os.WUNTRACED | os.WCONTINUED | (0 if since == math.inf else os.WNOHANG)
-        pid, status = os.waitpid(child, look)
-        if pid == 0:
-            if time.monotonic() - since > stopped_seconds:
-                os.kill(child, signal.SIGKILL)
-                return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), True
-            time.sleep(0.1)
-        elif os.WIFSTOPPED(status):
-            since = time.monotonic()
-        elif os.WIFCONTINUED(status):
-            since = math.inf
-        else:
-            return os.waitstatus_to_exitcode(status), False
-
-
-def stands(text: str) -> None:
-    """Leave word of where this process stands, such as `after step 17`."""
-    if _board is not None:
-        _board[:] = text.encode()[:4096].ljust(4096, b"\0")
-
-
-def done(code: int) -> None:
-    """All work is done: this process ends with `code`, also where JAX aborts it over who leaves late."""
-    streams.flush()
-    stands(f"{DONE}{code}")
 
 
 def start(cfg: DistributedSection) -> None:
@@ -214,17 +124,14 @@ def is_main() -> bool:
 
 def several() -> bool:
     """Whether the job has other processes."""
-    return global_state.client is not None and global_state.num_processes > 1
-
-
-def _client() -> Any:
-    return global_state.client
+    job = private_jax.job()
+    return job.client is not None and job.num_processes > 1
 
 
 def wait_for_all(name: str, seconds: float = 24 * 3600.0) -> None:
     """Until every process has come to the point of that name; each name counts once."""
     if several():
-        _client().wait_at_barrier(f"jlora/{name}", int(seconds * 1000))
+        private_jax.job().client.wait_at_barrier(f"jlora/{name}", int(seconds * 1000))
 
 
 def stop_agreed(step: int) -> bool:
@@ -244,7 +151,7 @@ def from_first(name: str, make: Callable[[], Any]) -> Any:
     """What process 0 makes, a JSON value, in every process; each name counts once."""
     if not several():
         return make()
-    client, key = _client(), f"jlora/first/{name}"
+    client, key = private_jax.job().client, f"jlora/first/{name}"
     if is_main():
         value = make()
         client.key_value_set(key, json.dumps(value))
@@ -264,7 +171,7 @@ def require_agreement(stage: str, error: type[UserError], items: dict[str, Any])
     """
     if not several():
         return
-    client, key = _client(), f"jlora/agree/{stage}"
+    client, key = private_jax.job().client, f"jlora/agree/{stage}"
     if is_main():
         client.key_value_set(key, json.dumps({"host": socket.gethostname(), "items": items}))
     else:
@@ -327,10 +234,11 @@ def is_lost_peer(error: Exception) -> bool:
 
 def end(code: int, sentence: str) -> NoReturn:
     """End this process at once; those of its job, who would wait for it otherwise, are told why and end, too."""
-    if several() and global_state.preemption_sync_manager is not None:  # made last: all have joined
+    job = private_jax.job()
+    if several() and job.preemption_sync_manager is not None:  # made last: all have joined
         with suppress(jax.errors.JaxRuntimeError):  # process 0 is gone already
-            _client().key_value_set(f"jlora/failed/{global_state.process_id}", json.dumps([code, sentence]))
-        if global_state.process_id == 0:
+            job.client.key_value_set(f"jlora/failed/{job.process_id}", json.dumps([code, sentence]))
+        if job.process_id == 0:
             time.sleep(3 * POLL_SECONDS)  # the store that they read ends with this process
     _leave(code)
 
@@ -339,60 +247,3 @@ def _leave(code: int) -> NoReturn:
     # Not sys.exit: JAX would wait at its end for the processes that still wait for this one.
     streams.flush()
     os._exit(code)
-
-
-class Watch(threading.Thread):
-    """Ends this process when another has failed, or when no step is finished any more; idle in a job of one."""
-
-    def __init__(self, step_timeout: int):
-        """Args: step_timeout: seconds from one `beat` to the next that are too many; none before the first."""
-        super().__init__(name="watch", daemon=True)
-        self._step_timeout, self._step, self._beat = step_timeout, 0, math.inf
-        if several():
-            self.start()
-
-    def beat(self, step: int) -> None:
-        """The job is alive, and this many steps are done."""
-        self._step, self._beat = step, time.monotonic()
-        stands(f"after step {step}")
-        if several():
-            # Of the interpreter's C code, so that it works even where a thread never lets go of Python's lock.
-            faulthandler.dump_traceback_later(self._step_timeout + 60, exit=True)
-
-    def run(self) -> None:
-        """The thread's loop."""
-        client = _client()
-        while True:
-            time.sleep(POLL_SECONDS)
-            try:
-                client.key_value_set(f"jlora/step/{jax.process_index()}", str(self._step), allow_overwrite=True)
-                failures = client.key_value_dir_get("jlora/failed/")
-                entries = client.key_value_dir_get("jlora/step/")
-            except jax.errors.JaxRuntimeError:  # process 0 is gone, and JAX ends this process for it
-                continue
-            steps = {int(key.rpartition("/")[2]): int(step) for key, step in entries}
-            if failures:
-                key, text = failures[0]
-                code, sentence = json.loads(text)
-                if code == HostLost.exit_code:  # was it this one that it waited for?
-                    faulthandler.dump_traceback(sys.stderr, all_threads=True)
-                what = "" if code == Stopped.exit_code else "failed: "
-                print(f"error: process {key.rpartition('/')[2]} of the job {what}{sentence}", file=sys.stderr)
-                _leave(code)
-            if time.monotonic() - self._beat > self._step_timeout:
-                faulthandler.dump_traceback(sys.stderr, all_threads=True)
-                sentence = (
-                    f"{_me()}: no step was finished for {self._step_timeout} s (distributed.step_timeout); "
-                    f"{_stragglers(steps)}; where each thread stands is above; run the same command again to go on "
-                    "from the last checkpoint"
-                )
-                print(f"error: {sentence}", file=sys.stderr)
-                end(HostLost.exit_code, sentence)
-
-
-def _stragglers(steps: dict[int, int]) -> str:
-    least = min(steps.values())
-    behind = [str(process) for process, step in sorted(steps.items()) if step == least]
-    if len(behind) == len(steps):
-        return f"all processes stand after step {least}"
-    return f"process {', '.join(behind)} stands after step {least}, the others after step {max(steps.values())}"

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
-from jlora import distributed
 from jlora.errors import Interrupted, Stopped
+from jlora.runtime import distributed, supervise
 
 # How long the main thread may take to hear a signal, and to leave a run for it.
 GRACE_SECONDS = 2.0
@@ -46,7 +46,7 @@ def save_on_signals() -> Callable[[int], bool]:
 
 def ignore_signals() -> None:
     """All is saved, and the exit code is known: a signal while Python takes itself down does not change it."""
-    for number in distributed.STOP_SIGNALS:
+    for number in supervise.STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
@@ -124,7 +124,7 @@ def _again_if_dropped(number: int, frame: Any) -> bool:
 
 def _handle(handler: Callable[[int, Any], None]) -> None:
     with suppress(ValueError):  # not in the main thread: a caller's program owns the signals
-        for number in distributed.stop_signals():
+        for number in supervise.stop_signals():
             # In a job JAX itself listens for SIGTERM, to bring it to all processes.
             if number != signal.SIGTERM or not distributed.several():
                 signal.signal(number, handler)

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from trials import ROOT, Campaign, Lost, apart, began_at, committed, final_state, trained, wait
 
-from jlora import manifest
-from jlora.metrics import read_metrics
+from jlora.files import manifest
+from jlora.training.metrics import read_metrics
 
 
 def kills(campaign: Campaign, count: int) -> str:

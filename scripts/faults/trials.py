@@ -22,8 +22,8 @@ os.environ |= {
     **{"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", "PYTHONPATH": str(ROOT)},
 }
 
-from jlora import manifest  # noqa: E402
-from jlora.metrics import read_metrics  # noqa: E402
+from jlora.files import manifest  # noqa: E402
+from jlora.training.metrics import read_metrics  # noqa: E402
 
 STEPS, SAVE_EVERY = 40, 2
 T = TypeVar("T")

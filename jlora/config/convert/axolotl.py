@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from jlora.config.rules import Conversion, Differs, Table, To, Without, is_set, one_of
+from jlora.config.convert.rules import Conversion, Differs, Table, To, Without, is_set, one_of
 from jlora.config.sections import PROJECTIONS
 
 NAME = "Axolotl"

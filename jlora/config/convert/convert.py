@@ -9,9 +9,9 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from jlora.config import axolotl, torchtune
+from jlora.config.convert import axolotl, torchtune
+from jlora.config.convert.rules import Conversion, Effect, Note
 from jlora.config.reading import describe, read_yaml_of
-from jlora.config.rules import Conversion, Effect, Note
 from jlora.config.sections import Config
 from jlora.errors import ConfigError
 

@@ -1,6 +1,6 @@
 """What becomes of one key of another tool's configuration, and what is told about it.
 
-Owns the vocabulary in which `jlora.config.axolotl` and `jlora.config.torchtune` are written. Knows no tool.
+Owns the vocabulary in which `axolotl` and `torchtune` beside it are written. Knows no tool.
 """
 
 from collections.abc import Callable

@@ -7,11 +7,11 @@ their positions. Rows of `jlora.data` are so; the steps of decoding are not.
 Knows nothing of projections, rotary embedding or caches.
 """
 
-from jlora.attention.choice import choose
-from jlora.attention.gpu import cudnn, cudnn_one_segment
-from jlora.attention.interface import Attention
-from jlora.attention.plain import reference
-from jlora.attention.tiles import blocked
-from jlora.attention.tpu import splash
+from jlora.model.attention.choice import choose
+from jlora.model.attention.gpu import cudnn, cudnn_one_segment
+from jlora.model.attention.interface import Attention
+from jlora.model.attention.plain import reference
+from jlora.model.attention.tiles import blocked
+from jlora.model.attention.tpu import splash
 
 __all__ = ["Attention", "blocked", "choose", "cudnn", "cudnn_one_segment", "reference", "splash"]

@@ -3,12 +3,12 @@
 import jax
 import jax.numpy as jnp
 
-from jlora.attention.gpu import cudnn, cudnn_one_segment
-from jlora.attention.interface import Attention
-from jlora.attention.plain import reference
-from jlora.attention.tiles import blocked
-from jlora.attention.tpu import splash
 from jlora.errors import ConfigError
+from jlora.model.attention.gpu import cudnn, cudnn_one_segment
+from jlora.model.attention.interface import Attention
+from jlora.model.attention.plain import reference
+from jlora.model.attention.tiles import blocked
+from jlora.model.attention.tpu import splash
 
 
 def choose(

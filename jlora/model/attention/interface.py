@@ -8,10 +8,10 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from jlora.errors import ConfigError
-from jlora.sharding import partition_spec
+from jlora.model.sharding import partition_spec
 
 # The checkpoint name of an implementation's output and of what else its backward pass would have to compute again:
-# given within the implementation, as only there both are at hand. For `jlora.remat`.
+# given within the implementation, as only there both are at hand. For `jlora.model.remat`.
 ATTENTION_OUTPUT = "attention_output"
 
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from jlora.attention.interface import ATTENTION_OUTPUT
+from jlora.model.attention.interface import ATTENTION_OUTPUT
 
 
 def reference(

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from jlora.attention.interface import ATTENTION_OUTPUT, per_device
+from jlora.model.attention.interface import ATTENTION_OUTPUT, per_device
 
 TILE = 128  # tokens; the scores of a few heads stay in a core's cache
 HIDDEN = -1e30  # added to a score that is not to be seen

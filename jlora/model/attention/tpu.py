@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jlora.attention.interface import ATTENTION_OUTPUT, per_device
+from jlora.model.attention.interface import ATTENTION_OUTPUT, per_device
 
 MAX_SPLASH_BLOCK = 512
 

@@ -1,0 +1,85 @@
+"""`python -m jlora.effort --config C [key=value ...]`: does fine-tuning pay, on the user's own task?
+
+The same held-out rows answered by the base with the bare instruction, with examples in the prompt, and after training
+on more and more rows, by `jlora.train` itself; quality beside tokens, minutes and money: effort.json, effort.html.
+What is done is kept in effort.json and not done again.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from jlora import cli
+from jlora.config import Config, load_config
+from jlora.errors import ConfigError
+from jlora.evaluation.effort import Options, effort
+from jlora.reports.effort import write_effort
+from jlora.runtime import streams, xla
+
+
+def numbers(text: str) -> list[int]:
+    """`10,30,100` as numbers, each at least 1."""
+    found = [int(part) for part in text.split(",")]
+    if any(number < 1 for number in found):
+        raise ValueError
+    return found
+
+
+def make_parser() -> cli.Parser:
+    """The command line."""
+    parser = cli.Parser(
+        prog="python -m jlora.effort", description="Effort against benefit of fine-tuning on your rows."
+    )
+    parser.add_argument("--config", required=True, help="YAML file of the fine-tuning; data.eval says what to judge by")
+    parser.add_argument(
+        "--base", action="append", metavar="DIR", help="base model; repeat for more; default: model.path"
+    )
+    parser.add_argument("--rows", type=numbers, default="10,30,100,300,1000", metavar="N,N", help="rows to train on")
+    parser.add_argument("--shots", type=numbers, default="3", metavar="N,N", help="examples in the prompt")
+    parser.add_argument("--heldout", type=int, default=100, metavar="N", help="at most so many held-out rows")
+    parser.add_argument("--max-new-tokens", type=int, default=128, help="longest answer")
+    parser.add_argument("--batch-size", type=int, default=8, help="prompts answered together")
+    parser.add_argument("--price", type=float, help="dollars per device-hour; without it no cost is shown")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a dotted config key")
+    parser.add_argument("-q", "--quiet", action="store_true", help="no progress")
+    parser.add_argument("--json", action="store_true", help="print settings and results as one JSON object")
+    return parser
+
+
+def read_options(args: argparse.Namespace, cfg: Config) -> Options:
+    """Raises: ConfigError: a number out of its range."""
+    if min(args.heldout, args.max_new_tokens, args.batch_size) < 1:
+        raise ConfigError("--heldout, --max-new-tokens and --batch-size must be at least 1")
+    if args.price is not None and not 0 <= args.price < float("inf"):
+        raise ConfigError("--price must be finite and not negative")
+    bases = list(dict.fromkeys(args.base or [cfg.model.path]))
+    return Options(bases, args.rows, args.shots, args.heldout, args.max_new_tokens, args.batch_size, args.price)
+
+
+def main() -> None:
+    """Command line."""
+    args = make_parser().parse_intermixed_args()
+    xla.use_huge_pages()
+
+    def body() -> int:
+        cfg = load_config(args.config, args.overrides)
+        result, failures, stopped = effort(cfg, read_options(args, cfg), args.quiet)
+        if stopped:
+            if not args.quiet:
+                print("stopped and saved; run the same command again to go on", file=sys.stderr)
+            return cli.PREEMPTED
+        write_effort(Path(cfg.output_dir), result["settings"], result["results"])
+        if args.json:
+            cli.print_json(result)
+        elif not args.quiet:
+            with streams.told():
+                print(f"report: {cfg.output_dir}/effort.html")
+        if failures:
+            raise failures[0]
+        return 0
+
+    cli.run(body)
+
+
+if __name__ == "__main__":
+    main()

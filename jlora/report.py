@@ -1,0 +1,47 @@
+"""A single-file HTML page about one training run: figures, curves, data, samples and provenance.
+
+`train` writes it at the end of a run; `python -m jlora.report RUN` writes it anew, and
+`python -m jlora.report RUN RUN --out FILE` compares runs in one page.
+"""
+
+from pathlib import Path
+
+from jlora import cli
+from jlora.errors import ConfigError
+from jlora.files.paths import require_own
+from jlora.reports.page import write_page
+from jlora.reports.run import write_report
+from jlora.reports.runs import MOST_RUNS, compare
+from jlora.runtime import streams
+
+
+def main() -> None:
+    """Command line."""
+    parser = cli.Parser(prog="python -m jlora.report", description="Write a run's report, or compare runs in one page.")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder")
+    parser.add_argument("--out", metavar="FILE", help="HTML file; default for one run: its own report.html")
+    args = parser.parse_args()
+
+    def body() -> None:
+        runs = [Path(run) for run in args.runs]
+        for run in runs:
+            require_own(run, ConfigError)
+            if not any((run / name).is_file() for name in ("metrics.jsonl", "summary.json", "config.yaml")):
+                raise ConfigError(f"{run}: is no run folder (no metrics.jsonl, summary.json or config.yaml in it)")
+        if len(runs) > 1 and not args.out:
+            raise ConfigError("several runs are compared in one page; name it with --out FILE")
+        if len(runs) > MOST_RUNS:
+            raise ConfigError(f"{len(runs)} runs are too many for one page; name at most {MOST_RUNS}")
+        out = Path(args.out) if args.out else runs[0] / "report.html"
+        if len(runs) > 1:
+            write_page(out, compare(runs))
+        else:
+            write_report(runs[0], out)
+        with streams.told():
+            print(out)
+
+    cli.run(body)
+
+
+if __name__ == "__main__":
+    main()
