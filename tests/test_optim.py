@@ -176,11 +176,12 @@ THEIRS = {
 @pytest.mark.parametrize("name", THEIRS)
 @pytest.mark.parametrize(("warmup", "steps"), [(0, 17), (5, 17), (1, 2), (17, 17), (0, 1), (30, 17)])
 def test_schedules_equal_transformers(name, warmup, steps):
-    schedule = learning_rate(section(schedule=name, warmup_steps=warmup), steps)
+    cfg = section(schedule=name, warmup_steps=warmup)
+    schedule = partial(learning_rate, hyperparameters(cfg, steps))
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.02)
     theirs = THEIRS[name](optimizer, warmup, steps)
     for step in range(steps):
-        assert float(schedule(step)) == pytest.approx(theirs.get_last_lr()[0], abs=1e-8, rel=1e-5), step
+        assert float(schedule(jnp.int32(step))) == pytest.approx(theirs.get_last_lr()[0], abs=1e-8, rel=1e-5), step
         optimizer.step()
         theirs.step()
 

@@ -5,6 +5,7 @@ differentiated, so it has no gradient and no optimizer state. Knows nothing of l
 """
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -19,8 +20,7 @@ Tree = Any
 
 # What a leaf is to the optimizer: trained as A is, trained as B is (LoRA+), or kept as it started.
 LIKE_A, LIKE_B, HELD = "A", "B", "held"
-# The table of learning rates grows by so many steps, so that runs of about the same length share a program.
-TABLE = 1024
+SCHEDULES = ("cosine", "linear", "constant")
 
 
 def split(params: dict[str, Tree], method: str) -> tuple[dict[str, Tree], dict[str, Tree]]:
@@ -60,38 +60,40 @@ def _adapter_roles(name: str, part: Any) -> Any:
     return replace(part, lora_a=LIKE_A, lora_b=LIKE_B, magnitude=magnitude, initial=initial)
 
 
-def learning_rate(cfg: OptimizerSection, num_steps: int) -> optax.Schedule:
-    """Linear warm-up from zero, then the decay to zero at `num_steps`.
+def hyperparameters(cfg: OptimizerSection, num_steps: int) -> dict[str, Float[Array, ""]]:
+    """What the step takes as arguments, so that another value needs no other program; float32 scalars.
 
-    Step 0 takes the first value; as `get_cosine_schedule_with_warmup` and its kin of transformers.
+    Of the schedule, "schedule" is its place in `SCHEDULES`, "learning_rate" its peak, "warmup_steps" and "decay_steps"
+    its lengths.
     """
-    decay_steps = max(1, num_steps - cfg.warmup_steps)
-    decays = {
-        "cosine": optax.cosine_decay_schedule(cfg.learning_rate, decay_steps),
-        "linear": optax.linear_schedule(cfg.learning_rate, 0.0, decay_steps),
-        "constant": optax.constant_schedule(cfg.learning_rate),
+    values = {
+        "schedule": SCHEDULES.index(cfg.schedule),
+        "learning_rate": cfg.learning_rate,
+        "warmup_steps": cfg.warmup_steps,
+        "decay_steps": max(1, num_steps - cfg.warmup_steps),
+        "weight_decay": cfg.weight_decay,
     }
-    if not cfg.warmup_steps:
-        return decays[cfg.schedule]
-    warmup = optax.linear_schedule(0.0, cfg.learning_rate, cfg.warmup_steps)
-    return optax.join_schedules([warmup, decays[cfg.schedule]], [cfg.warmup_steps])
+    return {name: jnp.float32(float(value)) for name, value in values.items()}
 
 
-def hyperparameters(cfg: OptimizerSection, num_steps: int) -> dict[str, Float[Array, "..."]]:
-    """What the step takes as arguments, so that another value needs no other program; float32.
+def learning_rate(hyper: dict[str, Float[Array, ""]], step: Array) -> Float[Array, ""]:
+    """Linear warm-up from zero, then the decay to zero at the last step; step 0 takes the first value.
 
-    Returns {"learning_rate" [S]: of every step and of some after the last, "weight_decay" []}.
+    As `get_cosine_schedule_with_warmup` and its kin of transformers. Not optax's schedules, whose lengths are constants
+    of the program.
+
+    Args:
+      hyper: as `hyperparameters` gives it. step: updates made before; int32.
     """
-    size = -(-(num_steps + 1) // TABLE) * TABLE
-    rates = jax.vmap(learning_rate(cfg, num_steps))(jnp.arange(size))
-    return {
-        "learning_rate": jnp.broadcast_to(jnp.float32(rates), (size,)),
-        "weight_decay": jnp.float32(cfg.weight_decay),
-    }
+    warmup, count = hyper["warmup_steps"], step.astype(jnp.float32)
+    left = 1.0 - jnp.clip((count - warmup) / hyper["decay_steps"], 0.0, 1.0)
+    decays = jnp.stack([0.5 * (1.0 - jnp.cos(jnp.pi * left)), left, jnp.ones_like(left)])
+    decay = decays[hyper["schedule"].astype(jnp.int32)]
+    return hyper["learning_rate"] * jnp.where(count < warmup, count / jnp.maximum(warmup, 1.0), decay)
 
 
 def make_optimizer(
-    cfg: OptimizerSection, trained: dict[str, Tree], hyper: dict[str, Float[Array, "..."]]
+    cfg: OptimizerSection, trained: dict[str, Tree], hyper: dict[str, Float[Array, ""]]
 ) -> optax.GradientTransformation:
     """Clipping, then the update rule, then LoRA+'s ratio, for the leaves of `trained` that are not held.
 
@@ -102,10 +104,7 @@ def make_optimizer(
       trained: as `split` gives it, arrays or shapes. hyper: as `hyperparameters` gives them, arrays or tracers.
     """
     role_of, decay = roles(trained), hyper["weight_decay"]
-
-    def schedule(count: Any) -> Array:
-        return hyper["learning_rate"][count]
-
+    schedule = partial(learning_rate, hyper)
     match cfg.name:
         case "adamw":
             rule = optax.adamw(schedule, cfg.b1, cfg.b2, cfg.eps, weight_decay=decay)

@@ -3,6 +3,7 @@
 Knows nothing of files, loops or logs.
 """
 
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -174,8 +175,8 @@ def abstract_state(trained: Tree, cfg: Config, mesh: jax.sharding.Mesh) -> Train
 
 
 def _initial_optimizer(cfg: Config, trained: Tree) -> optax.GradientTransformation:
-    """The optimizer for its state, which no rate has a part in; NumPy's zeros need no device, which may be absent."""
-    nothing: Any = {"learning_rate": np.zeros(1, np.float32), "weight_decay": np.zeros((), np.float32)}
+    """The optimizer for its state, which no hyperparameter has a part in."""
+    nothing: Any = defaultdict(float)
     return optim.make_optimizer(cfg.optimizer, trained, nothing)
 
 
@@ -240,7 +241,7 @@ def make_train_step(
         metrics = {
             "loss": loss,
             "grad_norm": norm,
-            "learning_rate": hyper["learning_rate"][state.step - state.skipped],
+            "learning_rate": optim.learning_rate(hyper, state.step - state.skipped),
             "trained_tokens": batch["weights"].sum(),
             "skipped_steps": state.skipped + ~accepted,
             "skip": jnp.where(finite, jnp.where(spike, 2, 0), 1),
