@@ -18,7 +18,6 @@ from jlora.config import Config
 from jlora.errors import ConfigError, ModelError
 from jlora.files.atomic import new_folder
 from jlora.hf import verify
-from jlora.hf.architecture import parse_config
 from jlora.hf.pretrained import load_pretrained, open_adapter, open_pretrained, run_config
 from jlora.model.adapter import Adapter, layer_scales, with_scales, without_scales
 from jlora.model.adapter_init import new_adapter
@@ -91,7 +90,7 @@ def export(
     if cost and (not merge or cfg.method == "full"):
         raise ConfigError("--cost is that of merging an adapter, by --merge; leave it out")
     opened = open_pretrained(cfg.model.path, cfg.model.tokenizer, cfg.data.chat_template)
-    model = parse_config(opened.source.config, cfg.model.path)
+    model = opened.model
     with new_folder(out) as folder:
         if full:
             chosen = dtype or cfg.model.dtype

@@ -112,7 +112,7 @@ def test_nothing_is_begun_before_the_first_step(folder, tmp_path, monkeypatch, n
 
 
 def test_run_that_goes_on_and_sweep_end_before_a_new_step(folder, tmp_path, monkeypatch):
-    """A run at step 2 stays there; a sweep ends as a run does, and goes on from nothing."""
+    """A run at step 2 stays there; a sweep ends as a run does, with nothing to resume from."""
     config = configure(folder, tmp_path / "run", max_steps=4, save_every=2)
     took = StepMeter.took
 

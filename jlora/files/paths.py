@@ -29,7 +29,7 @@ def inside(folder: Path, name: str) -> Path:
     try:
         target = path.resolve()
     except (OSError, RuntimeError) as error:  # links in a circle
-        raise ModelError(f"{path}: can not be followed ({error}); put the file itself there") from None
+        raise ModelError(f"{path}: cannot be followed ({error}); put the file itself there") from None
     snapshots = (parent for parent in root.parents if parent.name == "snapshots")
     roots = [root, *(parent.parent / "blobs" for parent in snapshots)]
     if not any(target.is_relative_to(one) for one in roots):

@@ -103,7 +103,7 @@ def merge(
       MemoryExceeded, ConfigError: see `require_room`.
       ModelError: another base, or a checkpoint that does not compute what the run does.
     """
-    source, model = opened.source, parse_config(opened.source.config, opened.name)
+    source, model = opened.source, opened.model
     require_room(out, cfg, model, dtype)
     host = make_mesh(MeshSection(data=1, fsdp=1, tensor=1), jax.devices("cpu")[:1])
     with jax.default_device(host.devices.flat[0]):
