@@ -4,8 +4,10 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +18,12 @@ from shared_data import SHARED, needs_data
 from tiny import make_completions, make_llama, make_tokenizer, write_config
 
 import jlora.train
+import jlora.training.run
 from jlora.config import load_config, variants
 from jlora.errors import ConfigError, NonFiniteError
 from jlora.training.metrics import read_metrics
 from jlora.training.run import train
+from jlora.training.shared import Shared
 from jlora.training.sweep import require_all, train_together
 
 ROOT = Path(__file__).parents[1]
@@ -101,6 +105,7 @@ def test_a_run_that_fails_ends_alone(together):
     summary = json.loads((Path(together.output_dir) / "summary.json").read_text())
     states = {name: run["status"] for name, run in summary["runs"].items()}
     assert states == {"rate": "finished", "rank": "finished", "data": "finished", "wild": "failed"}
+    assert summary["runs"]["wild"]["steps"] == 2
     assert not (Path(together.output_dir) / "wild" / "adapter").exists()
 
 
@@ -166,6 +171,38 @@ def test_halving_stops_the_worse_half_at_each_rung(tiny):
     alone = tiny / "halving_alone"
     train(variants(cfg)[0].model_copy(update={"output_dir": str(alone)}), quiet=True)
     assert file_digest(alone) == file_digest(tiny / "halving" / "r0")
+
+
+def test_halving_resumes_where_it_stopped(tiny):
+    """A run beyond a rung that its sweep comes back to stays where it is."""
+    sweep = [{"name": "a"}, {"name": "b", "optimizer.learning_rate": 1e-6}]
+    cfg = load_config(configure(tiny, sweep, "again.yaml"), ["sweep_halving=true", "training.max_steps=4"])
+    cfg = cfg.model_copy(update={"output_dir": str(tiny / "again")})
+    b = variants(cfg)[1]
+    assert train(b, quiet=True, until=3)["steps"] == 3
+    runs = train_together(cfg, quiet=True)["runs"]
+    assert {name: run["steps"] for name, run in runs.items()} == {"a": 4, "b": 3}
+
+
+def test_a_signal_after_the_last_step_of_a_run_stops_the_sweep(tiny, monkeypatch):
+    export = jlora.training.run.export_adapter
+    kill = partial(os.kill, os.getpid(), signal.SIGTERM)
+    monkeypatch.setattr(jlora.training.run, "export_adapter", lambda *args: [export(*args), kill()][0])
+    cfg = load_config(configure(tiny, [{"name": "a"}, {"name": "b"}], "late.yaml"), ["training.max_steps=1"])
+    summary = train_together(cfg.model_copy(update={"output_dir": str(tiny / "late")}), quiet=True)
+    assert summary["status"] == "preempted" and summary["runs"]["a"]["status"] == "finished"
+    assert summary["runs"]["b"]["status"] == "not started"
+
+
+def test_one_program_serves_runs_of_one_shape(tiny, monkeypatch):
+    """Rates, schedules, decay, alpha and seeds change no program; a rank does."""
+    shared = []
+    monkeypatch.setattr("jlora.training.sweep.Shared", lambda: shared.append(Shared()) or shared[0])
+    same = {"optimizer.schedule": "linear", "optimizer.weight_decay": 0.1, "lora.alpha": 3, "training.seed": 5}
+    sweep = [{"name": "a"}, {"name": "b", "optimizer.learning_rate": 1e-4, **same}, {"name": "c", "lora.rank": 2}]
+    cfg = load_config(configure(tiny, sweep, "programs.yaml"), ["training.max_steps=1"])
+    train_together(cfg.model_copy(update={"output_dir": str(tiny / "programs")}), quiet=True)
+    assert len(shared[0].programs) == 2
 
 
 def test_runs_may_differ_in_what_no_single_step_could_hold(tiny):

@@ -21,6 +21,7 @@ from tiny import make_completions, make_llama, make_tokenizer, write_config
 from transformers import LlamaForCausalLM, get_cosine_schedule_with_warmup
 
 import jlora.train
+import jlora.training.shared
 from jlora import data
 from jlora.config import load_config
 from jlora.data import Epochs, read_data
@@ -390,7 +391,7 @@ def reviews_run(tmp_path_factory):
         return pretrained
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jlora.training.run, "load_pretrained", load)
+        patch.setattr(jlora.training.shared, "load_pretrained", load)
         with warnings.catch_warnings(record=True) as warned:
             warnings.simplefilter("always")
             summary = train(cfg, quiet=True)

@@ -35,7 +35,8 @@ from jlora.reports.memory import require_matplotlib
 from jlora.runtime import distributed, supervise
 from jlora.training.evaluator import Evaluator, describe_figures
 from jlora.training.folder import make_run_dir
-from jlora.training.run import Shared, train
+from jlora.training.run import train
+from jlora.training.shared import Shared
 from jlora.training.step import Forward
 
 Record = dict[str, Any]

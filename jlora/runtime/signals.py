@@ -15,6 +15,8 @@ from jlora.runtime import distributed, supervise
 # How long the main thread may take to hear a signal, and to leave a run for it.
 GRACE_SECONDS = 2.0
 
+_received: list[int] = []
+
 
 def interrupt_on_signal() -> None:
     """Of a command that saves nothing: Ctrl-C raises `KeyboardInterrupt` in the main thread."""
@@ -24,6 +26,7 @@ def interrupt_on_signal() -> None:
 
 def end_on_signals() -> None:
     """Until the first step: a signal raises `Stopped` in the main thread, and those after it change nothing."""
+    _received.clear()
     _handle(_stop)
 
 
@@ -32,16 +35,20 @@ def save_on_signals() -> Callable[[int], bool]:
 
     A second signal changes nothing. The processes of a job agree on the step, whoever got the signal.
     """
-    received = []
 
     def handler(number: int, frame: Any) -> None:
-        received.append(number)
+        _received.append(number)
 
     def to_jax(number: int, frame: Any) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
     _handle(to_jax if distributed.several() else handler)
-    return distributed.stop_agreed if distributed.several() else lambda step: bool(received)
+    return distributed.stop_agreed if distributed.several() else lambda step: received()
+
+
+def received() -> bool:
+    """Whether a signal came since the last `save_on_signals`, be it after a run's last step."""
+    return bool(_received)
 
 
 def ignore_signals() -> None:

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from jlora.config import Config
+from jlora.data import Dataset, Epochs
 from jlora.errors import ConfigError, NothingTrained
 from jlora.files.paths import require_own
 from jlora.hf.pretrained import Opened
@@ -62,6 +63,12 @@ def require_trained(state: TrainState) -> None:
         "too small to change a weight, so no adapter is written; look at metrics.jsonl, at "
         "optimizer.learning_rate, warmup_steps and max_grad_norm, and at the rows"
     )
+
+
+def plan_steps(cfg: Config, train_data: Dataset) -> tuple[Epochs, int]:
+    """The order of a run's rows, and the steps that it takes to its end."""
+    epochs = Epochs(train_data, cfg.data, cfg.training.batch_size, cfg.training.seed)
+    return epochs, cfg.training.max_steps or epochs.num_batches(cfg.training.epochs)
 
 
 def batch_rows(cfg: Config, mesh: jax.sharding.Mesh) -> np.ndarray:

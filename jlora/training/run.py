@@ -7,7 +7,7 @@ over `train`, which hand what runs have in common from one to the next (`Shared`
 import json
 import sys
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,11 @@ import jax
 
 from jlora import data
 from jlora.config import Config
-from jlora.data import Dataset, Epochs, read_data
+from jlora.data import Dataset, Epochs
 from jlora.errors import ConfigError, DataError, ModelError, NonFiniteError
 from jlora.files import lock
 from jlora.files.atomic import write_text
-from jlora.hf.pretrained import Opened, Pretrained, load_pretrained, make_adapter, make_reference, open_pretrained
+from jlora.hf.pretrained import Pretrained, make_adapter, make_reference
 from jlora.hf.source import base_fingerprint
 from jlora.hf.verify import export_adapter
 from jlora.model.adapter_init import check_options
@@ -33,10 +33,20 @@ from jlora.training import optim
 from jlora.training.auto_remat import compile_fastest
 from jlora.training.checkpoint import Checkpoints
 from jlora.training.evaluator import Evaluator, describe_figures
-from jlora.training.folder import batch_rows, due, make_run_dir, put_batch, require_trained, saves_left, warn_of_length
+from jlora.training.folder import (
+    batch_rows,
+    due,
+    make_run_dir,
+    plan_steps,
+    put_batch,
+    require_trained,
+    saves_left,
+    warn_of_length,
+)
 from jlora.training.identity import check_identity, require_one_job, run_identity
 from jlora.training.metrics import MetricsLog, ProgressLine, StepMeter, require_wandb
 from jlora.training.samples import Samples
+from jlora.training.shared import Shared
 from jlora.training.step import (
     Forward,
     TrainState,
@@ -45,53 +55,8 @@ from jlora.training.step import (
     init_state,
     make_forward,
     make_train_step,
-    param_dtype,
 )
 from jlora.training.summary import finished_summary, measured, rows_of
-
-
-@dataclass
-class Shared:
-    """What the runs of one process have in common, each taking from it what an earlier one made.
-
-    Attributes:
-      pretrained: the frozen base; its path, tokenizer, dtype, quantization and mesh are those of all the runs.
-      programs: compiled steps by the SHA-256 of what was compiled.
-    """
-
-    opened: Opened | None = None
-    pretrained: Pretrained | None = None
-    rows: dict[str, tuple[Dataset, Dataset | None]] = field(default_factory=dict)
-    programs: dict[str, Any] = field(default_factory=dict)
-
-    def open(self, cfg: Config) -> Opened:
-        """The base, no weight read yet, with its tokenizer."""
-        if self.opened is None:
-            self.opened = open_pretrained(cfg.model.path, cfg.model.tokenizer, cfg.data.chat_template)
-        return self.opened
-
-    def read(self, cfg: Config) -> tuple[Dataset, Dataset | None]:
-        """The tokenised rows of a run, training and held out."""
-        key = json.dumps([cfg.data.model_dump(mode="json"), cfg.training.seed if cfg.data.eval else None])
-        if key not in self.rows:
-            self.rows[key] = read_data(cfg, self.open(cfg).tokenizer)
-        return self.rows[key]
-
-    def load(self, cfg: Config, mesh: jax.sharding.Mesh) -> Pretrained:
-        """The base on the devices; one that is trained itself is each run's own."""
-        if self.pretrained is not None:
-            return self.pretrained
-        loaded = load_pretrained(self.open(cfg), param_dtype(cfg), mesh, cfg.model.quantization)
-        if cfg.method == "lora":
-            self.pretrained = loaded
-        return loaded
-
-    def compile(self, lowered: Any) -> Any:
-        """The executable of a lowered step, compiled once for all runs that lower to the same program."""
-        program = lowered.as_text()
-        if program not in self.programs:
-            self.programs[program] = lowered.compile()
-        return self.programs[program]
 
 
 @dataclass
@@ -190,8 +155,7 @@ def open_run(cfg: Config, folder: Path, mesh: jax.sharding.Mesh, watch: Watch, s
     digests = {"data": train_data.digest, "eval": eval_data.digest if eval_data else None}
     distributed.require_agreement("data", DataError, digests)
     pretrained = shared.load(cfg, mesh)
-    epochs = Epochs(train_data, cfg.data, cfg.training.batch_size, cfg.training.seed)
-    num_steps = cfg.training.max_steps or epochs.num_batches(cfg.training.epochs)
+    epochs, num_steps = plan_steps(cfg, train_data)
     params = {"adapter": make_adapter(cfg, pretrained, mesh), "base": pretrained.base}
     if (reference := make_reference(cfg, pretrained, mesh)) is not None:
         params["reference"] = reference
@@ -268,8 +232,8 @@ def loop(run: Run, until: int | None, quiet: bool) -> StepMeter:
             evaluate()
             if samples is not None:
                 samples.take("before", run.params)
-        stopped = run.step == until
-        while run.step < num_steps and not stopped:
+        end, stopped = min(num_steps, until or num_steps), False
+        while run.step < end and not stopped:
             # While the step before still runs: its figures are waited for only after this one is under way.
             batch = put_batch(next(run.batches), cfg.training.gradient_accumulation_steps, run.mesh)
             if run.compiled is None:
@@ -281,8 +245,7 @@ def loop(run: Run, until: int | None, quiet: bool) -> StepMeter:
             meter.took(run.step, metrics, run.epochs.tokens_in(run.step - 1))
             run.watch.beat(run.step)
             run.checkpoints.check()
-            stopped = stop_after(run.step) or run.step == until
-            last = run.step in (num_steps, until)
+            last, stopped = run.step == end, stop_after(run.step)
             eval_loss = evaluate() if last or due(cfg.training.eval_every, run.step) else None
             if last or stopped or due(cfg.training.save_every, run.step):
                 meter.settle()  # a run past its limit of non-finite steps ends here, unsaved
@@ -344,7 +307,7 @@ def compile_step(run: Run, batch: dict[str, jax.Array], progress: ProgressLine) 
 
     if run.remat == "auto":
         run.remat, run.compiled = compile_fastest(
-            run.cfg, run.pretrained.base.cfg, run.mesh, lambda remat: lower(remat).compile()
+            run.cfg, run.pretrained.base.cfg, run.mesh, lambda remat: run.shared.compile(lower(remat))
         )
         progress.say(f"rematerialisation {run.remat}, the fastest that fits")
     else:

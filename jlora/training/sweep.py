@@ -12,15 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from jlora.config import Config, variants
-from jlora.data import Epochs
 from jlora.errors import ConfigError, NonFiniteError, NothingTrained
 from jlora.files import lock
 from jlora.files.atomic import write_text
 from jlora.files.paths import require_own
 from jlora.model.adapter_init import check_options
 from jlora.runtime import distributed, signals
-from jlora.training.folder import make_run_dir
-from jlora.training.run import Shared, train
+from jlora.training.folder import make_run_dir, plan_steps
+from jlora.training.metrics import read_metrics
+from jlora.training.run import train
+from jlora.training.shared import Shared
 from jlora.training.summary import peak_memory
 
 
@@ -30,7 +31,7 @@ class Sweep:
 
     configs: dict[str, Config]
     quiet: bool
-    shared: Shared = field(default_factory=Shared)
+    shared: Shared
     summaries: dict[str, dict[str, Any]] = field(default_factory=dict)
     stopped: bool = False
 
@@ -41,21 +42,16 @@ class Sweep:
         try:
             summary = train(self.configs[name], self.quiet, self.shared, until)
         except (NonFiniteError, NothingTrained) as error:
-            self.summaries[name] = {"status": "failed", "error": str(error), "steps": 0}
-            return
+            lines = read_metrics(Path(self.configs[name].output_dir) / "metrics.jsonl")
+            steps = max((line["step"] for line in lines), default=0)
+            summary = {"status": "failed", "error": str(error), "steps": steps}
         self.summaries[name] = summary
-        self.stopped = summary["status"] == "preempted" and summary["steps"] != until
+        self.stopped = signals.received()  # also after a run's last step, which takes nothing from that run
 
     @property
     def failed(self) -> bool:
         """Whether a run ended before its time."""
         return any(summary["status"] == "failed" for summary in self.summaries.values())
-
-    def num_steps(self, name: str) -> int:
-        """The steps of a run that goes to its end."""
-        cfg = self.configs[name]
-        epochs = Epochs(self.shared.read(cfg)[0], cfg.data, cfg.training.batch_size, cfg.training.seed)
-        return cfg.training.max_steps or epochs.num_batches(cfg.training.epochs)
 
     def halve(self) -> list[str]:
         """Take the runs from rung to rung, each of twice the steps; returns the half that is left at the last one.
@@ -64,9 +60,10 @@ class Sweep:
         (successive halving, arXiv:1502.07943).
         """
         names = list(self.configs)
+        steps = {name: plan_steps(cfg, self.shared.read(cfg)[0])[1] for name, cfg in self.configs.items()}
         for rung in range(math.ceil(math.log2(len(names))), 0, -1):
             for name in names:
-                self.train(name, until=max(1, self.num_steps(name) >> rung))
+                self.train(name, until=max(1, steps[name] >> rung))
             losses = [(self.summaries[name].get("eval_loss"), name) for name in names if name in self.summaries]
             ranked = sorted((loss, name) for loss, name in losses if loss is not None)
             names = [name for _, name in ranked][: math.ceil(len(names) / 2)]
@@ -86,7 +83,7 @@ def train_together(cfg: Config, quiet: bool = False) -> dict[str, Any]:
         raise ConfigError("a sweep runs in one process; take the keys of distributed out, or start one process")
     signals.end_on_signals()
     folder = make_run_dir(cfg)
-    sweep = Sweep({Path(each.output_dir).name: each for each in variants(cfg)}, quiet)
+    sweep = Sweep({Path(each.output_dir).name: each for each in variants(cfg)}, quiet, Shared())
     require_own(folder, ConfigError, sweep.configs)
     with lock.held(folder):
         for each in sweep.configs.values():  # what is wrong with the last is told before the first is trained
@@ -95,9 +92,11 @@ def train_together(cfg: Config, quiet: bool = False) -> dict[str, Any]:
         write_text(folder / "config.yaml", cfg.dump_yaml())
         for name in sweep.halve() if cfg.sweep_halving else sweep.configs:
             sweep.train(name)
+        runs = {name: sweep.summaries.get(name, {"status": "not started", "steps": 0}) for name in sweep.configs}
+        left = sweep.stopped and any(run["status"] != "finished" for run in runs.values())
         summary = {
-            "status": "failed" if sweep.failed else "preempted" if sweep.stopped else "finished",
-            "runs": {name: sweep.summaries.get(name, {"status": "not started", "steps": 0}) for name in sweep.configs},
+            "status": "failed" if sweep.failed else "preempted" if left else "finished",
+            "runs": runs,
             "wall_seconds": time.monotonic() - began,
             "peak_memory_bytes": peak_memory(None),
         }
