@@ -8,10 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from grown_adapters import grown, make_run
 from parity import assert_close, logits, open_base, random_tokens, torch_logits
 from safetensors.torch import load_file, save_file
-from test_merge import make_run
-from test_verify import grown
 from tiny import make_llama, make_tokenizer
 from transformers import AutoModelForCausalLM
 

@@ -4,8 +4,6 @@ A failure is one sentence on stderr and the exit code of its kind; the commands 
 for one whole story of subprocesses.
 """
 
-import importlib
-import io
 import json
 import math
 import os
@@ -17,12 +15,12 @@ from pathlib import Path
 
 import pytest
 import yaml
+from command_line import one_sentence
 from safetensors.numpy import load_file
 from shared_data import SHARED, needs_data
 from tiny import copy_folder, make_llama, make_rows, make_tokenizer, write_config
 
 from jlora import cli
-from jlora.__main__ import COMMANDS
 from jlora.config import load_config
 from jlora.errors import DataError, MemoryExceeded
 from jlora.files import manifest
@@ -85,33 +83,6 @@ def shell(module, *arguments, stdin=None):
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         timeout=300,
     )
-
-
-@pytest.fixture
-def here(monkeypatch, capfd):
-    """A command in this process: (exit code, stdout, stderr)."""
-
-    def run(module, *arguments, stdin=""):
-        monkeypatch.setattr(sys, "argv", [f"jlora.{module}", *map(str, arguments)])
-        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
-        monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # put back at the end
-        capfd.readouterr()
-        code = 0
-        try:
-            importlib.import_module(COMMANDS.get(module, f"jlora.{module}")).main()
-        except SystemExit as exit:
-            code = exit.code or 0
-        return (code, *capfd.readouterr())
-
-    return run
-
-
-def one_sentence(err):
-    """The message of a failed command: one line, and nothing of Python."""
-    lines = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1 and err.splitlines()[-1] == lines[0], err
-    assert "Traceback" not in err and 'File "' not in err
-    return lines[0]
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 import pytest
 import yaml
-from test_cli import here, one_sentence  # noqa: F401, a fixture
+from command_line import one_sentence
 
 from jlora.config import Config, load_config, variants
 from jlora.config.convert.convert import convert, describe_notes

@@ -7,18 +7,17 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from data_files import RANDOM_LENGTHS, ROWS, jsonl, lengths_dataset, section, write, write_parquet
 from tiny import make_tokenizer
 
 import jlora.data.rows
 from jlora import data
-from jlora.config import DataSection
-from jlora.data import Dataset, Epochs, batches, hold_out, pack, pack_row, tokenize
+from jlora.data import Epochs, batches, hold_out, pack, pack_row, tokenize
 from jlora.data.prompts import Example
 from jlora.data.rows import BadRow, read_rows
 from jlora.data.tokens import load_tokenizer
 from jlora.errors import DataError
 
-ROWS = [{"prompt": f"{i}:", "completion": "x" * (1 + i % 5), "id": i} for i in range(7)]
 GOOD = json.dumps(ROWS[0]).encode()
 
 
@@ -27,27 +26,6 @@ def tokenizer(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer")
     make_tokenizer(folder)
     return load_tokenizer(folder, None)
-
-
-def section(**changes):
-    return DataSection(**({"train": "-", "format": "completion", "max_length": 32} | changes))
-
-
-def write(path, content):
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return path
-
-
-def write_parquet(path, rows):
-    import pyarrow
-    import pyarrow.parquet
-
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
-    return path
-
-
-def jsonl(rows):
-    return "".join(json.dumps(row) + "\n" for row in rows)
 
 
 def values(path, split="train"):
@@ -61,19 +39,6 @@ def error_of(path, **changes):
     message = str(caught.value)
     assert "\n" not in message
     return message
-
-
-def lengths_dataset(lengths):
-    """Examples that can be told apart: the token ids of each are its number + 10."""
-    examples = []
-    for number, length in enumerate(lengths):
-        trained = np.ones(length, bool)
-        trained[0] = False
-        examples.append(Example(np.full(length, number + 10, np.int32), trained))
-    return Dataset(examples, read=len(examples), places=[f"rows.jsonl:{n}" for n in range(1, len(examples) + 1)])
-
-
-RANDOM_LENGTHS = np.random.default_rng(3).integers(2, 33, 60).tolist()
 
 
 # Readers

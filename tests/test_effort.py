@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 import torch
-from test_report import Page
+from report_pages import Page
 from tiny import make_completions, make_llama, make_tokenizer, write_config
 from transformers import AutoModelForCausalLM
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from test_report import Page
+from report_pages import Page
 from tiny import make_completions, make_llama, make_tokenizer
 
 from jlora.config import DataSection

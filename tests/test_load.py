@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType
+from gguf_files import GPT2
+from gguf_files import write as write_gguf
 from parity import open_base
 from safetensors.numpy import load_file
 from safetensors.torch import load_file as load_torch
 from safetensors.torch import save_file as save_torch
 from synthetic import MEASURE, write_llama
-from test_gguf import GPT2
-from test_gguf import write as write_gguf
 from tiny import copy_folder, make_llama
 
 from jlora.errors import ModelError

@@ -13,8 +13,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType
+from gguf_files import write as write_gguf
+from grown_adapters import make_run
 from safetensors.numpy import load_file, save_file
-from test_gguf import write as write_gguf
 from tiny import OFF_DEFAULT, make_completions, make_llama, make_tokenizer, write_config
 
 from jlora.config import load_config
@@ -22,34 +23,12 @@ from jlora.errors import ConfigError, MemoryExceeded, ModelError
 from jlora.export import export
 from jlora.hf import verify, weights
 from jlora.hf.architecture import parse_config
-from jlora.hf.load import hash_base
 from jlora.hf.names import name_table
 from jlora.hf.source import open_source
-from jlora.model.adapter_init import new_adapter
-from jlora.model.sharding import one_device_mesh
-from jlora.training import auto_remat, merge, optim
-from jlora.training.checkpoint import Checkpoints
+from jlora.training import auto_remat, merge
 from jlora.training.run import train
-from jlora.training.step import init_state
 
 ROOT = Path(__file__).parents[1]
-
-
-def make_run(folder: Path, base: Path, *overrides: str) -> Path:
-    """A run folder with a checkpoint of an adapter, whose B is not zero; nothing is trained."""
-    rows = make_completions(folder.parent / "rows.jsonl")
-    folder.mkdir()
-    cfg = load_config(write_config(folder / "config.yaml", base, rows, folder), overrides)
-    (folder / "config.yaml").write_text(cfg.dump_yaml(), encoding="utf-8")
-    source = open_source(base)
-    adapter = new_adapter(cfg.lora, parse_config(source.config, "base"), 0)
-    grown = {name: dataclasses.replace(part, lora_b=part.lora_b + 0.02) for name, part in adapter.items()}
-    trained, _ = optim.split({"adapter": grown, "base": {}}, "lora")
-    checkpoints = Checkpoints(folder / "checkpoints", 1)
-    identity = {"hashes": {"base": hash_base(source, "base")}}
-    checkpoints.save(1, init_state(trained, cfg, one_device_mesh()), {}, identity, None)
-    checkpoints.close()
-    return folder
 
 
 @pytest.fixture(scope="module")

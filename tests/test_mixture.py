@@ -7,7 +7,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from test_data import RANDOM_LENGTHS, jsonl, lengths_dataset, section, write
+from data_files import RANDOM_LENGTHS, jsonl, lengths_dataset, section, write
 from tiny import make_completions, make_llama, make_tokenizer, write_config
 
 from jlora.config import Source, load_config

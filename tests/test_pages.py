@@ -10,7 +10,7 @@ from typing import Any
 
 import browser
 import pytest
-from test_report import make_run
+from report_pages import make_run
 from tiny import make_completions, make_llama, make_tokenizer, write_config
 
 from jlora.config import load_config

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from eight_devices import RUNS, losses, run_on_eight
 from shared_data import SHARED, needs_data
-from test_mesh import RUNS, losses, run_on_eight
 from tiny import make_completions, make_llama, make_tokenizer, write_config
 
 from jlora.config import DataSection, LoraSection, load_config

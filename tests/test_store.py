@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_data import ROWS, jsonl, section, write, write_parquet
+from data_files import ROWS, jsonl, section, write, write_parquet
 from tiny import make_tokenizer
 
 from jlora.data import encoding, store, tokenize

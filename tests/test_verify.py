@@ -1,26 +1,22 @@
 """An export that does not compute what the run does is refused, and does not stay."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType
+from gguf_files import write as write_gguf
+from grown_adapters import grown
 from parity import assert_close, torch_logits
-from test_gguf import write as write_gguf
 from tiny import make_llama, make_mistral, make_tokenizer
 from transformers import AutoModelForCausalLM, MistralForCausalLM
 
-from jlora.config import LoraSection
 from jlora.errors import ModelError
 from jlora.files.atomic import new_folder
 from jlora.hf import verify
 from jlora.hf.merged import save_checkpoint
 from jlora.hf.pretrained import load_pretrained, open_pretrained
 from jlora.hf.weights import Merged, Stored
-from jlora.model.adapter import init_adapter
-from jlora.model.llama import projection_shapes
 from jlora.model.sharding import one_device_mesh
 
 FLOAT32 = jnp.dtype("float32")
@@ -41,13 +37,6 @@ def opened(folder):
 @pytest.fixture
 def adapter(pretrained):
     return grown(pretrained)
-
-
-def grown(pretrained):
-    section, model = LoraSection(rank=4, alpha=8.0), pretrained.base.cfg
-    adapter = init_adapter(section, projection_shapes(model), model.num_hidden_layers, 0)
-    grow = {name: dataclasses.replace(lora, lora_b=jnp.full_like(lora.lora_b, 0.02)) for name, lora in adapter.items()}
-    return section, grow
 
 
 def test_a_true_export_passes_and_stays(pretrained, adapter, tmp_path):
