@@ -14,6 +14,7 @@ from jlora.files.atomic import write_text
 from jlora.hf.pretrained import Pretrained
 from jlora.inference.generate import Sampling, generate
 from jlora.model import attention
+from jlora.reports.run_files import parse, read_text
 
 # Tokens of an answer, and of a text without a prompt that stand for one.
 NEW_TOKENS = 96
@@ -68,8 +69,5 @@ class Samples:
 
 def read_samples(path: Path) -> list[dict[str, Any]]:
     """The samples of a file; none where it is missing or no such file."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))["samples"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return []
+    found = (parse(read_text(path)) or {}).get("samples")
     return found if isinstance(found, list) and all(isinstance(sample, dict) for sample in found) else []

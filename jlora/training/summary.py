@@ -1,7 +1,6 @@
 """What a run says at its end: figures for summary.json and for people. Knows nothing of training."""
 
 import importlib.metadata
-import json
 import resource
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ import jax
 
 from jlora.data import Dataset
 from jlora.data.checks import count_sources
+from jlora.reports.run_files import parse, read_text
 from jlora.training.metrics import StepMeter, read_metrics
 
 
@@ -44,11 +44,8 @@ def measured(run_dir: Path, meter: StepMeter, compiled: Any) -> dict[str, Any]:
 
 def finished_summary(run_dir: Path) -> dict[str, Any] | None:
     """The summary of a run that ended well and whose adapter is still there; None of any other."""
-    try:
-        summary = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    if not isinstance(summary, dict) or summary.get("status") != "finished":
+    summary = parse(read_text(run_dir / "summary.json"))
+    if summary is None or summary.get("status") != "finished":
         return None
     if summary["adapter"] is None:
         return summary
