@@ -11,6 +11,7 @@ import jax
 from jlora.data import Dataset
 from jlora.data.checks import count_sources
 from jlora.reports.run_files import parse, read_text
+from jlora.training.auto_remat import peak_bytes
 from jlora.training.metrics import StepMeter, read_metrics
 
 
@@ -70,11 +71,7 @@ def peak_memory(compiled: Any) -> dict[str, int | None]:
     """Peak bytes of this process, of the device where it counts them, and of the compiled step."""
     host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     device = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
-    analysis = compiled.memory_analysis() if compiled is not None else None
-    step = None
-    if analysis is not None:
-        step = analysis.argument_size_in_bytes + analysis.temp_size_in_bytes + analysis.output_size_in_bytes
-        step -= analysis.alias_size_in_bytes
+    step = None if compiled is None else peak_bytes(compiled, jax.local_devices()[0].platform)
     return {"host": host, "device": device, "compiled_step": step}
 
 
