@@ -16,6 +16,7 @@ from jlora.cli import add_model_arguments, open_model
 from jlora.config import DataSection, ObjectiveSection
 from jlora.errors import ConfigError
 from jlora.evaluation.scores import answer_and_score, describe_scores, require_scores
+from jlora.files.paths import short_names
 from jlora.hf.pretrained import make_reference, open_adapter, run_config
 from jlora.inference.answers import Question, read_questions
 from jlora.model import attention
@@ -58,12 +59,6 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise ConfigError("--html shows answers; say of how many rows with --generate N")
     if args.generate is not None:
         require_scores()
-
-
-def short_names(paths: list[str]) -> list[str]:
-    """The last names of paths, or the paths themselves where two end alike."""
-    names = [Path(path).name or path for path in paths]
-    return names if len(set(names)) == len(names) else paths
 
 
 def warn_of_formats(args: argparse.Namespace, section: DataSection) -> None:
