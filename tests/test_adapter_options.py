@@ -20,7 +20,6 @@ from transformers import AutoModelForCausalLM
 
 from jlora.config import PROJECTIONS, Config, LoraSection
 from jlora.errors import ConfigError, ModelError
-from jlora.export import export_combined
 from jlora.hf import verify, weights
 from jlora.hf.merged import save_checkpoint, untied
 from jlora.hf.peft import CONFIG, load_adapter, save_adapter
@@ -32,6 +31,7 @@ from jlora.model.adapter_init import check_options, complete, new_adapter
 from jlora.model.quant import dequantize, quantize
 from jlora.model.sharding import one_device_mesh
 from jlora.training import optim
+from jlora.training.export import export_combined
 from jlora.training.step import Forward, init_state, make_train_step
 
 RANKS = {"rank_pattern": {"q_proj": 2, r"layers\.1\.mlp\.(up|down)_proj": 7}}

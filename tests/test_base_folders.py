@@ -16,7 +16,6 @@ from tiny import make_llama, make_tokenizer
 from transformers import AutoModelForCausalLM
 
 from jlora.errors import ModelError
-from jlora.export import export
 from jlora.files.atomic import new_folder
 from jlora.hf import verify
 from jlora.hf.load import hash_base
@@ -24,6 +23,7 @@ from jlora.hf.pretrained import load_pretrained, model_shape, open_pretrained
 from jlora.hf.source import SafetensorsFolder, base_fingerprint, open_source
 from jlora.hf.weights import Stored
 from jlora.model.sharding import one_device_mesh
+from jlora.training.export import export
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 HEAD, TABLE = "lm_head.weight", "model.embed_tokens.weight"

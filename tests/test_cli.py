@@ -419,7 +419,7 @@ def test_chat_remembers_its_turns(world, here):
 
 def test_chat_goes_on_after_an_empty_answer(world, here, monkeypatch):
     """An answer that ends at once is no turn that a template would accept."""
-    import jlora.generate
+    from jlora.inference import generate as generating
 
     seen = []
 
@@ -427,7 +427,7 @@ def test_chat_goes_on_after_an_empty_answer(world, here, monkeypatch):
         seen.append(prompts[0])
         yield [[]]
 
-    monkeypatch.setattr(jlora.generate, "generate", silent)
+    monkeypatch.setattr(generating, "generate", silent)
     out = generate(here, world, "--chat", "--chat-template", "llama2", stdin="one\none\n")
     assert out == "\n\n" and len(seen) == 2 and seen[0] == seen[1]
 

@@ -10,9 +10,11 @@ import pytest
 from tiny import make_tokenizer
 
 import jlora.data.rows
-from jlora import data
 from jlora.config import DataSection
-from jlora.data import Dataset, Epochs, batches, hold_out, pack, pack_row, tokenize
+from jlora.data import packing
+from jlora.data.dataset import Dataset, hold_out
+from jlora.data.encoding import tokenize
+from jlora.data.packing import Epochs, batches, pack, pack_row
 from jlora.data.prompts import Example
 from jlora.data.rows import BadRow, read_rows
 from jlora.data.tokens import load_tokenizer
@@ -486,7 +488,7 @@ def test_epochs_may_be_asked_by_many_threads_at_once(monkeypatch):
         time.sleep(0.005)
         return pack(*args)
 
-    monkeypatch.setattr(data.packing, "pack", slow_pack)
+    monkeypatch.setattr(packing, "pack", slow_pack)
     one = epochs()
     with ThreadPoolExecutor(4) as threads:
         found = list(threads.map(one.rows, [0, 0, 1, 0, 1, 2, 3, 2, 0, 1, 3, 2]))

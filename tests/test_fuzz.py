@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 from tiny import make_llama, make_tokenizer
 
 from jlora.config import Config, DataSection, LoraSection, load_config
-from jlora.data import tokenize
+from jlora.data.encoding import tokenize
 from jlora.data.tokens import CHAT_TEMPLATES, load_tokenizer
 from jlora.errors import ConfigError, DataError, ModelError, UserError
 from jlora.hf.architecture import parse_config

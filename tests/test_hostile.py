@@ -19,7 +19,8 @@ from tiny import copy_folder, make_completions, make_llama, make_tokenizer, writ
 import jlora.train
 from jlora import cli
 from jlora.config import Config, DataSection, LoraSection, load_config
-from jlora.data import Epochs, tokenize
+from jlora.data.encoding import tokenize
+from jlora.data.packing import Epochs
 from jlora.data.rows import MAX_ROW_BYTES
 from jlora.data.tokens import load_tokenizer
 from jlora.errors import ConfigError, DataError, ModelError

@@ -19,7 +19,6 @@ from tiny import OFF_DEFAULT, make_completions, make_llama, make_tokenizer, writ
 
 from jlora.config import load_config
 from jlora.errors import ConfigError, MemoryExceeded, ModelError
-from jlora.export import export
 from jlora.hf import verify, weights
 from jlora.hf.architecture import parse_config
 from jlora.hf.load import hash_base
@@ -29,6 +28,7 @@ from jlora.model.adapter_init import new_adapter
 from jlora.model.sharding import one_device_mesh
 from jlora.training import auto_remat, merge, optim
 from jlora.training.checkpoint import Checkpoints
+from jlora.training.export import export
 from jlora.training.run import train
 from jlora.training.step import init_state
 

@@ -14,12 +14,12 @@ from test_report import make_run
 from tiny import make_completions, make_llama, make_tokenizer, write_config
 
 from jlora.config import load_config
-from jlora.data.__main__ import look
 from jlora.evaluation.strategies import choose
 from jlora.inference.answers import Question
 from jlora.reports.answers import write_comparison
 from jlora.reports.data import render
 from jlora.reports.effort import write_effort
+from jlora.reports.rows import look
 from jlora.reports.run import write_report
 from jlora.reports.runs import compare
 

@@ -19,9 +19,11 @@ from jlora.config import load_config
 from jlora.hf.pretrained import SHAPES, model_shape
 from jlora.model import attention
 from jlora.model.sharding import make_mesh
+from jlora.planning import topology
 from jlora.planning.compiled import abstract_step, naive
 from jlora.planning.flops import count_flops
-from jlora.planning.topology import GPUS, TPUS, resolve
+from jlora.planning.hardware import GPUS, TPUS
+from jlora.planning.topology import resolve
 from jlora.training.step import Forward
 
 CONTRACT = {
@@ -262,8 +264,8 @@ def test_a_child_has_no_children_and_imports_from_where_this_process_does(config
         jlora.plan.main()
     assert [next(part for part in command if "--nth" in part) for command in started] == ["--nth=0", "--nth=1"]
     monkeypatch.setattr(sys, "argv", ["jlora.plan", "--nth=1", *arguments])
-    monkeypatch.setattr(jlora.plan, "resolve_topology", mock.Mock(side_effect=RuntimeError))
-    monkeypatch.setattr(jlora.plan, "prepare", lambda: None)
+    monkeypatch.setattr(topology, "resolve", mock.Mock(side_effect=RuntimeError))
+    monkeypatch.setattr(topology, "prepare", lambda: None)
     with pytest.raises(RuntimeError):
         jlora.plan.main()
-    assert jlora.plan.resolve_topology.call_args.args == ("abacus:2",) and len(started) == 2
+    assert topology.resolve.call_args.args == ("abacus:2",) and len(started) == 2

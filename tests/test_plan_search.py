@@ -20,10 +20,11 @@ from jlora.model.divisibility import check_divides
 from jlora.planning import layouts, search
 from jlora.planning.compiled import fresh
 from jlora.planning.flops import collective_bytes
+from jlora.planning.hardware import GPUS, Gpu, read_gpu
 from jlora.planning.layouts import smallest
 from jlora.planning.roofline import estimate
 from jlora.planning.suggest import find_remedy, sentence
-from jlora.planning.topology import GPUS, Gpu, Target, read_gpu
+from jlora.planning.topology import Target
 from jlora.reports import memory
 from jlora.training.layout import Layout
 

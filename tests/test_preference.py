@@ -15,8 +15,8 @@ from shared_data import SHARED, needs_data, read_rows
 from tiny import make_llama, make_tokenizer, write_config
 
 import jlora.evaluate
-from jlora import data
 from jlora.config import DataSection, LoraSection, ObjectiveSection, load_config
+from jlora.data import encoding, packing
 from jlora.data.tokens import load_tokenizer
 from jlora.errors import ConfigError, DataError
 from jlora.hf.peft import save_adapter
@@ -61,7 +61,7 @@ def pairs(ours, tmp_path_factory):
     file = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in ours.rows), encoding="utf-8")
     section = DataSection(train=str(file), format="preference", max_length=2 * LENGTH, on_bad_row="skip")
-    return data.tokenize(str(file), load_tokenizer(STORIES, None), section).examples
+    return encoding.tokenize(str(file), load_tokenizer(STORIES, None), section).examples
 
 
 @pytest.fixture(scope="module")
@@ -87,8 +87,8 @@ def make_trainer(ours, tmp_path_factory):
 
 
 def batch_of(examples, rows=AT_ONCE):
-    made = [data.pack_row([example], 2 * LENGTH) for example in examples]
-    made += [data.pack_row([], 2 * LENGTH)] * (rows - len(made))
+    made = [packing.pack_row([example], 2 * LENGTH) for example in examples]
+    made += [packing.pack_row([], 2 * LENGTH)] * (rows - len(made))
     return {name: jnp.asarray(np.stack([row[name] for row in made])) for name in made[0]}
 
 
@@ -342,7 +342,7 @@ def tokenized(tiny, rows, **section):
     template = turns + "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
     tokenizer = replace(tokenizer, chat_template=template)
     section = DataSection(train=str(file), format="preference", **{"max_length": 128} | section)
-    return tokenizer, data.tokenize(str(file), tokenizer, section)
+    return tokenizer, encoding.tokenize(str(file), tokenizer, section)
 
 
 def test_conversations_with_and_without_their_prompt(tiny):

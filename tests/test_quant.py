@@ -20,10 +20,9 @@ from test_mesh import RUNS, losses, run_on_eight
 from tiny import make_completions, make_llama, make_tokenizer, write_config
 
 from jlora.config import DataSection, LoraSection, load_config
-from jlora.data import tokenize
+from jlora.data.encoding import tokenize
 from jlora.data.tokens import load_tokenizer
 from jlora.errors import ConfigError
-from jlora.export import export
 from jlora.hf.load import load_base
 from jlora.hf.merged import save_checkpoint
 from jlora.hf.names import name_table, to_hf
@@ -35,6 +34,7 @@ from jlora.model.attention import reference
 from jlora.model.llama import LlamaConfig, abstract_decoder, projection_shapes
 from jlora.model.sharding import one_device_mesh
 from jlora.training.evaluator import Evaluator
+from jlora.training.export import export
 from jlora.training.run import train
 from jlora.training.step import Forward, count_parameters
 

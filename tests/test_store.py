@@ -14,7 +14,8 @@ import pytest
 from test_data import ROWS, jsonl, section, write, write_parquet
 from tiny import make_tokenizer
 
-from jlora.data import encoding, store, tokenize
+from jlora.data import encoding, store
+from jlora.data.encoding import tokenize
 from jlora.data.tokens import load_tokenizer
 from jlora.errors import ConfigError, DataError
 

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 
 from jlora.config import Config, nearest
-from jlora.data import Dataset
+from jlora.data.dataset import Dataset
 from jlora.errors import ConfigError, ModelError
 from jlora.hf.pretrained import Pretrained
 from jlora.runtime import distributed

@@ -9,8 +9,8 @@ from typing import Any
 
 import jax
 
-from jlora.data import Dataset
 from jlora.data.checks import count_sources
+from jlora.data.dataset import Dataset
 from jlora.training.metrics import StepMeter, read_metrics
 
 
