@@ -18,7 +18,7 @@ from load_script import load_script
 
 from jlora.errors import ConfigError
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "benchmark"
 sys.path.append(str(SCRIPT.parent))
 benchmark = load_script("benchmark")

@@ -16,7 +16,7 @@ from tiny import make_completions, make_llama, make_tokenizer, write_config
 from jlora.config import load_config
 from jlora.training.run import train
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 MESHES = {
     **{"data=8": (8, 1, 1), "fsdp=8": (1, 8, 1), "fsdp=4 tensor=2": (1, 4, 2), "2x2x2": (2, 2, 2)},
     **{"2x2x2 permuted": (2, 2, 2), "fsdp=8 permuted": (1, 8, 1)},

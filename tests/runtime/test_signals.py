@@ -27,7 +27,7 @@ from jlora.training.metrics import StepMeter, read_metrics
 from jlora.training.run import train
 from jlora.training.sweep import train_together
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
 MANY = 400_000
 

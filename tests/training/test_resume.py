@@ -25,7 +25,7 @@ from jlora.files import lock, manifest
 from jlora.training.metrics import MetricsLog, StepMeter, read_metrics
 from jlora.training.run import train
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 REVIEWS = "reviews/sephora_reviews.jsonl"
 NUM_STEPS, SAVE_EVERY = 18, 4
 # What a clock tells is not compared.

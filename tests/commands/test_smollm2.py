@@ -21,7 +21,7 @@ from jlora.inference.generate import Sampling, generate
 from jlora.model.attention import reference
 from jlora.model.sharding import one_device_mesh
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PROMPTS = ROOT / "data" / "product_reviews" / "prompts.jsonl"
 
 pytestmark = needs_smollm2

@@ -25,7 +25,7 @@ from jlora.config import load_config
 from jlora.errors import DataError, MemoryExceeded
 from jlora.files import manifest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 FLAGS = {
     "train": ["--config", "-q", "--json"],
     "generate": [

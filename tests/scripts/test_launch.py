@@ -24,7 +24,7 @@ from jlora.config import Config, load_config
 from jlora.errors import HostLost, UserError
 from jlora.runtime import distributed
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 LAUNCH = ROOT / "scripts/launch"
 FILES = sorted(LAUNCH.iterdir())
 JOBSETS = [LAUNCH / "jobset-gpu.yaml", LAUNCH / "jobset-tpu.yaml"]

@@ -10,7 +10,7 @@ from load_script import load_script
 from jlora.config import load_config
 from jlora.hf.pretrained import SHAPES
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CONFIGS = sorted(path for path in (ROOT / "configs").glob("*.yaml") if path.name.startswith("llama2"))
 plan_configs = load_script("plan_configs")
 LINES = [(path, found) for path in CONFIGS for found in plan_configs.LINE.finditer(path.read_text(encoding="utf-8"))]

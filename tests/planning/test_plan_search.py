@@ -395,7 +395,7 @@ def test_a_card_that_is_wrong_is_refused_by_key(tmp_path, changes, words):
 
 
 def test_the_documented_card_is_whole(tmp_path):
-    text = (Path(__file__).parents[1] / "docs" / "planner.md").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[2] / "docs" / "planner.md").read_text(encoding="utf-8")
     (tmp_path / "card.yaml").write_text(text.split("```yaml\n")[1].split("```")[0])
     assert isinstance(read_gpu(tmp_path / "card.yaml"), Gpu)
 

@@ -13,7 +13,7 @@ import pytest
 from jlora.errors import ConfigError
 from jlora.files import lock
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)

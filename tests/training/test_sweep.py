@@ -26,7 +26,7 @@ from jlora.training.run import train
 from jlora.training.shared import Shared
 from jlora.training.sweep import require_all, train_together
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SWEEP = [
     {"name": "rate", "optimizer.learning_rate": 1e-3},
     {"name": "rank", "lora.rank": 2, "lora.use_rslora": True, "training.seed": 3, "training.save_every": 3},

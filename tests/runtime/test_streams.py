@@ -14,7 +14,7 @@ from tiny import make_completions, make_llama, make_tokenizer, write_config
 from jlora import cli
 from jlora.runtime import streams
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from jlora.errors import ConfigError
 from jlora.reports.run import write_report
 from jlora.reports.runs import compare
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 CHARTS = ("Loss", "Learning rate", "Gradient norm", "Speed", "Memory")
 
 

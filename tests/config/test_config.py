@@ -10,7 +10,7 @@ from jlora import config
 from jlora.config import Config, load_config
 from jlora.errors import ConfigError
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 MINIMAL = {"model": {"path": "base"}, "data": {"train": "rows.jsonl"}, "output_dir": "run"}
 
 

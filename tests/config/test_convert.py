@@ -21,7 +21,7 @@ from jlora.hf.architecture import parse_config
 from jlora.planning.compiled import held_bytes
 from jlora.planning.topology import Target
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 FILES = sorted((Path(__file__).parent / "configs_of_peers").glob("*.yaml"))
 SHAPE = {
     "architectures": ["LlamaForCausalLM"],

@@ -30,7 +30,7 @@ from jlora.hf.names import name_table
 from jlora.hf.source import base_fingerprint, open_source
 from jlora.model.sharding import one_device_mesh
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 WEIGHTS = "model.safetensors"
 KEY = "model.layers.1.mlp.up_proj.weight"
 

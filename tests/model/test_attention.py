@@ -20,7 +20,7 @@ from jlora.errors import ConfigError
 from jlora.model import attention
 from jlora.model.attention import gpu, tiles, tpu
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def packed_rows(rng, batch, length, most):

@@ -38,7 +38,7 @@ from jlora.training.evaluator import Evaluator
 from jlora.training.run import train
 from jlora.training.step import Forward, count_parameters
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 KINDS = ("int8", "fp8", "nf4", "int4")
 FLOAT32 = jnp.dtype("float32")
 # Divides over the meshes below in whole blocks.

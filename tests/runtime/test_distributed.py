@@ -22,7 +22,7 @@ from jlora.runtime import supervise
 from jlora.training.metrics import read_metrics
 from jlora.training.run import train
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 NUM_STEPS, SAVE_EVERY, HOST_TIMEOUT = 9, 3, 10
 TRAIN = "from jlora.train import main; main()"
 

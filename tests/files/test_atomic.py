@@ -12,7 +12,7 @@ import pytest
 from jlora.errors import ModelError
 from jlora.files import atomic
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def contents(folder):

@@ -28,7 +28,7 @@ from jlora.hf.source import open_source
 from jlora.training import auto_remat, merge
 from jlora.training.run import train
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")

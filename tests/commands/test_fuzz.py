@@ -3,7 +3,7 @@
 Each target calls what the commands call. A hundred inputs each, always the same ones, by default; the campaign of
 ten thousand each, in four parts with a seed each, is
 
-    [JLORA_FUZZ_SEED=N] pytest tests/test_fuzz.py -m slow
+    [JLORA_FUZZ_SEED=N] pytest tests/commands/test_fuzz.py -m slow
 
 and prints a line for each part.
 """
@@ -173,7 +173,7 @@ def rows(base: Path, folder: Path):
 
 
 def configs(base: Path, folder: Path):
-    root = Path(__file__).parent.parent
+    root = Path(__file__).parents[2]
     trees = [yaml.safe_load(path.read_text()) for path in sorted((root / "configs").glob("*.yaml"))]
     whole = Config.model_validate({"model": {"path": "a"}, "data": {"train": "b"}, "output_dir": "c"}).model_dump()
 
