@@ -11,17 +11,9 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any, NoReturn, get_args
 
-import jax
-import jax.numpy as jnp
-
-from jlora.config import DataSection, Quantization
-from jlora.data.prompts import FORMATS
 from jlora.errors import ConfigError, HostLost, Interrupted, MemoryExceeded, Stopped, UserError
 from jlora.files.atomic import strict_json
 from jlora.files.secrets import redact
-from jlora.hf.pretrained import Pretrained, load_pretrained, open_adapter, open_pretrained, run_config
-from jlora.model import quant
-from jlora.model.adapter import Adapter
 from jlora.runtime import distributed, signals, streams, supervise, xla
 
 # Before transformers is imported: it reports at every start that PyTorch is not there, which it need not be.
@@ -139,6 +131,8 @@ def print_json(value: Any) -> None:
 
 def add_model_arguments(parser: argparse.ArgumentParser, format: str) -> None:
     """The arguments of every command that runs a base with an adapter; `format` is how it reads rows by itself."""
+    from jlora.config.sections import Format, Quantization
+
     parser.set_defaults(own_format=format)
     parser.add_argument("--base", required=True, help="Hugging Face folder, .gguf file or hub name")
     parser.add_argument("--adapter", help="run folder or PEFT LoRA folder")
@@ -152,28 +146,9 @@ def add_model_arguments(parser: argparse.ArgumentParser, format: str) -> None:
     )
     parser.add_argument(
         "--format",
-        choices=FORMATS,
+        choices=get_args(Format),
         help=f"how rows are read; default: as the adapter's run did, else {format}",
     )
     parser.add_argument(
         "--prompt-style", choices=("stanford", "chat"), help="how alpaca rows are written; default: as the run did"
     )
-
-
-def open_model(args: argparse.Namespace, mesh: jax.sharding.Mesh) -> tuple[Pretrained, Adapter, jnp.dtype, DataSection]:
-    """Base, adapter, dtype and row format from the arguments, then from the adapter's run, then defaults."""
-    run = run_config(args.adapter)
-    chosen = {
-        "format": args.format or (run.data.format if run else args.own_format),
-        "prompt": args.prompt_style or (run.data.prompt if run else "stanford"),
-        "chat_template": args.chat_template or (run.data.chat_template if run else None),
-    }
-    section = (run.data if run else DataSection(train="-")).model_copy(update=chosen)
-    dtype = jnp.dtype(args.dtype or (run.model.dtype if run else "bfloat16"))
-    tokenizer = args.tokenizer or (run.model.tokenizer if run else None)
-    asked = args.quantization or (run.model.quantization if run else None)
-    quantization = None if asked == "none" else asked
-    quant.check_device(quantization, mesh.devices.flat[0])
-    opened = open_pretrained(args.base, tokenizer, section.chat_template)
-    pretrained = load_pretrained(opened, dtype, mesh, quantization)
-    return pretrained, open_adapter(args.adapter, pretrained), dtype, section

@@ -17,7 +17,7 @@ from jlora.runtime import streams
 
 def main() -> None:
     """Command line."""
-    parser = cli.Parser(prog="python -m jlora.report", description="Write a run's report, or compare runs in one page.")
+    parser = cli.Parser(prog="jlora report", description="Write a run's report, or compare runs in one page.")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder")
     parser.add_argument("--out", metavar="FILE", help="HTML file; default for one run: its own report.html")
     args = parser.parse_args()

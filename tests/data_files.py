@@ -5,7 +5,7 @@ import json
 import numpy as np
 
 from jlora.config import DataSection
-from jlora.data import Dataset
+from jlora.data.dataset import Dataset
 from jlora.data.prompts import Example
 
 ROWS = [{"prompt": f"{i}:", "completion": "x" * (1 + i % 5), "id": i} for i in range(7)]

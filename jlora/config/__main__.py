@@ -13,7 +13,7 @@ from jlora.files.atomic import write_text
 def main() -> None:
     """Command line."""
     parser = cli.Parser(
-        prog="python -m jlora.config",
+        prog="jlora config",
         description="Print the configuration reference as Markdown, its JSON schema, or another tool's file converted.",
     )
     parser.add_argument("--schema", action="store_true", help="print the JSON schema, for editors")

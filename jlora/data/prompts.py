@@ -16,8 +16,6 @@ from jlora.data.rows import BadRow
 from jlora.data.tokens import Tokenizer
 from jlora.errors import DataError
 
-FORMATS = ("alpaca", "completion", "text", "messages", "sharegpt", "preference")
-
 # Who speaks in a ShareGPT turn ("from") -> the role of a message, as Axolotl and LLaMA-Factory map them.
 SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
@@ -73,7 +71,7 @@ def encode_row(tokenizer: Tokenizer, row: dict[str, Any], *, format: str, prompt
 def lay_out(tokenizer: Tokenizer, row: dict[str, Any], *, format: str, prompt: str, train_on: str) -> Layout:
     """The text of a row, before it is tokenised.
 
-    `format` is one of FORMATS but preference; `prompt` ("stanford" or "chat") matters to alpaca rows only;
+    `format` is any but preference; `prompt` ("stanford" or "chat") matters to alpaca rows only;
     `train_on` is "response" or "all". Text that goes through no chat template gets EOS and, where the tokenizer
     adds it, BOS, unless it has them already; EOS is trained like the rest of the response. A token across the
     border of prompt and response counts to the prompt, as in Stanford Alpaca's train.py, Axolotl and TRL.

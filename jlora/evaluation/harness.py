@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jlora.data import Batch, pack_row
+from jlora.data.packing import Batch, pack_row
 from jlora.data.prompts import Example
 from jlora.errors import ConfigError
 from jlora.hf.pretrained import load_pretrained, open_adapter, open_pretrained, run_config

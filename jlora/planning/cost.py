@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from jlora import data
 from jlora.config import Config
+from jlora.data import encoding
 from jlora.data.checks import count_batches
 from jlora.hf.pretrained import SHAPES, open_pretrained
 from jlora.planning.topology import Target
@@ -17,7 +17,7 @@ def count_data(cfg: Config) -> dict[str, int] | None:
     if not all(Path(source.path).exists() for source in cfg.data.sources):
         return None
     opened = open_pretrained(cfg.model.path, cfg.model.tokenizer, cfg.data.chat_template)
-    return count_batches(data.read_train(cfg.data, opened.tokenizer), cfg)
+    return count_batches(encoding.read_train(cfg.data, opened.tokenizer), cfg)
 
 
 def add_time(

@@ -9,8 +9,6 @@ import platform
 import sys
 from pathlib import Path
 
-import jax
-
 # JAX's default, three quarters of a GPU, is less than a run that fits may need.
 GPU_MEMORY_FRACTION = 0.95
 # XLA knows the flags of GPUs on every platform, and there alone they do something. CPUs and TPUs get none.
@@ -21,14 +19,13 @@ FLAGS = {
 
 
 def prepare() -> None:
-    """Set up the process; before JAX first asks for its devices."""
+    """Set up the process; before JAX is imported."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(GPU_MEMORY_FRACTION))
     given = os.environ.get("XLA_FLAGS", "").strip()
     if not given or given.startswith("-"):  # else it names a file of flags
         ours = [f"{name}={value}" for name, value in FLAGS.items() if name not in given]
         os.environ["XLA_FLAGS"] = " ".join([*ours, given]).strip()
-    if jax.config.values["jax_compilation_cache_dir"] is None:
-        jax.config.update("jax_compilation_cache_dir", str(cache_folder()))
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_folder()))
 
 
 # XLA on CPUs asks for a step's temporaries anew each step; in pages of 4 KiB their first touch is a tenth of the step.

@@ -8,7 +8,8 @@ import jax
 import numpy as np
 
 from jlora.config import Config
-from jlora.data import Dataset, Epochs
+from jlora.data.dataset import Dataset
+from jlora.data.packing import Epochs
 from jlora.errors import ConfigError, NothingTrained
 from jlora.files.paths import require_own
 from jlora.hf.pretrained import Opened

@@ -7,7 +7,7 @@ import jax
 
 from jlora.config import Config, nearest
 from jlora.config.dotted import dotted
-from jlora.data import Dataset
+from jlora.data.dataset import Dataset
 from jlora.errors import ConfigError, ModelError
 from jlora.hf.pretrained import Pretrained
 from jlora.runtime import distributed

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jlora.config import Config, MeshSection
-from jlora.data import read_data
+from jlora.data.encoding import read_data
 from jlora.errors import ConfigError, DataError, MemoryExceeded
 from jlora.files.paths import inside
 from jlora.hf import verify

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from jlora.config import TrainingSection
-from jlora.data import Epochs
+from jlora.data.packing import Epochs
 from jlora.errors import ConfigError, NonFiniteError
 from jlora.files.atomic import open_own, strict_json, write_text
 from jlora.reports.run_files import read_records

@@ -14,9 +14,10 @@ from typing import Any
 
 import jax
 
-from jlora import data
 from jlora.config import Config
-from jlora.data import Dataset, Epochs
+from jlora.data import packing
+from jlora.data.dataset import Dataset
+from jlora.data.packing import Epochs
 from jlora.errors import ConfigError, DataError, ModelError, NonFiniteError
 from jlora.files import lock
 from jlora.files.atomic import write_text
@@ -178,7 +179,7 @@ def open_run(cfg: Config, folder: Path, mesh: jax.sharding.Mesh, watch: Watch, s
         hyper=optim.hyperparameters(cfg.optimizer, num_steps),
         identity=run_identity(cfg, pretrained, train_data, eval_data),
         checkpoints=Checkpoints(folder / "checkpoints", cfg.training.keep_checkpoints),
-        batches=data.batches(epochs, cfg.training.batch_size, batch_rows(cfg, mesh)),
+        batches=packing.batches(epochs, cfg.training.batch_size, batch_rows(cfg, mesh)),
         remat=cfg.model.remat,
     )
 

@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jlora.data import Dataset
+from jlora.data.dataset import Dataset
 from jlora.files.atomic import write_text
 from jlora.hf.pretrained import Pretrained
 from jlora.inference.generate import Sampling, generate

@@ -8,8 +8,8 @@ from typing import Any
 
 import jax
 
-from jlora.data import Dataset
 from jlora.data.checks import count_sources
+from jlora.data.dataset import Dataset
 from jlora.reports.run_files import parse, read_text
 from jlora.training.auto_remat import peak_bytes
 from jlora.training.metrics import StepMeter, read_metrics
