@@ -444,6 +444,25 @@ def test_merged_export_is_a_base_of_its_own(world, here, tmp_path, dtype):
     assert json.loads(printed)["loss"] == pytest.approx(summary["eval_loss"], rel=tolerance)
 
 
+def test_a_moved_base_is_named(world, here, tmp_path):
+    """A run folder that was taken elsewhere, without its base at the same path."""
+    run = tmp_path / "run"
+    shutil.copytree(world / "run", run)
+    config = run / "config.yaml"
+    config.write_text(config.read_text().replace(str(world / "base"), str(tmp_path / "gone")))
+    code, _, err = here("export", "--run", run, "--out", tmp_path / "a", "-q")
+    assert code == 4 and "gone: no such folder" in err and "say where it lies with --base" in err
+    assert here("export", "--run", run, "--out", tmp_path / "a", "--base", world / "base", "-q") == (0, "", "")
+    written = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    assert written["base_model_name_or_path"] == str(world / "base")
+
+
+@pytest.mark.parametrize("flags", [("--combination", "cat"), ("--rank", 2), ("--dtype", "float16")])
+def test_flags_that_do_not_apply_are_refused(world, here, tmp_path, flags):
+    code, _, err = here("export", "--run", world / "run", "--out", tmp_path / "a", *flags)
+    assert code == 2 and flags[0] in err and not (tmp_path / "a").exists()
+
+
 def test_quiet_export_prints_nothing(world, here, tmp_path):
     assert here("export", "--run", world / "run", "--out", tmp_path / "a", "-q") == (0, "", "")
 
