@@ -1,8 +1,6 @@
 """`python -m jlora.generate`: answers of a base, with or without an adapter, to prompts or in a chat."""
 
 import math
-import sys
-from functools import partial
 from pathlib import Path
 
 from jlora import cli
@@ -39,29 +37,10 @@ def main() -> None:
             raise ConfigError("--json goes with --prompt or --prompts, not with --chat")
         if args.prompts and not Path(args.prompts).is_file():
             raise DataError(f"{args.prompts}: no such file")
-        import jax
 
-        from jlora.inference.generate import Sampling, generate
-        from jlora.inference.model import open_model
-        from jlora.inference.prompting import answer_rows, chat
-        from jlora.model import attention
-        from jlora.model.sharding import one_device_mesh
+        from jlora.inference.prompting import prompted
 
-        mesh = one_device_mesh()
-        with jax.set_mesh(mesh):
-            pretrained, adapter, dtype, section = open_model(args, mesh)
-            if not args.quiet and not args.json:
-                print(f"format {section.format}, prompt style {section.prompt}", file=sys.stderr)
-            run = partial(
-                generate,
-                pretrained,
-                adapter,
-                kernel=attention.reference,  # of few queries and many keys; kernels want as many of both
-                dtype=dtype,
-                max_new_tokens=args.max_new_tokens,
-                sampling=Sampling(args.temperature, args.top_p),
-            )
-            (chat if args.chat else answer_rows)(args, run, section, pretrained)
+        prompted(args)
 
     cli.run(body)
 

@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from jlora.config.dotted import assign
 from jlora.config.section import Section, nearest
 from jlora.config.sections import Config
 from jlora.config.variants import variants
@@ -123,13 +124,8 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     shown = _shown(override)
     if not equals or not key:
         raise ConfigError(f"override '{shown}' is not of the form dotted.key=value")
-    *parents, leaf = key.split(".")
-    for name in parents:
-        tree = tree.setdefault(name, {})
-        if not isinstance(tree, dict):
-            raise ConfigError(f"override '{shown}': '{name}' is not a section")
     try:
-        tree[leaf] = parse_yaml(text)
+        assign(tree, key, parse_yaml(text))
     except ValueError as error:
         raise ConfigError(f"override '{shown}': {error}") from None
 

@@ -49,7 +49,8 @@ def _table(fields: Any) -> list[str]:
 
 def yaml_scalar(value: Any) -> str:
     """`value` as one line of YAML."""
-    return yaml.safe_dump(value, default_flow_style=True).strip().removesuffix("...").strip()
+    text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10**6)
+    return text.strip().removesuffix("...").strip()
 
 
 def json_schema() -> str:

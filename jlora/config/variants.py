@@ -5,6 +5,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from jlora.config.dotted import assign
 from jlora.config.section import Section, nearest
 from jlora.config.sections import Config
 from jlora.errors import ConfigError
@@ -71,5 +72,4 @@ def _set(tree: dict[str, Any], key: str, value: Any, name: str) -> None:
         )
     if key not in known:
         raise ConfigError(f"sweep entry '{name}': unknown key '{key}'{nearest(str(key), known)}")
-    section, _, leaf = key.partition(".")
-    tree[section][leaf] = value
+    assign(tree, key, value)

@@ -5,17 +5,15 @@ Knows nothing of formats, packing or order.
 """
 
 import datetime
-import fcntl
 import hashlib
 import importlib.metadata
 import json
 import mmap
-import os
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
 from typing import IO, Any
@@ -28,8 +26,8 @@ from jlora.data.prompts import Example
 from jlora.data.rows import BadRow, files_of, read_rows
 from jlora.data.tokens import Tokenizer
 from jlora.errors import ConfigError, DataError
-from jlora.files import manifest
-from jlora.files.atomic import leftovers, new_folder, open_own
+from jlora.files import lock, manifest
+from jlora.files.atomic import leftovers, new_folder
 
 # Raised with every change of what rows become, or of how it is written down.
 VERSION = 1
@@ -162,12 +160,14 @@ def stored(cache: Path, key: str, make: Callable[[Keep], Dataset]) -> Dataset:
       ConfigError: `cache` can not be made or written to.
     """
     folder = cache / key
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        lock = os.fdopen(open_own(cache / f"{key}.lock", os.O_RDWR | os.O_CREAT), "ab")
-    except OSError as error:
-        raise ConfigError(f"data.cache_dir {cache}: can not be written to ({error.strerror}); set another") from None
-    with lock, _alone(lock) as alone:
+    with ExitStack() as stack:
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+            alone = stack.enter_context(lock.waited_for(cache / f"{key}.lock"))
+        except OSError as error:
+            raise ConfigError(
+                f"data.cache_dir {cache}: can not be written to ({error.strerror}); set another"
+            ) from None
         wrong = manifest.fault(folder) if folder.exists() else "missing"
         if wrong != "missing" and wrong is not None:
             print(f"warning: {folder}: {wrong}; the rows are tokenised again", file=sys.stderr)
@@ -198,14 +198,3 @@ def _make(folder: Path, make: Callable[[Keep], Dataset], alone: bool, replaced: 
         if manifest.fault(folder) is not None:  # where there are no locks, another may have been first
             raise
     manifest.sync_folder(folder.parent)
-
-
-@contextmanager
-def _alone(lock: IO[bytes]) -> Iterator[bool]:
-    """One process at a time makes an entry, and the others wait for it; whether locks work here."""
-    try:
-        fcntl.flock(lock.fileno(), fcntl.LOCK_EX)
-    except OSError:
-        yield False
-        return
-    yield True

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from jlora.data import encoding
 from jlora.errors import ConfigError
 from jlora.evaluation.scores import answer_and_score, describe_scores, require_scores
 from jlora.files.atomic import strict_json
+from jlora.files.paths import short_names
 from jlora.hf.pretrained import make_reference, open_adapter, run_config
 from jlora.inference.answers import Question, read_questions
 from jlora.inference.model import open_model
@@ -36,7 +38,8 @@ def evaluate(args: argparse.Namespace) -> None:
         names = args.compare or []
         if names:
             args.adapter = names[0]  # whose run says how rows are read
-        pretrained, adapter, dtype, section = open_model(args, mesh)
+        model, section = open_model(args)
+        pretrained = model.pretrained
         changes = {"max_length": args.max_length, "train_on": args.train_on, "on_bad_row": args.on_bad_row}
         section = section.model_copy(update={k: v for k, v in changes.items() if v is not None})
         if names and not args.quiet:
@@ -49,13 +52,13 @@ def evaluate(args: argparse.Namespace) -> None:
             objective, reference = run.objective, make_reference(run, pretrained, mesh)
         dataset = encoding.tokenize(args.data, pretrained.tokenizer, section)
         device, head_dim = mesh.devices.flat[0], pretrained.base.cfg.head_dim
-        _, kernel = attention.choose("auto", device, head_dim, section.max_length, dtype, section.one_segment)
-        forward = Forward(kernel, "none", dtype, objective, token_accuracy=True)
+        _, kernel = attention.choose("auto", device, head_dim, section.max_length, model.dtype, section.one_segment)
+        forward = Forward(kernel, "none", model.dtype, objective, token_accuracy=True)
         evaluator = Evaluator(dataset, section, args.batch_size, forward, mesh)
         questions: list[Question] = []
         if args.generate is not None:
             questions = read_questions(args.data, section, pretrained.tokenizer, args.generate)
-        models: list[tuple[str | None, Adapter]] = [(args.adapter, adapter)]
+        models: list[tuple[str | None, Adapter]] = [(args.adapter, model.adapter)]
         if names:
             models = [(None, {}), *models, *((name, open_adapter(name, pretrained)) for name in names[1:])]
         labels, results = short_names([name or args.base for name, _ in models]), []
@@ -64,14 +67,9 @@ def evaluate(args: argparse.Namespace) -> None:
             result = {"model": label, "adapter": name} | evaluator.measure(pretrained.base, adapter, reference)
             result["rows"] = len(dataset.examples)
             if questions:
-                result |= answer_and_score(
-                    pretrained,
-                    adapter,
-                    questions,
-                    dtype=dtype,
-                    max_new_tokens=args.max_new_tokens,
-                    batch_size=args.batch_size,
-                )
+                adapted = replace(model, adapter=adapter)
+                limits = {"max_new_tokens": args.max_new_tokens, "batch_size": args.batch_size}
+                result |= answer_and_score(adapted, questions, **limits)
             results.append(result)
             if not args.json:
                 print_result(result, alone=not names)
@@ -80,12 +78,6 @@ def evaluate(args: argparse.Namespace) -> None:
     if args.json:
         counts = {"truncated": dataset.truncated, "dropped": dict(dataset.dropped)}
         print(strict_json({"models": results} | counts if names else results[0] | counts))
-
-
-def short_names(paths: list[str]) -> list[str]:
-    """The last names of paths, or the paths themselves where two end alike."""
-    names = [Path(path).name or path for path in paths]
-    return names if len(set(names)) == len(names) else paths
 
 
 def warn_of_formats(args: argparse.Namespace, section: DataSection) -> None:

@@ -1,8 +1,8 @@
-"""Paths as users write them, and files of a folder that somebody else made: confined to it, and regular."""
+"""Paths as users write and read them, and files of a folder that somebody else made: confined to it, and regular."""
 
 import os
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from jlora.errors import ModelError, UserError
@@ -50,6 +50,18 @@ def inside(folder: Path, name: str) -> Path:
     if target.exists() and not target.is_file():
         raise ModelError(f"{path}: is not a regular file; get it again")
     return path
+
+
+def short_names(paths: Sequence[str | Path]) -> list[str]:
+    """Of each path as few of its last names as tell it from the others; the path itself where none do."""
+    parts = [Path(path).parts for path in paths]
+
+    def short(path: str | Path, own: tuple[str, ...]) -> str:
+        ends = (own[start:] for start in range(len(own) - 1, -1, -1))
+        alone = (end for end in ends if sum(other[-len(end) :] == end for other in parts) == 1)
+        return next(("/".join(end) for end in alone), str(path))
+
+    return list(map(short, paths, parts))
 
 
 def require_own(run_dir: Path, error: type[UserError], more: Iterable[str] = ()) -> None:

@@ -3,7 +3,10 @@
 import argparse
 import json
 import sys
+from functools import partial
 from typing import Any
+
+import jax
 
 from jlora.config import DataSection
 from jlora.data.prompts import encode_prompt
@@ -11,6 +14,9 @@ from jlora.data.rows import BadRow, Row, read_rows
 from jlora.errors import ConfigError, DataError
 from jlora.files.atomic import strict_json
 from jlora.hf.pretrained import Pretrained
+from jlora.inference.generate import Sampling, generate
+from jlora.inference.model import open_model
+from jlora.model.sharding import one_device_mesh
 
 
 def read_prompts(args: argparse.Namespace, format: str) -> list[Row]:
@@ -30,6 +36,21 @@ def read_prompts(args: argparse.Namespace, format: str) -> list[Row]:
     if format == "messages":
         return [Row("--prompt", {"messages": [{"role": "user", "content": args.prompt}]})]
     return [Row("--prompt", {{"alpaca": "instruction", "text": "text"}.get(format, "prompt"): args.prompt})]
+
+
+def prompted(args: argparse.Namespace) -> None:
+    """Answer prompts in batches and print them in order, or talk.
+
+    Raises:
+      UserError: of base, adapter and prompts, as where they are read.
+    """
+    with jax.set_mesh(one_device_mesh()):
+        model, section = open_model(args)
+        if not args.quiet and not args.json:
+            print(f"format {section.format}, prompt style {section.prompt}", file=sys.stderr)
+        sampling = Sampling(args.temperature, args.top_p)
+        run = partial(generate, model, max_new_tokens=args.max_new_tokens, sampling=sampling)
+        (chat if args.chat else answer_rows)(args, run, section, model.pretrained)
 
 
 def answer_rows(args: argparse.Namespace, run: Any, section: DataSection, pretrained: Pretrained) -> None:

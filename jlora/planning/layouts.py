@@ -13,6 +13,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 import jax.numpy as jnp
 
 from jlora.config import Config, ModelSection
+from jlora.config.dotted import assign
 from jlora.model import quant
 from jlora.model.divisibility import input_cuts, split_sizes
 from jlora.model.llama import LlamaConfig, block_weights, outer_weights
@@ -54,8 +55,7 @@ def with_settings(cfg: Config, settings: dict[str, Any]) -> Config:
     """The config with dotted keys changed, validated anew."""
     tree = cfg.model_dump()
     for key, value in settings.items():
-        section, _, name = key.partition(".")
-        tree[section][name] = value
+        assign(tree, key, value)
     return Config.model_validate(tree)
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 
 from jlora.config import Config, nearest
+from jlora.config.dotted import dotted
 from jlora.data.dataset import Dataset
 from jlora.errors import ConfigError, ModelError
 from jlora.hf.pretrained import Pretrained
@@ -30,7 +31,7 @@ FREE_SECTIONS = ("mesh.", "distributed.", "resume.")
 
 def run_identity(cfg: Config, pretrained: Pretrained, train_data: Dataset, eval_data: Dataset | None) -> dict[str, Any]:
     """What must be the same when a run is gone on with."""
-    flat = flatten_config(cfg.model_dump(mode="json"))
+    flat = dotted(cfg.model_dump(mode="json"))
     return {
         "config": {
             key: value for key, value in flat.items() if key not in FREE_KEYS and not key.startswith(FREE_SECTIONS)
@@ -46,19 +47,11 @@ def run_identity(cfg: Config, pretrained: Pretrained, train_data: Dataset, eval_
 
 def require_one_job(cfg: Config, folder: Path) -> None:
     """All processes of a job run the same config with the same libraries into the same folder."""
-    keys = flatten_config(cfg.model_dump(mode="json"))
+    keys = dotted(cfg.model_dump(mode="json"))
     del keys["distributed.process_id"]
     kind = {"device": jax.local_devices()[0].device_kind}
     distributed.require_agreement("config", ConfigError, keys | versions() | kind)
     distributed.require_shared_folder(folder)
-
-
-def flatten_config(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested sections as dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= flatten_config(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
 
 
 def check_identity(
@@ -93,7 +86,7 @@ def check_identity(
 
 
 def _defaults() -> dict[str, Any]:
-    return flatten_config(Config(model={"path": "-"}, data={"train": "-"}, output_dir="-").model_dump(mode="json"))
+    return dotted(Config(model={"path": "-"}, data={"train": "-"}, output_dir="-").model_dump(mode="json"))
 
 
 def _named(identity: dict[str, Any]) -> dict[str, Any]:

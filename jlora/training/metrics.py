@@ -20,6 +20,7 @@ from jlora.config import TrainingSection
 from jlora.data.packing import Epochs
 from jlora.errors import ConfigError, NonFiniteError
 from jlora.files.atomic import open_own, strict_json, write_text
+from jlora.reports.run_files import read_records
 
 # Lines of a log file come this often where no terminal shows a bar.
 PLAIN_LINE_SECONDS = 10.0
@@ -89,16 +90,7 @@ def _start_wandb(project: str, run_dir: Path, config: dict[str, Any]) -> Any:
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The whole lines of a metrics.jsonl; a line that a crash cut short is left out."""
-    lines = []
-    if path.is_file():
-        for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                line = json.loads(text)
-            except ValueError:
-                continue
-            if isinstance(line, dict) and isinstance(line.get("step"), int):
-                lines.append(line)
-    return lines
+    return read_records(path)[0]
 
 
 def memory_now() -> dict[str, int]:

@@ -390,15 +390,15 @@ def test_chat_remembers_its_turns(world, here):
 
 def test_chat_goes_on_after_an_empty_answer(world, here, monkeypatch):
     """An answer that ends at once is no turn that a template would accept."""
-    from jlora.inference import generate as generating
+    from jlora.inference import prompting
 
     seen = []
 
-    def silent(pretrained, adapter, prompts, **options):
+    def silent(model, prompts, **options):
         seen.append(prompts[0])
         yield [[]]
 
-    monkeypatch.setattr(generating, "generate", silent)
+    monkeypatch.setattr(prompting, "generate", silent)
     out = generate(here, world, "--chat", "--chat-template", "llama2", stdin="one\none\n")
     assert out == "\n\n" and len(seen) == 2 and seen[0] == seen[1]
 

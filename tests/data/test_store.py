@@ -1,6 +1,7 @@
 """Tokenised rows on the disk: the same as in memory, made once, and never read where they are damaged."""
 
 import errno
+import fcntl
 import json
 import os
 import subprocess
@@ -212,7 +213,7 @@ def test_runs_at_once_make_one_entry(tmp_path, tokenizer, rows, monkeypatch):
     def no_lock(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(store.fcntl, "flock", no_lock)
+    monkeypatch.setattr(fcntl, "flock", no_lock)
     before = list(entry(tmp_path).iterdir())
     store._make(entry(tmp_path), lambda keep: real(str(rows), tokenizer, section(), keep), alone=False)
     assert list(entry(tmp_path).iterdir()) == before

@@ -22,7 +22,8 @@ from jlora.config import LoraSection
 from jlora.hf.architecture import parse_config
 from jlora.hf.peft import load_adapter
 from jlora.hf.pretrained import Pretrained, load_pretrained, open_pretrained
-from jlora.inference.generate import Sampling, generate, sample
+from jlora.inference.generate import GREEDY, Sampling, generate, sample
+from jlora.inference.model import Adapted
 from jlora.model import attention
 from jlora.model.adapter import init_adapter
 from jlora.model.llama import LlamaConfig, block_weights, empty_cache, outer_weights, projection_shapes
@@ -389,14 +390,11 @@ def pretrained(llama) -> Pretrained:
     return load_pretrained(open_pretrained(str(llama[0]), None, None), jnp.dtype("float32"), one_device_mesh())
 
 
-def continuations(pretrained, prompts, sampling=Sampling(0.0, 1.0), seed=0) -> list[list[list[int]]]:  # noqa: B008
+def continuations(pretrained, prompts, sampling=GREEDY, seed=0) -> list[list[list[int]]]:
     return list(
         generate(
-            pretrained,
-            {},
+            Adapted(pretrained, {}, jnp.dtype("float32")),
             prompts,
-            kernel=attention.reference,
-            dtype=jnp.dtype("float32"),
             max_new_tokens=NEW_TOKENS,
             sampling=sampling,
             seed=seed,

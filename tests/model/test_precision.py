@@ -13,7 +13,7 @@ import pytest
 
 from jlora.config import Config
 from jlora.hf import verify
-from jlora.inference.generate import Sampling, decode, prefill
+from jlora.inference.generate import GREEDY, decode, prefill
 from jlora.model import attention
 from jlora.model.adapter import Lora, weight_norm
 from jlora.model.adapter_init import principal
@@ -125,14 +125,13 @@ def test_every_product_of_proofs_evaluation_and_generation(dtype):
     assert_precise(traced(make_eval_step(forward), base, {}, None, rows), dtype)
     assert_precise(traced(forward.by_token, base, {}, rows), dtype)
 
-    how = {"kernel": attention.reference, "sampling": Sampling(0.0, 1.0)}
-    begin = partial(prefill, **how, max_new_tokens=4, dtype=dtype)
+    begin = partial(prefill, sampling=GREEDY, max_new_tokens=4, dtype=dtype)
     numbers = jnp.ones(2, jnp.int32)
-    arguments = base, {}, rows["tokens"], numbers, numbers, jax.random.key(0)
+    arguments = base, {}, (rows["tokens"], numbers), numbers, jax.random.key(0)
     assert_precise(traced(begin, *arguments), dtype)
     with jax.set_mesh(one_device_mesh()):
         state = jax.eval_shape(begin, *arguments)
-    assert_precise(traced(partial(decode, **how), base, {}, state, jnp.ones((), jnp.int32), numbers), dtype)
+    assert_precise(traced(partial(decode, sampling=GREEDY), base, {}, state, jnp.ones((), jnp.int32)), dtype)
 
 
 @pytest.mark.parametrize("init", ["pissa", "pissa_niter_2", "olora"])

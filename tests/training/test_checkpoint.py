@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jlora.config.dotted import dotted
 from jlora.errors import ConfigError, ModelError
 from jlora.files import manifest
 from jlora.training.checkpoint import Checkpoints, flatten
-from jlora.training.identity import FREE_KEYS, check_identity, flatten_config
+from jlora.training.identity import FREE_KEYS, check_identity
 from jlora.training.step import TrainState
 
 IDENTITY = {"config": {"lora.rank": 4}, "hashes": {"base": "abc", "eval": None}}
@@ -389,7 +390,7 @@ def test_free_keys_are_keys_of_the_config():
     from jlora.config import Config
 
     tree = {"model": {"path": "m"}, "data": {"train": "t"}, "output_dir": "o"}
-    assert FREE_KEYS <= flatten_config(Config.model_validate(tree).model_dump()).keys()
+    assert FREE_KEYS <= dotted(Config.model_validate(tree).model_dump()).keys()
 
 
 def test_a_key_that_came_with_a_newer_version_counts_as_its_default(tmp_path):

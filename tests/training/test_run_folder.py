@@ -13,7 +13,7 @@ from tiny import make_completions, make_llama, make_tokenizer, write_config
 
 from jlora.config import load_config
 from jlora.errors import ConfigError, ModelError
-from jlora.files.paths import RUN_FILES, RUN_FOLDERS
+from jlora.files.paths import RUN_FILES, RUN_FOLDERS, short_names
 from jlora.hf import verify
 from jlora.hf.pretrained import find_adapter, run_config
 from jlora.reports.run import write_report
@@ -263,3 +263,16 @@ def test_a_page_replaces_a_page_and_nothing_else(run_dir, tmp_path, command):
     (tmp_path / "link.html").symlink_to(out)
     code, err = command("report", run_dir, "--out", tmp_path / "link.html")
     assert code == 2 and "link.html: cannot be written (is there and is no regular file)" in err
+
+
+@pytest.mark.parametrize(
+    ("paths", "names"),
+    [
+        (["runs/a", "hub/model", "/data/b/"], ["a", "model", "b"]),
+        (["x/a/run", "x/b/run", "x/c"], ["a/run", "b/run", "c"]),
+        (["x/a/run", "y/a/run", "a/run", "run"], ["x/a/run", "y/a/run", "a/run", "run"]),
+        (["x/run", "x/run"], ["x/run", "x/run"]),
+    ],
+)
+def test_names_are_short_and_none_is_anothers(paths, names):
+    assert short_names(paths) == names

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from jlora.config.convert import axolotl, torchtune
 from jlora.config.convert.rules import Conversion, Effect, Note
 from jlora.config.reading import describe, read_yaml_of
+from jlora.config.reference import yaml_scalar
 from jlora.config.sections import Config
 from jlora.errors import ConfigError
 
@@ -79,8 +80,7 @@ def _hashable(note: Note) -> Note:
 
 def _shown(value: Any) -> str:
     """One line of a value, short."""
-    text = "" if value is None else " ".join(yaml.safe_dump(value, default_flow_style=True, width=10**6).split())
-    text = text.removesuffix(" ...")
+    text = "" if value is None else " ".join(yaml_scalar(value).split())
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 

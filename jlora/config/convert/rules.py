@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from jlora.config.dotted import assign
+
 # What a key without a counterpart changes: the trained adapter; how fast it is trained, or in how much memory; neither.
 Effect = Literal["result", "cost", "aside"]
 
@@ -76,11 +78,7 @@ class Conversion:
 
     def set(self, key: str, value: Any) -> None:
         """Set a dotted jlora key; the later one counts."""
-        *parents, leaf = key.split(".")
-        tree = self.tree
-        for name in parents:
-            tree = tree.setdefault(name, {})
-        tree[leaf] = value
+        assign(self.tree, key, value)
 
     def get(self, key: str) -> Any:
         """A dotted key that was set, or None."""

@@ -1,0 +1,25 @@
+"""Nested keys as dotted ones: `model.path` is `path` in `model`."""
+
+from typing import Any
+
+
+def dotted(tree: dict[Any, Any], prefix: str = "") -> dict[str, Any]:
+    """Every value by its dotted key; an empty mapping has none."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= dotted(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def assign(tree: dict[str, Any], key: str, value: Any) -> None:
+    """Set the value of a dotted key, in sections that are made where they are missing.
+
+    Raises:
+      ValueError: a part of the key is no section.
+    """
+    *sections, leaf = key.split(".")
+    for name in sections:
+        tree = tree.setdefault(name, {})
+        if not isinstance(tree, dict):
+            raise ValueError(f"'{name}' is not a section")
+    tree[leaf] = value
