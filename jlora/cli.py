@@ -24,6 +24,7 @@ PREEMPTED = Stopped.exit_code
 # What is wrong with the user's disk, not with us.
 FILE_ERRORS = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM),
+    *(errno.EIO, errno.ESTALE, errno.EFBIG, errno.EMFILE, errno.ENFILE),
     *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP),
 )
 # How XLA says it, on accelerators and on the CPU.
