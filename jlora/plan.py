@@ -70,17 +70,16 @@ def main() -> None:
         elif len(args.topology) > 1:
             return each_in_its_own_process(args)
 
-        from jlora.planning.answer import nothing_fits, planned, searched
-        from jlora.planning.suggest import sentence
+        from jlora.planning.answer import planned, searched
         from jlora.planning.topology import compiler_logs_off, prepare, resolve
 
         prepare()
         with compiler_logs_off():
             target = resolve(args.topology[0])
-        found = searched(cfg, target, args) if args.search else planned(cfg, target, args)
+        found, why_not = searched(cfg, target, args) if args.search else planned(cfg, target, args)
         show([found], args)
-        if not found["fits"]:
-            raise MemoryExceeded(nothing_fits(found) if args.search else sentence(found, found["remedy"]))
+        if why_not is not None:
+            raise MemoryExceeded(why_not)
         return 0
 
     cli.run(body)

@@ -42,7 +42,7 @@ def ladder(tmp_path_factory):
 
 
 def temporaries(result):
-    return result["peak_bytes"] - result["argument_bytes"]
+    return result.temporaries
 
 
 @pytest.mark.slow
@@ -51,7 +51,7 @@ def test_each_policy_holds_less_and_computes_more(ladder):
     cfg, _, plans = ladder
     held = [temporaries(plans[name]) for name in ON_CPU]
     assert all(more > 1.1 * less for more, less in itertools.pairwise(held)), held
-    flops = [plans[name]["flops_per_step"] for name in ON_CPU]
+    flops = [plans[name].flops_per_step for name in ON_CPU]
     assert flops == sorted(flops) and len(set(flops)) == 5
 
 
@@ -78,7 +78,7 @@ def test_auto_takes_the_first_that_fits(ladder, monkeypatch, chosen):
     cfg = with_settings(cfg, {"model.remat": "auto"})
     monkeypatch.setattr(jlora.planning.compiled, "plan", known)
     result = plan(cfg, target, SHAPE)
-    assert result["remat"] == chosen and asked == ON_CPU[: ON_CPU.index(chosen) + 1][-len(asked) :]
+    assert result.remat == chosen and asked == ON_CPU[: ON_CPU.index(chosen) + 1][-len(asked) :]
     assert len(asked) == 1 or chosen != "full"  # where there is no room at all, arithmetic says so
 
 
@@ -105,7 +105,7 @@ def config(tmp_path):
 def test_a_run_and_its_plan_agree_on_the_peak(config):
     cfg = load_config(config, ["training.max_steps=1"])
     planned = plan(cfg, Target("cpu:1", "cpu", jax.devices()[:1], 2**40))
-    assert train(cfg, quiet=True)["peak_memory_bytes"]["compiled_step"] == planned["peak_bytes"]
+    assert train(cfg, quiet=True)["peak_memory_bytes"]["compiled_step"] == planned.peak_bytes
 
 
 @pytest.mark.parametrize("platform", ["cpu", "gpu"])
