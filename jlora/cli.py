@@ -13,6 +13,7 @@ from typing import Any, NoReturn, get_args
 
 from jlora.errors import ConfigError, HostLost, Interrupted, MemoryExceeded, Stopped, UserError
 from jlora.files.atomic import strict_json
+from jlora.files.paths import expand_home
 from jlora.files.secrets import redact
 from jlora.runtime import distributed, signals, streams, supervise, xla
 
@@ -23,6 +24,7 @@ PREEMPTED = Stopped.exit_code
 # What is wrong with the user's disk, not with us.
 FILE_ERRORS = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM),
+    *(errno.EIO, errno.ESTALE, errno.EFBIG, errno.EMFILE, errno.ENFILE),
     *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP),
 )
 # How XLA says it, on accelerators and on the CPU.
@@ -34,6 +36,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **settings: Any):
         super().__init__(**{"allow_abbrev": False} | settings)
+        self.register("type", "path", _path)
 
     def parse_known_args(self, *given: Any) -> Any:  # type: ignore[override]  # every other way of parsing calls it
         """As argparse's."""
@@ -52,6 +55,13 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(ConfigError.exit_code, f"error: {redact(message)}; see {self.prog} --help\n")
+
+
+def _path(text: str) -> str:
+    try:
+        return expand_home(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def run(command: Callable[[], int | None], listen: bool = True) -> None:
@@ -134,10 +144,10 @@ def add_model_arguments(parser: argparse.ArgumentParser, format: str) -> None:
     from jlora.config.sections import Format, Quantization
 
     parser.set_defaults(own_format=format)
-    parser.add_argument("--base", required=True, help="Hugging Face folder, .gguf file or hub name")
-    parser.add_argument("--adapter", help="run folder or PEFT LoRA folder")
-    parser.add_argument("--tokenizer", help="another folder for the tokenizer")
-    parser.add_argument("--chat-template", help="llama2, chatml or a .jinja file")
+    parser.add_argument("--base", type="path", required=True, help="Hugging Face folder, .gguf file or hub name")
+    parser.add_argument("--adapter", type="path", help="run folder or PEFT LoRA folder")
+    parser.add_argument("--tokenizer", type="path", help="another folder for the tokenizer")
+    parser.add_argument("--chat-template", type="path", help="llama2, chatml or a .jinja file")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="of weights and matmuls")
     parser.add_argument(
         "--quantization",

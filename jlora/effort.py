@@ -26,9 +26,18 @@ def numbers(text: str) -> list[int]:
 def make_parser() -> cli.Parser:
     """The command line."""
     parser = cli.Parser(prog="jlora effort", description="Effort against benefit of fine-tuning on your rows.")
-    parser.add_argument("--config", required=True, help="YAML file of the fine-tuning; data.eval says what to judge by")
     parser.add_argument(
-        "--base", action="append", metavar="DIR", help="base model; repeat for more; default: model.path"
+        "--config",
+        type="path",
+        required=True,
+        help="YAML file of the fine-tuning; data.eval says what to judge by",
+    )
+    parser.add_argument(
+        "--base",
+        type="path",
+        action="append",
+        metavar="DIR",
+        help="base model; repeat for more; default: model.path",
     )
     parser.add_argument("--rows", type=numbers, default="10,30,100,300,1000", metavar="N,N", help="rows to train on")
     parser.add_argument("--shots", type=numbers, default="3", metavar="N,N", help="examples in the prompt")

@@ -16,15 +16,15 @@ def main() -> None:
     """Command line."""
     parser = cli.Parser(prog="jlora export", description="Export a run.")
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--run", help="run folder")
-    source.add_argument("--adapters", nargs="+", metavar="FOLDER=WEIGHT", help="adapters of one base, to be made one")
-    parser.add_argument("--base", help="the base of --adapters")
-    parser.add_argument(
-        "--combination", choices=("linear", "cat", "svd"), default="cat", help="of --adapters (default %(default)s)"
+    source.add_argument("--run", type="path", help="run folder")
+    source.add_argument(
+        "--adapters", type="path", nargs="+", metavar="FOLDER=WEIGHT", help="adapters of one base, to be made one"
     )
+    parser.add_argument("--base", type="path", help="the base of --adapters; of --run where it has moved")
+    parser.add_argument("--combination", choices=("linear", "cat", "svd"), help="of --adapters (default cat)")
     parser.add_argument("--rank", type=int, help="of --combination svd; default: the adapters' largest")
     parser.add_argument("--step", type=int, help="checkpoint; default: the newest")
-    parser.add_argument("--out", required=True, help="new folder to write")
+    parser.add_argument("--out", type="path", required=True, help="new folder to write")
     parser.add_argument("--merge", action="store_true", help="a full checkpoint with the adapter merged in")
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), help="of merged weights; default: the run's"
@@ -43,17 +43,21 @@ def main() -> None:
                 )
             from jlora.training.export import export_combined
 
-            result = export_combined(args.adapters, args.combination, args.rank, args.base, Path(args.out))
+            how = args.combination or "cat"
+            result = export_combined(args.adapters, how, args.rank, args.base, Path(args.out))
             with streams.told(result=args.json):
                 if args.json:
                     cli.print_json(result)
                 elif not args.quiet:
                     print(f"{result['out']}: {len(args.adapters)} adapters as one of rank {result['rank']}, read back")
             return
+        if args.combination or args.rank is not None:
+            raise ConfigError("--combination and --rank are of --adapters; leave them out with --run")
         from jlora.training.export import export, use_host
 
-        use_host(Path(args.run), args.merge, args.cost)
-        result = export(Path(args.run), Path(args.out), args.step, args.merge, args.dtype, args.verify, args.cost)
+        run, out = Path(args.run), Path(args.out)
+        use_host(run, args.merge, args.cost)
+        result = export(run, out, args.step, args.merge, args.dtype, args.verify, args.cost, args.base)
         with streams.told(result=args.json):
             if args.json:
                 cli.print_json(result)

@@ -13,7 +13,9 @@ def main() -> None:
     cli.add_model_arguments(parser, "completion")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt", help="text, or the instruction where the format is alpaca")
-    what.add_argument("--prompts", metavar="FILE", help="rows to answer, in the format of the training data")
+    what.add_argument(
+        "--prompts", type="path", metavar="FILE", help="rows to answer, in the format of the training data"
+    )
     what.add_argument("--chat", action="store_true", help="talk on the terminal")
     parser.add_argument("--max-new-tokens", type=int, default=256)
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")

@@ -5,6 +5,7 @@ Prints and draws what `jlora.planning` finds, with its price; `--search` looks f
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -24,7 +25,7 @@ COMPILATIONS = 16
 def make_parser() -> cli.Parser:
     """The command line."""
     parser = cli.Parser(prog="jlora plan", description="Compile a run for hardware that is not there.")
-    parser.add_argument("--config", help="YAML file of the run")
+    parser.add_argument("--config", type="path", help="YAML file of the run")
     parser.add_argument(
         "--topology", action="append", default=[], metavar="SPEC", help=f"{KNOWN}; repeat for more; 'list' names them"
     )
@@ -38,7 +39,9 @@ def make_parser() -> cli.Parser:
     parser.add_argument(
         "--compilations", type=int, default=COMPILATIONS, metavar="N", help="at most, of --search (default %(default)s)"
     )
-    parser.add_argument("--plot", metavar="FILE.png", help="memory bars of all topologies; needs jlora[plot]")
+    parser.add_argument(
+        "--plot", type="path", metavar="FILE.png", help="memory bars of all topologies; needs jlora[plot]"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a dotted config key")
     parser.add_argument("-q", "--quiet", action="store_true", help="no table; the exit code alone")
     parser.add_argument("--json", action="store_true", help="one JSON object a topology")
@@ -58,6 +61,7 @@ def main() -> None:
             raise ConfigError("--config and --topology are needed (--topology list names the topologies)")
         if args.compilations < 1:
             raise ConfigError(f"--compilations must be at least 1, not {args.compilations}")
+        check_numbers(args)
         if args.plot:
             require_matplotlib()
         cfg = load_config(args.config, args.overrides)
@@ -79,6 +83,17 @@ def main() -> None:
         return 0
 
     cli.run(body)
+
+
+def check_numbers(args: argparse.Namespace) -> None:
+    """Raises: ConfigError: a figure that time and cost cannot be computed from."""
+    for flag in ("--tokens", "--tokens-per-second", "--price"):
+        value = getattr(args, flag[2:].replace("-", "_"))
+        if value is not None and not 0 < value < math.inf:
+            raise ConfigError(f"{flag} {value:g}: must be a positive number")
+    for share in args.utilization:
+        if not 0 < share <= 1:
+            raise ConfigError(f"--utilization {share:g}: is a share of the peak, above 0 and at most 1, such as 0.4")
 
 
 def show(found: list[dict[str, Any]], args: argparse.Namespace) -> None:

@@ -18,8 +18,10 @@ from jlora.runtime import streams
 def main() -> None:
     """Command line."""
     parser = cli.Parser(prog="jlora report", description="Write a run's report, or compare runs in one page.")
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder")
-    parser.add_argument("--out", metavar="FILE", help="HTML file; default for one run: its own report.html")
+    parser.add_argument("runs", type="path", nargs="+", metavar="RUN", help="run folder")
+    parser.add_argument(
+        "--out", type="path", metavar="FILE", help="HTML file; default for one run: its own report.html"
+    )
     args = parser.parse_args()
 
     def body() -> None:

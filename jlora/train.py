@@ -11,7 +11,7 @@ from jlora.runtime import distributed, signals, streams, supervise, xla
 def main() -> None:
     """Command line."""
     parser = cli.Parser(prog="jlora train", description="Fine-tune a Llama with LoRA.")
-    parser.add_argument("--config", required=True, help="YAML file; see docs/config.md for its keys")
+    parser.add_argument("--config", type="path", required=True, help="YAML file; see docs/config.md for its keys")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a dotted config key")
     parser.add_argument("-q", "--quiet", action="store_true", help="no progress")
     parser.add_argument("--json", action="store_true", help="print the summary as JSON on stdout")

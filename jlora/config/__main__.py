@@ -17,9 +17,11 @@ def main() -> None:
         description="Print the configuration reference as Markdown, its JSON schema, or another tool's file converted.",
     )
     parser.add_argument("--schema", action="store_true", help="print the JSON schema, for editors")
-    parser.add_argument("--from", dest="source", metavar="FILE", help="convert an Axolotl or torchtune LoRA YAML")
+    parser.add_argument(
+        "--from", type="path", dest="source", metavar="FILE", help="convert an Axolotl or torchtune LoRA YAML"
+    )
     parser.add_argument("--devices", type=int, default=1, help="devices FILE ran on: its batch is each one's")
-    parser.add_argument("--out", metavar="FILE", help="write there instead of stdout")
+    parser.add_argument("--out", type="path", metavar="FILE", help="write there instead of stdout")
     parser.add_argument("--json", action="store_true", help="with --from: print config and notes as JSON on stdout")
     args = parser.parse_args()
     if (args.schema or args.json) and bool(args.source) == args.schema:

@@ -64,6 +64,11 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+# `output_dir: 2026-11-28` is a name, not a date: no key takes one.
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    for first, resolvers in _Loader.yaml_implicit_resolvers.items()
+}
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?(\.\d+|\d+(\.\d*)?)[eE][-+]?\d+$"), list("-+.0123456789")
 )
@@ -168,6 +173,8 @@ def describe(error: ValidationError) -> str:
         says = [p["msg"] for p in problems if p["loc"][: len(names)] == first["loc"][: len(names)]]
         wanted = " or ".join(dict.fromkeys(say.removeprefix("Input should be ") for say in says))
         text = f"{key}: should be {wanted}, but it is {shown}"
+        if isinstance(first["input"], bool | int | float) and any(p["type"] == "string_type" for p in problems):
+            text += f'; for the text itself write {key}=\'"..."\', or "..." in the file'
     text = text.removeprefix(": ")  # a problem of the whole has no key
     others = len(problems) - 1
     return text if not others or first["type"] != "extra_forbidden" else f"{text} ({others} more problems)"

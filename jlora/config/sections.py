@@ -4,11 +4,12 @@ Owns every default, each exactly once, and the line that documents it. Knows not
 model shapes (they come from the base's own config.json, see `jlora.hf`) or of what a key causes.
 """
 
+import datetime
 import re
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, PositiveInt, field_validator, model_validator
+from pydantic import AfterValidator, Field, PositiveInt, field_validator, model_validator
 
 from jlora.config.mixture import Source, check_mixture
 from jlora.config.section import NonEmpty, NonNegative, Section, nearest
@@ -24,6 +25,11 @@ Remat = Literal["none", "dots", "qkv", "attention", "full", "offload", "auto"]
 Format = Literal["alpaca", "completion", "text", "messages", "sharegpt", "preference"]
 TrainOn = Literal["response", "all"]
 Prompt = Literal["stanford", "chat"]
+
+
+def _day(text: str) -> str:
+    datetime.date.fromisoformat(text)
+    return text
 
 
 class ModelSection(Section):
@@ -159,6 +165,9 @@ class DataSection(Section):
     )
     chat_template: str | None = Field(
         None, description="llama2, chatml or a .jinja file; null takes the tokenizer's own"
+    )
+    date: Annotated[str, AfterValidator(_day)] | None = Field(
+        None, description="day that a chat template with `strftime_now` writes, such as 2026-11-28; null: today"
     )
     max_length: Annotated[int, Field(ge=2, le=2**20)] = Field(
         1024,

@@ -14,10 +14,10 @@ ROWS = 5
 def main() -> None:
     """Command line."""
     parser = cli.Parser(prog="jlora data", description="A run's rows as its model sees them, and checks.")
-    parser.add_argument("--config", required=True, help="YAML file; see docs/config.md for its keys")
+    parser.add_argument("--config", type="path", required=True, help="YAML file; see docs/config.md for its keys")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a dotted config key")
     parser.add_argument("--rows", type=int, default=ROWS, metavar="N", help=f"rows shown; default {ROWS}")
-    parser.add_argument("--html", metavar="FILE", help="write a page that opens offline")
+    parser.add_argument("--html", type="path", metavar="FILE", help="write a page that opens offline")
     parser.add_argument("-q", "--quiet", action="store_true", help="errors alone")
     parser.add_argument("--json", action="store_true", help="one JSON object")
     args = parser.parse_intermixed_args()

@@ -34,6 +34,7 @@ def tokenize(source: str, tokenizer: Tokenizer, cfg: DataSection) -> Dataset:
     Raises:
       DataError: a bad row (file and line), or no row left.
     """
+    tokenizer = tokenizer.on(cfg.date)
     if cfg.cache_dir is not None:
         before = stamp(source)
 

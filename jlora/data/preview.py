@@ -55,7 +55,7 @@ class Shown:
 
 def show_rows(source: str, count: int, tokenizer: Tokenizer, cfg: DataSection) -> list[Shown]:
     """The first rows of a file or data set."""
-    shown = []
+    shown, tokenizer = [], tokenizer.on(cfg.date)
     for row in itertools.islice(read_rows(source, cfg.split), count):
         try:
             sequences = encode_whole(row, tokenizer, cfg)

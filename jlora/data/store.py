@@ -126,8 +126,8 @@ def content_key(source: str, tokenizer: Tokenizer, cfg: DataSection) -> str:
     """
     known = [VERSION, tokenizer.digest, *(getattr(cfg, name) for name in OPTIONS)]
     known += [importlib.metadata.version(name) for name in LIBRARIES]
-    if "strftime_now" in (tokenizer.chat_template or ""):
-        known.append(str(datetime.date.today()))  # such a template writes the date into every row
+    if tokenizer.writes_day:
+        known.append(str(tokenizer.day or datetime.date.today()))
     files = files_of(source)
     if files is None:  # a data set of the datasets library
         rows = hashlib.sha256()

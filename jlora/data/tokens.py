@@ -3,6 +3,7 @@
 Knows nothing of rows, formats or loss masks.
 """
 
+import datetime
 import hashlib
 import json
 import re
@@ -103,6 +104,9 @@ class _SentencePiece:
         return {i: content for content, i in self.added.items()}
 
 
+_STRFTIME = re.compile(r"""strftime_now\(\s*(?P<quote>['"])(?P<format>[^'"]*)(?P=quote)\s*\)""")
+
+
 @dataclass(frozen=True, eq=False)
 class Tokenizer:
     """One tokenizer, whichever library is behind it. It has no padding token: masks say what is padding."""
@@ -117,12 +121,22 @@ class Tokenizer:
     files: tuple[Path, ...]  # what makes a folder this tokenizer; empty if it came from a GGUF file
     vocabulary_hash: str
     backend: _Fast | _SentencePiece = field(repr=False)
+    day: datetime.date | None = None  # that a chat template writes; None: today
+
+    @property
+    def writes_day(self) -> bool:
+        """Whether the chat template writes the day into every row."""
+        return "strftime_now" in (self.chat_template or "")
 
     @property
     def digest(self) -> str:
         """SHA-256 over everything that decides which ids a row becomes."""
         rest = [self.vocabulary_hash, self.bos_id, self.eos_id, self.add_bos, self.chat_template]
         return hashlib.sha256(json.dumps(rest).encode()).hexdigest()
+
+    def on(self, day: str | None) -> "Tokenizer":
+        """The same, whose chat template writes a day such as 2026-11-28; None: today."""
+        return replace(self, day=None if day is None else datetime.date.fromisoformat(day))
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text` without BOS or EOS; special tokens written out in it are recognised."""
@@ -166,10 +180,14 @@ class Tokenizer:
             raise ConfigError(
                 "no chat template: set data.chat_template (--chat-template) to llama2, chatml or a .jinja file"
             )
+        template = self.chat_template
+        if self.day is not None:  # transformers hands a template nothing that can be called
+            day = self.day
+            template = _STRFTIME.sub(lambda call: repr(day.strftime(call["format"])), template)
         try:
             with confined():
                 rendered = render_jinja_template(
-                    [messages], chat_template=self.chat_template, add_generation_prompt=add_generation_prompt,
+                    [messages], chat_template=template, add_generation_prompt=add_generation_prompt,
                     bos_token=self.bos_token or "", eos_token=self.eos_token,
                 )  # fmt: skip
             if len(rendered[0][0]) > MAX_TEXT:

@@ -14,7 +14,7 @@ from jlora.errors import ConfigError
 from jlora.evaluation.scores import answer_and_score, describe_scores, require_scores
 from jlora.files.atomic import strict_json
 from jlora.files.paths import short_names
-from jlora.hf.pretrained import make_reference, open_adapter, run_config
+from jlora.hf.pretrained import make_reference, open_adapter, run_config, warn_of_length
 from jlora.inference.answers import Question, read_questions
 from jlora.inference.model import open_model
 from jlora.model import attention
@@ -51,6 +51,9 @@ def evaluate(args: argparse.Namespace) -> None:
                 raise ConfigError("rows of preference are measured as a run on pairs does; give it as --adapter")
             objective, reference = run.objective, make_reference(run, pretrained, mesh)
         dataset = encoding.tokenize(args.data, pretrained.tokenizer, section)
+        if not args.quiet:
+            longest = max(len(one.ids) for row in dataset.examples for one in row.sequences())
+            warn_of_length(pretrained.source, f"a row of {longest} tokens", longest)
         device, head_dim = mesh.devices.flat[0], pretrained.base.cfg.head_dim
         _, kernel = attention.choose("auto", device, head_dim, section.max_length, model.dtype, section.one_segment)
         forward = Forward(kernel, "none", model.dtype, objective, token_accuracy=True)

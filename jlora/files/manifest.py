@@ -48,6 +48,9 @@ def fault(folder: Path, cached: bool = True) -> str | None:
     Args:
       cached: False asks the disk, not the memory that holds what was just written, where the system can tell them
         apart.
+
+    Raises:
+      OSError: a file is there and cannot be read, for want of rights or of its disk, whatever it holds.
     """
     try:
         listed = _read(folder)["files"]
@@ -62,8 +65,6 @@ def fault(folder: Path, cached: bool = True) -> str | None:
                 return f"{name}: SHA-256 differs"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
-    except OSError as error:
-        return f"{error.filename or folder}: {error.strerror}"
     except ValueError:
         return f"{NAME} is damaged"
     return None

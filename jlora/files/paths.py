@@ -1,4 +1,4 @@
-"""Files of a folder that somebody else made, confined to it and regular; and paths by names short enough to show."""
+"""Paths as users write and read them, and files of a folder that somebody else made: confined to it, and regular."""
 
 import os
 import stat
@@ -13,6 +13,19 @@ RUN_FILES = (
     *("effort.json", "effort.html", "effort.png"),
 )
 RUN_FOLDERS = ("adapter", "checkpoints", "quarantine", "tensorboard", "wandb")
+
+
+def expand_home(path: str) -> str:
+    """`~/NAME` as a path of the home folder; the shell leaves it so behind `=`.
+
+    Raises:
+      ValueError: nobody knows the home folder.
+    """
+    if path.startswith("~") and (expanded := os.path.expanduser(path)) != path:
+        return expanded
+    if path == "~" or path.startswith("~/"):
+        raise ValueError(f"'{path}': the home folder is not known (HOME is not set); write the whole path")
+    return path
 
 
 def inside(folder: Path, name: str) -> Path:

@@ -1,6 +1,8 @@
 """A base model with its tokenizer, as every command opens it, and the adapter folder it is given."""
 
+import hashlib
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,10 +14,10 @@ from pydantic import ValidationError
 from jlora.config import Config, describe, read_yaml
 from jlora.data.tokens import Tokenizer, from_fast, load_tokenizer, with_template
 from jlora.errors import ModelError
-from jlora.files.paths import require_own
+from jlora.files.paths import inside, require_own
 from jlora.hf.gguf import GGUFFile
 from jlora.hf.load import load_base
-from jlora.hf.peft import CONFIG, load_adapter, read_adapter_config
+from jlora.hf.peft import CONFIG, WEIGHTS, load_adapter, read_adapter_config
 from jlora.hf.source import Source, open_source, resolve
 from jlora.model.adapter import Adapter
 from jlora.model.adapter_init import complete, new_adapter
@@ -78,6 +80,13 @@ def open_pretrained(path: str, tokenizer_path: str | None, chat_template: str | 
     return Opened(path, local, source, tokenizer)
 
 
+def warn_of_length(source: Source, what: str, length: int) -> None:
+    """Say on stderr that `what` has more tokens than the base has positions: it is computed, but not well."""
+    limit = source.config.get("max_position_embeddings")
+    if isinstance(limit, int) and length > limit:
+        print(f"warning: {what} is beyond the base's {limit} positions", file=sys.stderr)
+
+
 def open_tokenizer(path: str, chat_template: str | None) -> Tokenizer:
     """The tokenizer of a folder, a hub repository or a GGUF file.
 
@@ -115,6 +124,12 @@ def find_adapter(folder: str) -> Path:
     if (Path(folder) / "adapter" / CONFIG).is_file():
         return Path(folder) / "adapter"
     raise ModelError(f"{folder}: neither a PEFT adapter folder nor a run folder with a finished adapter/")
+
+
+def adapter_digest(folder: str) -> str:
+    """SHA-256 of the file of an adapter's tensors, which was read already."""
+    with open(inside(find_adapter(folder), WEIGHTS), "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def open_adapter(folder: str | None, pretrained: Pretrained) -> Adapter:

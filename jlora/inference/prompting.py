@@ -13,7 +13,7 @@ from jlora.data.prompts import encode_prompt
 from jlora.data.rows import BadRow, Row, read_rows
 from jlora.errors import ConfigError, DataError
 from jlora.files.atomic import strict_json
-from jlora.hf.pretrained import Pretrained
+from jlora.hf.pretrained import Pretrained, warn_of_length
 from jlora.inference.generate import Sampling, generate
 from jlora.inference.model import open_model
 from jlora.model.sharding import one_device_mesh
@@ -62,6 +62,9 @@ def answer_rows(args: argparse.Namespace, run: Any, section: DataSection, pretra
             encoded.append(encode_prompt(pretrained.tokenizer, row.value, format=section.format, prompt=section.prompt))
         except BadRow as bad:
             raise DataError(f"{row.where}: {bad.message} (format {section.format}); mend it, or set --format") from None
+    if not args.quiet:
+        longest = max(map(len, encoded))
+        warn_of_length(pretrained.source, f"a prompt of {longest} tokens", longest)
     for start in range(0, len(rows), args.batch_size):
         *_, texts = run(encoded[start : start + args.batch_size], seed=args.seed + start)
         for row, ids in zip(rows[start : start + args.batch_size], texts, strict=True):
@@ -99,6 +102,8 @@ def chat(args: argparse.Namespace, run: Any, section: DataSection, pretrained: P
             ids = encode_prompt(pretrained.tokenizer, row, format=format, prompt=section.prompt)
         except BadRow as bad:
             raise DataError(f"turn {len(turns)}: {bad.message}") from None
+        if not args.quiet:
+            warn_of_length(pretrained.source, f"this conversation of {len(ids)} tokens", len(ids))
         shown = ""
         for texts in run([ids], seed=args.seed + len(turns)):
             whole = pretrained.tokenizer.decode(texts[0])

@@ -19,7 +19,7 @@ import jax
 from jax.experimental import topologies
 
 from jlora.errors import ConfigError
-from jlora.planning.hardware import GPUS, KNOWN, SLICES, TPUS, Gpu, read_gpu
+from jlora.planning.hardware import GPUS, KNOWN, SLICES, TPUS, Gpu, canonical, read_gpu, unknown
 from jlora.runtime import private_jax
 from jlora.runtime.xla import GPU_MEMORY_FRACTION
 
@@ -60,9 +60,10 @@ def resolve(spec: str) -> Target:
     Raises:
       ConfigError: an unknown name, or the compiler for it is not installed.
     """
+    spec = canonical(spec)
     kind, _, rest = spec.partition(":")
     name, _, size = rest.rpartition(":")
-    if kind == "cpu" and not name and size.isdigit() and int(size) > 0:
+    if kind == "cpu" and not name and _number(size):
         jax.config.update("jax_num_cpu_devices", int(size))
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // int(size)
         return Target(spec, "cpu", jax.devices("cpu"), memory)
@@ -71,7 +72,7 @@ def resolve(spec: str) -> Target:
         tpu, devices = TPUS[name], _tpu_devices(spec, name, size)
         return Target(spec, "tpu", devices, tpu.memory, tpu.peak_flops, tpu.bandwidth, tpu.link_bandwidth)
     described = name.endswith((".yaml", ".yml"))
-    if kind == "gpu" and (name in GPUS or described) and size.isdigit() and int(size) > 0:
+    if kind == "gpu" and (name in GPUS or described) and _number(size):
         gpu = read_gpu(Path(name)) if described else GPUS[name]
         _require("jax_cuda12_plugin", "cuda12")
         topology = topologies.get_topology_desc(
@@ -80,7 +81,12 @@ def resolve(spec: str) -> Target:
         capacity = int(gpu.memory * GPU_MEMORY_FRACTION)
         devices = list(topology.devices)
         return Target(spec, "gpu", devices, capacity, gpu.peak_flops, gpu.bandwidth, gpu.link_bandwidth)
-    raise ConfigError(f"unknown topology '{spec}'; known are {KNOWN}")
+    raise unknown(spec)
+
+
+def _number(text: str) -> bool:
+    """Whether a number of devices is written so: digits of ASCII, not zero."""
+    return text.isascii() and text.isdecimal() and int(text) > 0
 
 
 def larger(target: Target) -> Iterator[Target]:

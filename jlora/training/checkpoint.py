@@ -62,8 +62,18 @@ class Checkpoints:
         return sorted(int(path.name) for path in self._folder.iterdir() if path.name.isdecimal() and path.is_dir())
 
     def fault(self, step: int) -> str | None:
-        """What is wrong with the files of a checkpoint; None if it is whole."""
-        return self._fault(step)
+        """What is wrong with the files of a checkpoint; None if it is whole.
+
+        Raises:
+          ConfigError: they cannot be read for the moment, so that nobody knows.
+        """
+        try:
+            return self._fault(step)
+        except OSError as error:
+            raise ConfigError(
+                f"{error.filename or self._folder / str(step)}: cannot be read ({error.strerror}); nothing was moved; "
+                "let it be read, then run the same command again"
+            ) from None
 
     def newest_whole(self) -> int:
         """The newest checkpoint whose files are as they were written, or 0 where none was ever committed.
@@ -72,10 +82,11 @@ class Checkpoints:
 
         Raises:
           ModelError: there are checkpoints, and none is whole.
+          ConfigError: one cannot be read for the moment.
         """
         faults: dict[int, str] = {}
         for step in reversed(self.steps()):
-            found = self._fault(step)
+            found = self.fault(step)
             if found is None:
                 for broken, reason in faults.items():
                     went = "passed over" if self._read_only else f"moved to {self._quarantine(broken)}"
@@ -242,7 +253,8 @@ class Checkpoints:
         taken = [path.name for path in folder.iterdir()]
         names = [str(step), *(f"{step}.{number}" for number in range(1, len(taken) + 1))]
         target = folder / next(name for name in names if name not in taken)
-        return (self._folder / str(step)).rename(target)
+        # Its parent may be a file system of its own, which nothing can be renamed across.
+        return Path(shutil.move(self._folder / str(step), target))
 
     def _clean(self) -> None:
         for path in self._folder.iterdir():

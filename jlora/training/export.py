@@ -65,9 +65,19 @@ def restore(
 
 
 def export(
-    run_dir: Path, out: Path, step: int | None, merge: bool, dtype: str | None, peft: bool, cost: bool = False
+    run_dir: Path,
+    out: Path,
+    step: int | None,
+    merge: bool,
+    dtype: str | None,
+    peft: bool,
+    cost: bool = False,
+    base: str | None = None,
 ) -> dict[str, Any]:
     """Export a run; returns what was written and the figures of its proof.
+
+    Args:
+      base: where the base lies now, if not where the run had it; its tensors' hash is that of the run's.
 
     Raises:
       ModelError: no such checkpoint, another base, or an export that does not compute what the run does.
@@ -76,13 +86,22 @@ def export(
     cfg = run_config(run_dir)
     if cfg is None:
         raise ModelError(f"{run_dir}: not a run folder (it has no config.yaml)")
+    if base is not None:
+        cfg = cfg.model_copy(update={"model": cfg.model.model_copy(update={"path": base})})
     require_new_folder(out)
     full = merge or cfg.method == "full"
     if peft and full:
         raise ConfigError("--verify loads an adapter in PEFT; leave --merge out")
+    if dtype and not full:
+        raise ConfigError("--dtype is that of a whole checkpoint (--merge); an adapter is written in float32")
     if cost and (not merge or cfg.method == "full"):
         raise ConfigError("--cost is that of merging an adapter, by --merge; leave it out")
-    opened = open_pretrained(cfg.model.path, cfg.model.tokenizer, cfg.data.chat_template)
+    try:
+        opened = open_pretrained(cfg.model.path, cfg.model.tokenizer, cfg.data.chat_template)
+    except ModelError as error:
+        if base is not None or Path(cfg.model.path).exists():
+            raise
+        raise ModelError(f"{error}; if the base has moved, say where it lies with --base") from None
     model = opened.model
     with new_folder(out) as folder:
         if full:

@@ -1,7 +1,6 @@
 """Small steps around a run: its folder, when something is due, its batches on the devices."""
 
 import os
-import sys
 from pathlib import Path
 
 import jax
@@ -12,7 +11,6 @@ from jlora.data.dataset import Dataset
 from jlora.data.packing import Epochs
 from jlora.errors import ConfigError, NothingTrained
 from jlora.files.paths import require_own
-from jlora.hf.pretrained import Opened
 from jlora.model.sharding import local_rows, place_rows
 from jlora.training.step import TrainState
 
@@ -25,16 +23,6 @@ def due(every: int | None, step: int) -> bool:
 def saves_left(every: int | None, start: int, num_steps: int) -> int:
     """Checkpoints that a run is still to write."""
     return 0 if start == num_steps else 1 + ((num_steps - 1) // every - start // every if every else 0)
-
-
-def warn_of_length(cfg: Config, opened: Opened) -> None:
-    """Rows longer than the base was made for train, but not well."""
-    limit = opened.source.config.get("max_position_embeddings")
-    if isinstance(limit, int) and cfg.data.max_length > limit:
-        print(
-            f"warning: data.max_length={cfg.data.max_length} is beyond the base's {limit} positions",
-            file=sys.stderr,
-        )
 
 
 def make_run_dir(cfg: Config) -> Path:

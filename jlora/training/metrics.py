@@ -20,7 +20,7 @@ from jlora.config import TrainingSection
 from jlora.data.packing import Epochs
 from jlora.errors import ConfigError, NonFiniteError
 from jlora.files.atomic import open_own, strict_json, write_text
-from jlora.reports.run_files import read_records
+from jlora.reports.run_files import read_records, read_text
 
 # Lines of a log file come this often where no terminal shows a bar.
 PLAIN_LINE_SECONDS = 10.0
@@ -77,15 +77,40 @@ class MetricsLog:
 
 
 def require_wandb(project: str | None) -> None:
-    """Fail before the base is read, if runs are to be logged to Weights & Biases and it is not installed."""
-    if project and importlib.util.find_spec("wandb") is None:
+    """Fail before the base is read, if a run is to be logged to Weights & Biases and cannot be.
+
+    Raises:
+      ConfigError: wandb is not installed, or would ask who logs in where nobody is there to answer.
+    """
+    if not project:
+        return
+    if importlib.util.find_spec("wandb") is None:
         raise ConfigError("training.wandb is set, but wandb is not installed; pip install wandb, or set it to null")
+    import wandb
+
+    online = os.environ.get("WANDB_MODE", "online") == "online"
+    if online and not wandb.api.api_key and not (sys.stdin.isatty() and sys.stderr.isatty()):
+        raise ConfigError(
+            "training.wandb is set, but nobody is logged in to Weights & Biases; run `wandb login`, set WANDB_API_KEY, "
+            "or WANDB_MODE=offline"
+        )
 
 
 def _start_wandb(project: str, run_dir: Path, config: dict[str, Any]) -> Any:
     import wandb
 
-    return wandb.init(project=project, dir=str(run_dir), config=config, resume="allow", id=run_dir.name)
+    name, kept = run_dir.resolve().name, run_dir / "wandb" / "jlora-id"
+    # Made once and kept: runs of one name in several folders are several, and so is one begun anew.
+    run_id = read_text(kept).strip()
+    if not run_id:
+        run_id = secrets.token_hex(8)
+        kept.parent.mkdir(exist_ok=True)
+        write_text(kept, run_id)
+    try:
+        return wandb.init(project=project, dir=str(run_dir), config=config, resume="allow", id=run_id, name=name)
+    except wandb.Error as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(f"training.wandb={project}: Weights & Biases refuses the run ({reason})") from None
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

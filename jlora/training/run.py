@@ -4,6 +4,7 @@ If the run folder holds a checkpoint of the same run, training resumes from it. 
 over `train`, which hand what runs have in common from one to the next (`Shared`).
 """
 
+import datetime
 import json
 import sys
 import time
@@ -21,7 +22,7 @@ from jlora.data.packing import Epochs
 from jlora.errors import ConfigError, DataError, ModelError, NonFiniteError
 from jlora.files import lock
 from jlora.files.atomic import write_text
-from jlora.hf.pretrained import Pretrained, make_adapter, make_reference
+from jlora.hf.pretrained import Pretrained, make_adapter, make_reference, warn_of_length
 from jlora.hf.source import base_fingerprint
 from jlora.hf.verify import export_adapter
 from jlora.model.adapter_init import check_options
@@ -42,7 +43,6 @@ from jlora.training.folder import (
     put_batch,
     require_trained,
     saves_left,
-    warn_of_length,
 )
 from jlora.training.identity import check_identity, require_one_job, run_identity
 from jlora.training.metrics import MetricsLog, ProgressLine, StepMeter, require_wandb
@@ -149,7 +149,14 @@ def open_run(cfg: Config, folder: Path, mesh: jax.sharding.Mesh, watch: Watch, s
         check_options(cfg.lora, opened.model)
     kernel, forward = make_forward(cfg, opened.model, mesh)
     if not quiet:
-        warn_of_length(cfg, opened)
+        warn_of_length(opened.source, f"data.max_length={cfg.data.max_length}", cfg.data.max_length)
+    if not quiet and opened.tokenizer.writes_day and cfg.data.date is None:
+        today = datetime.date.today()
+        print(
+            "warning: the chat template writes the day into every row, so this run does not resume tomorrow, when "
+            f"its rows are others; set data.date={today}",
+            file=sys.stderr,
+        )
     loaded = {"base": base_fingerprint(opened.source), "tokenizer": opened.tokenizer.digest}
     distributed.require_agreement("base", ModelError, loaded)
     train_data, eval_data = shared.read(cfg)

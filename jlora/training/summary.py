@@ -50,8 +50,9 @@ def finished_summary(run_dir: Path) -> dict[str, Any] | None:
         return None
     if summary["adapter"] is None:
         return summary
-    # The folder is put in place whole, so one file stands for it; the run may have been moved since.
-    present = (run_dir / "adapter" / "adapter_config.json").is_file()
+    # The run may have been moved since, and not all of it.
+    files = ("adapter_config.json", "adapter_model.safetensors")
+    present = all((run_dir / "adapter" / name).is_file() for name in files)
     return summary | {"adapter": str(run_dir / "adapter")} if present else None
 
 

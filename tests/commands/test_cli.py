@@ -444,6 +444,49 @@ def test_merged_export_is_a_base_of_its_own(world, here, tmp_path, dtype):
     assert json.loads(printed)["loss"] == pytest.approx(summary["eval_loss"], rel=tolerance)
 
 
+def test_a_moved_base_is_named(world, here, tmp_path):
+    """A run folder that was taken elsewhere, without its base at the same path."""
+    run = tmp_path / "run"
+    shutil.copytree(world / "run", run)
+    config = run / "config.yaml"
+    config.write_text(config.read_text().replace(str(world / "base"), str(tmp_path / "gone")))
+    code, _, err = here("export", "--run", run, "--out", tmp_path / "a", "-q")
+    assert code == 4 and "gone: no such folder" in err and "say where it lies with --base" in err
+    assert here("export", "--run", run, "--out", tmp_path / "a", "--base", world / "base", "-q") == (0, "", "")
+    written = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    assert written["base_model_name_or_path"] == str(world / "base")
+
+
+@pytest.mark.parametrize("flags", [("--combination", "cat"), ("--rank", 2), ("--dtype", "float16")])
+def test_flags_that_do_not_apply_are_refused(world, here, tmp_path, flags):
+    code, _, err = here("export", "--run", world / "run", "--out", tmp_path / "a", *flags)
+    assert code == 2 and flags[0] in err and not (tmp_path / "a").exists()
+
+
+def test_a_finished_run_without_its_weights_writes_them_again(world, here, tmp_path):
+    """A run folder that was copied, but for the large file."""
+    run = tmp_path / "run"
+    shutil.copytree(world / "run", run)
+    weights = run / "adapter" / "adapter_model.safetensors"
+    before = weights.read_bytes()
+    weights.unlink()
+    code, _, err = here("train", "--config", world / "config.yaml", f"output_dir={run}", "-q")
+    assert (code, err) == (0, "") and weights.read_bytes() == before
+
+
+def test_a_prompt_beyond_the_positions_of_the_base_is_warned_of(world, here, tmp_path):
+    shutil.copytree(world / "base", tmp_path / "base")
+    config = tmp_path / "base" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"max_position_embeddings": 8}))
+    ask = ("generate", "--base", tmp_path / "base", "--prompt", "0123456789", "--max-new-tokens", 1)
+    code, _, err = here(*ask)
+    assert code == 0 and "tokens is beyond the base's 8 positions" in err
+    assert here(*ask, "-q")[2] == ""
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "0123456789", "completion": "abc"}\n', encoding="utf-8")
+    rows = ("--data", tmp_path / "rows.jsonl", "--format", "completion", "--max-length", 64)
+    assert "is beyond the base's 8 positions" in here("evaluate", "--base", tmp_path / "base", *rows)[2]
+
+
 def test_quiet_export_prints_nothing(world, here, tmp_path):
     assert here("export", "--run", world / "run", "--out", tmp_path / "a", "-q") == (0, "", "")
 
@@ -791,7 +834,7 @@ def test_damaged_checkpoint_is_not_exported(world, here, tmp_path):
         (["evaluate", "--base", "{world}/base", "--data", "x", "--batch-size", "0"], "--batch-size"),
         (["evaluate", "--base", "{world}/base", "--data", "x", "--dtype", "int3"], "--dtype"),
         (["export", "--out", "x"], "--run"),
-        (["__main__"], "command"),
+        (["__main__"], "COMMAND"),
         (["__main__", "trian"], "trian"),
         (["config", "--bogus"], "--bogus"),
     ],

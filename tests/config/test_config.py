@@ -1,5 +1,6 @@
 """The configuration: what is refused, with which words, and that every default stands once."""
 
+import pwd
 import re
 from pathlib import Path
 
@@ -258,3 +259,42 @@ def test_reference_page_is_current():
 def test_configs_of_the_repository_validate(path):
     cfg = load_config(path)
     assert isinstance(cfg.output_dir, str)
+
+
+@pytest.mark.parametrize("name", ["2026-11-28", "2026-99-99", "2026-11-28 10:00:00"])
+def test_a_date_is_a_name(file, name):
+    """YAML 1.1 would make a date of it, which no key takes."""
+    assert load_config(file, [f"output_dir={name}"]).output_dir == name
+    file.write_text(file.read_text().replace("output_dir: run", f"output_dir: {name}"))
+    assert load_config(file).output_dir == name
+
+
+@pytest.mark.parametrize("name", ["20261128", "on", "1.5"])
+def test_what_yaml_takes_for_no_text_is_told_to_be_quoted(file, name):
+    assert "write output_dir='\"...\"'" in refused(file, f"output_dir={name}")
+    assert load_config(file, [f'output_dir="{name}"']).output_dir == name
+
+
+def test_paths_begin_in_the_home_folder(file, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    keys = (
+        "model.path",
+        "model.tokenizer",
+        "data.train",
+        "data.eval",
+        "data.cache_dir",
+        "lora.init_from",
+        "output_dir",
+    )
+    cfg = load_config(file, [f"{key}=~/x" for key in keys])
+    found = [cfg.model.path, cfg.model.tokenizer, cfg.data.train, cfg.data.eval, cfg.data.cache_dir]
+    assert {*found, cfg.lora.init_from, cfg.output_dir} == {"/home/someone/x"}
+    assert load_config(file, ["data.train=[{path: ~/a}]"]).data.sources[0].path == "/home/someone/a"
+    assert load_config(file, ["output_dir=a~b"]).output_dir == "a~b"
+
+
+def test_an_unknown_home_folder_is_said(file, monkeypatch):
+    """As of a user without an entry in passwd, and without HOME; else a folder of the name `~` would be made."""
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(pwd, "getpwuid", lambda uid: {}[uid])
+    assert "output_dir: '~/x': the home folder is not known" in refused(file, "output_dir=~/x")

@@ -93,6 +93,12 @@ def test_table_for_people(config):
         (["--topology", "cpu:0"], ["unknown topology"]),
         (["--topology", "gpu:absent.yaml:2"], ["absent.yaml: can not be read"]),
         (["--topology", "cpu:1", "--search", "--compilations", "0"], ["--compilations"]),
+        (["--topology", "cpu:1", "--tokens-per-second", "0"], ["--tokens-per-second 0", "positive"]),
+        (["--topology", "cpu:1", "--tokens-per-second", "nan"], ["--tokens-per-second nan", "positive"]),
+        (["--topology", "cpu:1", "--tokens", "0"], ["--tokens 0", "positive"]),
+        (["--topology", "cpu:1", "--price", "-2.5"], ["--price -2.5", "positive"]),
+        (["--topology", "cpu:1", "--utilization", "0.4", "0"], ["--utilization 0", "share of the peak"]),
+        (["--topology", "cpu:1", "--utilization", "40"], ["--utilization 40", "share of the peak"]),
         ([], ["--topology"]),
     ],
 )

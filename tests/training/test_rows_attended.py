@@ -17,7 +17,8 @@ from tiny import make_llama, make_tokenizer
 
 import jlora.evaluate
 from jlora.config import Config
-from jlora.data import encoding, packing
+from jlora.data import encoding
+from jlora.data.packing import Epochs, pack_row
 from jlora.data.tokens import load_tokenizer
 from jlora.hf.peft import save_adapter
 from jlora.model import attention
@@ -128,8 +129,8 @@ def stacked(rows):
 
 def alone(tiny, adapter, sequences):
     """Log-probabilities of each sequence's trained tokens, in a row of its own, by the reference."""
-    rows = [packing.pack_row([sequence], LENGTH) for sequence in sequences]
-    rows += [packing.pack_row([], LENGTH)] * (-len(rows) % ROWS)
+    rows = [pack_row([sequence], LENGTH) for sequence in sequences]
+    rows += [pack_row([], LENGTH)] * (-len(rows) % ROWS)
     score = by_token(attention.reference)
     found = [score(tiny.base, adapter, stacked(rows[at : at + ROWS])) for at in range(0, len(rows), ROWS)]
     return [row[: len(one.ids)] for row, one in zip(np.concatenate(found), sequences, strict=False)]
@@ -144,7 +145,7 @@ def test_a_sequence_in_its_row_is_as_it_is_alone(tiny, format, packing, kernel):
     shown, forward = make_forward(cfg, tiny.base.cfg, SimpleNamespace(devices=np.array([device])))
     assert shown == kernel
     dataset, _ = encoding.read_data(cfg, load_tokenizer(tiny.folder / "base", cfg.data.chat_template))
-    epochs = packing.Epochs(dataset, cfg.data, ROWS, seed=0)
+    epochs = Epochs(dataset, cfg.data, ROWS, seed=0)
     batch, members = stacked([epochs[i] for i in range(ROWS)]), [epochs.rows(0).one(i) for i in range(ROWS)]
     in_rows = [[one for i in row for one in dataset.examples[i].sequences()] for row in members]
     most = max(map(len, in_rows))
