@@ -17,9 +17,9 @@ from jlora.errors import ModelError
 from jlora.files.paths import inside, require_own
 from jlora.hf.gguf import GGUFFile
 from jlora.hf.load import load_base
-from jlora.hf.peft import CONFIG, WEIGHTS, load_adapter, read_adapter_config
+from jlora.hf.peft import CONFIG, WEIGHTS, load_adapter, read_adapter_config, scaled_to
 from jlora.hf.source import Source, open_source, resolve
-from jlora.model.adapter import Adapter
+from jlora.model.adapter import Adapter, Lora, layer_scales
 from jlora.model.adapter_init import complete, new_adapter
 from jlora.model.llama import Decoder, LlamaConfig, place_adapter
 
@@ -28,7 +28,7 @@ SMALLEST_VOCAB_SHARE = 0.75
 
 
 # Options that an adapter to start from must have as the config says.
-COMPARED = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "layers_to_transform", "modules_to_save", "bias")
+COMPARED = ("use_rslora", "use_dora", "rank_pattern", "layers_to_transform", "modules_to_save", "bias")
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,13 @@ def make_adapter(cfg: Config, pretrained: Pretrained, mesh: Mesh) -> Adapter:
             raise ModelError(
                 f"{folder}: the adapter has {name}={value}, the config {json.dumps(ours)}; set lora.{name}={value}"
             )
-    return place_adapter(load_adapter(folder, model, pretrained.base_hash, cfg.lora.dropout), model, mesh)
+    adapter = load_adapter(folder, model, pretrained.base_hash, cfg.lora.dropout)
+    layers = model.num_hidden_layers  # what alphas differ in is made up for by B
+    scaled = {
+        name: scaled_to(part, layer_scales(cfg.lora, name, layers)) if isinstance(part, Lora) else part
+        for name, part in adapter.items()
+    }
+    return place_adapter(scaled, model, mesh)
 
 
 def make_reference(cfg: Config, pretrained: Pretrained, mesh: Mesh) -> Adapter | None:

@@ -114,6 +114,7 @@ def abstract_step(
     adapter = {}
     if cfg.method == "lora":
         check_options(cfg.lora, model)
+        optim.check_rule(cfg, model.num_hidden_layers)
         make = partial(new_adapter, cfg.lora, model, 0)
         adapter = place_adapter(jax.eval_shape(make), model, mesh)
     params = {"adapter": adapter, "base": base}

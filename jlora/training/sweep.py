@@ -17,6 +17,7 @@ from jlora.files.atomic import write_json, write_text
 from jlora.files.paths import require_own
 from jlora.model.adapter_init import check_options
 from jlora.runtime import distributed, signals
+from jlora.training import optim
 from jlora.training.folder import make_run_dir, plan_steps
 from jlora.training.metrics import read_metrics
 from jlora.training.run import train
@@ -86,7 +87,9 @@ def train_together(cfg: Config, quiet: bool = False) -> dict[str, Any]:
     require_own(folder, ConfigError, sweep.configs)
     with lock.held(folder):
         for each in sweep.configs.values():  # what is wrong with the last is told before the first is trained
-            check_options(each.lora, sweep.shared.open(each).model)
+            model = sweep.shared.open(each).model
+            check_options(each.lora, model)
+            optim.check_rule(each, model.num_hidden_layers)
             sweep.shared.read(each)
         write_text(folder / "config.yaml", cfg.dump_yaml())
         for name in sweep.halve() if cfg.sweep_halving else sweep.configs:
