@@ -10,9 +10,7 @@ from jlora.config import LoraSection, load_config
 from jlora.hf.architecture import parse_config
 from jlora.hf.load import hash_base
 from jlora.hf.source import open_source
-from jlora.model.adapter import init_adapter
 from jlora.model.adapter_init import new_adapter
-from jlora.model.llama import projection_shapes
 from jlora.model.sharding import one_device_mesh
 from jlora.training import optim
 from jlora.training.checkpoint import Checkpoints
@@ -38,6 +36,6 @@ def make_run(folder: Path, base: Path, *overrides: str) -> Path:
 
 def grown(pretrained):
     section, model = LoraSection(rank=4, alpha=8.0), pretrained.base.cfg
-    adapter = init_adapter(section, projection_shapes(model), model.num_hidden_layers, 0)
+    adapter = new_adapter(section, model, 0)
     grow = {name: dataclasses.replace(lora, lora_b=jnp.full_like(lora.lora_b, 0.02)) for name, lora in adapter.items()}
     return section, grow

@@ -27,7 +27,7 @@ from jlora.hf.source import open_source
 from jlora.hf.weights import Merged, Stored
 from jlora.model import attention
 from jlora.model.adapter import Adapter, Lora, Saved, layer_ranks, project, weight_norm
-from jlora.model.adapter_init import check_options, complete, new_adapter
+from jlora.model.adapter_init import check_options, new_adapter
 from jlora.model.quant import dequantize, quantize
 from jlora.model.sharding import one_device_mesh
 from jlora.training import optim
@@ -146,7 +146,7 @@ def grown(adapter: Adapter, seed: int = 0) -> Adapter:
 
 
 def fresh(section: LoraSection, base) -> Adapter:
-    return complete(new_adapter(section, base.cfg, 7), section, base, 7)
+    return new_adapter(section, base.cfg, 7, base)
 
 
 def torch_model(folder: Path) -> torch.nn.Module:

@@ -25,8 +25,8 @@ from jlora.hf.pretrained import Pretrained, load_pretrained, open_pretrained
 from jlora.inference.generate import GREEDY, Sampling, generate, sample
 from jlora.inference.model import Adapted
 from jlora.model import attention
-from jlora.model.adapter import init_adapter
-from jlora.model.llama import LlamaConfig, block_weights, empty_cache, outer_weights, projection_shapes
+from jlora.model.adapter_init import new_adapter
+from jlora.model.llama import LlamaConfig, block_weights, empty_cache, outer_weights
 from jlora.model.remat import LADDER
 from jlora.model.rope import DynamicRope, LinearRope, Llama3Rope, YarnRope, rotary_table
 from jlora.model.sharding import one_device_mesh
@@ -75,7 +75,7 @@ def base(llama):
 def adapter(base):
     """An adapter on every projection whose B is not zero."""
     cfg = LoraSection(rank=4, alpha=8, dropout=0.0, target_modules="all-linear")
-    fresh = init_adapter(cfg, projection_shapes(base.cfg), base.cfg.num_hidden_layers, seed=3)
+    fresh = new_adapter(cfg, base.cfg, 3)
     draw = np.random.default_rng(0)
     return {
         name: dataclasses.replace(lora, lora_b=jnp.asarray(draw.normal(0, 0.1, lora.lora_b.shape), jnp.float32))

@@ -28,7 +28,7 @@ from jlora.data.encoding import read_data
 from jlora.data.packing import Epochs
 from jlora.errors import ModelError, NonFiniteError
 from jlora.hf.peft import load_adapter, save_adapter
-from jlora.hf.pretrained import load_pretrained, make_adapter, open_pretrained
+from jlora.hf.pretrained import first_adapter, load_pretrained, open_pretrained
 from jlora.training import optim
 from jlora.training.checkpoint import flatten
 from jlora.training.export import export
@@ -76,7 +76,7 @@ def open_run(cfg, num_steps=20):
     pretrained = open_base(cfg.model.path, param_dtype(cfg))
     _, forward = make_forward(cfg, pretrained.base.cfg, mesh)
     train_data, _ = read_data(cfg, pretrained.tokenizer)
-    params = {"adapter": make_adapter(cfg, pretrained, mesh), "base": pretrained.base}
+    params = {"adapter": first_adapter(cfg, pretrained, mesh), "base": pretrained.base}
     trained, frozen = optim.split(params, cfg.method)
     hyper = optim.hyperparameters(cfg.optimizer, num_steps)
     return SimpleNamespace(
@@ -202,7 +202,7 @@ def test_lora_curve_is_that_of_peft(tmp_path, record_property, targets):
     pretrained = open_base(str(STORIES), jnp.dtype("float32"))
     fresh = cfg.model_copy(update={"lora": cfg.lora.model_copy(update={"init_from": None})})
     save_adapter(
-        init, make_adapter(fresh, pretrained, make_mesh_of_one()), cfg.lora, str(STORIES), pretrained.base_hash
+        init, first_adapter(fresh, pretrained, make_mesh_of_one()), cfg.lora, str(STORIES), pretrained.base_hash
     )
     theirs = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(STORIES), str(init), is_trainable=True)
 
