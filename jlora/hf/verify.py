@@ -105,8 +105,8 @@ def streamed_logits(cfg: LlamaConfig, weights: Weights, adapter: Adapter) -> np.
     table, tokens = name_table(cfg), probe_tokens(cfg.vocab_size)
     positions, segments = jnp.arange(PROBE_LENGTH, dtype=jnp.int32)[None], jnp.ones(tokens.shape, jnp.int32)
     rotary = rotary_table(positions, segments, cfg.head_dim, cfg.rope_theta, cfg.rope_scaling)
-    rows = {"q_segments": segments, "kv_segments": segments, "q_positions": positions, "kv_positions": positions}
-    attend = partial(attention.reference, **rows, window=cfg.sliding_window)
+    places = attention.Places(segments, segments, positions, positions)
+    attend = partial(attention.reference, places=places, window=cfg.sliding_window)
     name = OUTER["embed_tokens"]
     x = jnp.asarray(np.concatenate([whole.rows(name, table[name], i, i + 1) for i in tokens[0].tolist()])[None])
     for layer in range(cfg.num_hidden_layers):

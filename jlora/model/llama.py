@@ -19,7 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jlora.model.adapter import Adapter, Lora, Saved, layer_keys, project
-from jlora.model.attention import Attention
+from jlora.model.attention import Attention, Places
 from jlora.model.layers import plus, rms_norm
 from jlora.model.quant import in_turn, quantize
 from jlora.model.remat import ATTENTION_INPUT, LAYER_INPUT, checkpointed
@@ -257,14 +257,8 @@ class Decoder(nnx.Module):
           neftune_noise_alpha: of the noise on embeddings in training, or 0.
         """
         model, low_rank = self.adapted(adapter)
-        attend = partial(
-            attention,
-            q_segments=segments,
-            kv_segments=segments,
-            q_positions=positions,
-            kv_positions=positions,
-            window=self.cfg.sliding_window,
-        )
+        places = Places(segments, segments, positions, positions)
+        attend = partial(attention, places=places, window=self.cfg.sliding_window)
         rotary = self._rotary(positions, segments)
 
         def layer(x: Array, scanned: tuple[Block, dict[str, Lora], PRNGKeyArray | None]) -> tuple[Array, None]:
@@ -305,8 +299,8 @@ class Decoder(nnx.Module):
                 nonlocal keys, values
                 keys = jax.lax.dynamic_update_slice(keys, k[None], (index, 0, slot, 0, 0))
                 values = jax.lax.dynamic_update_slice(values, v[None], (index, 0, slot, 0, 0))
-                rows = segments, all_segments, positions, all_positions
-                return attention(q, keys[index], values[index], *rows, self.cfg.sliding_window)
+                places = Places(segments, all_segments, positions, all_positions)
+                return attention(q, keys[index], values[index], places, self.cfg.sliding_window)
 
             return (block(x, rotary, attend, factors, None), keys, values), None
 

@@ -37,8 +37,8 @@ SHAPE = {
 }
 
 
-def splash(q, k, v, q_segments, kv_segments, q_positions, kv_positions, window):
-    return tpu._splash_rows(q, k, v, q_segments, window, interpret=True)
+def splash(q, k, v, places, window):
+    return tpu._splash_rows(q, k, v, places.q_segments, window, interpret=True)
 
 
 ATTENTION = {

@@ -112,14 +112,8 @@ def test_block_equals_transformers(layer, llama, base):
     _, model = llama
     x = np.random.default_rng(layer).normal(size=(2, 24, 48)).astype(np.float32)
     positions = np.broadcast_to(np.arange(24, dtype=np.int32), (2, 24))
-    attend = partial(
-        attention.reference,
-        q_segments=jnp.ones_like(positions),
-        kv_segments=jnp.ones_like(positions),
-        q_positions=positions,
-        kv_positions=positions,
-        window=None,
-    )
+    ones = jnp.ones_like(positions)
+    attend = partial(attention.reference, places=attention.Places(ones, ones, positions, positions), window=None)
 
     cfg = base.cfg
 
