@@ -8,8 +8,8 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from jlora.config.dotted import assign
-from jlora.config.section import Section, nearest
+from jlora.config.keys import SECTIONS, assign
+from jlora.config.section import nearest
 from jlora.config.sections import Config
 from jlora.config.variants import variants
 from jlora.errors import ConfigError
@@ -139,27 +139,14 @@ def describe(error: ValidationError) -> str:
     problems = error.errors()
     first = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
     # Members of a union show up behind the key as type tags; the keys of the file are the known fields.
-    section: Any = Config
-    names: list[str] = []
-    for part in first["loc"]:
-        names.append(str(part))
-        field = section.model_fields.get(str(part))
-        if field is None:
-            break
-        if not (isinstance(field.annotation, type) and issubclass(field.annotation, Section)):
-            break
-        section = field.annotation
+    where = [str(part) for part in first["loc"]]
+    names = where[: 2 if where and where[0] in SECTIONS else 1]
+    fields = (SECTIONS.get(where[0], Config) if where else Config).model_fields
     key = ".".join(names)
     shown = _shown(repr(first["input"]))
     if first["type"] == "extra_forbidden":
-        text = f"unknown key '{key}'{nearest(names[-1], section.model_fields)}"
-        elsewhere = [
-            f"{name}.{names[-1]}"
-            for name, field in Config.model_fields.items()
-            if isinstance(field.annotation, type)
-            and issubclass(field.annotation, Section)
-            and names[-1] in field.annotation.model_fields
-        ]
+        text = f"unknown key '{key}'{nearest(names[-1], fields)}"
+        elsewhere = [f"{name}.{names[-1]}" for name, other in SECTIONS.items() if names[-1] in other.model_fields]
         if elsewhere:
             text = f"unknown key '{key}'; did you mean '{elsewhere[0]}'?"
     elif first["type"] == "missing":
@@ -167,7 +154,7 @@ def describe(error: ValidationError) -> str:
     elif first["type"] == "value_error":
         text = f"{key}: {first['ctx']['error']}"
     elif first["type"] == "model_type":
-        text = f"{key}: must hold keys of its own ({', '.join(section.model_fields)}), but it is {shown}"
+        text = f"{key}: must hold keys of its own ({', '.join(fields)}), but it is {shown}"
     else:
         # Each member of a union has its say.
         says = [p["msg"] for p in problems if p["loc"][: len(names)] == first["loc"][: len(names)]]

@@ -5,7 +5,7 @@ from typing import Any, get_args
 
 import yaml
 
-from jlora.config.section import Section
+from jlora.config.keys import SECTIONS
 from jlora.config.sections import Config
 
 
@@ -24,17 +24,10 @@ def reference() -> str:
         "",
         "with the path of [the JSON schema](config.schema.json), which `python -m jlora.config --schema` prints.",
     ]
-    top = [name for name, field in Config.model_fields.items() if not _is_section(field.annotation)]
-    lines += ["", "## Top level", "", *_table({name: Config.model_fields[name] for name in top})]
-    for name, field in Config.model_fields.items():
-        section = field.annotation
-        if isinstance(section, type) and issubclass(section, Section):
-            lines += ["", f"## {name}", "", *_table(section.model_fields)]
+    top = {name: field for name, field in Config.model_fields.items() if name not in SECTIONS}
+    for name, fields in {"Top level": top, **{name: each.model_fields for name, each in SECTIONS.items()}}.items():
+        lines += ["", f"## {name}", "", *_table(fields)]
     return "\n".join(lines) + "\n"
-
-
-def _is_section(annotation: Any) -> bool:
-    return isinstance(annotation, type) and issubclass(annotation, Section)
 
 
 def _table(fields: Any) -> list[str]:

@@ -8,6 +8,7 @@ and is not understood is refused, never ignored. The `gguf` package reads and de
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -22,6 +23,8 @@ from jlora.errors import ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+    from jlora.model.llama import LlamaConfig
 
 # The "llama." keys that are read below, or that do not change what the model computes.
 _USED_KEYS = frozenset({
@@ -98,6 +101,13 @@ class GGUFFile:
         tensors = {name: self._tensors[stored] for name, stored in self._gguf_names.items()}
         self.dtypes = {name: tensor.tensor_type.name for name, tensor in tensors.items()}
         self.sizes = {name: int(tensor.n_bytes) for name, tensor in tensors.items()}
+
+    @cached_property
+    def model(self) -> LlamaConfig:
+        """Shape and numerics."""
+        from jlora.hf.architecture import parse_config  # needs JAX, and nothing else here does
+
+        return parse_config(self.config, str(self.path))
 
     def read(self, name: str) -> np.ndarray:
         """Tensor `name` (a key of `shapes`; KeyError if not) as a new float32 array of that shape.

@@ -22,7 +22,6 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jlora.errors import ConfigError, ModelError
-from jlora.hf.architecture import parse_config
 from jlora.hf.names import Entry
 from jlora.hf.source import Source, check_names
 from jlora.model import quant
@@ -340,7 +339,7 @@ def load_base(
       ModelError: what `parse_config` and `check_names` refuse, a damaged file, a non-finite weight; in every
         process, if one of them meets it.
     """
-    cfg = parse_config(source.config, where)
+    cfg = source.model
     table = check_names(cfg, source.shapes, where)
     decoder = abstract_decoder(cfg, dtype, quantization)
     local = Mesh(np.asarray(mesh.local_devices), ("device",))
@@ -387,7 +386,7 @@ def hash_base(source: Source, where: str) -> str:
     Raises:
       ModelError: what `parse_config` and `check_names` refuse.
     """
-    table = check_names(parse_config(source.config, where), source.shapes, where)
+    table = check_names(source.model, source.shapes, where)
     return _content_hash(source, [(name, stored_digest(source, name)) for name in table])
 
 

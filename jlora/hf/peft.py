@@ -17,6 +17,7 @@ from safetensors.numpy import save
 
 from jlora.config import PROJECTIONS, LoraSection, describe
 from jlora.errors import ModelError
+from jlora.files.atomic import write_json
 from jlora.files.paths import inside
 from jlora.hf.names import OUTER
 from jlora.hf.source import open_safetensors, read_floats, read_json
@@ -339,4 +340,4 @@ def save_adapter(folder: Path, adapter: Adapter, section: LoraSection, base: str
     }
     folder.mkdir(parents=True, exist_ok=True)
     (folder / WEIGHTS).write_bytes(serialize(tensors, {"format": "pt", "jlora_base_sha256": base_hash}))
-    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / CONFIG, config)

@@ -15,7 +15,6 @@ from jlora.config import Config, describe, read_yaml
 from jlora.data.tokens import Tokenizer, from_fast, load_tokenizer, with_template
 from jlora.errors import ModelError
 from jlora.files.paths import inside, require_own
-from jlora.hf.architecture import parse_config
 from jlora.hf.gguf import GGUFFile
 from jlora.hf.load import load_base
 from jlora.hf.peft import CONFIG, WEIGHTS, load_adapter, read_adapter_config, scaled_to
@@ -44,8 +43,12 @@ class Opened:
     name: str
     path: Path
     source: Source
-    model: LlamaConfig
     tokenizer: Tokenizer
+
+    @property
+    def model(self) -> LlamaConfig:
+        """Shape and numerics of the base."""
+        return self.source.model
 
 
 @dataclass(frozen=True)
@@ -66,16 +69,15 @@ def open_pretrained(path: str, tokenizer_path: str | None, chat_template: str | 
       ModelError: see `jlora.hf.source`; or the tokenizer has ids beyond the embedding, or far too few.
     """
     local = resolve(path)
-    source = open_source(local)
+    source = open_source(local, path)
     tokenizer = open_tokenizer(tokenizer_path or str(local), chat_template)
-    model = parse_config(source.config, path)
-    vocab_size = model.vocab_size
+    vocab_size = source.model.vocab_size
     if not SMALLEST_VOCAB_SHARE * vocab_size <= tokenizer.vocab_size <= vocab_size:
         raise ModelError(
             f"{tokenizer_path or path}: the tokenizer has {tokenizer.vocab_size} tokens, but the model "
             f"{path} has {vocab_size}; give the tokenizer that belongs to the model (model.tokenizer)"
         )
-    return Opened(path, local, source, model, tokenizer)
+    return Opened(path, local, source, tokenizer)
 
 
 def warn_of_length(source: Source, what: str, length: int) -> None:
@@ -214,7 +216,7 @@ SHAPES = {
 def model_shape(path: str) -> LlamaConfig:
     """Shape of a named size, or of the base at `path`; no weight is read."""
     if path not in SHAPES:
-        return parse_config(open_source(resolve(path)).config, path)
+        return open_source(resolve(path), path).model
     hidden, mlp, layers, heads, kv_heads = SHAPES[path]
     return LlamaConfig(
         vocab_size=32000,

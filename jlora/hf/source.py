@@ -10,6 +10,7 @@ import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 from jlora.errors import ModelError
 from jlora.files.paths import inside
+from jlora.hf.architecture import parse_config
 from jlora.hf.gguf import GGUFFile
 from jlora.hf.names import OUTER, Entry, name_table
 from jlora.model.llama import LlamaConfig
@@ -45,11 +47,14 @@ class Source(Protocol):
     """A base on disk: Hugging Face tensor names and shapes, whatever the file format, and three readers.
 
     Attributes:
-      config: as config.json has it.
+      config: as config.json has it. model: what it says.
       shapes, dtypes, sizes: tensor name -> shape, the stored type's name in the format, stored bytes.
     """
 
     config: dict[str, Any]
+
+    @property
+    def model(self) -> LlamaConfig: ...
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]: ...
@@ -84,8 +89,9 @@ class SafetensorsFolder:
     asked for are mapped, and unmapped when the caller lets the array go.
     """
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: Path, name: str):
+        """Args: name: what messages about its config call it."""
+        self.folder, self._name = folder, name
         self.config = read_json(inside(folder, "config.json"))
         self._require_one_model()
         index = inside(folder, "model.safetensors.index.json")
@@ -112,6 +118,11 @@ class SafetensorsFolder:
                 "model.embed_tokens.weight; both are taken, not tied, as transformers does",
                 file=sys.stderr,
             )
+
+    @cached_property
+    def model(self) -> LlamaConfig:
+        """Shape and numerics."""
+        return parse_config(self.config, self._name)
 
     def _require_one_model(self) -> None:
         """Refuse what makes transformers load more than, or other than, the folder's usual files."""
@@ -248,9 +259,9 @@ def resolve(path: str) -> Path:
         raise ModelError(f"{path}: no such folder, and the hub did not deliver it ({reason})") from None
 
 
-def open_source(path: Path) -> Source:
-    """The base at `path`, a folder or a .gguf file; reads headers, no weights."""
-    return GGUFFile(path) if path.is_file() else SafetensorsFolder(path)
+def open_source(path: Path, name: str | None = None) -> Source:
+    """The base at `path`, a folder or a .gguf file, by the name that the user has for it; reads headers, no weights."""
+    return GGUFFile(path) if path.is_file() else SafetensorsFolder(path, name or str(path))
 
 
 def check_names(cfg: LlamaConfig, shapes: dict[str, tuple[int, ...]], where: str) -> dict[str, Entry]:

@@ -13,7 +13,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 import jax.numpy as jnp
 
 from jlora.config import Config, ModelSection
-from jlora.config.dotted import assign
+from jlora.config.keys import assign
 from jlora.model import quant
 from jlora.model.divisibility import input_cuts, split_sizes
 from jlora.model.llama import LlamaConfig, block_weights, outer_weights

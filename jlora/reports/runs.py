@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 
 from jlora.config import yaml_scalar
-from jlora.config.dotted import dotted
+from jlora.config.keys import dotted
 from jlora.files.paths import short_names
 from jlora.reports.charts import Chart, Line, chart, smoothed, thinned
 from jlora.reports.figures import compact, drawable, duration, loss, mapping, memory, perplexity, shown

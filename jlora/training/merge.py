@@ -21,7 +21,6 @@ from jlora.data.encoding import read_data
 from jlora.errors import ConfigError, DataError, MemoryExceeded
 from jlora.files.paths import inside
 from jlora.hf import verify
-from jlora.hf.architecture import parse_config
 from jlora.hf.gguf import GGUFFile
 from jlora.hf.load import hash_base, load_base
 from jlora.hf.merged import save_checkpoint, stored_bytes, untied
@@ -129,9 +128,8 @@ def merge(
 def written_logits(folder: Path) -> Any:
     """The logits of a checkpoint that was written, read as any base is."""
     source = open_source(folder)
-    model = parse_config(source.config, str(folder))
-    check_names(model, source.shapes, str(folder))
-    return verify.streamed_logits(model, Stored(source), {})
+    check_names(source.model, source.shapes, str(folder))
+    return verify.streamed_logits(source.model, Stored(source), {})
 
 
 def merging_cost(cfg: Config, opened: Opened, out: Path, adapter: Adapter) -> dict[str, float | None]:

@@ -5,7 +5,6 @@ over `train`, which hand what runs have in common from one to the next (`Shared`
 """
 
 import datetime
-import json
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -21,7 +20,7 @@ from jlora.data.dataset import Dataset
 from jlora.data.packing import Epochs
 from jlora.errors import ConfigError, DataError, ModelError, NonFiniteError
 from jlora.files import lock
-from jlora.files.atomic import write_text
+from jlora.files.atomic import write_json, write_text
 from jlora.hf.pretrained import Pretrained, make_adapter, make_reference, warn_of_length
 from jlora.hf.source import base_fingerprint
 from jlora.hf.verify import export_adapter
@@ -301,7 +300,7 @@ def finish(run: Run, meter: StepMeter, began: float) -> dict[str, Any]:
         **measured(run.folder, meter, run.compiled),
     }
     if distributed.is_main():
-        write_text(run.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+        write_json(run.folder / "summary.json", summary)
         write_report(run.folder)
     return summary
 

@@ -1,6 +1,5 @@
 """What a run answers to a few of its own rows, before and after training. Knows nothing of HTML."""
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora.data.dataset import Dataset
-from jlora.files.atomic import write_text
+from jlora.files.atomic import write_json
 from jlora.hf.pretrained import Pretrained
 from jlora.inference.generate import generate
 from jlora.inference.model import Adapted
@@ -56,7 +55,7 @@ class Samples:
         *_, texts = generate(model, self._prompts, max_new_tokens=NEW_TOKENS)
         decode: Callable[[list[int]], str] = self._pretrained.tokenizer.decode
         self._samples = [sample | {when: decode(ids)} for sample, ids in zip(self._samples, texts, strict=True)]
-        write_text(self._path, json.dumps({"samples": self._samples}, indent=2) + "\n")
+        write_json(self._path, {"samples": self._samples})
 
 
 def read_samples(path: Path) -> list[dict[str, Any]]:

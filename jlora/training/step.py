@@ -24,7 +24,7 @@ from jlora.model.precision import products_in
 from jlora.model.quant import is_quantized
 from jlora.model.sharding import named_sharding, place
 from jlora.training import optim
-from jlora.training.objective import correct_tokens, next_token_loss, token_cross_entropy
+from jlora.training.objective import chunked_cross_entropy, correct_tokens, token_cross_entropy
 from jlora.training.preference import pair_loss, pair_sums
 
 Tree = Any
@@ -97,7 +97,7 @@ class Forward:
             hidden = self._hidden(base, adapter, batch, dropout_key)
             scored = hidden, base.head(adapter), batch["targets"], batch["weights"]
             sums = {"token_accuracy": correct_tokens(*scored).sum()} if self.token_accuracy else {}
-            return *next_token_loss(lambda: hidden, *scored[1:]), sums
+            return chunked_cross_entropy(*scored), batch["weights"].sum(), sums
 
         def answers(adapter: Adapter, dropout_key: Array | None) -> Float[Array, "B P 2"]:
             hidden = self._hidden(base, adapter, batch, dropout_key)

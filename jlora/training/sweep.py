@@ -4,7 +4,6 @@ Each run is that of `jlora.training.run.train`, with the folder, log, checkpoint
 they share the base, their rows where those are the same, and the compiled step where its shapes are.
 """
 
-import json
 import math
 import time
 from dataclasses import dataclass, field
@@ -14,7 +13,7 @@ from typing import Any
 from jlora.config import Config, variants
 from jlora.errors import ConfigError, NonFiniteError, NothingTrained
 from jlora.files import lock
-from jlora.files.atomic import write_text
+from jlora.files.atomic import write_json, write_text
 from jlora.files.paths import require_own
 from jlora.model.adapter_init import check_options
 from jlora.runtime import distributed, signals
@@ -103,7 +102,7 @@ def train_together(cfg: Config, quiet: bool = False) -> dict[str, Any]:
             "wall_seconds": time.monotonic() - began,
             "peak_memory_bytes": peak_memory(None),
         }
-        write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+        write_json(folder / "summary.json", summary)
     return summary
 
 

@@ -13,5 +13,3 @@ from jlora.model.attention.interface import Attention
 from jlora.model.attention.plain import reference
 from jlora.model.attention.tiles import blocked
 from jlora.model.attention.tpu import splash
-
-__all__ = ["Attention", "blocked", "choose", "cudnn", "cudnn_one_segment", "reference", "splash"]

@@ -1,6 +1,22 @@
-"""Nested keys as dotted ones: `model.path` is `path` in `model`."""
+"""The keys of a config, nested and dotted: `model.path` is `path` in `model`."""
 
 from typing import Any
+
+from jlora.config.section import Section
+from jlora.config.sections import Config
+
+# By name, what of a config has keys of its own.
+SECTIONS: dict[str, type[Section]] = {
+    name: field.annotation
+    for name, field in Config.model_fields.items()
+    if isinstance(field.annotation, type) and issubclass(field.annotation, Section)
+}
+
+
+def known_keys() -> list[str]:
+    """Every key of a config."""
+    inner = [f"{name}.{key}" for name, section in SECTIONS.items() for key in section.model_fields]
+    return [*(name for name in Config.model_fields if name not in SECTIONS), *inner]
 
 
 def dotted(tree: dict[Any, Any], prefix: str = "") -> dict[str, Any]:
