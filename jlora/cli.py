@@ -122,7 +122,7 @@ def explain(error: Exception) -> UserError | None:
         )
     if distributed.is_lost_peer(error):
         return HostLost(
-            f"another process of the job was lost ({first}); see its log, then run the same command again to go on "
+            f"another process of the job was lost ({first}); see its log, then run the same command again to resume "
             "from the last checkpoint"
         )
     return None

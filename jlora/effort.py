@@ -76,7 +76,7 @@ def main() -> None:
         result, failures, stopped = effort(cfg, Options(bases, *numbers), args.quiet)
         if stopped:
             if not args.quiet:
-                print("stopped and saved; run the same command again to go on", file=sys.stderr)
+                print("stopped and saved; run the same command again to resume", file=sys.stderr)
             return cli.PREEMPTED
         write_effort(Path(cfg.output_dir), result["settings"], result["results"])
         if args.json:

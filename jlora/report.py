@@ -29,7 +29,7 @@ def main() -> None:
         for run in runs:
             require_own(run, ConfigError)
             if not any((run / name).is_file() for name in ("metrics.jsonl", "summary.json", "config.yaml")):
-                raise ConfigError(f"{run}: is no run folder (no metrics.jsonl, summary.json or config.yaml in it)")
+                raise ConfigError(f"{run}: is not a run folder (no metrics.jsonl, summary.json or config.yaml in it)")
         if len(runs) > 1 and not args.out:
             raise ConfigError("several runs are compared in one page; name it with --out FILE")
         if len(runs) > MOST_RUNS:

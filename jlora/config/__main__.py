@@ -51,7 +51,7 @@ def main() -> None:
         try:
             write_text(Path(args.out), text)
         except OSError as error:
-            raise ConfigError(f"--out {args.out}: can not be written ({error.strerror}); name another") from None
+            raise ConfigError(f"--out {args.out}: cannot be written ({error.strerror}); name another") from None
 
     cli.run(body)
 

@@ -179,7 +179,7 @@ class DataSection(Section):
     )
     train_on: TrainOn = Field("response", description="which tokens the loss counts")
     on_bad_row: Literal["error", "skip"] = Field(
-        "error", description="a row that can not be trained on stops the run, or is dropped and counted"
+        "error", description="a row that cannot be trained on stops the run, or is dropped and counted"
     )
 
     cache_dir: NonEmpty | None = Field(
@@ -269,7 +269,7 @@ class TrainingSection(Section):
     def _whole_microbatches(self) -> "TrainingSection":
         if self.batch_size % self.gradient_accumulation_steps:
             raise ValueError(
-                f"batch_size {self.batch_size} can not be split into {self.gradient_accumulation_steps} equal "
+                f"batch_size {self.batch_size} cannot be split into {self.gradient_accumulation_steps} equal "
                 "parts; make gradient_accumulation_steps a divisor of batch_size"
             )
         return self
@@ -368,14 +368,14 @@ class Config(Section):
     mesh: MeshSection = MeshSection()
     distributed: DistributedSection = DistributedSection()
     output_dir: NonEmpty = Field(
-        description="run folder; holding a checkpoint of the same run, training goes on from it"
+        description="run folder; holding a checkpoint of the same run, training resumes from it"
     )
 
     @model_validator(mode="after")
     def _frozen_if_quantized(self) -> "Config":
         if self.method == "full" and self.model.quantization is not None:
             raise ValueError(
-                f"method=full trains every weight, which model.quantization={self.model.quantization} can not hold; "
+                f"method=full trains every weight, which model.quantization={self.model.quantization} cannot hold; "
                 "set model.quantization=null or method=lora"
             )
         return self
@@ -384,7 +384,7 @@ class Config(Section):
     def _pairs_if_preferred(self) -> "Config":
         pairs, wanted = self.data.format == "preference", self.objective.name != "sft"
         if pairs and not wanted:
-            raise ValueError("data.format=preference holds pairs, which sft can not use; set objective.name=dpo")
+            raise ValueError("data.format=preference holds pairs, which sft cannot use; set objective.name=dpo")
         if wanted and not pairs:
             raise ValueError(f"objective.name={self.objective.name} needs pairs; set data.format=preference")
         if wanted and self.method != "lora":

@@ -250,7 +250,7 @@ def with_template(tokenizer: Tokenizer, chat_template: str | None, path: str | P
         return replace(tokenizer, chat_template=Path(chat_template).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         names = ", ".join(CHAT_TEMPLATES)
-        raise ConfigError(f"chat template {chat_template} is none of {names} nor a readable file") from error
+        raise ConfigError(f"chat template {chat_template} is neither one of {names} nor a readable file") from error
 
 
 def _folder(path: str | Path) -> Path:

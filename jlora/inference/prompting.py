@@ -26,7 +26,7 @@ def read_prompts(args: argparse.Namespace, format: str) -> list[Row]:
         for row in read_rows(args.prompts, "train"):
             if isinstance(row.value, BadRow) or not isinstance(row.value, dict):
                 reason = row.value.message if isinstance(row.value, BadRow) else "not a JSON object"
-                raise DataError(f"{row.where}: {reason}; mend it")
+                raise DataError(f"{row.where}: {reason}; fix it")
             rows.append(row)
         if not rows:
             raise DataError(f"{args.prompts}: holds no prompt")
@@ -61,7 +61,7 @@ def answer_rows(args: argparse.Namespace, run: Any, section: DataSection, pretra
         try:
             encoded.append(encode_prompt(pretrained.tokenizer, row.value, format=section.format, prompt=section.prompt))
         except BadRow as bad:
-            raise DataError(f"{row.where}: {bad.message} (format {section.format}); mend it, or set --format") from None
+            raise DataError(f"{row.where}: {bad.message} (format {section.format}); fix it, or set --format") from None
     if not args.quiet:
         longest = max(map(len, encoded))
         warn_of_length(pretrained.source, f"a prompt of {longest} tokens", longest)

@@ -48,7 +48,7 @@ def write_page(path: Path, page: str) -> None:
         if path.is_file() and path.stat().st_size:
             with path.open("rb") as there:
                 if there.read(len(start)) != start.encode():
-                    raise ConfigError(f"{path}: is there and is no page that jlora wrote; name another file")
+                    raise ConfigError(f"{path}: exists and is not a page that jlora wrote; name another file")
         write_bytes(path, page.encode("utf-8", "replace"))  # a lone surrogate in a sample becomes "?"
     except OSError as error:
         raise ConfigError(

@@ -31,9 +31,9 @@ def make_run_dir(cfg: Config) -> Path:
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"output_dir {run_dir}: can not be made ({error.strerror}); set another") from None
+        raise ConfigError(f"output_dir {run_dir}: cannot be made ({error.strerror}); set another") from None
     if not os.access(run_dir, os.W_OK):
-        raise ConfigError(f"output_dir {run_dir}: can not be written to; set another")
+        raise ConfigError(f"output_dir {run_dir}: cannot be written to; set another")
     require_own(run_dir, ConfigError)
     return run_dir
 

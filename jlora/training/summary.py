@@ -91,7 +91,7 @@ def versions() -> dict[str, str]:
 def print_summary(summary: dict[str, Any], output_dir: str) -> None:
     """The end of a run, for people."""
     if summary["status"] == "preempted":
-        print(f"stopped at step {summary['steps']}, saved; run the same command again to go on")
+        print(f"stopped at step {summary['steps']}, saved; run the same command again to resume")
         return
     before, after = summary["eval_loss_before"], summary["eval_loss"]
     if before is not None and after is not None:

@@ -62,7 +62,7 @@ def test_quiet_export_prints_nothing(world, here, tmp_path):
         (["--run", "{world}/run", "--merge", "--verify"], 2, "leave --merge out"),
         (["--run", "{world}/run", "--out", "{world}/base"], 2, "exists and is not an empty folder"),
         (["--run", "{world}/run", "--out", "{world}/rows.jsonl"], 2, "exists and is not an empty folder"),
-        (["--run", "{world}/run", "--out", "{world}/rows.jsonl/out"], 2, "can not be made"),
+        (["--run", "{world}/run", "--out", "{world}/rows.jsonl/out"], 2, "cannot be made"),
     ],
 )
 def test_bad_export(world, here, tmp_path, arguments, expected, words):

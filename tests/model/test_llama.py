@@ -50,7 +50,7 @@ def test_mistral_logits_equal_transformers(tmp_path):
 
 @pytest.mark.parametrize("layer", [0, 2])
 def test_block_equals_transformers(layer, llama, base):
-    """Unit-scale inputs; one layer, so that an error can not be washed out by the norm behind it."""
+    """Unit-scale inputs; one layer, so that an error cannot be washed out by the norm behind it."""
     _, model = llama
     x = np.random.default_rng(layer).normal(size=(2, 24, 48)).astype(np.float32)
     positions = np.broadcast_to(np.arange(24, dtype=np.int32), (2, 24))
