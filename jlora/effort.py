@@ -1,4 +1,4 @@
-"""`python -m jlora.effort --config C [key=value ...]`: does fine-tuning pay, on the user's own task?
+"""`jlora effort --config C [key=value ...]`: does fine-tuning pay, on the user's own task?
 
 The same held-out rows answered by the base with the bare instruction, with examples in the prompt, and after training
 on more and more rows, by `jlora.train` itself; quality beside tokens, minutes and money: effort.json, effort.html.

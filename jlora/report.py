@@ -1,7 +1,7 @@
 """A single-file HTML page about one training run: figures, curves, data, samples and provenance.
 
-`train` writes it at the end of a run; `python -m jlora.report RUN` writes it anew, and
-`python -m jlora.report RUN RUN --out FILE` compares runs in one page.
+`train` writes it at the end of a run; `jlora report RUN` writes it anew, and
+`jlora report RUN RUN --out FILE` compares runs in one page.
 """
 
 from pathlib import Path

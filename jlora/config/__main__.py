@@ -1,4 +1,4 @@
-"""`python -m jlora.config`: the configuration reference, its JSON schema, or another tool's file converted."""
+"""`jlora config`: the configuration reference, its JSON schema, or another tool's file converted."""
 
 import sys
 from pathlib import Path

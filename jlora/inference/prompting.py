@@ -1,4 +1,4 @@
-"""What `python -m jlora.generate` does with a model: answer prompts in order, or talk."""
+"""What `jlora generate` does with a model: answer prompts in order, or talk."""
 
 import argparse
 import json
