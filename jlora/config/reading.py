@@ -78,8 +78,10 @@ def parse_yaml(text: str) -> Any:
     """YAML text as plain values, by the rules of a config: `2e-4` is a number, a key stands once.
 
     Raises:
-      ValueError: not such YAML; one line says why and where.
+      ValueError: not such YAML, or longer than any config; one line says why and where.
     """
+    if len(text) > MAX_YAML_BYTES:
+        raise ValueError(f"more than {MAX_YAML_BYTES >> 10} KiB")
     try:
         return yaml.load(text, _Loader)  # noqa: S506, a SafeLoader
     except yaml.YAMLError as error:

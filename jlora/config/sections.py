@@ -18,6 +18,9 @@ ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 PROJECTIONS = ATTENTION_PROJECTIONS + MLP_PROJECTIONS
 
+# Of int32, which steps are counted in; and more ranks than any projection has.
+MOST_STEPS, MOST_RANKS = 2**31 - 1, 2**17
+
 Dtype = Literal["bfloat16", "float32"]
 Quantization = Literal["int8", "fp8", "nf4", "int4"]
 # Fastest first, and each holds less than the one before it: see `jlora.model.remat`.
@@ -63,7 +66,7 @@ class ModelSection(Section):
 class LoraSection(Section):
     """The adapter."""
 
-    rank: PositiveInt = Field(16, description="rank R of the A/B factors")
+    rank: Annotated[int, Field(gt=0, le=MOST_RANKS)] = Field(16, description="rank R of the A/B factors")
     alpha: Annotated[float, Field(gt=0.0)] = Field(32.0, description="the product BA is scaled by alpha / rank")
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
         0.0, description="dropout probability on the adapter's input"
@@ -84,7 +87,7 @@ class LoraSection(Section):
         description="A and B at the start: true (Kaiming-uniform, 0), gaussian, pissa (arXiv:2404.02948), "
         "pissa_niter_N (a quicker SVD of N iterations) or olora (arXiv:2406.01775)",
     )
-    rank_pattern: dict[str, PositiveInt] = Field(
+    rank_pattern: dict[str, Annotated[int, Field(gt=0, le=MOST_RANKS)]] = Field(
         {}, description="ranks that differ from rank, by regular expression for the end of a module's name"
     )
     alpha_pattern: dict[str, Annotated[float, Field(gt=0.0)]] = Field({}, description="as rank_pattern, for alpha")
@@ -238,8 +241,10 @@ class TrainingSection(Section):
     gradient_accumulation_steps: PositiveInt = Field(
         1, description="parts that a batch is split into to save memory; the result is the same"
     )
-    epochs: PositiveInt = Field(1, description="passes over the data; max_steps overrides it")
-    max_steps: PositiveInt | None = Field(None, description="optimizer steps; the data repeat, reshuffled")
+    epochs: Annotated[int, Field(gt=0, le=10**6)] = Field(1, description="passes over the data; max_steps overrides it")
+    max_steps: Annotated[int, Field(gt=0, le=MOST_STEPS)] | None = Field(
+        None, description="optimizer steps; the data repeat, reshuffled"
+    )
     seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(0, description="adapter init, dropout and row order")
     log_every: PositiveInt = Field(1, description="steps between lines of metrics.jsonl")
     eval_every: PositiveInt | None = Field(None, description="steps between evaluations; null: start and end only")
@@ -287,7 +292,7 @@ class OptimizerSection(Section):
     schedule: Literal["cosine", "linear", "constant"] = Field(
         "cosine", description="decay from the peak to zero over the steps after warm-up, or none"
     )
-    warmup_steps: Annotated[int, Field(ge=0)] = Field(0, description="steps of linear warm-up from zero")
+    warmup_steps: Annotated[int, Field(ge=0, le=MOST_STEPS)] = Field(0, description="steps of linear warm-up from zero")
     loraplus_lr_ratio: Annotated[float, Field(ge=1.0)] | None = Field(
         None, description="LoRA+: the learning rate of B is so many times that of A (arXiv:2402.12354)"
     )

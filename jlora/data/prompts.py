@@ -325,9 +325,7 @@ def _sharegpt(row: dict[str, Any]) -> list[dict[str, str]]:
     for turn in turns:
         role = SHAREGPT_ROLES.get(turn["from"])
         if role is None:
-            raise BadRow(
-                "wrong_role", f'a turn is from "{turn["from"]}", not one of {", ".join(SHAREGPT_ROLES)}'
-            )
+            raise BadRow("wrong_role", f'a turn is from "{turn["from"]}", not one of {", ".join(SHAREGPT_ROLES)}')
         messages.append({"role": role, "content": turn["value"]})
     return messages
 

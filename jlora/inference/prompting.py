@@ -13,6 +13,7 @@ from jlora.data.prompts import encode_prompt
 from jlora.data.rows import BadRow, Row, read_rows
 from jlora.errors import ConfigError, DataError
 from jlora.files.atomic import strict_json
+from jlora.files.text import clean
 from jlora.hf.pretrained import Pretrained, warn_of_length
 from jlora.inference.generate import Sampling, generate
 from jlora.inference.model import open_model
@@ -75,7 +76,7 @@ def answer_rows(args: argparse.Namespace, run: Any, section: DataSection, pretra
             else:
                 if len(rows) > 1:
                     print(f"--- {json.dumps(row, ensure_ascii=False)}")
-                print(text, flush=True)
+                print(clean(text) if sys.stdout.isatty() else text, flush=True)
 
 
 def chat(args: argparse.Namespace, run: Any, section: DataSection, pretrained: Pretrained) -> None:

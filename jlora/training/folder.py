@@ -28,6 +28,8 @@ def saves_left(every: int | None, start: int, num_steps: int) -> int:
 def make_run_dir(cfg: Config) -> Path:
     """Create the run folder, or take the one that is there; see `jlora.files.paths.require_own`."""
     run_dir = Path(cfg.output_dir)
+    if run_dir.exists() and Path(cfg.model.path).exists() and run_dir.samefile(cfg.model.path):
+        raise ConfigError(f"output_dir {run_dir}: is the base's own folder (model.path); set another")
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:

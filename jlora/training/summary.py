@@ -48,7 +48,7 @@ def finished_summary(run_dir: Path) -> dict[str, Any] | None:
     summary = parse(read_text(run_dir / "summary.json"))
     if summary is None or summary.get("status") != "finished":
         return None
-    if summary["adapter"] is None:
+    if summary.get("adapter", "") is None:  # a full fine-tuning
         return summary
     # The run may have been moved since, and not all of it.
     files = ("adapter_config.json", "adapter_model.safetensors")

@@ -296,3 +296,11 @@ def test_an_unknown_home_folder_is_said(file, monkeypatch):
     monkeypatch.delenv("HOME")
     monkeypatch.setattr(pwd, "getpwuid", lambda uid: {}[uid])
     assert "output_dir: '~/x': the home folder is not known" in refused(file, "output_dir=~/x")
+
+
+@pytest.mark.parametrize(
+    "override", ["training.epochs=1" + "0" * 30, f"lora.rank={2**70}", "optimizer.warmup_steps=1" + "0" * 23]
+)
+def test_numbers_beyond_all_use_are_refused_by_name(file, override):
+    """They would take for ever, or end in a library's own error."""
+    assert override.partition("=")[0] in refused(file, override)
