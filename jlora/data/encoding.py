@@ -34,7 +34,8 @@ def tokenize(source: str, tokenizer: Tokenizer, cfg: DataSection) -> Dataset:
     Raises:
       DataError: a bad row (file and line), or no row left.
     """
-    tokenizer = tokenizer.on(cfg.date)
+    if cfg.date is not None:
+        tokenizer = tokenizer.on(cfg.date)
     if cfg.cache_dir is not None:
         before = stamp(source)
 

@@ -48,7 +48,7 @@ def run_identity(cfg: Config, pretrained: Pretrained, train_data: Dataset, eval_
             "tokenizer": pretrained.tokenizer.digest,
             "data": train_data.digest,
             "eval": eval_data.digest if eval_data else None,
-            "init_from": adapter_digest(cfg.lora.init_from) if cfg.lora.init_from else None,
+            **({"init_from": adapter_digest(cfg.lora.init_from)} if cfg.lora.init_from else {}),
         },
     }
 
