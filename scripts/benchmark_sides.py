@@ -152,15 +152,15 @@ class Ours:
         import jax
 
         from jlora.hf.peft import load_adapter
-        from jlora.model.adapter import init_adapter
-        from jlora.model.llama import place_adapter, projection_shapes
+        from jlora.model.adapter_init import new_adapter
+        from jlora.model.llama import place_adapter
         from jlora.training import optim
         from jlora.training.step import init_state, make_forward, make_train_step
 
         self.cfg, self.mesh, self.compiled = cfg, mesh, None
         self.kernel, self.forward = make_forward(cfg, base.cfg, mesh)
         if cfg.lora.init_from is None:
-            adapter = init_adapter(cfg.lora, projection_shapes(base.cfg), base.cfg.num_hidden_layers, cfg.training.seed)
+            adapter = new_adapter(cfg.lora, base.cfg, cfg.training.seed)
         else:
             adapter = load_adapter(Path(cfg.lora.init_from), base.cfg, base_hash, cfg.lora.dropout)
         params = {"adapter": place_adapter(adapter, base.cfg, mesh), "base": base}

@@ -20,7 +20,7 @@ from jlora.hf.load import load_base
 from jlora.hf.peft import CONFIG, WEIGHTS, load_adapter, read_adapter_config, scaled_to
 from jlora.hf.source import Source, open_source, resolve
 from jlora.model.adapter import Adapter, Lora, layer_scales
-from jlora.model.adapter_init import complete, new_adapter
+from jlora.model.adapter_init import new_adapter
 from jlora.model.llama import Decoder, LlamaConfig, place_adapter
 
 # A tokenizer this much smaller than the embedding is another model's; padding of the vocabulary is not.
@@ -160,7 +160,7 @@ def run_config(folder: str | Path | None) -> Config | None:
     return None
 
 
-def make_adapter(cfg: Config, pretrained: Pretrained, mesh: Mesh) -> Adapter:
+def first_adapter(cfg: Config, pretrained: Pretrained, mesh: Mesh) -> Adapter:
     """The adapter that a run begins with, laid out over `mesh`: fresh or `lora.init_from`; none for full fine-tuning.
 
     Raises:
@@ -170,9 +170,7 @@ def make_adapter(cfg: Config, pretrained: Pretrained, mesh: Mesh) -> Adapter:
         return {}
     model = pretrained.base.cfg
     if cfg.lora.init_from is None:
-        seed = cfg.training.seed
-        fresh = complete(new_adapter(cfg.lora, model, seed), cfg.lora, pretrained.base, seed)
-        return place_adapter(fresh, model, mesh)
+        return place_adapter(new_adapter(cfg.lora, model, cfg.training.seed, pretrained.base), model, mesh)
     folder = find_adapter(cfg.lora.init_from)
     theirs = read_adapter_config(folder)
     for key, ours in (
@@ -202,7 +200,7 @@ def make_reference(cfg: Config, pretrained: Pretrained, mesh: Mesh) -> Adapter |
     It is the one that training begins with: as TRL, a policy that starts from an adapter is compared with it.
     """
     fresh = cfg.lora.init_from is None  # its B is zero
-    return None if fresh or cfg.objective.name in ("sft", "orpo") else make_adapter(cfg, pretrained, mesh)
+    return None if fresh or cfg.objective.name in ("sft", "orpo") else first_adapter(cfg, pretrained, mesh)
 
 
 # Named shapes, for a plan without any file of the model.

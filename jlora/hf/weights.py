@@ -5,6 +5,7 @@ Whoever reads a few rows at a time holds a few rows: models are merged and prove
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, Protocol
 
 import jax
@@ -144,9 +145,7 @@ def at_layer(lora: Lora, layer: int) -> Lora | None:
     """One layer's adapter out of a stacked one; None where the layer has none."""
     if lora.ranks is not None and not lora.ranks[layer]:
         return None
-    cut = jax.tree.map(lambda array: array[layer], lora)
-    scale = lora.scale[layer]
-    return Lora(cut.lora_a, cut.lora_b, scale, 0.0, cut.magnitude, cut.initial)
+    return replace(jax.tree.map(lambda array: array[layer], lora), dropout=0.0, ranks=None)
 
 
 def _rows(tensor: np.ndarray, start: int, stop: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""LoRA and its kin: shape, initialisation, the projection that an adapter takes part in, and merging.
+"""LoRA and its kin: shape, scale, and the projection that an adapter takes part in.
 
 The adapter of a model is a dict: from projection name to `Lora`, its factors stacked over layers like the weights they
 belong to, and from the name of any other weight to `Saved`, where that is trained in full. Knows nothing of files
@@ -7,7 +7,6 @@ belong to, and from the name of any other weight to `Saved`, where that is train
 
 import math
 import re
-import zlib
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -109,44 +108,6 @@ def new_lora(cfg: LoraSection, projection: str, factors: tuple[Array, Array], nu
     ranks = layer_ranks(cfg, projection, num_layers)
     scale = jnp.asarray(layer_scales(cfg, projection, num_layers))
     return Lora(*factors, scale, dropout, ranks=ranks if len(set(ranks)) > 1 else None)
-
-
-def init_adapter(
-    cfg: LoraSection, shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...]]], num_layers: int, seed: int
-) -> Adapter:
-    """A Kaiming-uniform or, if so configured, Gaussian; B zero, as `LoraLayer.reset_lora_parameters` of PEFT.
-
-    PyTorch's `kaiming_uniform_(a=sqrt(5))` draws from U(-1/sqrt(fan_in), 1/sqrt(fan_in)). The draw of
-    a projection depends on the seed and its name alone, so adding a target does not move the others.
-    What is made of the base (DoRA's magnitude, factors of PiSSA and OLoRA) is zero here: see `adapter_init`.
-
-    Args:
-      shapes: projection name -> (input dims, output dims) of one layer.
-    """
-    adapter: Adapter = {}
-    for name in cfg.targets:
-        inputs, outputs = shapes[name]
-        ranks = layer_ranks(cfg, name, num_layers)
-        shape = (num_layers, *inputs, max(ranks))
-        key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
-        lora_b = jnp.zeros((num_layers, max(ranks), *outputs), jnp.float32)
-        if cfg.init_lora_weights == "gaussian":
-            spread = np.array([1.0 / max(rank, 1) for rank in ranks], np.float32)
-            lora_a = jax.random.normal(key, shape, jnp.float32) * spread.reshape(-1, *(1 for _ in shape[1:]))
-        else:
-            bound = 1.0 / math.sqrt(math.prod(inputs))
-            lora_a = jax.random.uniform(key, shape, jnp.float32, -bound, bound)
-        if cfg.takes_from_base:
-            lora_a = jnp.zeros_like(lora_a)
-        elif len(set(ranks)) > 1:
-            held = np.arange(max(ranks))[None] < np.array(ranks)[:, None]
-            lora_a = jnp.where(held.reshape(num_layers, *(1 for _ in inputs), -1), lora_a, 0.0)
-        adapter[name] = replace(
-            new_lora(cfg, name, (lora_a, lora_b), num_layers, cfg.dropout),
-            magnitude=jnp.zeros((num_layers, *outputs), jnp.float32) if cfg.use_dora else None,
-            initial=(jnp.zeros_like(lora_a), jnp.zeros_like(lora_b)) if cfg.takes_from_base else None,
-        )
-    return adapter
 
 
 def without_scales(adapter: Adapter) -> tuple[Adapter, dict[str, Float[Array, " L"]]]:

@@ -21,7 +21,7 @@ from jlora.data.packing import Epochs
 from jlora.errors import ConfigError, DataError, ModelError, NonFiniteError
 from jlora.files import lock
 from jlora.files.atomic import write_json, write_text
-from jlora.hf.pretrained import Pretrained, make_adapter, make_reference, warn_of_length
+from jlora.hf.pretrained import Pretrained, first_adapter, make_reference, warn_of_length
 from jlora.hf.source import base_fingerprint
 from jlora.hf.verify import export_adapter
 from jlora.model.adapter_init import check_options
@@ -164,7 +164,7 @@ def open_run(cfg: Config, folder: Path, mesh: jax.sharding.Mesh, watch: Watch, s
     distributed.require_agreement("data", DataError, digests)
     pretrained = shared.load(cfg, mesh)
     epochs, num_steps = plan_steps(cfg, train_data)
-    params = {"adapter": make_adapter(cfg, pretrained, mesh), "base": pretrained.base}
+    params = {"adapter": first_adapter(cfg, pretrained, mesh), "base": pretrained.base}
     if (reference := make_reference(cfg, pretrained, mesh)) is not None:
         params["reference"] = reference
     trained, frozen = optim.split(params, cfg.method)

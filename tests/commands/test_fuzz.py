@@ -33,8 +33,7 @@ from jlora.hf.architecture import parse_config
 from jlora.hf.peft import load_adapter, save_adapter
 from jlora.hf.pretrained import find_adapter
 from jlora.hf.source import base_fingerprint, check_names, open_source
-from jlora.model.adapter import init_adapter
-from jlora.model.llama import projection_shapes
+from jlora.model.adapter_init import new_adapter
 
 FEW, MANY, PARTS = 100, 10_000, 4
 SEED = int(os.environ.get("JLORA_FUZZ_SEED", "0"))
@@ -251,7 +250,7 @@ def headers(base: Path, folder: Path):
 def adapters(base: Path, folder: Path):
     model = parse_config(open_source(base).config, "base")
     lora = LoraSection(rank=2, target_modules=["q_proj", "v_proj"])
-    made = init_adapter(lora, projection_shapes(model), model.num_hidden_layers, seed=0)
+    made = new_adapter(lora, model, 0)
     save_adapter(folder / "good", made, lora, "base", "f" * 64)
     weights = (folder / "good" / "adapter_model.safetensors").read_bytes()
     config = json.loads((folder / "good" / "adapter_config.json").read_text())

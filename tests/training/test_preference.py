@@ -21,8 +21,7 @@ from jlora.data.tokens import load_tokenizer
 from jlora.errors import ConfigError, DataError
 from jlora.hf.peft import save_adapter
 from jlora.model import attention
-from jlora.model.adapter import init_adapter
-from jlora.model.llama import projection_shapes
+from jlora.model.adapter_init import new_adapter
 from jlora.training.metrics import read_metrics
 from jlora.training.preference import pair_loss
 from jlora.training.run import train
@@ -46,7 +45,7 @@ def preference_rows(count):
 def ours():
     """The real small model with a random adapter: base, adapter, tokenizer and 200 pairs."""
     base, digest = open_base(STORIES)
-    adapter = init_adapter(SECTION, projection_shapes(base.cfg), base.cfg.num_hidden_layers, 0)
+    adapter = new_adapter(SECTION, base.cfg, 0)
     draw = np.random.default_rng(0)
     adapter = {
         name: replace(lora, lora_b=jnp.asarray(0.1 * draw.standard_normal(lora.lora_b.shape), jnp.float32))
@@ -293,7 +292,7 @@ def test_a_run_on_pairs(tiny, capsys):
     All from an adapter whose B is not zero: the model that pairs are compared with has it too, as in TRL.
     """
     base, digest = open_base(tiny / "base")
-    adapter = init_adapter(SECTION, projection_shapes(base.cfg), base.cfg.num_hidden_layers, 0)
+    adapter = new_adapter(SECTION, base.cfg, 0)
     adapter = {name: replace(lora, lora_b=lora.lora_b + 0.1) for name, lora in adapter.items()}
     save_adapter(tiny / "first", adapter, SECTION, str(tiny / "base"), digest)
     begun = "training.max_steps=4", "lora.target_modules=all-linear", f"lora.init_from={tiny / 'first'}"

@@ -22,9 +22,9 @@ from jlora.data.packing import Epochs, pack_row
 from jlora.data.tokens import load_tokenizer
 from jlora.hf.peft import save_adapter
 from jlora.model import attention
-from jlora.model.adapter import init_adapter, with_scales, without_scales
+from jlora.model.adapter import with_scales, without_scales
+from jlora.model.adapter_init import new_adapter
 from jlora.model.attention import gpu, tiles, tpu
-from jlora.model.llama import projection_shapes
 from jlora.training.step import Forward, make_forward
 
 LENGTH, ROWS, BETA = 128, 4, 0.1
@@ -68,7 +68,7 @@ def tiny(tmp_path_factory):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     base, digest = open_base(folder / "base")
     section = Config(**sections(folder, "text", True, "auto")).lora
-    adapter = init_adapter(section, projection_shapes(base.cfg), SHAPE["num_hidden_layers"], 0)
+    adapter = new_adapter(section, base.cfg, 0)
     draw = np.random.default_rng(0)
     own, scales = without_scales(adapter)
     own = jax.tree.map(lambda x: x + 0.1 * draw.standard_normal(x.shape).astype(np.float32), own)
