@@ -13,7 +13,7 @@ COMMANDS |= {name: f"jlora.{name}.__main__" for name in ("data", "config")}
 PURPOSES = {
     "data": "show rows as the model sees them, and check them",
     "plan": "say whether a run fits on hardware, how long it takes and what it costs",
-    "train": "fine-tune, or go on from the last checkpoint",
+    "train": "fine-tune, or resume from the last checkpoint",
     "generate": "answer prompts, or chat",
     "evaluate": "measure loss and answers on rows, also of several adapters",
     "export": "write an adapter for PEFT, or a whole checkpoint",

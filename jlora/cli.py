@@ -4,6 +4,7 @@ import argparse
 import errno
 import logging
 import os
+import re
 import sys
 import traceback
 import warnings
@@ -15,6 +16,7 @@ from jlora.errors import ConfigError, HostLost, Interrupted, MemoryExceeded, Sto
 from jlora.files.atomic import strict_json
 from jlora.files.paths import expand_home
 from jlora.files.secrets import redact
+from jlora.files.text import clean
 from jlora.runtime import distributed, signals, streams, supervise, xla
 
 # Before transformers is imported: it reports at every start that PyTorch is not there, which it need not be.
@@ -54,7 +56,7 @@ class Parser(argparse.ArgumentParser):
         sys.exit(status)
 
     def error(self, message: str) -> NoReturn:
-        self.exit(ConfigError.exit_code, f"error: {redact(message)}; see {self.prog} --help\n")
+        self.exit(ConfigError.exit_code, f"error: {clean(redact(message))}; see {self.prog} --help\n")
 
 
 def _path(text: str) -> str:
@@ -74,7 +76,7 @@ def run(command: Callable[[], int | None], listen: bool = True) -> None:
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs its every step, and tracebacks of failed saves
     logging.getLogger("tensorboardX").setLevel(logging.ERROR)  # it warns of every loss that is not finite
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # what else fails once Orbax has met a damaged file
-    sys.unraisablehook = _unraisable
+    sys.unraisablehook, sys.excepthook = _unraisable, _uncaught
     xla.prepare()
     if not sys.warnoptions:
         warnings.simplefilter("ignore")  # of libraries to their callers
@@ -93,9 +95,9 @@ def run(command: Callable[[], int | None], listen: bool = True) -> None:
         if known is None:
             if not distributed.several():
                 raise
-            traceback.print_exc()
+            _uncaught(type(error), error, error.__traceback__)
         code = known.exit_code if known else 1
-        sentence = redact(" ".join(str(known or error).splitlines()))
+        sentence = clean(redact(" ".join(str(known or error).splitlines())))
         if known:
             print(f"error: {sentence}", file=sys.stderr)
     streams.flush()
@@ -114,6 +116,9 @@ def explain(error: Exception) -> UserError | None:
         where = error.filename or "a file"
         return ConfigError(f"{where}: {error.strerror}; make room or way there, or write to another folder")
     first = str(error).split("\n")[0]
+    # safetensors has errors of its own, which say the system's number.
+    if number := re.search(r"\(os error (\d+)\)", str(error)):
+        return explain(OSError(int(number[1]), os.strerror(int(number[1])))) if int(number[1]) in FILE_ERRORS else None
     if isinstance(error, MemoryError) or any(sign in str(error) for sign in OUT_OF_MEMORY):
         return MemoryExceeded(
             f"out of device memory ({first}); lower training.batch_size or data.max_length, raise "
@@ -122,10 +127,15 @@ def explain(error: Exception) -> UserError | None:
         )
     if distributed.is_lost_peer(error):
         return HostLost(
-            f"another process of the job was lost ({first}); see its log, then run the same command again to go on "
+            f"another process of the job was lost ({first}); see its log, then run the same command again to resume "
             "from the last checkpoint"
         )
     return None
+
+
+def _uncaught(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    """The traceback of a bug, which may hold values of the user's."""
+    print(redact("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
 
 
 def _unraisable(stray: Any) -> None:

@@ -1,4 +1,4 @@
-"""`python -m jlora.effort --config C [key=value ...]`: does fine-tuning pay, on the user's own task?
+"""`jlora effort --config C [key=value ...]`: does fine-tuning pay, on the user's own task?
 
 The same held-out rows answered by the base with the bare instruction, with examples in the prompt, and after training
 on more and more rows, by `jlora.train` itself; quality beside tokens, minutes and money: effort.json, effort.html.
@@ -76,7 +76,7 @@ def main() -> None:
         result, failures, stopped = effort(cfg, Options(bases, *numbers), args.quiet)
         if stopped:
             if not args.quiet:
-                print("stopped and saved; run the same command again to go on", file=sys.stderr)
+                print("stopped and saved; run the same command again to resume", file=sys.stderr)
             return cli.PREEMPTED
         write_effort(Path(cfg.output_dir), result["settings"], result["results"])
         if args.json:

@@ -1,4 +1,4 @@
-"""`python -m jlora.evaluate`: how good a base and its adapters are on held-out rows.
+"""`jlora evaluate`: how good a base and its adapters are on held-out rows.
 
 Mean loss over trained tokens, perplexity and token accuracy, or a loss on pairs; with `--generate` also answers,
 scored against the rows' own, and with `--compare` those of several adapters side by side.

@@ -1,4 +1,4 @@
-"""`python -m jlora.export`: a run's checkpoint as a PEFT adapter folder or a full Hugging Face checkpoint.
+"""`jlora export`: a run's checkpoint as a PEFT adapter folder or a full Hugging Face checkpoint.
 
 Every export proves itself before it is called done: what was written is read back and its logits
 compared with the run's own.

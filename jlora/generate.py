@@ -1,4 +1,4 @@
-"""`python -m jlora.generate`: answers of a base, with or without an adapter, to prompts or in a chat."""
+"""`jlora generate`: answers of a base, with or without an adapter, to prompts or in a chat."""
 
 import math
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""`python -m jlora.plan`: what a run takes on hardware that is not there, before anything is rented.
+"""`jlora plan`: what a run takes on hardware that is not there, before anything is rented.
 
 Prints and draws what `jlora.planning` finds, with its price; `--search` looks for a faster layout.
 """

@@ -1,4 +1,4 @@
-"""`python -m jlora.train --config C [key=value ...]`: train a run, or the runs of a sweep.
+"""`jlora train --config C [key=value ...]`: train a run, or the runs of a sweep.
 
 If the run folder holds a checkpoint of the same run, training resumes from it. The story is `jlora.training.run`.
 """

@@ -29,11 +29,13 @@ from jlora.data.tokens import CHAT_TEMPLATES
 from jlora.runtime import xla
 from jlora.training.run import train
 
+pytestmark = pytest.mark.prose
+
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 # Programs of others, which a machine that runs the tests need not have.
 FOREIGN = ("git", "vllm", "kubectl", "llama.cpp/build/bin/llama-quantize", "llama.cpp/build/bin/llama-cli", "pip")
-PEER = ROOT / "tests" / "configs_of_peers" / "axolotl_alpaca_qlora_7b.yaml"
+PEER = ROOT / "tests" / "config" / "configs_of_peers" / "axolotl_alpaca_qlora_7b.yaml"
 
 
 def build_site(folder, out):
@@ -94,6 +96,8 @@ def commands():
         for block in re.findall(r"^ *```bash\n(.*?)^ *```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE):
             for line in re.sub(r"\\\n\s*", " ", block).splitlines():
                 words = shlex.split(line, comments=True)
+                if words[:1] == ["jlora"] and words[1] in MODULES:
+                    words = ["python", "-m", f"jlora.{words[1]}", *words[2:]]
                 if words and words[0] not in ("for", "done", "do"):
                     found.append((page.name, words))
     return found

@@ -1,4 +1,4 @@
-"""`python -m jlora.config`: the configuration reference, its JSON schema, or another tool's file converted."""
+"""`jlora config`: the configuration reference, its JSON schema, or another tool's file converted."""
 
 import sys
 from pathlib import Path
@@ -51,7 +51,7 @@ def main() -> None:
         try:
             write_text(Path(args.out), text)
         except OSError as error:
-            raise ConfigError(f"--out {args.out}: can not be written ({error.strerror}); name another") from None
+            raise ConfigError(f"--out {args.out}: cannot be written ({error.strerror}); name another") from None
 
     cli.run(body)
 

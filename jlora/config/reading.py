@@ -45,7 +45,7 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1, but `2e-4` is a number, as in YAML 1.2, and a key that stands twice is an error.
+    """YAML 1.1, but `2e-4` is a number, as in YAML 1.2, and a duplicate key is an error.
 
     Nothing can be referred to by `*name`: a few lines of that stand for more values than fit in memory.
     """
@@ -60,7 +60,7 @@ class _Loader(yaml.SafeLoader):
         keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
         for key, count in keys.most_common(1):
             if count > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"key '{key}' stands twice", node.start_mark)
+                raise yaml.constructor.ConstructorError(None, None, f"duplicate key '{key}'", node.start_mark)
         return super().construct_mapping(node, deep)
 
 
@@ -78,8 +78,10 @@ def parse_yaml(text: str) -> Any:
     """YAML text as plain values, by the rules of a config: `2e-4` is a number, a key stands once.
 
     Raises:
-      ValueError: not such YAML; one line says why and where.
+      ValueError: not such YAML, or longer than any config; one line says why and where.
     """
+    if len(text) > MAX_YAML_BYTES:
+        raise ValueError(f"more than {MAX_YAML_BYTES >> 10} KiB")
     try:
         return yaml.load(text, _Loader)  # noqa: S506, a SafeLoader
     except yaml.YAMLError as error:
@@ -88,14 +90,14 @@ def parse_yaml(text: str) -> Any:
         raise ValueError("nested too deep") from None
     except (ValueError, AttributeError, TypeError, LookupError, ArithmeticError) as error:
         # What PyYAML raises where a value is not what its tag or its look says, such as 2020-99-99 or an empty !!int.
-        raise ValueError(f"a value that can not be read ({error})") from None
+        raise ValueError(f"a value that cannot be read ({error})") from None
 
 
 def read_yaml(path: Path) -> Any:
     """A YAML file as plain values, by the rules of a config.
 
     Raises:
-      OSError: it can not be read.
+      OSError: it cannot be read.
       ValueError: it is no such YAML, no UTF-8, or longer than any config.
     """
     with path.open("rb") as file:
@@ -109,12 +111,12 @@ def read_yaml_of(flag: str, path: Path) -> Any:
     """As `read_yaml`, of a file that the user names with a flag.
 
     Raises:
-      ConfigError: it can not be read, or is no such YAML.
+      ConfigError: it cannot be read, or is no such YAML.
     """
     try:
         return read_yaml(path)
     except OSError as error:
-        raise ConfigError(f"{path}: can not be read ({error.strerror}); check {flag}") from None
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); check {flag}") from None
     except ValueError as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from None
 

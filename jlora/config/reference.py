@@ -14,7 +14,7 @@ def reference() -> str:
     lines = [
         "# Configuration reference",
         "",
-        "Made by `python -m jlora.config`. Any key can be overridden on the command line as `dotted.key=value`.",
+        "Made by `jlora config`. Any key can be overridden on the command line as `dotted.key=value`.",
         "",
         "An editor with a YAML language server checks and completes a config whose first line is",
         "",
@@ -22,7 +22,7 @@ def reference() -> str:
         "# yaml-language-server: $schema=../docs/config.schema.json",
         "```",
         "",
-        "with the path of [the JSON schema](config.schema.json), which `python -m jlora.config --schema` prints.",
+        "with the path of [the JSON schema](config.schema.json), which `jlora config --schema` prints.",
     ]
     top = {name: field for name, field in Config.model_fields.items() if name not in SECTIONS}
     for name, fields in {"Top level": top, **{name: each.model_fields for name, each in SECTIONS.items()}}.items():

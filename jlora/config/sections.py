@@ -18,6 +18,9 @@ ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 PROJECTIONS = ATTENTION_PROJECTIONS + MLP_PROJECTIONS
 
+# Of int32, which steps are counted in; and more ranks than any projection has.
+MOST_STEPS, MOST_RANKS = 2**31 - 1, 2**17
+
 Dtype = Literal["bfloat16", "float32"]
 Quantization = Literal["int8", "fp8", "nf4", "int4"]
 # Fastest first, and each holds less than the one before it: see `jlora.model.remat`.
@@ -63,7 +66,7 @@ class ModelSection(Section):
 class LoraSection(Section):
     """The adapter."""
 
-    rank: PositiveInt = Field(16, description="rank R of the A/B factors")
+    rank: Annotated[int, Field(gt=0, le=MOST_RANKS)] = Field(16, description="rank R of the A/B factors")
     alpha: Annotated[float, Field(gt=0.0)] = Field(32.0, description="the product BA is scaled by alpha / rank")
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
         0.0, description="dropout probability on the adapter's input"
@@ -84,7 +87,7 @@ class LoraSection(Section):
         description="A and B at the start: true (Kaiming-uniform, 0), gaussian, pissa (arXiv:2404.02948), "
         "pissa_niter_N (a quicker SVD of N iterations) or olora (arXiv:2406.01775)",
     )
-    rank_pattern: dict[str, PositiveInt] = Field(
+    rank_pattern: dict[str, Annotated[int, Field(gt=0, le=MOST_RANKS)]] = Field(
         {}, description="ranks that differ from rank, by regular expression for the end of a module's name"
     )
     alpha_pattern: dict[str, Annotated[float, Field(gt=0.0)]] = Field({}, description="as rank_pattern, for alpha")
@@ -179,7 +182,7 @@ class DataSection(Section):
     )
     train_on: TrainOn = Field("response", description="which tokens the loss counts")
     on_bad_row: Literal["error", "skip"] = Field(
-        "error", description="a row that can not be trained on stops the run, or is dropped and counted"
+        "error", description="a row that cannot be trained on stops the run, or is dropped and counted"
     )
 
     cache_dir: NonEmpty | None = Field(
@@ -238,8 +241,10 @@ class TrainingSection(Section):
     gradient_accumulation_steps: PositiveInt = Field(
         1, description="parts that a batch is split into to save memory; the result is the same"
     )
-    epochs: PositiveInt = Field(1, description="passes over the data; max_steps overrides it")
-    max_steps: PositiveInt | None = Field(None, description="optimizer steps; the data repeat, reshuffled")
+    epochs: Annotated[int, Field(gt=0, le=10**6)] = Field(1, description="passes over the data; max_steps overrides it")
+    max_steps: Annotated[int, Field(gt=0, le=MOST_STEPS)] | None = Field(
+        None, description="optimizer steps; the data repeat, reshuffled"
+    )
     seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(0, description="adapter init, dropout and row order")
     log_every: PositiveInt = Field(1, description="steps between lines of metrics.jsonl")
     eval_every: PositiveInt | None = Field(None, description="steps between evaluations; null: start and end only")
@@ -269,7 +274,7 @@ class TrainingSection(Section):
     def _whole_microbatches(self) -> "TrainingSection":
         if self.batch_size % self.gradient_accumulation_steps:
             raise ValueError(
-                f"batch_size {self.batch_size} can not be split into {self.gradient_accumulation_steps} equal "
+                f"batch_size {self.batch_size} cannot be split into {self.gradient_accumulation_steps} equal "
                 "parts; make gradient_accumulation_steps a divisor of batch_size"
             )
         return self
@@ -287,7 +292,7 @@ class OptimizerSection(Section):
     schedule: Literal["cosine", "linear", "constant"] = Field(
         "cosine", description="decay from the peak to zero over the steps after warm-up, or none"
     )
-    warmup_steps: Annotated[int, Field(ge=0)] = Field(0, description="steps of linear warm-up from zero")
+    warmup_steps: Annotated[int, Field(ge=0, le=MOST_STEPS)] = Field(0, description="steps of linear warm-up from zero")
     loraplus_lr_ratio: Annotated[float, Field(ge=1.0)] | None = Field(
         None, description="LoRA+: the learning rate of B is so many times that of A (arXiv:2402.12354)"
     )
@@ -368,14 +373,14 @@ class Config(Section):
     mesh: MeshSection = MeshSection()
     distributed: DistributedSection = DistributedSection()
     output_dir: NonEmpty = Field(
-        description="run folder; holding a checkpoint of the same run, training goes on from it"
+        description="run folder; holding a checkpoint of the same run, training resumes from it"
     )
 
     @model_validator(mode="after")
     def _frozen_if_quantized(self) -> "Config":
         if self.method == "full" and self.model.quantization is not None:
             raise ValueError(
-                f"method=full trains every weight, which model.quantization={self.model.quantization} can not hold; "
+                f"method=full trains every weight, which model.quantization={self.model.quantization} cannot hold; "
                 "set model.quantization=null or method=lora"
             )
         return self
@@ -384,7 +389,7 @@ class Config(Section):
     def _pairs_if_preferred(self) -> "Config":
         pairs, wanted = self.data.format == "preference", self.objective.name != "sft"
         if pairs and not wanted:
-            raise ValueError("data.format=preference holds pairs, which sft can not use; set objective.name=dpo")
+            raise ValueError("data.format=preference holds pairs, which sft cannot use; set objective.name=dpo")
         if wanted and not pairs:
             raise ValueError(f"objective.name={self.objective.name} needs pairs; set data.format=preference")
         if wanted and self.method != "lora":

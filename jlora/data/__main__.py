@@ -1,4 +1,4 @@
-"""`python -m jlora.data --config C`: the rows of a run as its model would see them, and what is wrong with them."""
+"""`jlora data --config C`: the rows of a run as its model would see them, and what is wrong with them."""
 
 import sys
 from pathlib import Path

@@ -325,7 +325,7 @@ def _sharegpt(row: dict[str, Any]) -> list[dict[str, str]]:
     for turn in turns:
         role = SHAREGPT_ROLES.get(turn["from"])
         if role is None:
-            raise BadRow("wrong_role", f'a turn is from "{turn["from"]}", which is none of {", ".join(SHAREGPT_ROLES)}')
+            raise BadRow("wrong_role", f'a turn is from "{turn["from"]}", not one of {", ".join(SHAREGPT_ROLES)}')
         messages.append({"role": role, "content": turn["value"]})
     return messages
 
@@ -338,7 +338,7 @@ def _turns(turns: list[Any]) -> list[dict[str, str]]:
     for message in messages:
         role, content = message["role"], message["content"]
         if role not in ("system", "user", "assistant"):
-            raise BadRow("wrong_role", f'the role "{role}" is none of system, user and assistant')
+            raise BadRow("wrong_role", f'the role "{role}" is not one of system, user and assistant')
         if role != "system" and not content.strip():
             reason = "empty_response" if role == "assistant" else "empty_prompt"
             raise BadRow(reason, f"a turn of the {role} is empty")

@@ -36,7 +36,7 @@ class BadRow(Exception):
 
 @dataclass(frozen=True)
 class Row:
-    """One row and where it stands, such as `train.jsonl:12`; `value` is a `BadRow` where it can not be read."""
+    """One row and where it stands, such as `train.jsonl:12`; `value` is a `BadRow` where it cannot be read."""
 
     where: str
     value: Any
@@ -100,7 +100,7 @@ def _read_file(path: Path, name: str) -> Iterator[Row]:
                     f"{path}: files ending in '{suffix}' are not read; use json, jsonl, csv, parquet or txt"
                 )
     except OSError as error:
-        raise DataError(f"{path}: can not be read ({error})") from None
+        raise DataError(f"{path}: cannot be read ({error})") from None
 
 
 def _read_parquet(path: Path, name: str) -> Iterator[Row]:
@@ -129,7 +129,7 @@ def _python_rows(batch: Any) -> Iterator[Any]:
             except UnicodeDecodeError:
                 value = BadRow("invalid_utf8", "not valid UTF-8")
             except (ValueError, ArithmeticError) as error:
-                value = BadRow("wrong_type", f"a value that can not be read ({error})")
+                value = BadRow("wrong_type", f"a value that cannot be read ({error})")
             yield value
 
 
@@ -152,7 +152,7 @@ def _read_csv(path: Path, name: str) -> Iterator[Row]:
         try:
             twice = [key for key, count in Counter(reader.fieldnames or ()).items() if count > 1]
             if twice:
-                raise DataError(f"{name}:1: the column {twice[0]!r} stands twice; rename one of the two")
+                raise DataError(f"{name}:1: duplicate column {twice[0]!r}; rename one of the two")
             length = 0
             for value in reader:
                 length = 0
@@ -254,7 +254,7 @@ def _element(window: _Window, decoder: json.JSONDecoder, name: str, number: int)
 
 
 def _object(twice: list[str], pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; a key that stands twice in it, of which Python would take the last, is added to `twice`."""
+    """A JSON object; a duplicate key in it, of which Python would take the last, is added to `twice`."""
     found = dict(pairs)
     if len(found) < len(pairs):
         twice += [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
@@ -262,7 +262,7 @@ def _object(twice: list[str], pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _duplicate(twice: list[str]) -> BadRow:
-    return BadRow("duplicate_key", f"the key {twice[0]!r} stands twice")
+    return BadRow("duplicate_key", f"duplicate key {twice[0]!r}")
 
 
 def _why(error: Exception) -> str:
@@ -324,7 +324,7 @@ def _read_datasets(source: str, split: str, name: str) -> Iterator[Row]:
                 loaded = loaded[split]
         else:
             loaded = datasets.load_dataset(source, split=split)
-    except Exception as error:  # datasets raises dozens of types for a name it can not load
+    except Exception as error:  # datasets raises dozens of types for a name it cannot load
         reason = " ".join(str(error).split())[:200]
         raise DataError(f"{source}: no such file, and not a data set that can be loaded ({reason})") from None
     for number, value in enumerate(loaded, 1):

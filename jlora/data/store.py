@@ -122,7 +122,7 @@ def content_key(source: str, tokenizer: Tokenizer, cfg: DataSection) -> str:
     """SHA-256 of all that decides what the rows become: the files' content, tokenizer, options and versions.
 
     Raises:
-      DataError: a file is missing or can not be read.
+      DataError: a file is missing or cannot be read.
     """
     known = [VERSION, tokenizer.digest, *(getattr(cfg, name) for name in OPTIONS)]
     known += [importlib.metadata.version(name) for name in LIBRARIES]
@@ -140,7 +140,7 @@ def content_key(source: str, tokenizer: Tokenizer, cfg: DataSection) -> str:
             with open(path, "rb") as stream:
                 known.append([name, hashlib.file_digest(stream, "sha256").hexdigest()])
         except OSError as error:
-            raise DataError(f"{path}: can not be read ({error})") from None
+            raise DataError(f"{path}: cannot be read ({error})") from None
     return hashlib.sha256(json.dumps(known).encode("utf-8", "surrogateescape")).hexdigest()
 
 
@@ -157,7 +157,7 @@ def stored(cache: Path, key: str, make: Callable[[Keep], Dataset]) -> Dataset:
       make: hands over all examples, and returns the rest of the dataset. What it raises leaves no entry.
 
     Raises:
-      ConfigError: `cache` can not be made or written to.
+      ConfigError: `cache` cannot be made or written to.
     """
     folder = cache / key
     with ExitStack() as stack:
@@ -165,9 +165,7 @@ def stored(cache: Path, key: str, make: Callable[[Keep], Dataset]) -> Dataset:
             cache.mkdir(parents=True, exist_ok=True)
             alone = stack.enter_context(lock.waited_for(cache / f"{key}.lock"))
         except OSError as error:
-            raise ConfigError(
-                f"data.cache_dir {cache}: can not be written to ({error.strerror}); set another"
-            ) from None
+            raise ConfigError(f"data.cache_dir {cache}: cannot be written to ({error.strerror}); set another") from None
         wrong = manifest.fault(folder) if folder.exists() else "missing"
         if wrong != "missing" and wrong is not None:
             print(f"warning: {folder}: {wrong}; the rows are tokenised again", file=sys.stderr)

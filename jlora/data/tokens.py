@@ -134,9 +134,9 @@ class Tokenizer:
         rest = [self.vocabulary_hash, self.bos_id, self.eos_id, self.add_bos, self.chat_template]
         return hashlib.sha256(json.dumps(rest).encode()).hexdigest()
 
-    def on(self, day: str | None) -> "Tokenizer":
-        """The same, whose chat template writes a day such as 2026-11-28; None: today."""
-        return replace(self, day=None if day is None else datetime.date.fromisoformat(day))
+    def on(self, day: str) -> "Tokenizer":
+        """The same, whose chat template writes a day such as 2026-11-28 instead of today's."""
+        return replace(self, day=datetime.date.fromisoformat(day))
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text` without BOS or EOS; special tokens written out in it are recognised."""
@@ -250,7 +250,7 @@ def with_template(tokenizer: Tokenizer, chat_template: str | None, path: str | P
         return replace(tokenizer, chat_template=Path(chat_template).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         names = ", ".join(CHAT_TEMPLATES)
-        raise ConfigError(f"chat template {chat_template} is none of {names} nor a readable file") from error
+        raise ConfigError(f"chat template {chat_template} is neither one of {names} nor a readable file") from error
 
 
 def _folder(path: str | Path) -> Path:

@@ -1,4 +1,4 @@
-"""What `python -m jlora.evaluate` does: measure a base and its adapters on the same rows and prompts."""
+"""What `jlora evaluate` does: measure a base and its adapters on the same rows and prompts."""
 
 import argparse
 import sys

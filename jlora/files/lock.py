@@ -75,7 +75,7 @@ def _take(descriptor: int, run_dir: Path) -> None:
             time.sleep(0.1)
     except OSError as error:
         print(
-            f"warning: {run_dir}: can not be locked here ({error.strerror}); start no second run there",
+            f"warning: {run_dir}: cannot be locked here ({error.strerror}); start no second run there",
             file=sys.stderr,
         )
         return

@@ -92,4 +92,4 @@ def require_own(run_dir: Path, error: type[UserError], more: Iterable[str] = ())
             )
         if not (stat.S_ISDIR(mode) if path in folders else stat.S_ISREG(mode)):
             kind = "folder" if path in folders else "regular file"
-            raise error(f"{path}: is no {kind}; move it away")
+            raise error(f"{path}: is not a {kind}; move it away")

@@ -49,7 +49,7 @@ FAMILIES = {
 }
 
 # Fields that change the numerics, with the values that jlora computes. What transformers' class does not read
-# can not change its numerics and is not looked at.
+# cannot change its numerics and is not looked at.
 ONLY_SUPPORTED: dict[str, tuple[Any, ...]] = {
     "model_type": tuple(FAMILIES),
     "hidden_act": ("silu", "swish", None),

@@ -211,7 +211,7 @@ def _load_tensor(source: Source, name: str, entry: Entry, share: Share, leaf: "L
         )
         for start in starts:
             start[share.axis] = offset // share.unit
-        # Waits, so that blocks can not pile up on their way.
+        # Waits, so that blocks cannot pile up on their way.
         leaf.buffers = jax.block_until_ready(_write(leaf.buffers, blocks, tuple(map(np.copy, starts)), mesh=local))
         finite &= bool(np.asarray(checked).all())
     return finite

@@ -235,7 +235,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise ModelError(f"{path}: missing; is {path.parent} the right folder?") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"{path}: can not be read as JSON ({error})") from None
+        raise ModelError(f"{path}: cannot be read as JSON ({error})") from None
     if not isinstance(value, dict):
         raise ModelError(f"{path}: holds {type(value).__name__}, not a JSON object")
     return value

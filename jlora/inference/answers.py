@@ -49,7 +49,7 @@ def read_questions(source: str, section: DataSection, tokenizer: Tokenizer, most
     """The first `most` rows as prompts with their references.
 
     Raises:
-      DataError: no row can be used, or one can not, unless `on_bad_row` says to skip those.
+      DataError: no row can be used, or one cannot, unless `on_bad_row` says to skip those.
     """
     questions: list[Question] = []
     for row in read_rows(source, section.split):
@@ -65,7 +65,7 @@ def read_questions(source: str, section: DataSection, tokenizer: Tokenizer, most
             questions.append(Question(shown, ids, reference_answer(row.value, format=section.format)))
         except BadRow as bad:
             if section.on_bad_row == "error":
-                raise DataError(f"{row.where}: {bad.message}; mend it, or drop such rows (skip them)") from None
+                raise DataError(f"{row.where}: {bad.message}; fix it, or drop such rows (skip them)") from None
     if not questions:
         raise DataError(f"{source}: holds no row with a prompt and an answer")
     return questions

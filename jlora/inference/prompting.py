@@ -1,4 +1,4 @@
-"""What `python -m jlora.generate` does with a model: answer prompts in order, or talk."""
+"""What `jlora generate` does with a model: answer prompts in order, or talk."""
 
 import argparse
 import json
@@ -13,6 +13,7 @@ from jlora.data.prompts import encode_prompt
 from jlora.data.rows import BadRow, Row, read_rows
 from jlora.errors import ConfigError, DataError
 from jlora.files.atomic import strict_json
+from jlora.files.text import clean
 from jlora.hf.pretrained import Pretrained, warn_of_length
 from jlora.inference.generate import Sampling, generate
 from jlora.inference.model import open_model
@@ -26,7 +27,7 @@ def read_prompts(args: argparse.Namespace, format: str) -> list[Row]:
         for row in read_rows(args.prompts, "train"):
             if isinstance(row.value, BadRow) or not isinstance(row.value, dict):
                 reason = row.value.message if isinstance(row.value, BadRow) else "not a JSON object"
-                raise DataError(f"{row.where}: {reason}; mend it")
+                raise DataError(f"{row.where}: {reason}; fix it")
             rows.append(row)
         if not rows:
             raise DataError(f"{args.prompts}: holds no prompt")
@@ -61,7 +62,7 @@ def answer_rows(args: argparse.Namespace, run: Any, section: DataSection, pretra
         try:
             encoded.append(encode_prompt(pretrained.tokenizer, row.value, format=section.format, prompt=section.prompt))
         except BadRow as bad:
-            raise DataError(f"{row.where}: {bad.message} (format {section.format}); mend it, or set --format") from None
+            raise DataError(f"{row.where}: {bad.message} (format {section.format}); fix it, or set --format") from None
     if not args.quiet:
         longest = max(map(len, encoded))
         warn_of_length(pretrained.source, f"a prompt of {longest} tokens", longest)
@@ -75,7 +76,7 @@ def answer_rows(args: argparse.Namespace, run: Any, section: DataSection, pretra
             else:
                 if len(rows) > 1:
                     print(f"--- {json.dumps(row, ensure_ascii=False)}")
-                print(text, flush=True)
+                print(clean(text) if sys.stdout.isatty() else text, flush=True)
 
 
 def chat(args: argparse.Namespace, run: Any, section: DataSection, pretrained: Pretrained) -> None:

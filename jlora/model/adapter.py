@@ -245,7 +245,7 @@ def _low_rank_backward(equation: str, saved: tuple[Array, ...], to_y: Array) -> 
     to_inner = jnp.einsum(f"{dims.y},{dims.b}->{dims.inner}", to_y, lora_b.astype(x.dtype))
     to_x = jnp.einsum(f"{dims.inner},{dims.a}->{dims.x}", to_inner, lora_a.astype(x.dtype))
     to_a = in_float32(f"{dims.inner},{dims.x}->r{dims.a[:-1]}", to_inner, x)
-    # Behind a barrier, or XLA makes a product of it that transposes x, which in bfloat16 its CPU backend can not.
+    # Behind a barrier, or XLA makes a product of it that transposes x, which in bfloat16 its CPU backend cannot.
     to_a = jnp.moveaxis(jax.lax.optimization_barrier(to_a), 0, -1)
     to_b = in_float32(f"{dims.inner},{dims.y}->{dims.b}", inner, to_y)
     return to_x, to_a.astype(lora_a.dtype), to_b.astype(lora_b.dtype)

@@ -77,6 +77,6 @@ def check_batch_split(cfg: Config, mesh: Mesh) -> None:
     rows = cfg.training.batch_size // cfg.training.gradient_accumulation_steps
     if rows % shards:
         raise ConfigError(
-            f"training.batch_size / gradient_accumulation_steps = {rows} rows can not be split over {shards} "
+            f"training.batch_size / gradient_accumulation_steps = {rows} rows cannot be split over {shards} "
             f"devices (data x fsdp); make it a multiple of {shards}"
         )

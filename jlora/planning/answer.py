@@ -1,4 +1,4 @@
-"""What `python -m jlora.plan` answers for one target: a plan or a search, with time and cost."""
+"""What `jlora plan` answers for one target: a plan or a search, with time and cost."""
 
 import argparse
 from dataclasses import asdict

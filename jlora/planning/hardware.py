@@ -146,7 +146,7 @@ def read_gpu(path: Path) -> Gpu:
     """A card described by a YAML file whose keys are the attributes of `Gpu`.
 
     Raises:
-      ConfigError: the file can not be read, or a key is unknown, missing or of a wrong value.
+      ConfigError: the file cannot be read, or a key is unknown, missing or of a wrong value.
     """
     tree = read_yaml_of("--topology", path)
     try:

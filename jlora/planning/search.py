@@ -179,7 +179,7 @@ def _walk(compiler: Compiler, queue: list[Layout], limit: int) -> None:
 
 
 def _is_slower(compiler: Compiler, layout: Layout, other: Layout) -> bool:
-    """Whether `layout` can not beat `other`, which was compiled: more work in smaller parts, or too much work."""
+    """Whether `layout` cannot beat `other`, which was compiled: more work in smaller parts, or too much work."""
     more_work = compiler.flops(layout.remat) >= compiler.flops(other.remat)
     if layout.place == other.place and layout.rows <= other.rows and more_work:
         return True

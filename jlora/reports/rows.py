@@ -33,7 +33,7 @@ def look(cfg: Config, num_rows: int) -> Seen:
     """Read a run's data as `train` does, and check them.
 
     Raises:
-      UserError: as `train`; but rows that can not be used, and would end it, are an error among the checks.
+      UserError: as `train`; but rows that cannot be used, and would end it, are an error among the checks.
     """
     tokenizer, stops = _tokenizer(cfg)
     checks: list[Check] = []

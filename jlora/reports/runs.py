@@ -4,10 +4,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from jlora.config import yaml_scalar
 from jlora.config.keys import dotted
+from jlora.config.reading import parse_yaml
 from jlora.files.paths import short_names
 from jlora.reports.charts import Chart, Line, chart, smoothed, thinned
 from jlora.reports.figures import compact, drawable, duration, loss, mapping, memory, perplexity, shown
@@ -82,8 +81,8 @@ def _differences(runs: list[RunFiles]) -> list[list[str]]:
     configs = []
     for run in runs:
         try:
-            configs.append(dotted(mapping(yaml.safe_load(run.config))))
-        except yaml.YAMLError:
+            configs.append(dotted(mapping(parse_yaml(run.config))))
+        except ValueError:
             configs.append({})
     keys = dict.fromkeys(key for config in configs for key in config if key != "output_dir")
     rows = [[key, *(yaml_scalar(config[key]) if key in config else "–" for config in configs)] for key in keys]

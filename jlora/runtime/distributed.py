@@ -87,7 +87,7 @@ def start(cfg: DistributedSection) -> None:
     except Exception as error:  # JAX asks metadata servers and Kubernetes, whose libraries have errors of their own
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(
-            f"can not join the job at {where} ({reason}); set distributed.coordinator, num_processes and process_id"
+            f"cannot join the job at {where} ({reason}); set distributed.coordinator, num_processes and process_id"
         ) from None
     stands("while reading model and data")
     streams.keep_stdout()  # Gloo, the collectives of CPUs, reports its connections there
@@ -100,7 +100,7 @@ def _require_free_port(port: int) -> None:
             probe.bind(("", port))
         except OSError as error:
             raise ConfigError(
-                f"distributed.coordinator: port {port} can not be used on {socket.gethostname()} ({error.strerror}); "
+                f"distributed.coordinator: port {port} cannot be used on {socket.gethostname()} ({error.strerror}); "
                 "choose a free one, the same for all processes"
             ) from None
 

@@ -57,7 +57,7 @@ class Watch(threading.Thread):
                 faulthandler.dump_traceback(sys.stderr, all_threads=True)
                 sentence = (
                     f"{_me()}: no step was finished for {self._step_timeout} s (distributed.step_timeout); "
-                    f"{_stragglers(steps)}; where each thread stands is above; run the same command again to go on "
+                    f"{_stragglers(steps)}; where each thread stands is above; run the same command again to resume "
                     "from the last checkpoint"
                 )
                 print(f"error: {sentence}", file=sys.stderr)

@@ -1,6 +1,6 @@
 """`model.remat: auto`: the fastest policy whose step fits, by the compiler's own answer, here or on absent hardware.
 
-The ladder is walked from its fast end; what can not fit by arithmetic is not compiled.
+The ladder is walked from its fast end; what cannot fit by arithmetic is not compiled.
 """
 
 import math

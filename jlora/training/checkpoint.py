@@ -271,8 +271,8 @@ class Checkpoints:
         except (ValueError, KeyError, TypeError, OSError) as error:
             reason = " ".join(str(error).split())[:200]
             raise ModelError(
-                f"{self._folder}/{step}: the checkpoint can not be restored ({reason}); delete this "
-                "step's folder to go on from an earlier one"
+                f"{self._folder}/{step}: the checkpoint cannot be restored ({reason}); delete this "
+                "step's folder to resume from an earlier one"
             ) from None
 
     def _explain(self, step: int, error: Exception) -> Exception:
@@ -281,7 +281,7 @@ class Checkpoints:
         if distributed.several() and isinstance(error, TimeoutError | jax.errors.JaxRuntimeError):
             return HostLost(
                 f"checkpoint {step} could not be saved with all processes of the job ({reason}); run the same command "
-                "again to go on from the last checkpoint"
+                "again to resume from the last checkpoint"
             )
         # TensorStore's own are ValueErrors and RuntimeErrors.
         if not isinstance(error, OSError | ValueError | RuntimeError):
@@ -292,7 +292,7 @@ class Checkpoints:
         stays = f"checkpoint {kept[-1]} stays" if kept else "there is no earlier one"
         return ConfigError(
             f"{self._folder}/{step}: the checkpoint could not be saved ({reason}); {stays}; make room or way there, "
-            "then run the same command again to go on"
+            "then run the same command again to resume"
         )
 
 

@@ -22,7 +22,7 @@ from jlora.model.sharding import named_sharding, one_device_mesh
 from jlora.training.checkpoint import Checkpoints
 from jlora.training.merge import merge as merge_run
 
-# The proof is in float32, where rounding can not hide a mistake.
+# The proof is in float32, where rounding cannot hide a mistake.
 PROOF_DTYPE = jnp.dtype("float32")
 
 
@@ -135,9 +135,9 @@ def require_new_folder(out: Path) -> None:
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"--out {out}: {out.parent} can not be made ({error.strerror}); name another") from None
+        raise ConfigError(f"--out {out}: {out.parent} cannot be made ({error.strerror}); name another") from None
     if not os.access(out.parent, os.W_OK):
-        raise ConfigError(f"--out {out}: {out.parent} can not be written to; name another")
+        raise ConfigError(f"--out {out}: {out.parent} cannot be written to; name another")
 
 
 def export_combined(

@@ -28,12 +28,14 @@ def saves_left(every: int | None, start: int, num_steps: int) -> int:
 def make_run_dir(cfg: Config) -> Path:
     """Create the run folder, or take the one that is there; see `jlora.files.paths.require_own`."""
     run_dir = Path(cfg.output_dir)
+    if run_dir.exists() and Path(cfg.model.path).exists() and run_dir.samefile(cfg.model.path):
+        raise ConfigError(f"output_dir {run_dir}: is the base's own folder (model.path); set another")
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"output_dir {run_dir}: can not be made ({error.strerror}); set another") from None
+        raise ConfigError(f"output_dir {run_dir}: cannot be made ({error.strerror}); set another") from None
     if not os.access(run_dir, os.W_OK):
-        raise ConfigError(f"output_dir {run_dir}: can not be written to; set another")
+        raise ConfigError(f"output_dir {run_dir}: cannot be written to; set another")
     require_own(run_dir, ConfigError)
     return run_dir
 

@@ -1,4 +1,4 @@
-"""What makes a run the same run, so that a checkpoint is only gone on from by the run that wrote it."""
+"""What makes a run the same run, so that a checkpoint is only resumed by the run that wrote it."""
 
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ FREE_KEYS = {
     "training.max_nonfinite_steps",
     "training.wandb",
 }
-# Keys whose change leaves nothing to go on from: the checkpoint's leaves have other shapes, or another meaning.
+# Keys whose change leaves nothing to resume from: the checkpoint's leaves have other shapes, or another meaning.
 FIXED_KEYS = {
     "method",
     "optimizer.name",
@@ -37,7 +37,7 @@ FREE_SECTIONS = ("mesh.", "distributed.", "resume.")
 
 
 def run_identity(cfg: Config, pretrained: Pretrained, train_data: Dataset, eval_data: Dataset | None) -> dict[str, Any]:
-    """What must be the same when a run is gone on with."""
+    """What must be the same when a run resumes."""
     flat = dotted(cfg.model_dump(mode="json"))
     return {
         "config": {
@@ -48,7 +48,7 @@ def run_identity(cfg: Config, pretrained: Pretrained, train_data: Dataset, eval_
             "tokenizer": pretrained.tokenizer.digest,
             "data": train_data.digest,
             "eval": eval_data.digest if eval_data else None,
-            "init_from": adapter_digest(cfg.lora.init_from) if cfg.lora.init_from else None,
+            **({"init_from": adapter_digest(cfg.lora.init_from)} if cfg.lora.init_from else {}),
         },
     }
 
@@ -65,7 +65,7 @@ def require_one_job(cfg: Config, folder: Path) -> None:
 def check_identity(
     run_dir: Path, step: int, saved: dict[str, Any], current: dict[str, Any], allowed: list[str]
 ) -> list[dict[str, Any]]:
-    """The run's history, of what was changed on the way; refuses to go on from a checkpoint of another run.
+    """The run's history, of what was changed on the way; refuses to resume from a checkpoint of another run.
 
     Args:
       step: of the checkpoint. allowed: names such as config.optimizer.learning_rate that may differ.

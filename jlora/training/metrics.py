@@ -20,6 +20,7 @@ from jlora.config import TrainingSection
 from jlora.data.packing import Epochs
 from jlora.errors import ConfigError, NonFiniteError
 from jlora.files.atomic import open_own, strict_json, write_text
+from jlora.files.text import clean
 from jlora.reports.run_files import read_records, read_text
 
 # Lines of a log file come this often where no terminal shows a bar.
@@ -165,6 +166,7 @@ class ProgressLine:
         """A line of its own, above the bar."""
         if self._quiet:
             return
+        text = clean(text)
         if self._bar is not None:
             self._bar.console.print(text, highlight=False, markup=False)
         else:

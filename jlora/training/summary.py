@@ -48,7 +48,7 @@ def finished_summary(run_dir: Path) -> dict[str, Any] | None:
     summary = parse(read_text(run_dir / "summary.json"))
     if summary is None or summary.get("status") != "finished":
         return None
-    if summary["adapter"] is None:
+    if summary.get("adapter", "") is None:  # a full fine-tuning
         return summary
     # The run may have been moved since, and not all of it.
     files = ("adapter_config.json", "adapter_model.safetensors")
@@ -91,7 +91,7 @@ def versions() -> dict[str, str]:
 def print_summary(summary: dict[str, Any], output_dir: str) -> None:
     """The end of a run, for people."""
     if summary["status"] == "preempted":
-        print(f"stopped at step {summary['steps']}, saved; run the same command again to go on")
+        print(f"stopped at step {summary['steps']}, saved; run the same command again to resume")
         return
     before, after = summary["eval_loss_before"], summary["eval_loss"]
     if before is not None and after is not None:

@@ -115,8 +115,8 @@ def test_bad_value_is_refused_by_name(file, override, words):
         (b"model: [", "line 1"),
         (b"model:\n\tpath: x\n", "line 2"),
         (b"\xff\xfe", "not valid YAML"),
-        (b"model: {path: a}\nmodel: {path: b}\n", "key 'model' stands twice"),
-        (b"lora:\n  rank: 4\n  alpha: 8\n  rank: 8\n", "key 'rank' stands twice"),
+        (b"model: {path: a}\nmodel: {path: b}\n", "duplicate key 'model'"),
+        (b"lora:\n  rank: 4\n  alpha: 8\n  rank: 8\n", "duplicate key 'rank'"),
         (b"!!python/object/apply:os.getcwd []", "not valid YAML"),
         (b"a: 1\n---\nb: 2\n", "not valid YAML"),
         (b"", "must hold keys such as model and data, not NoneType"),
@@ -296,3 +296,11 @@ def test_an_unknown_home_folder_is_said(file, monkeypatch):
     monkeypatch.delenv("HOME")
     monkeypatch.setattr(pwd, "getpwuid", lambda uid: {}[uid])
     assert "output_dir: '~/x': the home folder is not known" in refused(file, "output_dir=~/x")
+
+
+@pytest.mark.parametrize(
+    "override", ["training.epochs=1" + "0" * 30, f"lora.rank={2**70}", "optimizer.warmup_steps=1" + "0" * 23]
+)
+def test_numbers_beyond_all_use_are_refused_by_name(file, override):
+    """They would take for ever, or end in a library's own error."""
+    assert override.partition("=")[0] in refused(file, override)

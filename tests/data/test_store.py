@@ -191,7 +191,7 @@ def test_what_fails_leaves_no_entry(tmp_path, tokenizer, rows, monkeypatch):
     assert sorted(left()) == [key, theirs.name]
 
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match="data.cache_dir .* can not be written to"):
+    with pytest.raises(ConfigError, match="data.cache_dir .* cannot be written to"):
         tokenize(str(rows), tokenizer, section(cache_dir=str(tmp_path / "file" / "below")))
 
 

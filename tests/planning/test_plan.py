@@ -91,7 +91,7 @@ def test_table_for_people(config):
     [
         (["--topology", "gpu:h1000:2"], ["unknown topology 'gpu:h1000:2'", "h100-80gb", "v5p"]),
         (["--topology", "cpu:0"], ["unknown topology"]),
-        (["--topology", "gpu:absent.yaml:2"], ["absent.yaml: can not be read"]),
+        (["--topology", "gpu:absent.yaml:2"], ["absent.yaml: cannot be read"]),
         (["--topology", "cpu:1", "--search", "--compilations", "0"], ["--compilations"]),
         (["--topology", "cpu:1", "--tokens-per-second", "0"], ["--tokens-per-second 0", "positive"]),
         (["--topology", "cpu:1", "--tokens-per-second", "nan"], ["--tokens-per-second nan", "positive"]),
@@ -119,7 +119,7 @@ def test_refusals_before_a_device_is_asked_for(config, arguments, words, monkeyp
         (["--topology", "cpu:8", "mesh.tensor=3"], 2, ["does not cover 8 devices"]),
         (["--topology", "cpu:1", "--plot", "a.nonsense"], 2, ["a.nonsense", ".png"]),
         (["--topology", "cpu:3", "mesh.tensor=3"], 2, ["mesh.tensor=3 does not divide", "1 or 2 would"]),
-        (["--topology", "cpu:8"], 2, ["can not be split over 8"]),
+        (["--topology", "cpu:8"], 2, ["cannot be split over 8"]),
         (["--topology", "cpu:1", "model.path=llama2-70b"], 5, ["does not fit by", "GiB"]),
     ],
 )

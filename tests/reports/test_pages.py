@@ -23,7 +23,10 @@ from jlora.reports.rows import look
 from jlora.reports.run import write_report
 from jlora.reports.runs import compare
 
-pytestmark = pytest.mark.skipif(browser.find() is None, reason="no Chromium here: apt-get install chromium")
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(browser.find() is None, reason="no Chromium here: apt-get install chromium"),
+]
 
 
 def report_page(folder: Path) -> Path:
@@ -124,7 +127,7 @@ def test_page_is_laid_out_well(name, tmp_path):
 
 
 def test_probe_finds_what_is_wrong(tmp_path):
-    """A check that can not fail proves nothing."""
+    """A check that cannot fail proves nothing."""
     page = tmp_path / "bad.html"
     page.write_text(
         "<!DOCTYPE html><html><head><title>bad</title></head><body><div style='width:900px'>wide</div>"

@@ -351,11 +351,11 @@ def test_another_shape_is_refused(tmp_path):
     checkpoints = Checkpoints(tmp_path, keep=2)
     save(checkpoints, 4)
     checkpoints.wait()
-    with pytest.raises(ModelError, match="/4: the checkpoint can not be restored"):
+    with pytest.raises(ModelError, match="/4: the checkpoint cannot be restored"):
         checkpoints.restore(4, make_state(rank=8))
     other = make_state()
     other.trained["adapter"]["k_proj"] = other.trained["adapter"].pop("q_proj")
-    with pytest.raises(ModelError, match="/4: the checkpoint can not be restored"):
+    with pytest.raises(ModelError, match="/4: the checkpoint cannot be restored"):
         checkpoints.restore(4, other)
     checkpoints.close()
 
