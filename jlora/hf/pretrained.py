@@ -53,8 +53,9 @@ class Opened:
 
 @dataclass(frozen=True)
 class Pretrained:
-    """A base on the devices, with what it came from."""
+    """A base on the devices, with what it came from; `name` and `path` as in `Opened`."""
 
+    name: str
     path: Path
     source: Source
     base: Decoder
@@ -109,7 +110,7 @@ def load_pretrained(
       ConfigError: blocks of quantised weights do not divide over the mesh.
     """
     base, base_hash = load_base(opened.source, opened.name, dtype, mesh, quantization)
-    return Pretrained(opened.path, opened.source, base, base_hash, opened.tokenizer)
+    return Pretrained(opened.name, opened.path, opened.source, base, base_hash, opened.tokenizer)
 
 
 def find_adapter(folder: str) -> Path:

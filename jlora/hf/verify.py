@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from jlora.config import LoraSection
 from jlora.errors import ConfigError, ModelError
@@ -143,13 +144,7 @@ def require_equal(where: Path, expected: np.ndarray, found: np.ndarray, toleranc
 
 
 def export_adapter(
-    folder: Path,
-    adapter: Adapter,
-    section: LoraSection,
-    base_name: str,
-    pretrained: Pretrained,
-    dtype: jnp.dtype,
-    mesh: jax.sharding.Mesh,
+    folder: Path, adapter: Adapter, section: LoraSection, pretrained: Pretrained, dtype: jnp.dtype, mesh: Mesh
 ) -> float:
     """Put a run's adapter in place, in that of an earlier one, once it is proven; see `write_adapter`.
 
@@ -158,19 +153,13 @@ def export_adapter(
     # All read it under its first name, until the last has.
     partial = folder.with_name(from_first(f"partial {folder}", lambda: beside(folder).name))
     with new_folder(folder, partial=partial, ours=(WEIGHTS, CONFIG)) if is_main() else nullcontext():
-        difference = write_adapter(partial, adapter, section, base_name, pretrained, dtype, mesh)
+        difference = write_adapter(partial, adapter, section, pretrained, dtype, mesh)
         wait_for_all("proven")
     return difference
 
 
 def write_adapter(
-    folder: Path,
-    adapter: Adapter,
-    section: LoraSection,
-    base_name: str,
-    pretrained: Pretrained,
-    dtype: jnp.dtype,
-    mesh: jax.sharding.Mesh,
+    folder: Path, adapter: Adapter, section: LoraSection, pretrained: Pretrained, dtype: jnp.dtype, mesh: Mesh
 ) -> float:
     """Write a PEFT folder, then read it back and compare its logits; returns their relative difference.
 
@@ -181,7 +170,7 @@ def write_adapter(
         dtype, tolerance = jnp.dtype("float32"), 1e-5
     whole = gather(adapter, mesh)
     if is_main():
-        save_adapter(folder, whole, section, base_name, pretrained.base_hash)
+        save_adapter(folder, whole, section, pretrained.name, pretrained.base_hash)
     wait_for_all("exported")
     cfg = pretrained.base.cfg
     reread = place_adapter(load_adapter(folder, cfg, pretrained.base_hash, section.dropout), cfg, mesh)

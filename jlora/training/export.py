@@ -114,7 +114,7 @@ def export(
             kind = None if peft else cfg.model.quantization
             pretrained = load_pretrained(opened, jnp.dtype(cfg.model.dtype), mesh, kind)
             step, adapter, _ = restore(cfg, run_dir, step, model, pretrained.base_hash, mesh)
-            where = (cfg.lora, cfg.model.path, pretrained, PROOF_DTYPE, mesh)
+            where = (cfg.lora, pretrained, PROOF_DTYPE, mesh)
             result: dict[str, Any] = {"step": step, "out": str(out), "kind": "adapter"}
             result["logits_relative_difference"] = verify.write_adapter(folder, adapter, *where)
             if peft:
@@ -173,7 +173,7 @@ def export_combined(
         adapter, section = combine_adapters(adapters, weights, how, rank)
         placed = place_adapter(adapter, pretrained.base.cfg, mesh)
         with new_folder(out) as made:
-            difference = verify.write_adapter(made, placed, section, base, pretrained, dtype, mesh)
+            difference = verify.write_adapter(made, placed, section, pretrained, dtype, mesh)
     result = {"out": str(out), "kind": "adapter", "combination": how, "rank": section.rank}
     return result | {"logits_relative_difference": difference}
 

@@ -282,7 +282,7 @@ def finish(run: Run, meter: StepMeter, began: float) -> dict[str, Any]:
     cfg, finished = run.cfg, run.step == run.num_steps
     exported = finished and cfg.method == "lora"
     if exported:
-        where = (cfg.lora, cfg.model.path, run.pretrained, run.forward.dtype, run.mesh)
+        where = (cfg.lora, run.pretrained, run.forward.dtype, run.mesh)
         export_adapter(run.folder / "adapter", run.params["adapter"], *where)
     summary = {
         "status": "finished" if finished else "preempted",

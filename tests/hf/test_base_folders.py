@@ -147,7 +147,7 @@ def test_verify_sees_a_base_that_was_misread(how, tied, tmp_path, monkeypatch):
     pretrained = load_pretrained(open_pretrained(str(folder), None, None), float32, mesh)
     section, adapter = grown(pretrained)
     with pytest.raises(ModelError, match="logits that differ") as refused, new_folder(tmp_path / "out") as made:
-        verify.write_adapter(made, adapter, section, "base", pretrained, float32, mesh)
+        verify.write_adapter(made, adapter, section, pretrained, float32, mesh)
         verify.compare_with_peft(made, adapter, pretrained)
     assert refused.value.exit_code == 4 and not (tmp_path / "out").exists()
 
