@@ -137,7 +137,7 @@ class ProgressLine:
     def __init__(self, total: int, start: int, quiet: bool):
         self._total, self._quiet, self._last = total, quiet, -math.inf
         self._bar: Progress | None = None
-        self._first, self._began = start, time.monotonic()
+        self._first: tuple[int, float] | None = None  # the step after which the clock of what is left begins, and when
         if sys.stderr.isatty() and not quiet:
             self._bar = Progress(
                 TextColumn("step {task.completed}/{task.total}"),
@@ -152,15 +152,17 @@ class ProgressLine:
 
     def update(self, step: int, loss: float, tokens_per_second: float) -> None:
         """Show a step's figures."""
-        text = f"loss {loss:.4f}  {tokens_per_second:,.0f} tokens/s"
+        text, now = f"loss {loss:.4f}  {tokens_per_second:,.0f} tokens/s", time.monotonic()
+        first, began = self._first = self._first or (step, now)  # compilation is over by then
         if self._bar is not None:
             self._bar.update(self._task, completed=step, text=text)
             return
-        now = time.monotonic()
         if not self._quiet and (now - self._last >= PLAIN_LINE_SECONDS or step == self._total):
             self._last = now
-            left = (now - self._began) / max(1, step - self._first) * (self._total - step)
-            self.say(f"step {step}/{self._total}  {text}  time left {left / 60:.0f}:{left % 60:02.0f}")
+            if step > first:
+                minutes, seconds = divmod(round((now - began) / (step - first) * (self._total - step)), 60)
+                text += f"  time left {minutes}:{seconds:02}"
+            self.say(f"step {step}/{self._total}  {text}")
 
     def say(self, text: str) -> None:
         """A line of its own, above the bar."""
