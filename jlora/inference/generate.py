@@ -35,6 +35,7 @@ class Sampling:
     top_p: float
 
 
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Decoding:
     """Where a batch stands: [B] each but the cache, `out` [B max_new_tokens] and the scalars."""
@@ -46,13 +47,6 @@ class Decoding:
     out: Array
     num_out: Array
     key: Array
-
-
-jax.tree_util.register_dataclass(
-    Decoding,
-    data_fields=["cache", "last", "lengths", "ended", "out", "num_out", "key"],
-    meta_fields=[],
-)
 
 
 def sample(logits: Float[Array, "B V"], key: Array, sampling: Sampling) -> Array:

@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
-from jax.tree_util import register_dataclass
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from jlora.config import ATTENTION_PROJECTIONS, PROJECTIONS, LoraSection
@@ -28,7 +27,7 @@ from jlora.model.quant import Leaf, Quantized, dequantize, quantized_einsum
 QUANTIZED_PRODUCT = "quantized_product"
 
 
-@register_dataclass
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Lora:
     """Low-rank factors of one projection (arXiv:2106.09685): W x becomes W x + scale * B A x.
@@ -55,7 +54,7 @@ class Lora:
     ranks: tuple[int, ...] | None = field(default=None, metadata={"static": True})
 
 
-@register_dataclass
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Saved:
     """A weight that is trained in full, in place of the base's (`modules_to_save`, `bias`).

@@ -173,6 +173,7 @@ class Block(nnx.Module):
         return x + constrain(down, "act_batch", "act_seq", "act_embed")
 
 
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Cache:
     """Keys and values of the tokens so far, for decoding. Slots fill from the left; segment 0 is empty.
@@ -188,9 +189,6 @@ class Cache:
     segments: Int[Array, "B S"]
     positions: Int[Array, "B S"]
     used: Int[Array, ""]
-
-
-jax.tree_util.register_dataclass(Cache, data_fields=["keys", "values", "segments", "positions", "used"], meta_fields=[])
 
 
 def empty_cache(cfg: LlamaConfig, batch_size: int, num_slots: int, dtype: jnp.dtype) -> Cache:
