@@ -1,6 +1,9 @@
 """What every test runs under: CPU, a persistent compilation cache, and strict arithmetic."""
 
+import importlib
+import io
 import os
+import sys
 from pathlib import Path
 
 # Before JAX is imported, here or in a process that a test starts.
@@ -15,6 +18,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import jax
 import pytest
 import torch
+
+from jlora.__main__ import COMMANDS
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 torch.set_num_threads(1)
@@ -37,3 +42,22 @@ def _no_signal_handlers_left(request: pytest.FixtureRequest):
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture
+def here(monkeypatch, capfd):
+    """A command in this process: (exit code, stdout, stderr)."""
+
+    def run(module, *arguments, stdin=""):
+        monkeypatch.setattr(sys, "argv", [f"jlora.{module}", *map(str, arguments)])
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # put back at the end
+        capfd.readouterr()
+        code = 0
+        try:
+            importlib.import_module(COMMANDS.get(module, f"jlora.{module}")).main()
+        except SystemExit as exit:
+            code = exit.code or 0
+        return (code, *capfd.readouterr())
+
+    return run

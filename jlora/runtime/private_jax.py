@@ -1,7 +1,7 @@
 """What jlora takes from inside JAX because no public name has it: here alone, and each with why and until which JAX.
 
-A new JAX may move any of it: `tests/test_private_jax.py` says what, and each is imported where it is used, so that
-the rest goes on working.
+A new JAX may move any of it: `tests/runtime/test_private_jax.py` says what, and each is imported where it is used, so
+that the rest goes on working.
 """
 
 from collections.abc import Callable, Iterator

@@ -1,0 +1,347 @@
+"""Input made up at random: whatever stands in a file, a command ends well or with one sentence and its exit code.
+
+Each target calls what the commands call. A hundred inputs each, always the same ones, by default; the campaign of
+ten thousand each, in four parts with a seed each, is
+
+    [JLORA_FUZZ_SEED=N] pytest tests/commands/test_fuzz.py -m slow
+
+and prints a line for each part.
+"""
+
+import json
+import os
+import re
+import resource
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import strategies as st
+from tiny import make_llama, make_tokenizer
+
+from jlora.config import Config, DataSection, LoraSection, load_config
+from jlora.data import tokenize
+from jlora.data.tokens import CHAT_TEMPLATES, load_tokenizer
+from jlora.errors import ConfigError, DataError, ModelError, UserError
+from jlora.hf.architecture import parse_config
+from jlora.hf.peft import load_adapter, save_adapter
+from jlora.hf.pretrained import find_adapter
+from jlora.hf.source import base_fingerprint, check_names, open_source
+from jlora.model.adapter import init_adapter
+from jlora.model.llama import projection_shapes
+
+FEW, MANY, PARTS = 100, 10_000, 4
+SEED = int(os.environ.get("JLORA_FUZZ_SEED", "0"))
+# Of processor time for one input, and of memory for all: far more than they take, far less than a bomb.
+MOST_SECONDS, MOST_MEBIBYTES = 10.0, 512
+
+# What parsers are known to stumble over.
+EVIL_NUMBERS = [0, -1, 1, 2**31, 2**63, 2**64, -(2**63), 10**400, 1e308, -0.0, 1e-320, float("nan"), float("inf")]
+EVIL_TEXTS = [
+    "",
+    " ",
+    "\0",
+    "\ud800",
+    "\udcff",
+    "﻿",
+    "../x",
+    "/etc/passwd",
+    "{{ 1/0 }}",
+    "<s>",
+    "</s>",
+    "é" * 40,
+    "a" * 300,
+]
+EVIL_BYTES = [
+    *(b"\0", b"\xff", b"\xc3(", b"\xef\xbb\xbf", b"\xff\xfe", b"\n", b"\r", b'"', b"'", b"\\", b"\\ud800", b"\\u0000"),
+    *(b"[", b"]", b"{", b"}", b",", b":", b"[" * 3000, b'{"a":' * 3000, b"7" * 5000, b"NaN", b"-Infinity", b"1e999"),
+    *(b"null", b"true", b"&a ", b"*a", b"!!python/name:os.system ", b"!!int ", b"? ", b"- ", b"<<: ", b"2020-99-99"),
+    *(b"\t", b"---\n", b"...", b"|", b">", b"%", b"@", b"`", b"0b", b"0x", b"1:99", b"=", b"~"),
+]
+
+
+def words(*known: str) -> st.SearchStrategy[str]:
+    return st.sampled_from([*known, *EVIL_TEXTS]) | st.text(st.characters(exclude_categories=[]), max_size=12)
+
+
+def values(*known: str) -> st.SearchStrategy:
+    """JSON, most of it not what is expected."""
+    leaves = st.none() | st.booleans() | st.integers() | st.floats() | st.sampled_from(EVIL_NUMBERS) | words(*known)
+    return st.recursive(
+        leaves,
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(words(*known), inner, max_size=3),
+        max_leaves=6,
+    )
+
+
+@st.composite
+def damaged(draw, content: bytes) -> bytes:
+    """Bytes with a few of them replaced, left out, said twice, or strange ones put in."""
+    for _ in range(draw(st.sampled_from([0, 0, 0, 0, 1, 1, 2]))):
+        at = draw(st.integers(0, len(content)))
+        to = min(len(content), at + draw(st.integers(0, 8)))
+        new = draw(st.sampled_from(EVIL_BYTES) | st.binary(max_size=4) | st.just(content[at : at + 40] * 2))
+        content = content[:at] + new + content[to:]
+    return content[: draw(st.integers(0, len(content)))] if draw(st.integers(0, 29)) == 0 else content
+
+
+@st.composite
+def changed(draw, tree):
+    """A tree of JSON with a few values replaced, added or left out, at any depth."""
+    tree = json.loads(json.dumps(tree))
+    for _ in range(draw(st.sampled_from([0, 1, 1, 1, 2]))):
+        inner = tree
+        while True:
+            keys = list(inner) if isinstance(inner, dict) else list(range(len(inner)))
+            key = draw(st.sampled_from(keys)) if keys else "new"
+            below = inner[key] if keys else None
+            if isinstance(below, dict | list) and below and draw(st.booleans()):
+                inner = below
+                continue
+            break
+        match draw(st.sampled_from(["replace", "replace", "remove", "add"])):
+            case "replace" if keys:
+                inner[key] = draw(values(*map(str, keys)))
+            case "remove" if keys:
+                del inner[key]
+            case _ if isinstance(inner, dict):
+                inner[draw(words("r", "dtype", "shape", "data", "model", "bias"))] = draw(values())
+            case _:
+                inner.append(draw(values()))
+    return tree
+
+
+# The targets: a strategy of inputs, and what a command does with one; the second returns nothing or raises.
+
+
+def rows(base: Path, folder: Path):
+    plain = load_tokenizer(base, None)
+    chat = replace(plain, chat_template=CHAT_TEMPLATES["llama2"])
+    names = ("prompt", "completion", "text", "messages", "role", "content", "instruction", "output", "input")
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    good = {
+        "completion": {"prompt": "a", "completion": "b"},
+        "text": {"text": "a"},
+        "alpaca": {"instruction": "a", "input": "", "output": "b"},
+        "messages": {"messages": turns},
+    }
+
+    @st.composite
+    def inputs(draw):
+        kind, format = draw(st.sampled_from(["jsonl", "json", "csv"])), draw(st.sampled_from(list(good)))
+        row = st.just(good[format]) | changed(good[format]) | values(*names)
+        drawn = draw(st.lists(row, min_size=1, max_size=5))
+        if kind == "csv":
+            lines = [
+                ",".join(good[format]),
+                *(",".join(map(str, r.values())) for r in drawn if isinstance(r, dict)),
+            ]
+            content = "\n".join(lines).encode("utf-8", "surrogatepass")
+        elif kind == "json" and draw(st.booleans()):
+            content = json.dumps(drawn, indent=draw(st.none() | st.just(1))).encode()
+        else:
+            ends = st.sampled_from([b"\n", b"\r\n", b" \n\n"])
+            content = b"".join(json.dumps(r).encode() + draw(ends) for r in drawn)
+        content = draw(st.binary(max_size=60) if draw(st.integers(0, 19)) == 0 else damaged(content))
+        section = {"train": "unused", "format": format, "max_length": draw(st.sampled_from([2, 8, 64, 512]))}
+        for key, choices in (
+            ("prompt", ["stanford", "chat"]), ("on_bad_row", ["error", "skip"]), ("train_on", ["response", "all"])
+        ):  # fmt: skip
+            section[key] = draw(st.sampled_from(choices))
+        return kind, content, section
+
+    def use(drawn):
+        kind, content, section = drawn
+        (folder / f"rows.{kind}").write_bytes(content)
+        try:
+            dataset = tokenize(str(folder / f"rows.{kind}"), chat, DataSection.model_validate(section))
+            used = len(set(dataset.places))  # a long text is several examples of one place
+            assert dataset.read == used + sum(dataset.dropped.values()) and len(dataset.places) == len(dataset.examples)
+            assert all(example.trained[1:].any() for example in dataset.examples)
+        except DataError as error:
+            # It names the file, and a line or row of it unless there is none.
+            assert re.search(rf"rows\.{kind}(:\d+| ?: row \d+)?", str(error))
+            raise
+
+    return inputs(), use, DataError
+
+
+def configs(base: Path, folder: Path):
+    root = Path(__file__).parents[2]
+    trees = [yaml.safe_load(path.read_text()) for path in sorted((root / "configs").glob("*.yaml"))]
+    whole = Config.model_validate({"model": {"path": "a"}, "data": {"train": "b"}, "output_dir": "c"}).model_dump()
+
+    @st.composite
+    def inputs(draw):
+        tree = draw(st.sampled_from([*trees, whole]).flatmap(changed))
+        tree = tree if draw(st.integers(0, 9)) else draw(values(*whole))
+        text = json.dumps(tree) if draw(st.booleans()) else yaml.safe_dump(tree, allow_unicode=draw(st.booleans()))
+        content = draw(damaged(text.encode("utf-8", "surrogatepass")))
+        key = (
+            st.sampled_from(["model.path", "lora.rank", "training", "data.eval", "a", "lora.rank.x", "", "."]) | words()
+        )
+        value = values().map(json.dumps) | words() | st.sampled_from(EVIL_BYTES).map(lambda b: b.decode("latin-1"))
+        good = st.sampled_from(["lora.rank=2", "data.eval=0.1", "training={}", "training.max_steps=null"])
+        overrides = draw(st.lists(good | good | st.tuples(key, value).map("=".join) | words(), max_size=2))
+        return content, overrides
+
+    def use(drawn):
+        content, overrides = drawn
+        (folder / "run.yaml").write_bytes(content)
+        config = load_config(folder / "run.yaml", overrides)
+        (folder / "config.yaml").write_text(config.dump_yaml(), encoding="utf-8")
+        assert load_config(folder / "config.yaml") == config
+
+    return inputs(), use, ConfigError
+
+
+def header_of(content: bytes) -> tuple[dict, bytes]:
+    end = 8 + int.from_bytes(content[:8], "little")
+    return json.loads(content[8:end]), content[end:]
+
+
+@st.composite
+def tensor_file(draw, content: bytes) -> bytes:
+    """A safetensors file with its header changed as JSON, its bytes damaged, its length or its end cut."""
+    header, data = header_of(content)
+    how = draw(st.integers(0, 3))
+    text = json.dumps(draw(changed(header)) if how else header).encode("utf-8", "surrogatepass")
+    if how in (0, 3):
+        text = draw(damaged(text))
+    length = draw(st.sampled_from([len(text)] * 50 + [0, 1, len(text) - 1, len(text) + 1, 2**27, 2**63, 2**64 - 1]))
+    data = data if draw(st.integers(0, 9)) else draw(damaged(data[:200]))
+    return max(0, length).to_bytes(8, "little") + text + data
+
+
+def headers(base: Path, folder: Path):
+    content, model = (base / "model.safetensors").read_bytes(), json.loads((base / "config.json").read_text())
+    shard = "model-00001-of-00001.safetensors"  # beside model.safetensors no index is read
+    index = {"weight_map": dict.fromkeys(header_of(content)[0], shard)}
+
+    @st.composite
+    def inputs(draw):
+        files = {"model.safetensors": draw(tensor_file(content))}
+        if draw(st.integers(0, 3)) == 0:
+            files["config.json"] = draw(damaged(json.dumps(draw(changed(model))).encode("utf-8", "surrogatepass")))
+        if draw(st.integers(0, 3)) == 0:
+            files[shard] = files.pop("model.safetensors")
+            files["model.safetensors.index.json"] = draw(damaged(json.dumps(draw(changed(index))).encode()))
+        return files
+
+    def use(drawn):
+        for name in ("model.safetensors", shard, "model.safetensors.index.json"):
+            (folder / name).unlink(missing_ok=True)
+        for name, written in ({"config.json": json.dumps(model).encode()} | drawn).items():
+            (folder / name).write_bytes(written)
+        source = open_source(folder)
+        cfg = parse_config(source.config, str(folder))
+        base_fingerprint(source)
+        for name, entry in check_names(cfg, source.shapes, str(folder)).items():
+            assert source.read(name).shape == entry.hf_shape
+
+    return inputs(), use, ModelError
+
+
+def adapters(base: Path, folder: Path):
+    model = parse_config(open_source(base).config, "base")
+    lora = LoraSection(rank=2, target_modules=["q_proj", "v_proj"])
+    made = init_adapter(lora, projection_shapes(model), model.num_hidden_layers, seed=0)
+    save_adapter(folder / "good", made, lora, "base", "f" * 64)
+    weights = (folder / "good" / "adapter_model.safetensors").read_bytes()
+    config = json.loads((folder / "good" / "adapter_config.json").read_text())
+
+    @st.composite
+    def inputs(draw):
+        both = draw(st.integers(0, 2))
+        written = json.dumps(draw(changed(config)) if both != 1 else config).encode()
+        return draw(damaged(written)) if both == 2 else written, draw(tensor_file(weights)) if both != 0 else weights
+
+    def use(drawn):
+        for name, content in zip(("adapter_config.json", "adapter_model.safetensors"), drawn, strict=True):
+            (folder / name).write_bytes(content)
+        load_adapter(find_adapter(str(folder)), model, "f" * 64, 0.0)
+
+    return inputs(), use, ModelError
+
+
+TARGETS: dict[str, Callable] = {"rows": rows, "configs": configs, "headers": headers, "adapters": adapters}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """The smallest base, with its tokenizer."""
+    folder = tmp_path_factory.mktemp("base") / "base"
+    make_llama(folder, hidden_size=24, intermediate_size=24, num_hidden_layers=1, vocab_size=270)
+    make_tokenizer(folder, 270)
+    return folder
+
+
+def peak() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+
+
+def hang(*_):
+    raise AssertionError("an input took a minute")
+
+
+def campaign(name: str, base: Path, folder: Path, count: int, number: int = 0) -> str:
+    """Use so many inputs, the same ones for a number; returns the line of figures."""
+    inputs, use, error = TARGETS[name](base, folder)
+    codes: Counter[int] = Counter()
+    longest = 0.0
+
+    @settings(
+        max_examples=count, database=None, deadline=None, suppress_health_check=list(HealthCheck),
+        phases=[Phase.generate, Phase.shrink],
+    )  # fmt: skip
+    @seed(number)
+    @given(inputs)
+    def one(drawn):
+        nonlocal longest
+        began = time.process_time()
+        signal.alarm(60)
+        try:
+            use(drawn)
+            codes[0] += 1
+        except UserError as told:
+            assert isinstance(told, error | ConfigError)
+            assert "\n" not in " ".join(str(told).splitlines()) and len(str(told)) < 5000
+            codes[told.exit_code] += 1
+        finally:
+            signal.alarm(0)
+        longest = max(longest, time.process_time() - began)
+        assert longest < MOST_SECONDS
+
+    before = signal.signal(signal.SIGALRM, hang)
+    start = peak()
+    try:
+        one()
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    grown = peak() - start
+    assert grown < MOST_MEBIBYTES
+    # A few may be alike by chance: what is drawn for a seed depends on the modules that happen to be loaded.
+    assert count == FEW or codes[0] and codes[error.exit_code], "all alike: the inputs say nothing"
+    ends = ", ".join(f"exit {code}: {number}" for code, number in sorted(codes.items()))
+    figures = f"0 tracebacks, 0 hangs, longest {longest:.2f} s, +{grown} MiB"
+    return f"{name}, seed {number}: {codes.total()} inputs ({ends}), {figures}"
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_made_up_input_ends_well_or_in_one_sentence(name, base, tmp_path):
+    campaign(name, base, tmp_path, FEW)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", range(PARTS))
+@pytest.mark.parametrize("name", TARGETS)
+def test_campaign(name, part, base, tmp_path, capsys):
+    line = campaign(name, base, tmp_path, MANY // PARTS, SEED * PARTS + part)
+    with capsys.disabled():
+        print(f"\n{line}, peak {peak()} MiB")

@@ -1,0 +1,260 @@
+"""The configuration: what is refused, with which words, and that every default stands once."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from jlora import config
+from jlora.config import Config, load_config
+from jlora.errors import ConfigError
+
+ROOT = Path(__file__).parents[2]
+MINIMAL = {"model": {"path": "base"}, "data": {"train": "rows.jsonl"}, "output_dir": "run"}
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(MINIMAL), encoding="utf-8")
+    return path
+
+
+def refused(path, *overrides):
+    """The message, after the checks that hold for all of them."""
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, overrides)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def sections():
+    """Name and class of every section, the top level first."""
+    found = [("", Config)]
+    for name, field in Config.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, config.Section):
+            found.append((name + ".", field.annotation))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("optimiser.name=lion", "unknown key 'optimiser'; did you mean 'optimizer'?"),
+        ("ouput_dir=x", "unknown key 'ouput_dir'; did you mean 'output_dir'?"),
+        ("lora.rnak=8", "unknown key 'lora.rnak'; did you mean 'rank'?"),
+        ("training.max_step=8", "unknown key 'training.max_step'; did you mean 'max_steps'?"),
+        ("rank=8", "unknown key 'rank'; did you mean 'lora.rank'?"),
+        ("training.learning_rate=1", "unknown key 'training.learning_rate'; did you mean 'optimizer.learning_rate'?"),
+        ("mesh.zzz=1", "unknown key 'mesh.zzz'; known are data, fsdp, tensor"),
+        ("data.seed.deep=1", "unknown key 'data.seed'; did you mean 'training.seed'?"),
+    ],
+)
+def test_unknown_key_is_refused_with_the_nearest_name(file, override, words):
+    message = refused(file, override)
+    assert words in message and str(file) in message
+
+
+def test_unknown_key_in_the_file_itself(file):
+    tree = MINIMAL | {"lora": {"rank": 4, "dropuot": 0.1}}
+    file.write_text(yaml.safe_dump(tree), encoding="utf-8")
+    assert "unknown key 'lora.dropuot'; did you mean 'dropout'?" in refused(file)
+
+
+@pytest.mark.parametrize("key", ["model", "model.path", "data", "data.train", "output_dir"])
+def test_missing_key_is_named(file, key):
+    tree = {name: dict(value) if isinstance(value, dict) else value for name, value in MINIMAL.items()}
+    *parents, leaf = key.split(".")
+    del (tree[parents[0]] if parents else tree)[leaf]
+    file.write_text(yaml.safe_dump(tree), encoding="utf-8")
+    assert f"key '{key}' is missing" in refused(file)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("lora.rank=0", ["lora.rank", "greater than 0", "0"]),
+        ("lora.rank=many", ["lora.rank", "integer", "'many'"]),
+        ("lora.rank=2.5", ["lora.rank", "integer", "2.5"]),
+        ("lora.rank=null", ["lora.rank", "integer", "None"]),
+        ("lora.alpha=-1", ["lora.alpha", "greater than 0"]),
+        ("lora.dropout=1", ["lora.dropout", "less than 1"]),
+        ("lora.target_modules=[q_proj, k_prj]", ["target_modules", "'k_prj'", "did you mean 'k_proj'"]),
+        ("lora.target_modules=[]", ["target_modules is empty"]),
+        ("lora.target_modules=q_proj", ["lora.target_modules", "list", "'all-linear'", "'q_proj'"]),
+        ("lora=3", ["lora", "rank, alpha", "3"]),
+        ("data=null", ["data", "train, eval", "None"]),
+        ("data.format=alpca", ["data.format", "'sharegpt' or 'preference'", "'alpca'"]),
+        ("data.eval=1.5", ["data.eval", "string", "less than 1", "1.5"]),
+        ("data.eval=0", ["data.eval", "greater than 0"]),
+        ("data.train=", ["data.train", "string", "None"]),
+        ("data.max_length=1", ["data.max_length", "greater than or equal to 2"]),
+        ("model.quantization=nf8", ["model.quantization", "'nf4' or 'int4'", "'nf8'"]),
+        ("model.dtype=float16", ["model.dtype", "'bfloat16' or 'float32'"]),
+        ("optimizer.learning_rate=fast", ["optimizer.learning_rate", "number", "'fast'"]),
+        ("optimizer.learning_rate=.inf", ["optimizer.learning_rate", "finite"]),
+        ("optimizer.learning_rate=.nan", ["optimizer.learning_rate"]),
+        ("training.seed=-1", ["training.seed", "greater than or equal to 0"]),
+        ("training.gradient_accumulation_steps=3", ["batch_size 8", "3 equal parts", "divisor"]),
+        ("mesh.tensor=0", ["mesh", "positive"]),
+        ("mesh.data=-1", ["mesh", "at most one is -1"]),
+        ("output_dir=''", ["output_dir", "at least 1 character"]),
+    ],
+)
+def test_bad_value_is_refused_by_name(file, override, words):
+    message = refused(file, override)
+    assert str(file) in message
+    assert [word for word in words if word not in message] == []
+    assert "Section" not in message and "Input" not in message  # our words, not the library's
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"model: [", "line 1"),
+        (b"model:\n\tpath: x\n", "line 2"),
+        (b"\xff\xfe", "not valid YAML"),
+        (b"model: {path: a}\nmodel: {path: b}\n", "key 'model' stands twice"),
+        (b"lora:\n  rank: 4\n  alpha: 8\n  rank: 8\n", "key 'rank' stands twice"),
+        (b"!!python/object/apply:os.getcwd []", "not valid YAML"),
+        (b"a: 1\n---\nb: 2\n", "not valid YAML"),
+        (b"", "must hold keys such as model and data, not NoneType"),
+        (b"- model\n", "not list"),
+    ],
+)
+def test_bad_yaml(file, content, words):
+    file.write_bytes(content)
+    message = refused(file)
+    assert words in message and str(file) in message and "unicode string" not in message
+
+
+def test_file_that_can_not_be_read(tmp_path):
+    assert "No such file" in refused(tmp_path / "none.yaml")
+    assert "directory" in refused(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("optimizer.learning_rate=2e-4", 2e-4),
+        ("optimizer.learning_rate=3", 3.0),
+        ("optimizer.max_grad_norm=null", None),
+        ("training.max_steps=1e3", 1000),
+        ("training.max_steps=null", None),
+        ("training.batch_size=16", 16),
+        ("lora.use_rslora=true", True),
+        ("lora.target_modules=[q_proj, up_proj]", ["q_proj", "up_proj"]),
+        ("lora.target_modules=all-linear", "all-linear"),
+        ("data.eval=0.25", 0.25),
+        ("data.eval=1e-1", 0.1),
+        ("data.eval=held_out.jsonl", "held_out.jsonl"),
+        ("data.train=a=b.jsonl", "a=b.jsonl"),
+        ("model.path=some/hub-name", "some/hub-name"),
+        ("output_dir=elsewhere", "elsewhere"),
+        ("mesh={data: 2, fsdp: 1}", config.MeshSection(data=2, fsdp=1)),
+    ],
+)
+def test_override(file, override, value):
+    found = load_config(file, [override])
+    for name in override.partition("=")[0].split("."):
+        found = getattr(found, name)
+    assert found == value and type(found) is type(value)
+
+
+def test_override_makes_the_section_and_the_last_one_wins(file):
+    assert "lora" not in MINIMAL
+    assert load_config(file, ["lora.rank=4", "lora.alpha=7", "lora.rank=5"]).lora == config.LoraSection(rank=5, alpha=7)
+
+
+def test_override_adds_to_what_the_file_says(file):
+    file.write_text(yaml.safe_dump(MINIMAL | {"lora": {"rank": 4, "alpha": 9}}), encoding="utf-8")
+    lora = load_config(file, ["lora.rank=5"]).lora
+    assert (lora.rank, lora.alpha) == (5, 9.0)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("lora.rank", "'lora.rank' is not of the form dotted.key=value"),
+        ("=3", "'=3' is not of the form"),
+        ("output_dir.x=3", "'output_dir' is not a section"),
+        ("lora.rank=[1", "override 'lora.rank=[1'"),
+    ],
+)
+def test_malformed_override(file, override, words):
+    assert words in refused(file, override)
+
+
+def test_yaml_numbers_of_the_file(file):
+    file.write_text(file.read_text(encoding="utf-8") + "optimizer: {learning_rate: 1e-5, eps: 1.E-6}\n")
+    optimizer = load_config(file).optimizer
+    assert (optimizer.learning_rate, optimizer.eps) == (1e-5, 1e-6)
+
+
+def test_resolved_config_loads_back_equal(file, tmp_path):
+    cfg = load_config(file)
+    resolved = tmp_path / "resolved.yaml"
+    resolved.write_text(cfg.dump_yaml(), encoding="utf-8")
+    assert load_config(resolved) == cfg
+    # The dump says every key, so that a run does not change when a default does.
+    tree = yaml.safe_load(cfg.dump_yaml())
+    for name, section in sections():
+        keys = tree if name == "" else tree[name.rstrip(".")]
+        assert set(keys) == set(section.model_fields)
+
+
+def test_contract_of_defaults(file):
+    cfg = load_config(file).model_dump()
+    assert cfg["model"] | {"path": None} == {
+        **{"path": None, "tokenizer": None, "dtype": "bfloat16", "quantization": None},
+        **{"attention": "auto", "remat": "full"},
+    }
+    assert cfg["lora"] == {
+        **{"rank": 16, "alpha": 32.0, "dropout": 0.0, "init_from": None, "use_rslora": False},
+        "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"],
+        **{"use_dora": False, "init_lora_weights": True, "rank_pattern": {}, "alpha_pattern": {}, "bias": "none"},
+        **{"layers_to_transform": None, "modules_to_save": []},
+    }
+    assert cfg["mesh"] == {"data": 1, "fsdp": -1, "tensor": 1}
+    assert cfg["method"] == "lora"
+    expected = {
+        **{"data.eval": None, "data.format": "alpaca", "data.max_length": 1024, "data.packing": True},
+        **{"data.train_on": "response", "data.on_bad_row": "error", "training.batch_size": 8},
+        **{"training.gradient_accumulation_steps": 1, "training.epochs": 1, "training.max_steps": None},
+        **{"training.seed": 0, "training.log_every": 1, "training.eval_every": None, "training.save_every": None},
+        **{"training.keep_checkpoints": 2, "optimizer.name": "adamw", "optimizer.learning_rate": 2e-4},
+        **{"optimizer.weight_decay": 0.0, "optimizer.schedule": "cosine", "optimizer.warmup_steps": 0},
+        "optimizer.max_grad_norm": 1.0,
+    }
+    found = {key: cfg[key.partition(".")[0]][key.partition(".")[2]] for key in expected}
+    assert found == expected
+
+
+def test_values_do_not_change_once_validated(file):
+    cfg = load_config(file)
+    with pytest.raises(ValueError, match="frozen"):
+        cfg.lora.rank = 3
+
+
+@pytest.mark.parametrize(("name", "section"), sections())
+def test_every_field_has_a_description(name, section):
+    for key, field in section.model_fields.items():
+        if (key + ".", field.annotation) not in sections():
+            assert field.description, name + key
+
+
+def test_reference_page_is_current():
+    page = (ROOT / "docs" / "config.md").read_text(encoding="utf-8")
+    assert page == config.reference(), "run: python -m jlora.config > docs/config.md"
+    for _, section in sections():
+        for key, field in section.model_fields.items():
+            if (key + ".", field.annotation) not in sections():
+                assert re.search(rf"^\| `{key}` \|", page, re.MULTILINE), key
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
+def test_configs_of_the_repository_validate(path):
+    cfg = load_config(path)
+    assert isinstance(cfg.output_dir, str)

@@ -1,0 +1,45 @@
+"""Files of rows, and data sets of known lengths."""
+
+import json
+
+import numpy as np
+
+from jlora.config import DataSection
+from jlora.data import Dataset
+from jlora.data.prompts import Example
+
+ROWS = [{"prompt": f"{i}:", "completion": "x" * (1 + i % 5), "id": i} for i in range(7)]
+
+
+def section(**changes):
+    return DataSection(**({"train": "-", "format": "completion", "max_length": 32} | changes))
+
+
+def write(path, content):
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def write_parquet(path, rows):
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    return path
+
+
+def jsonl(rows):
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def lengths_dataset(lengths):
+    """Examples that can be told apart: the token ids of each are its number + 10."""
+    examples = []
+    for number, length in enumerate(lengths):
+        trained = np.ones(length, bool)
+        trained[0] = False
+        examples.append(Example(np.full(length, number + 10, np.int32), trained))
+    return Dataset(examples, read=len(examples), places=[f"rows.jsonl:{n}" for n in range(1, len(examples) + 1)])
+
+
+RANDOM_LENGTHS = np.random.default_rng(3).integers(2, 33, 60).tolist()

@@ -1,0 +1,117 @@
+"""A run over eight devices is the run over one: the same losses, whatever the mesh.
+
+The eight are CPU devices of a process of their own, since the number is fixed when JAX starts.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from eight_devices import RUNS, losses, run_on_eight
+from safetensors.numpy import load_file
+from shared_data import SHARED, needs_data
+from tiny import make_completions, make_llama, make_tokenizer, write_config
+
+from jlora.config import load_config
+from jlora.training.run import train
+
+ROOT = Path(__file__).parents[2]
+MESHES = {
+    **{"data=8": (8, 1, 1), "fsdp=8": (1, 8, 1), "fsdp=4 tensor=2": (1, 4, 2), "2x2x2": (2, 2, 2)},
+    **{"2x2x2 permuted": (2, 2, 2), "fsdp=8 permuted": (1, 8, 1)},
+}
+
+
+SPLASH = """
+import numpy as np, jax, jax.numpy as jnp
+from functools import partial
+from jlora.model import attention
+from jlora.model.attention import interface, tpu
+from jlora.config import MeshSection
+from jlora.errors import ConfigError
+from jlora.model.sharding import make_mesh
+tpu.MAX_SPLASH_BLOCK = 128
+rng = np.random.default_rng(0)
+q, k, v = (jnp.asarray(rng.standard_normal((4, 256, n, 64)), jnp.float32) for n in (4, 2, 2))
+segments = jnp.asarray(np.sort(rng.integers(1, 4, (4, 256)), axis=1), jnp.int32)
+positions = jnp.arange(256)[None].repeat(4, 0)
+def grads(attend):
+    return jax.jit(jax.grad(lambda *qkv: jnp.sin(attend(*qkv)).sum(), argnums=(0, 1, 2)))(q, k, v)
+rows = dict(q_segments=segments, kv_segments=segments, q_positions=positions, kv_positions=positions, window=None)
+expected = grads(partial(attention.reference, **rows))
+splash = partial(
+    interface.per_device, partial(tpu._splash_rows, window=None, interpret=True), segments=segments
+)
+with jax.set_mesh(make_mesh(MeshSection(data=2, fsdp=2, tensor=2), jax.devices())):
+    for found, right in zip(grads(splash), expected):
+        np.testing.assert_allclose(np.asarray(found), np.asarray(right), atol=1e-4)
+with jax.set_mesh(make_mesh(MeshSection(data=1, fsdp=2, tensor=4), jax.devices())):
+    try:
+        grads(splash)
+    except ConfigError as error:
+        print(error)
+"""
+
+
+def drift(run_dir, reference):
+    """Norm of the difference of two adapters over that of the adapter, the worst tensor's.
+
+    Adam enlarges it: where a gradient is next to nothing, it makes a whole step of the gradient's rounding.
+    """
+    found, expected = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (run_dir, reference))
+    assert found.keys() == expected.keys()
+    norm = np.linalg.norm
+    return max(float(norm(found[name] - right) / norm(right)) for name, right in expected.items())
+
+
+def require_the_same_runs(folder, config, meshes, largest_drift):
+    """Train on one device here and on every mesh there; the same losses to 1e-5, the same adapter but for rounding."""
+    train(load_config(config, ["model.remat=full", f"output_dir={folder / 'one'}"]), quiet=True)
+    expected = losses(folder / "one")
+    folders = {name: str(folder / name.replace(" ", "_")) for name in meshes}
+    run_on_eight(RUNS, str(config), json.dumps({folders[name]: sizes for name, sizes in meshes.items()}))
+    for name, run_dir in folders.items():
+        for key, curve in losses(Path(run_dir)).items():
+            np.testing.assert_allclose(curve, expected[key], rtol=1e-5, err_msg=f"{name}: {key}")
+        adapters = drift(Path(run_dir), folder / "one")
+        print(f"{name}: the adapter drifts by {adapters:.1e} of its norm")
+        assert adapters < largest_drift
+
+
+@pytest.mark.parametrize("names", [["2x2x2"], pytest.param(list(MESHES), marks=pytest.mark.slow)], ids=["one", "all"])
+def test_tiny_model(tmp_path, names):
+    make_llama(tmp_path / "base")
+    make_tokenizer(tmp_path / "base")
+    rows = make_completions(tmp_path / "rows.jsonl", 48)
+    config = write_config(
+        tmp_path / "run.yaml",
+        tmp_path / "base",
+        rows,
+        tmp_path / "run",
+        lora={"target_modules": "all-linear", "dropout": 0.1},
+        data={"format": "completion", "max_length": 64, "eval": str(rows)},
+        training={"batch_size": 16, "gradient_accumulation_steps": 2, "max_steps": 6},
+        optimizer={"name": "sgd", "learning_rate": 0.1},
+    )
+    require_the_same_runs(tmp_path, config, {name: MESHES[name] for name in names}, 5e-6)
+
+
+@needs_data
+@pytest.mark.slow
+def test_a_real_model_of_260_thousand_parameters(tmp_path):
+    reviews = SHARED / "reviews" / "sephora_reviews.jsonl"
+    config = write_config(
+        tmp_path / "run.yaml",
+        SHARED / "stories260K",
+        reviews,
+        tmp_path / "run",
+        data={"max_length": 256, "on_bad_row": "skip", "eval": 0.1},
+        training={"batch_size": 8, "max_steps": 6},
+    )
+    require_the_same_runs(tmp_path, config, MESHES, 1e-4)
+
+
+def test_splash_over_a_mesh():
+    """Rows over data and fsdp, heads over tensor; refused where the key/value heads do not divide."""
+    assert "mesh.tensor=4 does not divide the 2 key/value heads" in run_on_eight(SPLASH)
