@@ -7,6 +7,7 @@ every row has ended.
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +36,7 @@ class Sampling:
     top_p: float
 
 
+@no_type_check  # tree functions put what they like at its leaves
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Decoding:

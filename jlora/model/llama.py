@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -173,6 +173,7 @@ class Block(nnx.Module):
         return x + constrain(down, "act_batch", "act_seq", "act_embed")
 
 
+@no_type_check  # tree functions put what they like at its leaves
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Cache:
@@ -358,10 +359,12 @@ def abstract_decoder(cfg: LlamaConfig, dtype: jnp.dtype, quantization: str | Non
 def place_adapter(adapter: Adapter, cfg: LlamaConfig, mesh: jax.sharding.Mesh) -> Adapter:
     """The adapter laid out over `mesh` like the weights it belongs to; abstract in, abstract out."""
 
-    def lay_out(array: Array, dims: tuple[str, ...]) -> Array:
+    def lay_out(
+        array: Array | np.ndarray | jax.ShapeDtypeStruct, dims: tuple[str, ...]
+    ) -> Array | jax.ShapeDtypeStruct:
         sharding = named_sharding(mesh, dims)
         if isinstance(array, jax.ShapeDtypeStruct):
-            return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)  # type: ignore[return-value]
+            return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
         return place(np.asarray(array), sharding)
 
     return jax.tree.map(lay_out, adapter, adapter_axes(cfg, adapter))

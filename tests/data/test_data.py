@@ -4,6 +4,7 @@ import csv
 import json
 import time
 from concurrent.futures import ThreadPoolExecutor
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from jlora import data
 from jlora.data import Epochs, batches, hold_out, pack, pack_row, tokenize
 from jlora.data.prompts import Example
 from jlora.data.rows import BadRow, read_rows
-from jlora.data.tokens import load_tokenizer
+from jlora.data.tokens import Tokenizer, load_tokenizer
 from jlora.errors import DataError
 
 GOOD = json.dumps(ROWS[0]).encode()
@@ -35,7 +36,7 @@ def values(path, split="train"):
 def error_of(path, **changes):
     """The message of the DataError of tokenising a file, with a tokenizer that is not reached."""
     with pytest.raises(DataError) as caught:
-        tokenize(str(path), changes.pop("tokenizer", None), section(**changes))
+        tokenize(str(path), changes.pop("tokenizer", Mock(Tokenizer)), section(**changes))
     message = str(caught.value)
     assert "\n" not in message
     return message

@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
+from unittest.mock import Mock
 
 import jax
 import jax.numpy as jnp
@@ -56,7 +56,7 @@ def assert_equals_reference(kernel, qkv, segments, positions, window, tolerance)
     """Forward and backward, float32, wherever there is a token."""
     draw = np.random.default_rng(2)
     weights = draw.standard_normal(qkv[0].shape).astype(np.float32) * (segments > 0)[:, :, None, None]
-    rows = (segments, segments, positions, positions, window)
+    rows = (*map(jnp.asarray, (segments, segments, positions, positions)), window)
     ours = outputs_and_gradients(lambda q, k, v: kernel(q, k, v, *rows), qkv, weights)
     theirs = outputs_and_gradients(lambda q, k, v: attention.reference(q, k, v, *rows), qkv, weights)
     for name, found, expected in zip(("out", "dq", "dk", "dv"), ours, theirs, strict=True):
@@ -134,7 +134,7 @@ def test_splash_equals_the_reference_forward_and_backward(heads, kv_heads, head_
     qkv = random_qkv(rng, 2, 256, heads, kv_heads, head_dim)
 
     def splash(q, k, v, segments, *rest):
-        return tpu._splash_rows(q, k, v, jnp.asarray(segments), window, interpret=True)
+        return tpu._splash_rows(q, k, v, segments, window, interpret=True)
 
     assert_equals_reference(splash, qkv, segments, positions, window, 1e-4)
 
@@ -195,10 +195,10 @@ def test_blocked_holds_no_scores_of_a_long_row():
 
 # Choice
 
-CPU = SimpleNamespace(platform="cpu")
-TPU = SimpleNamespace(platform="tpu")
-GPU = SimpleNamespace(platform="gpu", compute_capability="8.9")
-TURING = SimpleNamespace(platform="gpu", compute_capability="7.5")  # a T4's
+CPU = Mock(jax.Device, platform="cpu")
+TPU = Mock(jax.Device, platform="tpu")
+GPU = Mock(jax.Device, platform="gpu", compute_capability="8.9")
+TURING = Mock(jax.Device, platform="gpu", compute_capability="7.5")  # a T4's
 BF16, F32 = jnp.dtype("bfloat16"), jnp.dtype("float32")
 
 

@@ -5,6 +5,7 @@ import json
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import jax
 import jax.numpy as jnp
@@ -110,7 +111,7 @@ def test_block_equals_transformers(layer, llama, base):
     """Unit-scale inputs; one layer, so that an error can not be washed out by the norm behind it."""
     _, model = llama
     x = np.random.default_rng(layer).normal(size=(2, 24, 48)).astype(np.float32)
-    positions = np.broadcast_to(np.arange(24, dtype=np.int32), (2, 24))
+    positions = jnp.broadcast_to(jnp.arange(24)[None], (2, 24))
     attend = partial(
         attention.reference,
         q_segments=jnp.ones_like(positions),
@@ -446,17 +447,11 @@ def test_stops_at_eos(llama, pretrained):
     """Rows end at different tokens, one of them at once; the others go on undisturbed."""
     free = continuations(pretrained, PROMPTS)[-1]
     stops = [free[0][3], free[1][0]]
-    source = dataclasses.replace(pretrained, source=Configured(pretrained.source.config | {"eos_token_id": stops}))
+    config = pretrained.source.config | {"eos_token_id": stops}
+    source = dataclasses.replace(pretrained, source=Mock(pretrained.source, config=config))
     ours = continuations(source, PROMPTS)[-1]
     assert ours == [greedy(llama[1], prompt, [2, *stops]) for prompt in PROMPTS]
     assert len(ours[0]) <= 3 and ours[1] == [] and max(map(len, ours)) > 3
-
-
-@dataclasses.dataclass
-class Configured:
-    """A source of which only the config is asked for."""
-
-    config: dict[str, Any]
 
 
 PROBABILITIES = np.array([0.05, 0.4, 0.1, 0.25, 0.2])

@@ -1,7 +1,7 @@
 """What an implementation of attention takes, and how a kernel runs on each device's own rows and heads."""
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 from jax.sharding import PartitionSpec
@@ -15,6 +15,7 @@ from jlora.model.sharding import partition_spec
 ATTENTION_OUTPUT = "attention_output"
 
 
+@runtime_checkable
 class Attention(Protocol):
     """What every implementation takes; a query sees the keys of its own segment up to its position.
 
