@@ -25,7 +25,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 torch.set_num_threads(1)
 
 
-LONG = {"test_cli", "test_distributed", "test_model", "test_quant", "test_resume", "test_train"}
+LONG = {"test_distributed", "test_llama", "test_quant", "test_resume", "test_step", "test_signals"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -61,3 +61,26 @@ def here(monkeypatch, capfd):
         return (code, *capfd.readouterr())
 
     return run
+
+
+@pytest.fixture(scope="session")
+def smallest_base(tmp_path_factory):
+    """The smallest base, with its tokenizer; not to be written to."""
+    from tiny import make_llama, make_tokenizer
+
+    folder = tmp_path_factory.mktemp("smallest") / "base"
+    make_llama(folder, hidden_size=24, intermediate_size=24, num_hidden_layers=1)
+    make_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory):
+    """The folder of a tiny model with Llama 3's rotary table, and transformers' model; not to be written to."""
+    from ropes import CONFIGS
+    from tiny import make_llama, make_tokenizer
+
+    folder = tmp_path_factory.mktemp("llama")
+    model = make_llama(folder, **CONFIGS["llama3_rope"])
+    make_tokenizer(folder)
+    return folder, model

@@ -1,14 +1,20 @@
 """Files of rows, and data sets of known lengths."""
 
 import json
+from unittest.mock import Mock
 
 import numpy as np
+import pytest
 
 from jlora.config import DataSection
-from jlora.data import Dataset
+from jlora.data import Dataset, tokenize
 from jlora.data.prompts import Example
+from jlora.data.rows import read_rows
+from jlora.data.tokens import Tokenizer
+from jlora.errors import DataError
 
 ROWS = [{"prompt": f"{i}:", "completion": "x" * (1 + i % 5), "id": i} for i in range(7)]
+GOOD = json.dumps(ROWS[0]).encode()
 
 
 def section(**changes):
@@ -43,3 +49,16 @@ def lengths_dataset(lengths):
 
 
 RANDOM_LENGTHS = np.random.default_rng(3).integers(2, 33, 60).tolist()
+
+
+def values(path, split="train"):
+    return [row.value for row in read_rows(str(path), split)]
+
+
+def error_of(path, **changes):
+    """The message of the DataError of tokenising a file, with a tokenizer that is not reached."""
+    with pytest.raises(DataError) as caught:
+        tokenize(str(path), changes.pop("tokenizer", Mock(Tokenizer)), section(**changes))
+    message = str(caught.value)
+    assert "\n" not in message
+    return message

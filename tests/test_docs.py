@@ -29,11 +29,13 @@ from jlora.data.tokens import CHAT_TEMPLATES
 from jlora.runtime import xla
 from jlora.training.run import train
 
+pytestmark = pytest.mark.prose
+
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 # Programs of others, which a machine that runs the tests need not have.
 FOREIGN = ("git", "vllm", "kubectl", "llama.cpp/build/bin/llama-quantize", "llama.cpp/build/bin/llama-cli", "pip")
-PEER = ROOT / "tests" / "configs_of_peers" / "axolotl_alpaca_qlora_7b.yaml"
+PEER = ROOT / "tests" / "config" / "configs_of_peers" / "axolotl_alpaca_qlora_7b.yaml"
 
 
 def build_site(folder, out):

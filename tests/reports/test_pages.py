@@ -23,7 +23,10 @@ from jlora.reports.effort import write_effort
 from jlora.reports.run import write_report
 from jlora.reports.runs import compare
 
-pytestmark = pytest.mark.skipif(browser.find() is None, reason="no Chromium here: apt-get install chromium")
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(browser.find() is None, reason="no Chromium here: apt-get install chromium"),
+]
 
 
 def report_page(folder: Path) -> Path:

@@ -270,3 +270,37 @@ def test_another_rate_needs_no_other_program():
 
     other = {"learning_rate": 0.5, "schedule": "cosine", "warmup_steps": 3, "weight_decay": 0.0}
     assert lowered(section(name="adamw")) == lowered(section(name="adamw", **other))
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+def test_optimizer_rule_and_schedule_are_those_of_torch(name, schedule):
+    from transformers import get_scheduler
+
+    section = OptimizerSection(
+        name=name, learning_rate=0.05, weight_decay=0.1, schedule=schedule, warmup_steps=3, max_grad_norm=0.7
+    )
+    rng = np.random.default_rng(0)
+    start = rng.normal(size=(4, 5)).astype(np.float32)
+    gradients = [(rng.normal(size=(4, 5)) * scale).astype(np.float32) for scale in (3.0, 0.05, 1.0) * 3]
+
+    theirs = torch.nn.Parameter(torch.from_numpy(start.copy()))
+    rule = {
+        "adamw": lambda: torch.optim.AdamW([theirs], lr=0.05, weight_decay=0.1),
+        "sgd": lambda: torch.optim.SGD([theirs], lr=0.05, momentum=0.9, weight_decay=0.1),
+    }[name]()
+    scheduler = get_scheduler(
+        "constant_with_warmup" if schedule == "constant" else schedule, rule, num_warmup_steps=3, num_training_steps=9
+    )
+    params = {"base": jnp.asarray(start)}
+    optimizer = make_optimizer(section, params, hyperparameters(section, 9))
+    state = optimizer.init(params)
+    for gradient in gradients:
+        theirs.grad = torch.from_numpy(gradient.copy())
+        torch.nn.utils.clip_grad_norm_([theirs], 0.7)
+        rule.step()
+        scheduler.step()
+        updates, state = optimizer.update({"base": jnp.asarray(gradient)}, state, params)
+        params = optax.apply_updates(params, updates)
+        np.testing.assert_allclose(params["base"], theirs.detach().numpy(), rtol=0, atol=2e-6)
+    assert np.abs(params["base"] - start).max() > 0.05

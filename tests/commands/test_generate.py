@@ -1,0 +1,127 @@
+"""`jlora generate`: prompts from flags, files and a chat; what it prints, and which prompts it refuses."""
+
+import json
+
+import pytest
+from command_line import one_sentence, shell
+
+
+def generate(here, world, *arguments, stdin=""):
+    code, out, err = here(
+        *("generate", "--base", world / "base", "--dtype", "float32", "--max-new-tokens", 8, "-q", *arguments),
+        stdin=stdin,
+    )
+    assert (code, err) == (0, ""), err
+    return out
+
+
+def test_greedy_text_is_the_same_each_time_and_no_seed_matters(world, here):
+    texts = {generate(here, world, "--prompt", "Say blue", "--seed", seed) for seed in (0, 0, 1)}
+    assert len(texts) == 1 and texts.pop().strip()
+
+
+def test_sampled_text_follows_the_seed(world, here):
+    def text(seed, top_p):
+        common = ("--prompt", "Say blue", "--temperature", 5.0)
+        return generate(here, world, *common, "--seed", seed, "--top-p", top_p)
+
+    assert text(3, 0.9) == text(3, 0.9)
+    assert len({text(seed, 0.9) for seed in (3, 4, 5)}) == 3
+    # The likeliest token alone is greedy decoding.
+    assert text(3, 1e-6) == generate(here, world, "--prompt", "Say blue")
+
+
+def test_adapter_changes_the_text(world, here):
+    prompts = world / "eval.jsonl"
+    common = ("--prompts", prompts, "--json", "--format", "alpaca")
+    assert generate(here, world, *common) != generate(here, world, *common, "--adapter", world / "run")
+
+
+def test_prompts_of_a_file_as_json_rows_in_order(world, here):
+    lines = (world / "eval.jsonl").read_text().splitlines()
+    common = ("--adapter", world / "run", "--json")
+    printed = generate(here, world, "--prompts", world / "eval.jsonl", *common).splitlines()
+    answers = [json.loads(line) for line in printed]
+    assert [answer["prompt"] for answer in answers] == [json.loads(line) for line in lines]
+    for answer in answers:
+        assert answer.keys() == {"prompt", "text", "tokens", "ended"}
+        assert answer["tokens"] <= 8 and answer["ended"] == (answer["tokens"] < 8)
+    # Neighbours and padding in the batch change nothing.
+    alone = generate(here, world, "--prompts", world / "eval.jsonl", "--batch-size", 1, *common)
+    assert alone.splitlines() == printed
+
+
+def test_prompt_is_the_instruction_of_an_alpaca_run(world, here, tmp_path):
+    row = {"instruction": "Say blue 3 times."}
+    (tmp_path / "one.jsonl").write_text(json.dumps(row) + "\n")
+    common = ("--adapter", world / "run" / "adapter", "--json")  # the run is found from its adapter/ too
+    by_flag = json.loads(generate(here, world, "--prompt", row["instruction"], *common))
+    by_file = json.loads(generate(here, world, "--prompts", tmp_path / "one.jsonl", *common))
+    assert by_flag == by_file and by_flag["prompt"] == row
+
+
+def test_generate_says_its_format_on_stderr_alone(world, here):
+    code, out, err = here("generate", "--base", world / "base", "--prompt", "a", "--max-new-tokens", 1)
+    assert (code, err) == (0, "format completion, prompt style stanford\n") and "format" not in out
+
+
+def test_chat_over_a_pipe(world):
+    """Single instructions to an alpaca run, which has no chat template."""
+    done = shell(
+        *("generate", "--base", world / "base", "--adapter", world / "run", "--chat", "--max-new-tokens", 8, "-q"),
+        stdin="Say blue.\nSay tree.\n\nnot reached\n",
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.count("\n") >= 2 and "> " not in done.stdout
+
+
+def test_chat_remembers_its_turns(world, here):
+    def chat(stdin, *arguments):
+        return generate(here, world, "--chat", "--chat-template", "llama2", *arguments, stdin=stdin)
+
+    first, both = chat("Say blue.\n"), chat("Say blue.\nSay tree.\n")
+    assert both.startswith(first) and len(both) > len(first)
+    assert both.removeprefix(first) != chat("Say tree.\n")
+    assert chat("") == "" and chat("\n") == ""
+
+
+def test_chat_goes_on_after_an_empty_answer(world, here, monkeypatch):
+    """An answer that ends at once is no turn that a template would accept."""
+    import jlora.generate
+
+    seen = []
+
+    def silent(pretrained, adapter, prompts, **options):
+        seen.append(prompts[0])
+        yield [[]]
+
+    monkeypatch.setattr(jlora.generate, "generate", silent)
+    out = generate(here, world, "--chat", "--chat-template", "llama2", stdin="one\none\n")
+    assert out == "\n\n" and len(seen) == 2 and seen[0] == seen[1]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "words"),
+    [
+        ("{tmp}/none.jsonl", "none.jsonl: no such file"),
+        ("{tmp}", "no such file"),
+        ("{world}/config.yaml", "files ending in '.yaml'"),
+        ("{tmp}/second.jsonl", 'second.jsonl:3: the field "prompt" is missing'),
+        ("{tmp}/empty.jsonl", "empty.jsonl: holds no prompt"),
+        ("{tmp}/torn.jsonl", "torn.jsonl:2: malformed JSON"),
+        ("{tmp}/bytes.jsonl", "bytes.jsonl:1: not valid UTF-8"),
+    ],
+)
+def test_bad_prompts(world, here, tmp_path, prompts, words):
+    (tmp_path / "second.jsonl").write_text('{"prompt": "a"}\n\n{"instruction": "a"}\n')
+    (tmp_path / "empty.jsonl").write_text("\n")
+    (tmp_path / "torn.jsonl").write_text('{"prompt": "a"}\n{"prompt"\n')
+    (tmp_path / "bytes.jsonl").write_bytes(b'{"prompt": "\xff"}\n')
+    path = prompts.format(world=world, tmp=tmp_path)
+    code, out, err = here("generate", "--base", world / "base", "--prompts", path, "-q")
+    assert (code, out) == (3, "") and words in one_sentence(err)
+
+
+def test_empty_prompt(world, here):
+    code, _, err = here("generate", "--base", world / "base", "--prompt", " ", "-q")
+    assert code == 3 and "--prompt" in one_sentence(err)

@@ -1,0 +1,181 @@
+"""What the commands say of themselves, what they refuse to take, and the exit code of each kind of failure."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from command_line import one_sentence, shell
+
+from jlora import cli
+from jlora.errors import DataError, MemoryExceeded
+
+ROOT = Path(__file__).parents[2]
+ANSWERING = [
+    *("--base", "--adapter", "--tokenizer", "--chat-template", "--dtype", "--quantization", "--format"),
+    *("--prompt-style", "--max-new-tokens", "--batch-size", "-q", "--json"),
+]
+FLAGS = {
+    "train": ["--config", "-q", "--json"],
+    "generate": [*ANSWERING, "--prompt", "--prompts", "--chat", "--temperature", "--top-p", "--seed"],
+    "evaluate": [
+        *(*ANSWERING, "--data", "--max-length", "--train-on", "--on-bad-row", "--generate", "--compare", "--html"),
+    ],
+    "effort": [
+        *("--config", "--base", "--rows", "--shots", "--heldout", "--max-new-tokens", "--batch-size", "--price"),
+        *("-q", "--json"),
+    ],
+    "export": [
+        *("--run", "--adapters", "--base", "--combination", "--rank", "--step", "--out", "--merge", "--dtype"),
+        *("--cost", "--verify", "-q", "--json"),
+    ],
+    "report": ["--out"],
+    "config": ["--schema", "--from", "--devices", "--out", "--json"],
+}
+
+
+# Help
+
+
+@pytest.mark.parametrize("command", FLAGS)
+def test_help_lists_every_flag(here, command):
+    code, out, err = here(command, "--help")
+    assert (code, err) == (0, "")
+    for flag in FLAGS[command]:
+        assert f" {flag}" in out, flag
+
+
+def test_no_option_is_abbreviated(capsys):
+    """What a script abbreviates would mean something else once an option is added; in scripts/ neither."""
+    parser = cli.Parser(prog="jlora")
+    parser.add_argument("--config")
+    for parse in (parser.parse_args, parser.parse_intermixed_args):
+        with pytest.raises(SystemExit) as end:
+            parse(["--conf", "c.yaml"])
+        assert end.value.code == 2
+        assert capsys.readouterr().err == "error: unrecognized arguments: --conf c.yaml; see jlora --help\n"
+    files = [path for folder in ("jlora", "scripts") for path in (ROOT / folder).rglob("*") if path.is_file()]
+    texts = {path: path.read_text(encoding="utf-8") for path in files if path.suffix in (".py", "")}
+    made = {path: re.findall(r"argparse\.ArgumentParser\(\s*(\w*)", text) for path, text in texts.items()}
+    assert {word for words in made.values() for word in words} == {"allow_abbrev"}
+
+
+@pytest.mark.parametrize("command", FLAGS)
+def test_every_flag_in_the_help_is_known_here(here, command):
+    """A new flag belongs in the table above."""
+    found = set(re.findall(r"(?<!\S)\W?(--[a-z-]+)", here(command, "--help")[1]))
+    assert found <= {*FLAGS[command], "--help", "--quiet"}
+
+
+def test_console_script_carries_the_commands(here):
+    code, out, _ = here("__main__", "--help")
+    assert code == 0 and all(command in out for command in FLAGS)
+    for command in FLAGS:
+        code, out, _ = here("__main__", command, "--help")
+        assert (code, all(f" {flag}" in out for flag in FLAGS[command])) == (0, True)
+    code, out, _ = here("__main__", "config")
+    assert code == 0 and out.startswith("# Configuration reference")
+
+
+def test_console_script_as_a_program():
+    done = shell("__main__", "export", "--run")
+    assert done.returncode == 2 and one_sentence(done.stderr) == done.stderr.rstrip("\n")
+    assert "argument --run" in done.stderr and "--help" in done.stderr
+
+
+# Usage
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["train"], "--config"),
+        (["train", "--config", "{world}/config.yaml", "--bogus"], "--bogus"),
+        (["train", "--config", "{world}/none.yaml"], "none.yaml: can not be read"),
+        (["train", "--config", "{world}"], "can not be read"),
+        (["generate", "--prompt", "a"], "--base"),
+        (["generate", "--base", "{world}/base"], "--prompt"),
+        (["generate", "--base", "{world}/base", "--prompt", "a", "--chat"], "not allowed with"),
+        (["generate", "--base", "{world}/base", "--prompt", "a", "--temperature", "-1"], "--temperature"),
+        (["generate", "--base", "{world}/base", "--prompt", "a", "--temperature", "nan"], "--temperature"),
+        (["generate", "--base", "{world}/base", "--prompt", "a", "--temperature", "warm"], "--temperature"),
+        (["generate", "--base", "{world}/base", "--prompt", "a", "--top-p", "0"], "--top-p"),
+        (["generate", "--base", "{world}/base", "--prompt", "a", "--top-p", "1.1"], "--top-p"),
+        (["generate", "--base", "{world}/base", "--prompt", "a", "--max-new-tokens", "0"], "--max-new-tokens"),
+        (["generate", "--base", "{world}/base", "--prompt", "a", "--seed", "-1"], "--seed"),
+        (["generate", "--base", "{world}/base", "--prompt", "a", "--seed", "1e30"], "--seed"),
+        (["generate", "--base", "{world}/base", "--chat", "--json"], "--chat"),
+        (["generate", "--base", "{world}/base", "--chat"], "--chat-template"),
+        (["generate", "--base", "{world}/base", "--prompt", "a", "--format", "messages"], "no chat template"),
+        (["evaluate", "--base", "{world}/base"], "--data"),
+        (["evaluate", "--base", "{world}/base", "--data", "x", "--max-length", "1"], "--max-length"),
+        (["evaluate", "--base", "{world}/base", "--data", "x", "--batch-size", "0"], "--batch-size"),
+        (["evaluate", "--base", "{world}/base", "--data", "x", "--dtype", "int3"], "--dtype"),
+        (["export", "--out", "x"], "--run"),
+        (["__main__"], "command"),
+        (["__main__", "trian"], "trian"),
+        (["config", "--bogus"], "--bogus"),
+    ],
+)
+def test_bad_usage(world, here, arguments, words):
+    code, out, err = here(*[argument.format(world=world) for argument in arguments])
+    assert (code, out) == (2, "")
+    assert words in one_sentence(err)
+
+
+# Exit codes of what a test can not bring about at will
+
+
+def end_of(body, capfd, monkeypatch):
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+    with pytest.raises(SystemExit) as exit:
+        cli.run(body)
+    return exit.value.code, capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes.\nBuffer 1:\n"),
+        RuntimeError("INTERNAL: Error dispatching computation: Out of memory allocating 9 bytes."),
+        MemoryError("Unable to allocate 9 bytes"),
+    ],
+)
+def test_out_of_memory(error, capfd, monkeypatch):
+    def body():
+        raise error
+
+    code, err = end_of(body, capfd, monkeypatch)
+    message = one_sentence(err)
+    assert code == MemoryExceeded.exit_code == 5
+    assert "9 bytes" in message and "training.batch_size" in message and "Buffer" not in message
+
+
+def test_full_disk(capfd, monkeypatch):
+    def body():
+        raise OSError(28, "No space left on device", "/runs/a/metrics.jsonl")
+
+    code, err = end_of(body, capfd, monkeypatch)
+    assert code == 2 and "/runs/a/metrics.jsonl: No space left on device" in one_sentence(err)
+
+
+def test_message_of_several_lines_becomes_one(capfd, monkeypatch):
+    def body():
+        raise DataError("first\nsecond")
+
+    code, err = end_of(body, capfd, monkeypatch)
+    assert (code, err) == (3, "error: first second\n")
+
+
+def test_bug_of_ours_is_not_dressed_up(monkeypatch):
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+
+    def body():
+        raise RuntimeError("a bug")
+
+    with pytest.raises(RuntimeError, match="a bug"):
+        cli.run(body)
+
+
+def test_preemption_has_a_code_of_its_own(capfd, monkeypatch):
+    assert end_of(lambda: cli.PREEMPTED, capfd, monkeypatch) == (75, "")

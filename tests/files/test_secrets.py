@@ -1,0 +1,90 @@
+"""Secrets are in nothing that is written or said.
+
+The numbers are those of the fault cases in docs/reliability.md.
+"""
+
+import sys
+
+import pytest
+from command_line import sentence_of
+from tiny import make_completions, write_config
+
+import jlora.train
+from jlora import cli
+from jlora.config import load_config
+from jlora.errors import ConfigError, ModelError
+from jlora.files.secrets import HIDDEN, find_secret, redact
+
+SECRETS = {
+    "HF_TOKEN": "hf_PlantedPlantedPlantedPlanted01",
+    "WANDB_API_KEY": "0123456789abcdef0123456789abcdef01234567",
+    "AWS_SECRET_ACCESS_KEY": "planted/aws+secret",
+    "DATABASE_PASSWORD": "planted-password",
+}
+
+
+def test_case_30_secrets_of_the_environment_are_in_nothing_that_a_run_writes(
+    smallest_base, tmp_path, monkeypatch, capfd
+):
+    for name, value in SECRETS.items():
+        monkeypatch.setenv(name, value)
+    data = {"format": "completion", "max_length": 32}
+    rows = make_completions(tmp_path / "rows.jsonl", 8)
+    config = write_config(
+        tmp_path / "run.yaml", smallest_base, rows, tmp_path / "run", data=data, training={"max_steps": 1}
+    )
+    monkeypatch.setattr(sys, "argv", ["train", "--config", str(config), "data.eval=0.2", "--json"])
+    with pytest.raises(SystemExit) as ended:
+        jlora.train.main()
+    assert ended.value.code == 0
+    written = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    assert {"config.yaml", "summary.json", "metrics.jsonl", "report.html"} <= {path.name for path in written}
+    out, err = capfd.readouterr()
+    for value in SECRETS.values():
+        assert value not in out + err
+        assert not [path for path, content in written.items() if value.encode() in content]
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "https://user:planted-pass@host/rows.jsonl",
+        "https://host/rows.jsonl?x=1&X-Amz-Signature=planted",
+        "https://host/rows.jsonl?token=planted",
+        "hf_abcdefghijklmnopqrstuvwxyz0123",
+        f"s3://{SECRETS['AWS_SECRET_ACCESS_KEY']}/rows",
+    ],
+)
+@pytest.mark.parametrize("key", ["data.train", "data.eval", "model.path", "output_dir", "training.wandb"])
+def test_case_30_config_that_holds_a_secret_is_refused_without_telling_it(
+    smallest_base, tmp_path, monkeypatch, key, value
+):
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRETS["AWS_SECRET_ACCESS_KEY"])
+    config = write_config(tmp_path / "run.yaml", smallest_base, tmp_path / "rows.jsonl", tmp_path / "run")
+    message = sentence_of(ConfigError, load_config, config, [f"{key}={value}"])
+    assert message.split(": ")[1] == key and "which would be written to config.yaml" in message
+    assert "planted" not in message and "hf_abc" not in message
+
+
+def test_case_30_errors_are_told_without_secrets(monkeypatch, capfd):
+    monkeypatch.setenv("HF_TOKEN", SECRETS["HF_TOKEN"])
+
+    def body():
+        raise ModelError(f"https://me:planted@hub/x?sig=planted has no answer to {SECRETS['HF_TOKEN']}")
+
+    with pytest.raises(SystemExit):
+        cli.run(body)
+    err = capfd.readouterr().err
+    assert err == f"error: https://{HIDDEN}@hub/x?{HIDDEN} has no answer to {HIDDEN}\n"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "runs/mine", "meta-llama/Llama-2-7b-hf", "/data/hf_token_stats/rows.jsonl", "a@b", "user@host:rows.jsonl",
+        "https://host/a@b", "rows?tokens=3", "sk-1b",
+    ],
+)  # fmt: skip
+def test_case_30_what_is_no_secret(text, monkeypatch):
+    monkeypatch.setenv("SOME_TOKEN", "a")  # too short to be told from other text
+    assert find_secret(text) is None and redact(text) == text

@@ -1,0 +1,156 @@
+"""Runs against plain loops in PyTorch, transformers and PEFT: loss, gradient norm and weights, step for step."""
+
+import shutil
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+from shared_data import needs_data
+from steps import STORIES, digest, largest, open_base, restore_raw, review_config, tiny_config
+from transformers import LlamaForCausalLM, get_cosine_schedule_with_warmup
+
+from jlora.data import Epochs, read_data
+from jlora.export import export
+from jlora.hf.peft import save_adapter
+from jlora.hf.pretrained import make_adapter
+from jlora.model.sharding import one_device_mesh
+from jlora.training.metrics import read_metrics
+from jlora.training.run import train
+
+pytestmark = pytest.mark.usefixtures("mesh_of_one")
+
+
+def examples_of_steps(cfg, pretrained, num_steps):
+    """The examples of each step, unpacked."""
+    train_data, _ = read_data(cfg, pretrained.tokenizer)
+    size = cfg.training.batch_size
+    epochs = Epochs(train_data, cfg.data, size, cfg.training.seed)
+    rows, epoch = [], 0
+    while len(rows) < num_steps * size:
+        rows += epochs.rows(epoch)
+        epoch += 1
+    return [
+        [train_data.examples[i] for row in rows[step * size : (step + 1) * size] for i in row]
+        for step in range(num_steps)
+    ]
+
+
+def torch_curve(model, cfg, steps):
+    """Loss and gradient norm of each step of a plain loop: padded rows, AdamW, cosine schedule, clipping."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    section = cfg.optimizer
+    optimizer = torch.optim.AdamW(
+        parameters,
+        lr=section.learning_rate,
+        betas=(section.b1, section.b2),
+        eps=section.eps,
+        weight_decay=section.weight_decay,
+    )
+    schedule = get_cosine_schedule_with_warmup(optimizer, section.warmup_steps, len(steps))
+    lines = []
+    for examples in steps:
+        length = max(len(example.ids) for example in examples)
+        ids, mask = torch.zeros(2, len(examples), length, dtype=torch.long)
+        labels = torch.full_like(ids, -100)
+        for i, example in enumerate(examples):
+            row = torch.tensor(np.asarray(example.ids), dtype=torch.long)
+            ids[i, : len(row)], mask[i, : len(row)] = row, 1
+            labels[i, : len(row)] = torch.where(torch.tensor(np.asarray(example.trained)), row, -100)
+        logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1]
+        targets = labels[:, 1:]
+        total = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+        loss = total / (targets != -100).sum()
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(parameters, section.max_grad_norm)
+        rate = schedule.get_last_lr()[0]
+        optimizer.step()
+        schedule.step()
+        lines.append({"loss": loss.item(), "grad_norm": norm.item(), "learning_rate": rate})
+    return lines
+
+
+def assert_same_curve(ours, theirs, record):
+    ours = [line for line in ours if "loss" in line]
+    assert len(ours) == len(theirs)
+    for name in ("loss", "grad_norm", "learning_rate"):
+        difference = max(abs(a[name] - b[name]) for a, b in zip(ours, theirs, strict=True))
+        record(f"largest_{name}_difference", difference)
+        assert difference <= 1e-4, name
+
+
+@needs_data
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], "all-linear"], ids=["qv", "all"])
+def test_lora_curve_is_that_of_peft(tmp_path, record_property, targets):
+    from peft import PeftModel
+
+    init = tmp_path / "init"
+    sections = {
+        "lora": {"target_modules": targets, "init_from": str(init)},
+        "training": {"max_steps": 20, "seed": 3},
+        "optimizer": {"learning_rate": 2e-3, "warmup_steps": 4, "weight_decay": 0.01},
+    }
+    cfg = review_config(tmp_path, **sections)
+    pretrained = open_base(str(STORIES), jnp.dtype("float32"))
+    fresh = cfg.model_copy(update={"lora": cfg.lora.model_copy(update={"init_from": None})})
+    save_adapter(init, make_adapter(fresh, pretrained, one_device_mesh()), cfg.lora, str(STORIES), pretrained.base_hash)
+    theirs = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(STORIES), str(init), is_trainable=True)
+
+    train(cfg, quiet=True)
+    curve = torch_curve(theirs, cfg, examples_of_steps(cfg, pretrained, 20))
+
+    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert np.mean([line["loss"] for line in lines[-5:]]) < np.mean([line["loss"] for line in lines[:5]]) - 0.05
+    assert_same_curve(lines, curve, record_property)
+    trained = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    expected = {
+        name.replace(".default", ""): p.detach().numpy() for name, p in theirs.named_parameters() if p.requires_grad
+    }
+    difference = largest(trained, expected)
+    record_property("largest_adapter_difference", difference)
+    assert difference <= 1e-4
+    assert largest(trained, load_file(init / "adapter_model.safetensors")) > 1e-3
+
+
+def test_full_fine_tuning_is_that_of_torch(tiny, tmp_path, record_property):
+    sections = {"training": {"max_steps": 20, "save_every": 12}, "optimizer": {"learning_rate": 5e-4}}
+    cfg = tiny_config(tiny, tmp_path, method="full", **sections)
+    pretrained = open_base(str(tiny[0]), jnp.dtype("float32"))
+    steps = examples_of_steps(cfg, pretrained, 20)
+    assert max(len(examples) for examples in steps) > cfg.training.batch_size  # they are packed
+
+    summary = train(cfg, quiet=True)
+    run_dir = tmp_path / "run"
+    assert summary["frozen_params"] == 0 and summary["trainable_params"] > 0
+    assert summary["adapter"] is None and not (run_dir / "adapter").exists()
+    theirs = LlamaForCausalLM.from_pretrained(tiny[0]).train()
+    lines = read_metrics(run_dir / "metrics.jsonl")
+    assert_same_curve(lines, torch_curve(theirs, cfg, steps), record_property)
+
+    # From the checkpoint of step 12 to the same end.
+    first = state_digest(run_dir / "checkpoints" / "20")
+    shutil.rmtree(run_dir / "checkpoints" / "20")
+    train(cfg, quiet=True)
+    assert state_digest(run_dir / "checkpoints" / "20") == first
+    again = read_metrics(run_dir / "metrics.jsonl")
+    assert [line["loss"] for line in again] == [line["loss"] for line in lines]
+
+    out = tmp_path / "out"
+    export(run_dir, out, None, merge=False, dtype="float32", peft=False)
+    exported = LlamaForCausalLM.from_pretrained(out, dtype=torch.float32)
+    probe = torch.randint(0, 300, (2, 40), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        difference = (exported(probe).logits - theirs(probe).logits).abs().max().item()
+    record_property("largest_logit_difference", difference)
+    weights = {name: p.detach().numpy() for name, p in theirs.named_parameters()}
+    found = {name: p.detach().numpy() for name, p in exported.named_parameters()}
+    record_property("largest_weight_difference", largest(found, weights))
+    restored = restore_raw(run_dir / "checkpoints" / "20")
+    np.testing.assert_array_equal(restored["trained/base/embed_tokens/value"], found["model.embed_tokens.weight"])
+    assert difference <= 1e-4
+
+
+def state_digest(step_folder):
+    return digest(restore_raw(step_folder))
