@@ -1,6 +1,7 @@
 """Files of rows, and data sets of known lengths."""
 
 import json
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from jlora.data.dataset import Dataset
 from jlora.data.encoding import tokenize
 from jlora.data.prompts import Example
 from jlora.data.rows import read_rows
+from jlora.data.tokens import Tokenizer
 from jlora.errors import DataError
 
 ROWS = [{"prompt": f"{i}:", "completion": "x" * (1 + i % 5), "id": i} for i in range(7)]
@@ -57,7 +59,7 @@ def values(path, split="train"):
 def error_of(path, **changes):
     """The message of the DataError of tokenising a file, with a tokenizer that is not reached."""
     with pytest.raises(DataError) as caught:
-        tokenize(str(path), changes.pop("tokenizer", None), section(**changes))
+        tokenize(str(path), changes.pop("tokenizer", Mock(Tokenizer)), section(**changes))
     message = str(caught.value)
     assert "\n" not in message
     return message

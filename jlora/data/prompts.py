@@ -261,7 +261,7 @@ def _is_chat(format: str, prompt: str) -> bool:
     return format in ("messages", "sharegpt") or (format == "alpaca" and prompt == "chat")
 
 
-def _get(row: dict[str, Any], name: str, kind: type) -> Any:
+def _get(row: Any, name: str, kind: type) -> Any:
     """A field of a row, or of a message in it."""
     value = row.get(name) if isinstance(row, dict) else None
     if value is None:

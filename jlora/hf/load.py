@@ -155,7 +155,7 @@ def _carried(block: jax.Array, carrier: jnp.dtype) -> jax.Array:
 
 @partial(jax.jit, static_argnames="mesh", donate_argnums=0)
 def _write(
-    buffers: tuple[jax.Array, ...], blocks: tuple[jax.Array, ...], starts: tuple[np.ndarray, ...], *, mesh: Mesh
+    buffers: tuple[jax.Array, ...], blocks: tuple[jax.Array, ...], starts: tuple[jax.Array, ...], *, mesh: Mesh
 ) -> tuple[jax.Array, ...]:
     """Each device's blocks at their indices of its buffers."""
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import ml_dtypes
 import numpy as np
@@ -43,6 +43,7 @@ COMPARED_WEIGHTS = 2**20
 NUM_SAMPLES, SAMPLE_BYTES = 8, 4096
 
 
+@runtime_checkable
 class Source(Protocol):
     """A base on disk: Hugging Face tensor names and shapes, whatever the file format, and three readers.
 

@@ -116,7 +116,7 @@ def streamed_logits(cfg: LlamaConfig, weights: Weights, adapter: Adapter) -> np.
             x, rotary, attend, {n: f for n, f in factors.items() if f is not None}, None
         )
     name = OUTER["norm"]
-    x = rms_norm(x, whole.rows(name, table[name], 0, 1)[0], cfg.rms_norm_eps)
+    x = rms_norm(x, jnp.asarray(whole.rows(name, table[name], 0, 1)[0]), cfg.rms_norm_eps)
     name = OUTER["embed_tokens" if cfg.tie_word_embeddings else "lm_head"]
     heads = (whole.rows(name, table[name], start, stop) for start, stop in blocks(cfg, table[name]))
     return np.concatenate([np.asarray(jnp.einsum("btd,vd->btv", x, head)[0]) for head in heads], axis=1)

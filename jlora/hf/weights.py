@@ -6,7 +6,7 @@ Whoever reads a few rows at a time holds a few rows: models are merged and prove
 import math
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ from jlora.model.quant import CHANNEL_TYPES, Quantized, dequantize, encode, fini
 BLOCK_WEIGHTS = 2**20
 
 
+@runtime_checkable
 class Weights(Protocol):
     """Some model's weights."""
 

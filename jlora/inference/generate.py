@@ -7,6 +7,7 @@ every row has ended.
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +37,7 @@ class Sampling:
 GREEDY = Sampling(temperature=0.0, top_p=1.0)
 
 
+@no_type_check  # tree functions put what they like at its leaves
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Decoding:

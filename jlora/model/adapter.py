@@ -9,13 +9,12 @@ import math
 import re
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, no_type_check
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
-from jax.tree_util import register_dataclass
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from jlora.config import ATTENTION_PROJECTIONS, PROJECTIONS, LoraSection
@@ -27,7 +26,8 @@ from jlora.model.quant import Leaf, Quantized, dequantize, quantized_einsum
 QUANTIZED_PRODUCT = "quantized_product"
 
 
-@register_dataclass
+@no_type_check  # tree functions put what they like at its leaves
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Lora:
     """Low-rank factors of one projection (arXiv:2106.09685): W x becomes W x + scale * B A x.
@@ -45,16 +45,17 @@ class Lora:
     Stacked over layers, all arrays have a leading dim L.
     """
 
-    lora_a: Float[Array, "..."]
-    lora_b: Float[Array, "..."]
-    scale: Float[Array, "..."]
+    lora_a: Float[Array, "*inputs R"]
+    lora_b: Float[Array, " R *outputs"]
+    scale: Float[Array, ""]
     dropout: float = field(metadata={"static": True})
-    magnitude: Float[Array, "..."] | None = None
-    initial: tuple[Float[Array, "..."], Float[Array, "..."]] | None = None
+    magnitude: Float[Array, "*outputs"] | None = None
+    initial: tuple[Float[Array, "*inputs R"], Float[Array, " R *outputs"]] | None = None
     ranks: tuple[int, ...] | None = field(default=None, metadata={"static": True})
 
 
-@register_dataclass
+@no_type_check  # tree functions put what they like at its leaves
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Saved:
     """A weight that is trained in full, in place of the base's (`modules_to_save`, `bias`).
@@ -63,7 +64,7 @@ class Saved:
       weight: as the base's, stacked over layers where that is; float32.
     """
 
-    weight: Float[Array, "..."]
+    weight: Float[Array, "*weight"]
 
 
 Adapter = dict[str, Lora | Saved]
@@ -110,8 +111,8 @@ def new_lora(cfg: LoraSection, projection: str, factors: tuple[Array, Array], nu
     return Lora(*factors, scale, dropout, ranks=ranks if len(set(ranks)) > 1 else None)
 
 
-def without_scales(adapter: Adapter) -> tuple[Adapter, dict[str, Float[Array, " L"]]]:
-    """The adapter's own leaves, and the scales of its low-rank parts by name."""
+def without_scales(adapter: Adapter) -> tuple[Adapter, dict[str, Any]]:
+    """The adapter's own leaves, and the scales [L] of its low-rank parts by name; of shapes, shapes."""
     scales = {name: part.scale for name, part in adapter.items() if isinstance(part, Lora)}
     return with_scales(adapter, dict.fromkeys(scales)), scales
 
@@ -125,11 +126,11 @@ def with_scales(adapter: Adapter, scales: dict[str, Any]) -> Adapter:
 
 def project(
     equation: str,
-    x: Float[Array, "..."],
+    x: Float[Array, "B T *inputs"],
     weight: Leaf,
     lora: Lora | None,
     dropout_key: PRNGKeyArray | None,
-) -> Float[Array, "..."]:
+) -> Float[Array, "B T *outputs"]:
     """`einsum(equation, x, weight)` plus the adapter's share, never forming W + BA.
 
     A quantised weight is dequantised here, to the dtype of `x`, and nowhere else.
@@ -157,12 +158,14 @@ def project(
     return y + times(rescaled, ratio - 1.0) + times(delta, ratio)
 
 
-def _scaled(delta: Float[Array, "..."], lora: Lora) -> Float[Array, "..."]:
+def _scaled(delta: Float[Array, "B T *outputs"], lora: Lora) -> Float[Array, "B T *outputs"]:
     # In float32: rounded to bfloat16 first, 32 / 12 would be off by 0.2 % in every element.
     return (delta.astype(jnp.float32) * lora.scale).astype(delta.dtype)
 
 
-def _dense(equation: str, x: Float[Array, "..."], weight: Leaf, lora: Lora | None) -> Float[Array, "..."]:
+def _dense(
+    equation: str, x: Float[Array, "B T *inputs"], weight: Leaf, lora: Lora | None
+) -> Float[Array, "B T *outputs"]:
     """x W, less the product of the initial factors: with PiSSA and OLoRA the adapter stands on W - scale * B0 A0.
 
     W itself stays as it is, whole and shared: a residual rounded to bfloat16, or quantised, would be another base.
@@ -177,7 +180,7 @@ def _dense(equation: str, x: Float[Array, "..."], weight: Leaf, lora: Lora | Non
     return y - _scaled(_low_rank(equation, x, a, b), lora)
 
 
-def weight_norm(weight: Leaf, lora: Lora, dtype: jnp.dtype) -> Float[Array, "..."]:
+def weight_norm(weight: Leaf, lora: Lora, dtype: jnp.dtype) -> Float[Array, "*outputs"]:
     """Norm over the inputs of W + scale * B A, the output dims; float32 and without gradient (arXiv:2402.09353, 4.3).
 
     From |W|^2 + 2 scale <W, B A> + scale^2 |B A|^2, by products of rank R: B A is never formed, which would take as
@@ -224,8 +227,11 @@ def _dims(equation: str) -> _Dims:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _low_rank(
-    equation: str, x: Float[Array, "..."], lora_a: Float[Array, "..."], lora_b: Float[Array, "..."]
-) -> Float[Array, "..."]:
+    equation: str,
+    x: Float[Array, "B T *inputs"],
+    lora_a: Float[Array, "*inputs R"],
+    lora_b: Float[Array, " R *outputs"],
+) -> Float[Array, "B T *outputs"]:
     """(x A) B in the dtype of `x`. By hand for its gradients: those of A and B leave their products in float32, and
     no product has to transpose more than its side of rank R."""
     return _low_rank_forward(equation, x, lora_a, lora_b)[0]

@@ -158,8 +158,8 @@ def _taken_from(leaf: Leaf, name: str, lora: Lora, cfg: LoraSection, num_layers:
 
 @products_in(jnp.dtype("float32"))
 def principal(
-    leaf: Leaf, init: str, rank: int, num_outputs: int, key: PRNGKeyArray, scale: float
-) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+    leaf: Leaf, init: str, rank: int, num_outputs: int, key: PRNGKeyArray, scale: Float[Array, ""]
+) -> tuple[Float[Array, "*inputs R"], Float[Array, " R *outputs"]]:
     """A [*inputs, R] and B [R, *outputs] of one layer's weight, in float32, as `LoraLayer` of PEFT makes them.
 
     pissa: scale * B A is W's best approximation of rank R, its singular values shared evenly (arXiv:2404.02948).

@@ -3,6 +3,7 @@
 Knows nothing of files or of the base; runs on the host, a layer at a time.
 """
 
+import jax.numpy as jnp
 import numpy as np
 
 from jlora.config import PROJECTIONS, LoraSection
@@ -70,7 +71,7 @@ def combine_adapters(
                 width = factors[0].shape[1]
                 a[layer, ..., :width] = factors[0].reshape(*inputs, width)
                 b[layer, :width] = factors[1].reshape(width, *outputs)
-        combined[name] = new_lora(section, name, (a, b), num_layers, 0.0)  # type: ignore[arg-type]
+        combined[name] = new_lora(section, name, (jnp.asarray(a), jnp.asarray(b)), num_layers, 0.0)
     return combined, section
 
 

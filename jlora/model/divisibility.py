@@ -7,7 +7,7 @@ are refused here by name. Sizes come from the table of weights, axes from `jlora
 import math
 from collections.abc import Iterator, Mapping
 
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from jlora.config import Config
 from jlora.errors import ConfigError
@@ -54,7 +54,7 @@ def input_cuts(model: LlamaConfig, sizes: Mapping[str, int]) -> Iterator[tuple[s
         yield name, math.prod(inputs), sizes[mesh_axis]
 
 
-def check_divides(model: LlamaConfig, mesh: Mesh, cfg: Config) -> None:
+def check_divides(model: LlamaConfig, mesh: Mesh | AbstractMesh, cfg: Config) -> None:
     """Every weight, and the residual stream's sequence, splits evenly over the mesh, and between quantised blocks.
 
     Raises:

@@ -12,16 +12,18 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 
-def _over_tokens(gradient: Float[Array, "B T ..."], vector: Float[Array, "..."]) -> Float[Array, "..."]:
+def _over_tokens(
+    gradient: Float[Array, "B T *features"], vector: Float[Array, "*features"]
+) -> Float[Array, "*features"]:
     return gradient.sum(axis=tuple(range(gradient.ndim - vector.ndim)), dtype=jnp.float32).astype(vector.dtype)
 
 
-def _spread(vector: Float[Array, "..."], x: Float[Array, "B T ..."]) -> Float[Array, "1 1 ..."]:
+def _spread(vector: Float[Array, "*features"], x: Float[Array, "B T *features"]) -> Float[Array, "1 1 *features"]:
     return vector.astype(x.dtype).reshape((1,) * (x.ndim - vector.ndim) + vector.shape)
 
 
 @jax.custom_vjp
-def plus(x: Float[Array, "B T ..."], vector: Float[Array, "..."]) -> Float[Array, "B T ..."]:
+def plus(x: Float[Array, "B T *features"], vector: Float[Array, "*features"]) -> Float[Array, "B T *features"]:
     """`x` plus one vector for all tokens, in the dtype of `x`; the vector's gradient is added up in float32."""
     return x + _spread(vector, x)
 
@@ -38,7 +40,7 @@ plus.defvjp(_plus_forward, _plus_backward)
 
 
 @jax.custom_vjp
-def times(x: Float[Array, "B T ..."], vector: Float[Array, "..."]) -> Float[Array, "B T ..."]:
+def times(x: Float[Array, "B T *features"], vector: Float[Array, "*features"]) -> Float[Array, "B T *features"]:
     """`x` times one vector for all tokens, in the dtype of `x`; the vector's gradient is added up in float32."""
     return _spread(vector, x) * x
 

@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -173,6 +173,8 @@ class Block(nnx.Module):
         return x + constrain(down, "act_batch", "act_seq", "act_embed")
 
 
+@no_type_check  # tree functions put what they like at its leaves
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Cache:
     """Keys and values of the tokens so far, for decoding. Slots fill from the left; segment 0 is empty.
@@ -188,9 +190,6 @@ class Cache:
     segments: Int[Array, "B S"]
     positions: Int[Array, "B S"]
     used: Int[Array, ""]
-
-
-jax.tree_util.register_dataclass(Cache, data_fields=["keys", "values", "segments", "positions", "used"], meta_fields=[])
 
 
 def empty_cache(cfg: LlamaConfig, batch_size: int, num_slots: int, dtype: jnp.dtype) -> Cache:
@@ -354,10 +353,12 @@ def abstract_decoder(cfg: LlamaConfig, dtype: jnp.dtype, quantization: str | Non
 def place_adapter(adapter: Adapter, cfg: LlamaConfig, mesh: jax.sharding.Mesh) -> Adapter:
     """The adapter laid out over `mesh` like the weights it belongs to; abstract in, abstract out."""
 
-    def lay_out(array: Array, dims: tuple[str, ...]) -> Array:
+    def lay_out(
+        array: Array | np.ndarray | jax.ShapeDtypeStruct, dims: tuple[str, ...]
+    ) -> Array | jax.ShapeDtypeStruct:
         sharding = named_sharding(mesh, dims)
         if isinstance(array, jax.ShapeDtypeStruct):
-            return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)  # type: ignore[return-value]
+            return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
         return place(np.asarray(array), sharding)
 
     return jax.tree.map(lay_out, adapter, adapter_axes(cfg, adapter))

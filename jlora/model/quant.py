@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Shaped, UInt8
 
 from jlora.errors import ConfigError
 
@@ -103,7 +103,7 @@ def is_quantized(leaf: Any) -> bool:
     return isinstance(leaf, Quantized)
 
 
-def quantize(weight: Float[Array, "..."], kind: str, num_inputs: int) -> Quantized:
+def quantize(weight: Float[Array, "*weight"], kind: str, num_inputs: int) -> Quantized:
     """Quantise one layer's weight [*inputs, *outputs]; jit-able. Stacked weights: `jax.vmap` of it.
 
     nf4 is bitsandbytes' `quantize_4bit(..., compress_statistics=True)` of the transposed weight where the number of
@@ -117,7 +117,7 @@ def quantize(weight: Float[Array, "..."], kind: str, num_inputs: int) -> Quantiz
     )
 
 
-def encode(weight: Float[Array, "I O"], kind: str) -> tuple[Array, Array]:
+def encode(weight: Float[Array, "I O"], kind: str) -> tuple[Shaped[Array, "*codes O"], Float[Array, "*blocks O"]]:
     """Codes and scales of `Quantized` before `finish`, with the outputs as one dim."""
     return channel_codes(weight, kind) if kind in CHANNEL_TYPES else block_codes(weight, kind)
 
@@ -131,7 +131,7 @@ def finish(leaf: Quantized) -> Quantized:
     return replace(leaf, scales=scales.reshape(-1, *outputs), second=second.reshape(-1, *outputs), offset=offset)
 
 
-def channel_codes(weight: Float[Array, "I O"], kind: str) -> tuple[Array, Float[Array, " O"]]:
+def channel_codes(weight: Float[Array, "I O"], kind: str) -> tuple[Shaped[Array, "I O"], Float[Array, " O"]]:
     """Codes [I O] and scales of int8 or fp8. Needs all inputs of a channel, but no other channel."""
     dtype, largest = CHANNEL_TYPES[kind]
     weight = weight.astype(jnp.float32)
@@ -142,7 +142,7 @@ def channel_codes(weight: Float[Array, "I O"], kind: str) -> tuple[Array, Float[
     return jnp.clip(scaled, -largest, largest).astype(dtype), scales
 
 
-def block_codes(weight: Float[Array, "I O"], kind: str) -> tuple[Int[Array, "C 32 O"], Float[Array, "C O"]]:
+def block_codes(weight: Float[Array, "I O"], kind: str) -> tuple[UInt8[Array, "C 32 O"], Float[Array, "C O"]]:
     """Codes and absmax of the C blocks of each channel, for nf4 or int4. Needs whole blocks, no more."""
     num_inputs, num_outputs = weight.shape
     num_blocks = -(-num_inputs // BLOCK)
@@ -157,7 +157,7 @@ def block_codes(weight: Float[Array, "I O"], kind: str) -> tuple[Int[Array, "C 3
     return codes[:, : BLOCK // 2] | codes[:, BLOCK // 2 :] << 4, absmax
 
 
-def unpack(codes: Int[Array, "C 32 ..."]) -> Int[Array, "C 64 ..."]:
+def unpack(codes: UInt8[Array, "C 32 *outputs"]) -> UInt8[Array, "C 64 *outputs"]:
     """The 4-bit codes of each block, in order."""
     num_blocks, _, *outputs = codes.shape
     # By broadcasting, which fuses with what follows: [C 1 32 ...] shifted by [1 2 1 ...].
@@ -167,7 +167,7 @@ def unpack(codes: Int[Array, "C 32 ..."]) -> Int[Array, "C 64 ..."]:
 
 def quantize_absmax(
     absmax: Float[Array, "C O"],
-) -> tuple[Int[Array, "C O"], Float[Array, "S O"], Float[Array, ""]]:
+) -> tuple[UInt8[Array, "C O"], Float[Array, "S O"], Float[Array, ""]]:
     """Double quantisation: (codes, second absmax, offset) of a whole weight's absmax (arXiv:2305.14314, section 3).
 
     Groups of 256 run along Hugging Face's order, outputs first, as in bitsandbytes. A group's absmax is repeated for
@@ -189,7 +189,7 @@ def quantize_absmax(
     return by_channel(codes), second[:: math.gcd(num_blocks, SECOND_BLOCK)], offset
 
 
-def dequantize(leaf: Leaf, dtype: jnp.dtype) -> Float[Array, "..."]:
+def dequantize(leaf: Leaf, dtype: jnp.dtype) -> Float[Array, "*weight"]:
     """One layer's weight [*inputs, *outputs] in `dtype`; the arithmetic is in float32. An array is only cast."""
     if not isinstance(leaf, Quantized):
         return leaf.astype(dtype)
@@ -314,7 +314,7 @@ def _after(leaf: Quantized, x: Array) -> tuple[Quantized, Array]:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def quantized_einsum(equation: str, x: Float[Array, "..."], leaf: Quantized) -> Float[Array, "..."]:
+def quantized_einsum(equation: str, x: Float[Array, "B T *inputs"], leaf: Quantized) -> Float[Array, "B T *outputs"]:
     """`einsum(equation, x, dequantize(leaf))` in the dtype of `x`; the leaf has no gradient.
 
     The backward pass dequantises anew and needs nothing else, so that under no rematerialisation policy a dequantised

@@ -54,7 +54,7 @@ class YarnRope:
 
 
 RopeScaling = LinearRope | DynamicRope | Llama3Rope | YarnRope
-Rotary = tuple[Float[Array, "B T H//2"], Float[Array, "B T H//2"]]
+Rotary = tuple[Float[Array, "B T half"], Float[Array, "B T half"]]  # of head_dim
 
 
 def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> np.ndarray:
@@ -105,7 +105,7 @@ def rotary_table(
     head_dim: int,
     theta: float,
     scaling: RopeScaling | None,
-) -> Rotary:
+) -> tuple[Float[Array, "B T {head_dim//2}"], Float[Array, "B T {head_dim//2}"]]:
     """Cosines and sines of every token's angles, float32, to be used by all layers.
 
     `DynamicRope` depends on a length, for which transformers takes the longest position of a whole forward
@@ -133,7 +133,7 @@ def _lengths(positions: Int[Array, "B T"], segments: Int[Array, "B T"]) -> Int[A
 
 def _dynamic_frequencies(
     lengths: Int[Array, "B T"], head_dim: int, theta: float, scaling: DynamicRope
-) -> Float[Array, "B T H//2"]:
+) -> Float[Array, "B T {head_dim//2}"]:
     longest = jnp.maximum(lengths, scaling.max_position_embeddings).astype(jnp.float32)
     growth = scaling.factor * longest / scaling.max_position_embeddings - (scaling.factor - 1)
     thetas = theta * growth ** (head_dim / (head_dim - 2))
@@ -141,7 +141,9 @@ def _dynamic_frequencies(
     return 1.0 / thetas[:, :, None] ** exponents[None, None]
 
 
-def rotate(x: Float[Array, "B T N H"], rotary: Rotary) -> Float[Array, "B T N H"]:
+def rotate(
+    x: Float[Array, "B T N H"], rotary: tuple[Float[Array, "B T H//2"], Float[Array, "B T H//2"]]
+) -> Float[Array, "B T N H"]:
     """Rotary embedding (arXiv:2104.09864) in the half-rotation layout of `apply_rotary_pos_emb`.
 
     Rotation in float32; result in the dtype of `x`.

@@ -44,7 +44,7 @@ class _Written(io.FileIO):
             ) from None
 
 
-def _text(stream: TextIO | None, results: bool) -> TextIO:
+def _text(stream: TextIO | None, results: bool) -> io.TextIOWrapper:
     """A text stream in the place of one of Python's own; None is one that was closed before Python began."""
     if stream is None:  # this takes its number, which else the next file would get, and takes no bytes either
         stream = open(os.open(os.devnull, os.O_RDONLY), encoding="utf-8", closefd=False)

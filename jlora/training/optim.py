@@ -104,7 +104,7 @@ def check_rule(cfg: Config, num_layers: int) -> None:
 
 
 def make_optimizer(
-    cfg: OptimizerSection, trained: dict[str, Tree], hyper: dict[str, Float[Array, ""]]
+    cfg: OptimizerSection, trained: dict[str, Tree], hyper: dict[str, Any]
 ) -> optax.GradientTransformation:
     """Clipping, then the update rule, then LoRA+'s ratio, for the leaves of `trained` that are not held.
 
@@ -112,7 +112,8 @@ def make_optimizer(
     is proportional to the learning rate, and all leaves are clipped together, which groups of their own would not be.
 
     Args:
-      trained: as `split` gives it, arrays or shapes. hyper: as `hyperparameters` gives them, arrays or tracers.
+      trained: as `split` gives it, arrays or shapes.
+      hyper: as `hyperparameters` gives them; for `init` alone any numbers.
     """
     role_of, decay = roles(trained), hyper["weight_decay"]
     schedule = partial(learning_rate, hyper)

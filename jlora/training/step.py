@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from typing import Any
+from typing import Any, no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -45,6 +45,7 @@ def count_trained(trained: Tree) -> int:
     return sum(leaf.size for leaf, role in zip(leaves, roles, strict=True) if role != optim.HELD)
 
 
+@no_type_check  # tree functions put what they like at its leaves
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TrainState:
@@ -176,8 +177,7 @@ def abstract_state(trained: Tree, cfg: Config, mesh: jax.sharding.Mesh) -> Train
 
 def _initial_optimizer(cfg: Config, trained: Tree) -> optax.GradientTransformation:
     """The optimizer for its state, which no hyperparameter has a part in."""
-    nothing: Any = defaultdict(float)
-    return optim.make_optimizer(cfg.optimizer, trained, nothing)
+    return optim.make_optimizer(cfg.optimizer, trained, defaultdict(float))
 
 
 def _new_state(trained: Tree, cfg: Config, opt_state: optax.OptState | None = None) -> TrainState:

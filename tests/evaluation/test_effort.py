@@ -3,8 +3,9 @@
 import importlib.util
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
+from unittest.mock import Mock
 
 import jax
 import numpy as np
@@ -295,7 +296,8 @@ def test_rows_that_all_bases_can_use_and_none_twice(world, tmp_path):
     def longer(texts):
         return [tokenizer.encode(text) * (9 if "mountain" in text else 1) for text in texts]
 
-    other = SimpleNamespace(**vars(tokenizer) | {"encode": lambda text: longer([text])[0], "encode_all": longer})
+    backend = Mock(type(tokenizer.backend), encode=lambda text: longer([text])[0], encode_all=longer)
+    other = replace(tokenizer, backend=backend)
     rows = strategies.split_rows(cfg, [tokenizer, other], 2)
     left = [row for row in rows.train if "mountain" in row["prompt"]]
     assert not left and len(rows.heldout) == 2 and rows.left_out >= 2

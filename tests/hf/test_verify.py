@@ -1,5 +1,7 @@
 """An export that does not compute what the run does is refused, and does not stay."""
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -93,13 +95,13 @@ def test_one_wrong_row_of_the_vocabulary_is_seen():
     found = expected.copy()
     found[:, 7] = found[:, 8]
     with pytest.raises(ModelError):
-        verify.require_equal("out", expected, found, tolerance=1e-4)
-    assert verify.require_equal("out", expected, expected, tolerance=0.0) == 0.0
+        verify.require_equal(Path("out"), expected, found, tolerance=1e-4)
+    assert verify.require_equal(Path("out"), expected, expected, tolerance=0.0) == 0.0
 
 
 def test_logits_that_are_not_finite_are_refused():
     with pytest.raises(ModelError, match="not finite"):
-        verify.require_equal("out", np.ones((2, 2)), np.array([[1.0, np.nan], [1, 1]]), tolerance=1.0)
+        verify.require_equal(Path("out"), np.ones((2, 2)), np.array([[1.0, np.nan], [1, 1]]), tolerance=1.0)
 
 
 @pytest.mark.parametrize("reader", ["transformers", "jlora"])

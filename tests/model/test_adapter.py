@@ -146,9 +146,9 @@ def test_project_equals_the_dense_product(name, base):
     b = np.asarray(lora.lora_b, np.float64).reshape(4, -1)
     dense = weight.reshape(a.shape[0], b.shape[1]) + 12 / 4 * a @ b
     expected = (x.reshape(10, -1) @ dense).reshape(2, 5, *outputs)
-    found = project(EQUATIONS[name], x, jnp.asarray(weight, jnp.float32), lora, None)
+    found = project(EQUATIONS[name], jnp.asarray(x), jnp.asarray(weight, jnp.float32), lora, None)
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
-    bare = project(EQUATIONS[name], x, jnp.asarray(weight, jnp.float32), None, None)
+    bare = project(EQUATIONS[name], jnp.asarray(x), jnp.asarray(weight, jnp.float32), None, None)
     assert np.abs(np.asarray(bare) - expected).max() > 0.1
 
 

@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
+from unittest.mock import Mock
 
 import jax
 import jax.numpy as jnp
@@ -56,7 +56,7 @@ def assert_equals_reference(kernel, qkv, segments, positions, window, tolerance)
     """Forward and backward, float32, wherever there is a token."""
     draw = np.random.default_rng(2)
     weights = draw.standard_normal(qkv[0].shape).astype(np.float32) * (segments > 0)[:, :, None, None]
-    rows = attention.Places(segments, segments, positions, positions), window
+    rows = attention.Places(*map(jnp.asarray, (segments, segments, positions, positions))), window
     ours = outputs_and_gradients(lambda q, k, v: kernel(q, k, v, *rows), qkv, weights)
     theirs = outputs_and_gradients(lambda q, k, v: attention.reference(q, k, v, *rows), qkv, weights)
     for name, found, expected in zip(("out", "dq", "dk", "dv"), ours, theirs, strict=True):
@@ -195,10 +195,10 @@ def test_blocked_holds_no_scores_of_a_long_row():
 
 # Choice
 
-CPU = SimpleNamespace(platform="cpu")
-TPU = SimpleNamespace(platform="tpu")
-GPU = SimpleNamespace(platform="gpu", compute_capability="8.9")
-TURING = SimpleNamespace(platform="gpu", compute_capability="7.5")  # a T4's
+CPU = Mock(jax.Device, platform="cpu")
+TPU = Mock(jax.Device, platform="tpu")
+GPU = Mock(jax.Device, platform="gpu", compute_capability="8.9")
+TURING = Mock(jax.Device, platform="gpu", compute_capability="7.5")  # a T4's
 BF16, F32 = jnp.dtype("bfloat16"), jnp.dtype("float32")
 
 

@@ -78,6 +78,7 @@ def run(tmp_path_factory):
     tokens, targets = draw.integers(0, 300, (2, *segments.shape), dtype=np.int32)
     batch = {"tokens": tokens, "targets": targets, "segments": segments, "positions": positions}
     batch["weights"] = (draw.random(segments.shape) < 0.6).astype(np.float32) * (segments > 0)
+    batch = jax.tree.map(jnp.asarray, batch)
 
     def of_adapter(kernel, remat, base, adapter):
         def loss(adapter):

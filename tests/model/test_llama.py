@@ -53,7 +53,7 @@ def test_block_equals_transformers(layer, llama, base):
     """Unit-scale inputs; one layer, so that an error cannot be washed out by the norm behind it."""
     _, model = llama
     x = np.random.default_rng(layer).normal(size=(2, 24, 48)).astype(np.float32)
-    positions = np.broadcast_to(np.arange(24, dtype=np.int32), (2, 24))
+    positions = jnp.broadcast_to(jnp.arange(24, dtype=jnp.int32)[None], (2, 24))
     ones = jnp.ones_like(positions)
     attend = partial(attention.reference, places=attention.Places(ones, ones, positions, positions), window=None)
 

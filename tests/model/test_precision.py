@@ -136,7 +136,7 @@ def test_every_product_of_proofs_evaluation_and_generation(dtype):
 
 @pytest.mark.parametrize("init", ["pissa", "pissa_niter_2", "olora"])
 def test_every_product_of_an_initialisation(init):
-    make = partial(principal, init=init, rank=2, num_outputs=1, key=jax.random.key(0), scale=2.0)
+    make = partial(principal, init=init, rank=2, num_outputs=1, key=jax.random.key(0), scale=jnp.float32(2.0))
     found = traced(make, jnp.zeros((8, 12), BFLOAT16))
     assert (init == "pissa_niter_2") == bool(found) and all(in_full for _, in_full in found)
 

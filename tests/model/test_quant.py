@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from functools import partial
-from types import SimpleNamespace
+from unittest.mock import Mock
 
 import jax
 import jax.numpy as jnp
@@ -209,9 +209,9 @@ def test_a_weight_projects_as_the_dequantised_hugging_face_tensor(kind, inputs, 
     hf = weight(int(np.prod(outputs)), int(np.prod(inputs)))
     flat = np.asarray(quant.dequantize(quantized(hf.T, kind, 1), FLOAT32))
     leaf = quantized(hf.T.reshape(*inputs, *outputs), kind, len(inputs))
-    x = weight(3, *inputs, seed=5)
+    x = weight(1, 3, *inputs, seed=5)
     ins, outs = "abc"[: len(inputs)], "xyz"[: len(outputs)]
-    y = project(f"t{ins},{ins}{outs}->t{outs}", jnp.asarray(x), leaf, None, None)
+    y = project(f"bt{ins},{ins}{outs}->bt{outs}", jnp.asarray(x), leaf, None, None)
     np.testing.assert_allclose(np.asarray(y).reshape(3, -1), x.reshape(3, -1) @ flat, rtol=0, atol=1e-6)
 
 
@@ -303,8 +303,8 @@ def test_blocks_that_do_not_divide_are_refused():
 
 
 def test_fp8_is_refused_where_the_hardware_lacks_it():
-    def device(platform: str, capability: str) -> SimpleNamespace:
-        return SimpleNamespace(platform=platform, compute_capability=capability, device_kind="that card")
+    def device(platform: str, capability: str) -> Mock:
+        return Mock(jax.Device, platform=platform, compute_capability=capability, device_kind="that card")
 
     for platform, capability in (("gpu", "8.0"), ("cuda", "7.5"), ("tpu", "0")):
         with pytest.raises(ConfigError, match="8.9 or more.*that card.*int8"):

@@ -202,7 +202,7 @@ def fake(monkeypatch, config, capacity: float, per_row: dict[str, float], spread
     monkeypatch.setattr(search.Compiler, "flops", lambda self, remat: work[remat])
 
     def held_bytes(cfg, target, model):
-        return held["bytes"] * SIZES[cfg.model.quantization] / (cfg.mesh.fsdp * cfg.mesh.tensor)
+        return int(held["bytes"] * SIZES[cfg.model.quantization] / (cfg.mesh.fsdp * cfg.mesh.tensor))
 
     monkeypatch.setattr(search, "held_bytes", held_bytes)
 

@@ -74,7 +74,7 @@ def test_auto_takes_the_first_that_fits(ladder, monkeypatch, chosen):
 
     room = temporaries(plans[chosen]) if chosen != "full" else 0
     held = held_bytes(with_settings(cfg, {"model.remat": "full"}), target, SHAPE)
-    target = dataclasses.replace(target, capacity=(held + room) / (1 - auto_remat.HEADROOM) + 1)
+    target = dataclasses.replace(target, capacity=int((held + room) / (1 - auto_remat.HEADROOM)) + 1)
     cfg = with_settings(cfg, {"model.remat": "auto"})
     monkeypatch.setattr(jlora.planning.compiled, "plan", known)
     result = plan(cfg, target, SHAPE)

@@ -83,14 +83,16 @@ def test_weights_scale_each_token(monkeypatch):
     weights = np.random.default_rng(1).random((2, 9)).astype(np.float32) * 2
     logs = torch.log_softmax(torch.tensor(hidden @ head.T), dim=-1).numpy()
     each = -np.take_along_axis(logs, targets[:, :, None], 2)[:, :, 0]
-    np.testing.assert_allclose(chunked_cross_entropy(hidden, head, targets, weights), (each * weights).sum(), rtol=1e-5)
+    loss = chunked_cross_entropy(*map(jnp.asarray, (hidden, head, targets, weights)))
+    np.testing.assert_allclose(loss, (each * weights).sum(), rtol=1e-5)
 
 
 def test_bfloat16_hidden_gives_a_float32_loss():
     """Logits add up in float32: far closer to the exact loss of the rounded inputs than bfloat16 is fine."""
     hidden, head, targets, weights = inputs(2, 16, 0.7)
     rounded = [np.asarray(jnp.asarray(x, jnp.bfloat16), np.float32) for x in (hidden, head)]
-    loss = chunked_cross_entropy(jnp.asarray(hidden, jnp.bfloat16), jnp.asarray(head), targets, weights)
+    given = (jnp.asarray(hidden, jnp.bfloat16), *map(jnp.asarray, (head, targets, weights)))
+    loss = chunked_cross_entropy(*given)
     assert loss.dtype == jnp.float32
     np.testing.assert_allclose(loss, by_torch(*rounded, targets, weights)[0], rtol=1e-5)
 

@@ -7,6 +7,7 @@ import json
 import sys
 from functools import cache
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import jax
 import jax.numpy as jnp
@@ -46,8 +47,8 @@ FORMATS = {
     ],
     "preference": [{"prompt": ask, "chosen": say, "rejected": say[::-1] + " " + ask} for ask, say in PAIRS],
 }
-GPU = SimpleNamespace(platform="gpu", compute_capability="9.0", device_kind="H100")
-TPU = SimpleNamespace(platform="tpu", device_kind="TPU v5e")
+GPU = Mock(jax.Device, platform="gpu", compute_capability="9.0", device_kind="H100")
+TPU = Mock(jax.Device, platform="tpu", device_kind="TPU v5e")
 # Name of the kernel: what the config asks for, and the device that the run is for.
 KERNELS = {
     "reference": ("reference", GPU),
@@ -142,7 +143,7 @@ def alone(tiny, adapter, sequences):
 def test_a_sequence_in_its_row_is_as_it_is_alone(tiny, format, packing, kernel):
     asked, device = KERNELS[kernel]
     cfg = Config(**sections(tiny.folder, format, packing, asked))
-    shown, forward = make_forward(cfg, tiny.base.cfg, SimpleNamespace(devices=np.array([device])))
+    shown, forward = make_forward(cfg, tiny.base.cfg, Mock(jax.sharding.Mesh, devices=np.array([device])))
     assert shown == kernel
     dataset, _ = encoding.read_data(cfg, load_tokenizer(tiny.folder / "base", cfg.data.chat_template))
     epochs = Epochs(dataset, cfg.data, ROWS, seed=0)

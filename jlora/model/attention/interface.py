@@ -1,7 +1,7 @@
 """What an implementation of attention takes, and how a kernel runs on each device's own rows and heads."""
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 from jax.sharding import PartitionSpec
@@ -27,6 +27,7 @@ class Places(NamedTuple):
     kv_positions: Int[Array, "B S"]
 
 
+@runtime_checkable
 class Attention(Protocol):
     """What every implementation takes; a query sees the keys of its own segment up to its position.
 
