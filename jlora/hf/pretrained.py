@@ -15,6 +15,7 @@ from jlora.config import Config, describe, read_yaml
 from jlora.data.tokens import Tokenizer, from_fast, load_tokenizer, with_template
 from jlora.errors import ModelError
 from jlora.files.paths import inside, require_own
+from jlora.hf.architecture import parse_config
 from jlora.hf.gguf import GGUFFile
 from jlora.hf.load import load_base
 from jlora.hf.peft import CONFIG, WEIGHTS, load_adapter, read_adapter_config, scaled_to
@@ -204,34 +205,21 @@ def make_reference(cfg: Config, pretrained: Pretrained, mesh: Mesh) -> Adapter |
     return None if fresh or cfg.objective.name in ("sft", "orpo") else first_adapter(cfg, pretrained, mesh)
 
 
-# Named shapes, for a plan without any file of the model.
+# Named shapes, for a plan without any file of the model, and the keys of a config.json that they are.
 SHAPES = {
     "llama2-7b": (4096, 11008, 32, 32, 32),
     "llama2-13b": (5120, 13824, 40, 40, 40),
     "llama2-70b": (8192, 28672, 80, 64, 8),
 }
+SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 
 
 def model_shape(path: str) -> LlamaConfig:
     """Shape of a named size, or of the base at `path`; no weight is read."""
     if path not in SHAPES:
         return open_source(resolve(path), path).model
-    hidden, mlp, layers, heads, kv_heads = SHAPES[path]
-    return LlamaConfig(
-        vocab_size=32000,
-        hidden_size=hidden,
-        intermediate_size=mlp,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        head_dim=128,
-        rms_norm_eps=1e-5,
-        rope_theta=10000.0,
-        rope_scaling=None,
-        sliding_window=None,
-        tie_word_embeddings=False,
-        biased=(),
-    )
+    rest = {"model_type": "llama", "vocab_size": 32000, "rms_norm_eps": 1e-5}
+    return parse_config(dict(zip(SIZES, SHAPES[path], strict=True)) | rest, path)
 
 
 def stop_tokens(pretrained: Pretrained | Opened) -> list[int]:

@@ -12,7 +12,6 @@ import re
 import shutil
 import sys
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +29,6 @@ SAVING, DELETING = ".saving", ".deleting"
 DEBRIS = re.compile(r"\d+(\.saving|\.deleting|(\.saving)?\.orbax-checkpoint-tmp.*)")
 # Logs, the report and the file system's own needs, in a run folder.
 SPARE_BYTES = 4 * 2**20
-
-
-@dataclass(frozen=True)
-class Restored:
-    """What a checkpoint holds beside the state."""
-
-    step: int
-    state: Tree
-    data: dict[str, Any]
-    identity: dict[str, Any]
 
 
 class Checkpoints:
@@ -173,26 +162,18 @@ class Checkpoints:
         """The identity of the run that wrote a checkpoint."""
         return self._restore(step, identity=ocp.args.JsonRestore())["identity"]
 
-    def restore(self, step: int, like: Tree) -> Restored:
-        """Restore into the structure, dtypes and placement of `like`.
+    def restore(self, step: int, like: Tree) -> tuple[Tree, dict[str, Any]]:
+        """The state, in the structure, dtypes and placement of `like`, and the position of the data.
 
         Raises:
           ModelError: the checkpoint is damaged or belongs to another shape.
         """
         abstract = flatten(jax.tree.map(ocp.utils.to_shape_dtype_struct, like))
-        restored = self._restore(
-            step,
-            state=ocp.args.StandardRestore(abstract),
-            data=ocp.args.JsonRestore(),
-            identity=ocp.args.JsonRestore(),
-        )
-        flat = restored["state"]
-        leaves = [flat[name] for name in abstract]
-        state = jax.tree.unflatten(jax.tree.structure(like), leaves)
-        return Restored(step, state, restored["data"], restored["identity"])
+        found = self._restore(step, state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore())
+        return jax.tree.unflatten(jax.tree.structure(like), [found["state"][name] for name in abstract]), found["data"]
 
     def restore_trained(self, step: int, like: Tree) -> Tree:
-        """Restore the trained leaves alone, without the optimizer's, into the structure and placement of `like`.
+        """The trained leaves alone, without the optimizer's, in the structure and placement of `like`.
 
         Raises:
           ModelError: as for `restore`.
@@ -200,8 +181,8 @@ class Checkpoints:
         abstract = flatten({"trained": jax.tree.map(ocp.utils.to_shape_dtype_struct, like)})
         arguments = ocp.checkpoint_utils.construct_restore_args(abstract)
         part = ocp.args.PyTreeRestore(abstract, restore_args=arguments, partial_restore=True)
-        flat = self._restore(step, state=part)["state"]
-        return jax.tree.unflatten(jax.tree.structure(like), [flat[name] for name in abstract])
+        found = self._restore(step, state=part)["state"]
+        return jax.tree.unflatten(jax.tree.structure(like), [found[name] for name in abstract])
 
     def close(self) -> None:
         """Wait, then let go of the folder."""

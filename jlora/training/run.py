@@ -213,9 +213,8 @@ def resume(run: Run) -> dict[str, Any] | None:
         done = finished_summary(run.folder) if start == num_steps else None
         if done is not None:
             return done
-        restored = run.checkpoints.restore(start, run.state)
-        run.state = restored.state
-        run.batches.set_state(restored.data)
+        run.state, position = run.checkpoints.restore(start, run.state)
+        run.batches.set_state(position)
     run.start = run.step = start
     run.checkpoints.require_room(run.state, saves_left(cfg.training.save_every, start, num_steps))
     return None
