@@ -5,13 +5,12 @@ import io
 import os
 import stat
 from pathlib import Path
-from typing import BinaryIO
 
 # The largest that are read whole, in bytes: of real files a tokenizer.json is below 40 MB, a template below 50 KB.
 MAX_JSON, MAX_TEMPLATE = 64 * 2**20, 2**20
 
 
-def open_theirs(path: Path) -> BinaryIO:
+def open_theirs(path: Path) -> io.BufferedReader:
     """A file open for reading; links are followed.
 
     Raises:
@@ -22,7 +21,7 @@ def open_theirs(path: Path) -> BinaryIO:
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise OSError(errno.EINVAL, "is not a regular file", str(path))
-    return os.fdopen(descriptor, "rb")
+    return open(descriptor, "rb")
 
 
 def read_theirs(path: Path, limit: int) -> bytes:
