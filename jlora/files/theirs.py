@@ -6,8 +6,9 @@ import os
 import stat
 from pathlib import Path
 
-# The largest that are read whole, in bytes: of real files a tokenizer.json is below 40 MB, a template below 50 KB.
-MAX_JSON, MAX_TEMPLATE = 64 * 2**20, 2**20
+# The largest that are read whole, in bytes: of real files a tokenizer.json is below 40 MB, a template below 50 KB, a
+# metrics.jsonl of a million steps below 500 MB.
+MAX_JSON, MAX_TEMPLATE, MAX_LOG = 64 * 2**20, 2**20, 2**30
 
 
 def open_theirs(path: Path) -> io.BufferedReader:
@@ -32,10 +33,9 @@ def read_theirs(path: Path, limit: int) -> bytes:
       ValueError: it has more than `limit` bytes.
     """
     with open_theirs(path) as file:
-        content = file.read(limit + 1)
-    if len(content) > limit:
-        raise ValueError(f"it has more than {limit >> 20} MiB")
-    return content
+        if os.fstat(file.fileno()).st_size > limit:
+            raise ValueError(f"it has more than {limit >> 20} MiB")
+        return file.read()
 
 
 def text_of_theirs(path: Path, limit: int, errors: str = "strict") -> str:
