@@ -28,6 +28,7 @@ from jlora.data.tokens import Tokenizer
 from jlora.errors import ConfigError, DataError
 from jlora.files import lock, manifest
 from jlora.files.atomic import leftovers, new_folder
+from jlora.files.theirs import open_theirs
 
 # Raised with every change of what rows become, or of how it is written down.
 VERSION = 1
@@ -137,7 +138,7 @@ def content_key(source: str, tokenizer: Tokenizer, cfg: DataSection) -> str:
         known.append(rows.hexdigest())
     for path, name in files or ():
         try:
-            with open(path, "rb") as stream:
+            with open_theirs(path) as stream:
                 known.append([name, hashlib.file_digest(stream, "sha256").hexdigest()])
         except OSError as error:
             raise DataError(f"{path}: cannot be read ({error})") from None

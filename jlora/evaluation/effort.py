@@ -25,6 +25,7 @@ from jlora.evaluation.strategies import Rows, Strategy, ask, choose, split_rows
 from jlora.files import lock
 from jlora.files.atomic import strict_json, write_text
 from jlora.files.paths import require_own
+from jlora.files.theirs import MAX_JSON, read_theirs
 from jlora.hf.pretrained import Opened, open_adapter, open_pretrained
 from jlora.hf.source import base_fingerprint
 from jlora.inference.generate import LENGTH_STEP
@@ -62,11 +63,11 @@ class Results:
         self.folder = folder
         self._records: dict[str, Record] = {}
         try:
-            known = json.loads((folder / "effort.json").read_text(encoding="utf-8"))
+            known = json.loads(read_theirs(folder / "effort.json", MAX_JSON))
             self._records = {record["identity"]: record for record in known["results"]}
-        except OSError:
+        except FileNotFoundError:
             pass
-        except (ValueError, TypeError, KeyError):
+        except (OSError, ValueError, TypeError, KeyError, RecursionError):
             raise ConfigError(f"{folder}/effort.json: not written by this command; move it away") from None
 
     def get(self, identity: str) -> Record | None:

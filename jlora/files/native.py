@@ -1,7 +1,7 @@
 """Opens somebody else's file with a library in native code, whose death then kills no run.
 
-A script, for `sandbox.tried` alone: `native.py tokenizer < tokenizer.json` or `native.py arrow FILE`. Imports nothing
-of jlora, and ends with an error where the file does.
+A script, for `sandbox.tried` alone: `native.py tokenizer < tokenizer.json` or `native.py arrow FILE...`. Imports
+nothing of jlora, and ends with an error where the file does.
 """
 
 import sys
@@ -47,4 +47,5 @@ if __name__ == "__main__":
     if sys.argv[1] == "tokenizer":
         tokenizer(sys.stdin.buffer.read())
     else:
-        arrow(sys.argv[2])
+        for path in sys.argv[2:]:
+            arrow(path)

@@ -28,27 +28,27 @@ def expand_home(path: str) -> str:
     return path
 
 
-def inside(folder: Path, name: str) -> Path:
-    """`folder / name`, whose file lies in the folder, links followed; it need not exist.
+def inside(folder: Path, name: str, error: type[UserError] = ModelError, folders: bool = False) -> Path:
+    """`folder / name`, whose file (or folder, with `folders`) lies in the folder, links followed; it need not exist.
 
     The hub's cache is a folder of links too, `snapshots/REVISION/NAME -> ../../blobs/HASH`; its blobs belong to it.
 
     Raises:
-      ModelError: a path instead of a name, a link that leads out of the folder, or no regular file.
+      error: a path instead of a name, a link that leads out of the folder, or no regular file.
     """
     if Path(name).name != name or name == ".." or "\0" in name:
-        raise ModelError(f"{folder}: names the file {name!r}, which lies outside the folder; it is refused")
+        raise error(f"{folder}: names the file {name!r}, which lies outside the folder; it is refused")
     path, root = folder / name, folder.resolve()
     try:
         target = path.resolve()
-    except (OSError, RuntimeError) as error:  # links in a circle
-        raise ModelError(f"{path}: cannot be followed ({error}); put the file itself there") from None
+    except (OSError, RuntimeError) as circle:  # of links
+        raise error(f"{path}: cannot be followed ({circle}); put the file itself there") from None
     snapshots = (parent for parent in root.parents if parent.name == "snapshots")
     roots = [root, *(parent.parent / "blobs" for parent in snapshots)]
     if not any(target.is_relative_to(one) for one in roots):
-        raise ModelError(f"{path}: is a link to {target}, outside its folder; put the file itself there")
-    if target.exists() and not target.is_file():
-        raise ModelError(f"{path}: is not a regular file; get it again")
+        raise error(f"{path}: is a link to {target}, outside its folder; put the file itself there")
+    if target.exists() and not (target.is_dir() if folders else target.is_file()):
+        raise error(f"{path}: is not a {'folder' if folders else 'regular file'}; get it again")
     return path
 
 

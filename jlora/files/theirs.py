@@ -5,13 +5,13 @@ import io
 import os
 import stat
 from pathlib import Path
-from typing import BinaryIO
 
-# The largest that are read whole, in bytes: of real files a tokenizer.json is below 40 MB, a template below 50 KB.
-MAX_JSON, MAX_TEMPLATE = 64 * 2**20, 2**20
+# The largest that are read whole, in bytes: of real files a tokenizer.json is below 40 MB, a template below 50 KB, a
+# metrics.jsonl of a million steps below 500 MB.
+MAX_JSON, MAX_TEMPLATE, MAX_LOG = 64 * 2**20, 2**20, 2**30
 
 
-def open_theirs(path: Path) -> BinaryIO:
+def open_theirs(path: Path) -> io.BufferedReader:
     """A file open for reading; links are followed.
 
     Raises:
@@ -22,7 +22,7 @@ def open_theirs(path: Path) -> BinaryIO:
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise OSError(errno.EINVAL, "is not a regular file", str(path))
-    return os.fdopen(descriptor, "rb")
+    return open(descriptor, "rb")
 
 
 def read_theirs(path: Path, limit: int) -> bytes:
@@ -33,10 +33,9 @@ def read_theirs(path: Path, limit: int) -> bytes:
       ValueError: it has more than `limit` bytes.
     """
     with open_theirs(path) as file:
-        content = file.read(limit + 1)
-    if len(content) > limit:
-        raise ValueError(f"it has more than {limit >> 20} MiB")
-    return content
+        if os.fstat(file.fileno()).st_size > limit:
+            raise ValueError(f"it has more than {limit >> 20} MiB")
+        return file.read()
 
 
 def text_of_theirs(path: Path, limit: int, errors: str = "strict") -> str:

@@ -15,6 +15,7 @@ from jlora.config import Config, describe, read_yaml
 from jlora.data.tokens import Tokenizer, from_fast, load_tokenizer, with_template
 from jlora.errors import ModelError
 from jlora.files.paths import inside, require_own
+from jlora.files.theirs import open_theirs
 from jlora.hf.architecture import parse_config
 from jlora.hf.gguf import GGUFFile
 from jlora.hf.load import load_base
@@ -130,7 +131,7 @@ def find_adapter(folder: str) -> Path:
 
 def adapter_digest(folder: str) -> str:
     """SHA-256 of the file of an adapter's tensors, which was read already."""
-    with open(inside(find_adapter(folder), WEIGHTS), "rb") as file:
+    with open_theirs(inside(find_adapter(folder), WEIGHTS)) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

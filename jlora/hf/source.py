@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 from jlora.errors import ModelError
 from jlora.files.paths import inside
+from jlora.files.theirs import MAX_JSON, open_theirs, read_theirs
 from jlora.hf.architecture import parse_config
 from jlora.hf.gguf import GGUFFile
 from jlora.hf.names import OUTER, Entry, name_table
@@ -33,8 +34,8 @@ FLOATS: dict[str, np.dtype] = {
     "F64": np.dtype(np.float64),
 }
 
-# The largest that are read: of real models an index is below 10 MB, a safetensors header below 1 MB.
-MAX_JSON_BYTES, MAX_HEADER_BYTES = 64 * 2**20, 16 * 2**20
+# The largest that is read: of real models a safetensors header is below 1 MB.
+MAX_HEADER_BYTES = 16 * 2**20
 
 # Weights of a tied head that are compared with the embedding's at once.
 COMPARED_WEIGHTS = 2**20
@@ -154,7 +155,7 @@ class SafetensorsFolder:
         return False
 
     def _read_header(self, path: Path) -> None:
-        with open_safetensors(path), path.open("rb") as file:  # the first refuses offsets that do not fit
+        with open_safetensors(path), open_theirs(path) as file:  # the first refuses offsets that do not fit
             size = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(size))
         for name, tensor in header.items():
@@ -209,7 +210,7 @@ def read_floats(tensors: Any, name: str, path: Path) -> np.ndarray:
 def open_safetensors(path: Path) -> Iterator[Any]:
     """`safe_open` with errors that name the file."""
     try:
-        with path.open("rb") as file:
+        with open_theirs(path) as file:
             size = int.from_bytes(file.read(8), "little")
         if size > MAX_HEADER_BYTES:
             raise SafetensorError(f"a header of {size} bytes, more than the {MAX_HEADER_BYTES} that are read")
@@ -230,9 +231,7 @@ def read_json(path: Path) -> dict[str, Any]:
       ModelError: missing, unreadable, or not an object.
     """
     try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise ValueError(f"it has more than {MAX_JSON_BYTES >> 20} MiB")
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(read_theirs(path, MAX_JSON).decode("utf-8"))
     except FileNotFoundError:
         raise ModelError(f"{path}: missing; is {path.parent} the right folder?") from None
     except (OSError, ValueError, RecursionError) as error:
