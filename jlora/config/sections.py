@@ -102,17 +102,13 @@ class LoraSection(Section):
     )
 
     @model_validator(mode="after")
-    def _known_targets(self) -> "LoraSection":
+    def _options_that_agree(self) -> "LoraSection":
         if isinstance(self.target_modules, list):
             if not self.target_modules:
                 raise ValueError("target_modules is empty; name at least one projection")
             for name in self.target_modules:
                 if name not in PROJECTIONS:
                     raise ValueError(f"target_modules holds '{name}'{nearest(name, PROJECTIONS)}")
-        return self
-
-    @model_validator(mode="after")
-    def _options_that_agree(self) -> "LoraSection":
         if self.init_from is not None and self.init_lora_weights is not True:
             raise ValueError(
                 f"init_from={self.init_from} has the A and B to start from, which "
@@ -184,7 +180,6 @@ class DataSection(Section):
     on_bad_row: Literal["error", "skip"] = Field(
         "error", description="a row that cannot be trained on stops the run, or is dropped and counted"
     )
-
     cache_dir: NonEmpty | None = Field(
         None,
         description="folder in which tokenised rows are kept, by the content of their files, and from which they are "
@@ -377,12 +372,14 @@ class Config(Section):
     )
 
     @model_validator(mode="after")
-    def _frozen_if_quantized(self) -> "Config":
+    def _full_without_options_of_adapters(self) -> "Config":
         if self.method == "full" and self.model.quantization is not None:
             raise ValueError(
                 f"method=full trains every weight, which model.quantization={self.model.quantization} cannot hold; "
                 "set model.quantization=null or method=lora"
             )
+        if self.method == "full" and self.optimizer.loraplus_lr_ratio is not None:
+            raise ValueError("optimizer.loraplus_lr_ratio is about an adapter's B, which method=full does not have")
         return self
 
     @model_validator(mode="after")
@@ -396,12 +393,6 @@ class Config(Section):
             raise ValueError(f"objective.name={self.objective.name} is for adapters; set method=lora")
         if wanted and self.data.train_on != "response":
             raise ValueError(f"objective.name={self.objective.name} counts answers alone; set data.train_on=response")
-        return self
-
-    @model_validator(mode="after")
-    def _loraplus_has_factors(self) -> "Config":
-        if self.method == "full" and self.optimizer.loraplus_lr_ratio is not None:
-            raise ValueError("optimizer.loraplus_lr_ratio is about an adapter's B, which method=full does not have")
         return self
 
     def dump_yaml(self) -> str:
