@@ -28,7 +28,7 @@ from jlora.hf.gguf_header import CONVERT, Header, read_header, shown
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-    from jlora.model.llama import LlamaConfig
+    from jlora.model.llama import ModelConfig
 
 # The "llama." keys that are read below, or that do not change what the model computes.
 _USED_KEYS = frozenset({
@@ -109,7 +109,7 @@ class GGUFFile:
         self.sizes = {name: tensor.size for name, tensor in tensors.items()}
 
     @cached_property
-    def model(self) -> LlamaConfig:
+    def model(self) -> ModelConfig:
         """Shape and numerics."""
         from jlora.hf.architecture import parse_config  # needs JAX, and nothing else here does
 

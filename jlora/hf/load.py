@@ -25,7 +25,7 @@ from jlora.errors import ConfigError, ModelError
 from jlora.hf.names import Entry
 from jlora.hf.source import Source, check_names
 from jlora.model import quant
-from jlora.model.llama import Decoder, LlamaConfig, abstract_decoder, projection_shapes
+from jlora.model.llama import Decoder, ModelConfig, abstract_decoder, projection_shapes
 from jlora.model.sharding import named_sharding
 
 # Weights of one block, over all devices of this process. Beside the devices' buffers the host holds a block and
@@ -84,7 +84,7 @@ def _joined(cut: tuple[slice, ...], dims: tuple[int, ...]) -> Range:
 
 
 def share_of(
-    cfg: LlamaConfig, entry: Entry, sharding: NamedSharding, shape: tuple[int, ...], whole_rows: bool
+    cfg: ModelConfig, entry: Entry, sharding: NamedSharding, shape: tuple[int, ...], whole_rows: bool
 ) -> Share:
     """The share of this process in the tensor of `entry`, whose weight has `shape`, over layers where stacked.
 

@@ -21,27 +21,27 @@ from jlora.hf.names import name_table
 from jlora.hf.source import FLOATS
 from jlora.hf.weights import Weights, blocks
 from jlora.model.adapter import Adapter
-from jlora.model.llama import LlamaConfig
+from jlora.model.llama import ModelConfig
 
 SHARD_BYTES = 5 * 10**9
 DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16, "float32": np.float32}
 
 
-def untied(cfg: LlamaConfig, config: dict[str, Any], adapter: Adapter) -> tuple[LlamaConfig, dict[str, Any]]:
+def untied(cfg: ModelConfig, config: dict[str, Any], adapter: Adapter) -> tuple[ModelConfig, dict[str, Any]]:
     """Shape and config.json of the merged model: an adapter that has the embedding or the head in full unties them."""
     if not cfg.tie_word_embeddings or not {"embed_tokens", "lm_head"} & adapter.keys():
         return cfg, config
     return replace(cfg, tie_word_embeddings=False), config | {"tie_word_embeddings": False}
 
 
-def stored_bytes(cfg: LlamaConfig, dtype: str) -> int:
+def stored_bytes(cfg: ModelConfig, dtype: str) -> int:
     """Bytes of all tensors of a checkpoint in `dtype`."""
     return sum(math.prod(entry.hf_shape) for entry in name_table(cfg).values()) * np.dtype(DTYPES[dtype]).itemsize
 
 
 def save_checkpoint(
     folder: Path,
-    cfg: LlamaConfig,
+    cfg: ModelConfig,
     weights: Weights,
     config: dict[str, Any],
     dtype: str,

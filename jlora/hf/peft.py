@@ -23,7 +23,7 @@ from jlora.hf.names import OUTER
 from jlora.hf.source import open_safetensors, read_floats, read_json
 from jlora.model.adapter import Adapter, Lora, Saved, layer_ranks, module_path, new_lora, scaling
 from jlora.model.adapter_init import saved_weights
-from jlora.model.llama import LlamaConfig, projection_shapes
+from jlora.model.llama import ModelConfig, projection_shapes
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
@@ -53,7 +53,7 @@ def bias_name(projection: str, layer: int, adapted: bool) -> str:
     return tensor_name(projection, layer, "base_layer.bias" if adapted else "bias")
 
 
-def tensor_shapes(section: LoraSection, cfg: LlamaConfig) -> dict[str, tuple[int, ...]]:
+def tensor_shapes(section: LoraSection, cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every tensor of an adapter with these options."""
     shapes: dict[str, tuple[int, ...]] = {}
     for name in section.targets:
@@ -120,7 +120,7 @@ def read_adapter_config(folder: Path) -> LoraSection:
         raise ModelError(f"{where}: not a usable LoRA configuration ({reason})") from None
 
 
-def load_adapter(folder: Path, cfg: LlamaConfig, base_hash: str, dropout: float) -> Adapter:
+def load_adapter(folder: Path, cfg: ModelConfig, base_hash: str, dropout: float) -> Adapter:
     """Read a PEFT folder for a base of shape `cfg`.
 
     Args:

@@ -23,7 +23,7 @@ from jlora.hf.peft import CONFIG, WEIGHTS, load_adapter, read_adapter_config, sc
 from jlora.hf.source import Source, open_source, resolve
 from jlora.model.adapter import Adapter, Lora, layer_scales
 from jlora.model.adapter_init import new_adapter
-from jlora.model.llama import Decoder, LlamaConfig, place_adapter
+from jlora.model.llama import Decoder, ModelConfig, place_adapter
 
 # A tokenizer this much smaller than the embedding is another model's; padding of the vocabulary is not.
 SMALLEST_VOCAB_SHARE = 0.75
@@ -48,7 +48,7 @@ class Opened:
     tokenizer: Tokenizer
 
     @property
-    def model(self) -> LlamaConfig:
+    def model(self) -> ModelConfig:
         """Shape and numerics of the base."""
         return self.source.model
 
@@ -215,7 +215,7 @@ SHAPES = {
 SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 
 
-def model_shape(path: str) -> LlamaConfig:
+def model_shape(path: str) -> ModelConfig:
     """Shape of a named size, or of the base at `path`; no weight is read."""
     if path not in SHAPES:
         return open_source(resolve(path), path).model

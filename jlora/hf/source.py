@@ -24,7 +24,7 @@ from jlora.files.theirs import MAX_JSON, open_theirs, read_theirs
 from jlora.hf.architecture import parse_config
 from jlora.hf.gguf import GGUFFile
 from jlora.hf.names import OUTER, Entry, name_table
-from jlora.model.llama import LlamaConfig
+from jlora.model.llama import ModelConfig
 
 # The stored types that are read, by safetensors' names.
 FLOATS: dict[str, np.dtype] = {
@@ -56,7 +56,7 @@ class Source(Protocol):
     config: dict[str, Any]
 
     @property
-    def model(self) -> LlamaConfig: ...
+    def model(self) -> ModelConfig: ...
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]: ...
@@ -122,7 +122,7 @@ class SafetensorsFolder:
             )
 
     @cached_property
-    def model(self) -> LlamaConfig:
+    def model(self) -> ModelConfig:
         """Shape and numerics."""
         return parse_config(self.config, self._name)
 
@@ -264,7 +264,7 @@ def open_source(path: Path, name: str | None = None) -> Source:
     return GGUFFile(path) if path.is_file() else SafetensorsFolder(path, name or str(path))
 
 
-def check_names(cfg: LlamaConfig, shapes: dict[str, tuple[int, ...]], where: str) -> dict[str, Entry]:
+def check_names(cfg: ModelConfig, shapes: dict[str, tuple[int, ...]], where: str) -> dict[str, Entry]:
     """The name table, once every tensor of the model is there with its shape and nothing else is.
 
     Raises:

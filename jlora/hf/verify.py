@@ -22,7 +22,7 @@ from jlora.hf.weights import Merged, Weights, at_layer, blocks, leaf
 from jlora.model import attention
 from jlora.model.adapter import Adapter, Lora, Saved
 from jlora.model.layers import rms_norm
-from jlora.model.llama import Block, Decoder, LlamaConfig, place_adapter
+from jlora.model.llama import Block, Decoder, ModelConfig, place_adapter
 from jlora.model.precision import products_in
 from jlora.model.rope import rotary_table
 from jlora.model.sharding import constrain, gather
@@ -62,7 +62,7 @@ def _probed(base: Decoder, adapter: Adapter, dtype: jnp.dtype) -> jax.Array:
 class StreamedBlock:
     """One layer as `jlora.model.llama.Block` computes it, each weight read when it is used and let go after."""
 
-    def __init__(self, cfg: LlamaConfig, weights: Weights, layer: int):
+    def __init__(self, cfg: ModelConfig, weights: Weights, layer: int):
         self.cfg = cfg
         self._weights, self._layer = weights, layer
         self._table = name_table(cfg)
@@ -95,7 +95,7 @@ class StreamedWeight:
         return self.get_value()[index]
 
 
-def streamed_logits(cfg: LlamaConfig, weights: Weights, adapter: Adapter) -> np.ndarray:
+def streamed_logits(cfg: ModelConfig, weights: Weights, adapter: Adapter) -> np.ndarray:
     """As `probe_logits` in float32, with one tensor of the model in memory at a time; [T V].
 
     Args:

@@ -19,12 +19,12 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from jlora.config import LoraSection
 from jlora.errors import ConfigError
 from jlora.model.adapter import Adapter, Lora, Saved, layer_ranks, module_path, new_lora, weight_norm
-from jlora.model.llama import Decoder, LlamaConfig, block_weights, outer_weights, projection_shapes
+from jlora.model.llama import Decoder, ModelConfig, block_weights, outer_weights, projection_shapes
 from jlora.model.precision import products_in
 from jlora.model.quant import Leaf, dequantize
 
 
-def check_options(cfg: LoraSection, model: LlamaConfig) -> None:
+def check_options(cfg: LoraSection, model: ModelConfig) -> None:
     """Whether the options fit the model, asked before anything is computed.
 
     Raises:
@@ -51,13 +51,13 @@ def check_options(cfg: LoraSection, model: LlamaConfig) -> None:
         raise ConfigError(f"lora.bias={cfg.bias}, but the model has no biases to train there; set lora.bias=none")
 
 
-def trained_biases(cfg: LoraSection, model: LlamaConfig) -> tuple[str, ...]:
+def trained_biases(cfg: LoraSection, model: ModelConfig) -> tuple[str, ...]:
     """The projections whose biases are trained."""
     chosen = {"none": (), "all": model.biased, "lora_only": cfg.targets}[cfg.bias]
     return tuple(name for name in model.biased if name in chosen)
 
 
-def saved_weights(cfg: LoraSection, model: LlamaConfig) -> dict[str, tuple[int, ...]]:
+def saved_weights(cfg: LoraSection, model: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Name -> shape of the weights that are trained in full; of biases, stacked over layers."""
     table = outer_weights(model)["embed_tokens"].shape
     stacked = {f"{name}_bias": block_weights(model)[f"{name}_bias"].shape for name in trained_biases(cfg, model)}
@@ -66,7 +66,7 @@ def saved_weights(cfg: LoraSection, model: LlamaConfig) -> dict[str, tuple[int, 
     }
 
 
-def new_adapter(cfg: LoraSection, model: LlamaConfig, seed: int, base: Decoder | None = None) -> Adapter:
+def new_adapter(cfg: LoraSection, model: ModelConfig, seed: int, base: Decoder | None = None) -> Adapter:
     """An adapter before its first step, whole on every device; with a base all processes must call this.
 
     Args:
@@ -80,7 +80,7 @@ def new_adapter(cfg: LoraSection, model: LlamaConfig, seed: int, base: Decoder |
     return {name: _completed(part, name, cfg, base, seed) for name, part in adapter.items()}
 
 
-def _drawn(cfg: LoraSection, model: LlamaConfig, name: str, seed: int) -> Lora:
+def _drawn(cfg: LoraSection, model: ModelConfig, name: str, seed: int) -> Lora:
     """A Kaiming-uniform or, if so configured, Gaussian; B zero, as `LoraLayer.reset_lora_parameters` of PEFT.
 
     PyTorch's `kaiming_uniform_(a=sqrt(5))` draws from U(-1/sqrt(fan_in), 1/sqrt(fan_in)). The draw of

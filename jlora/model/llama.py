@@ -28,7 +28,7 @@ from jlora.model.sharding import constrain, named_sharding, place
 
 
 @dataclass(frozen=True)
-class LlamaConfig:
+class ModelConfig:
     """Shape and numerics of a Llama, all from the base's own config.json; no field has a default."""
 
     vocab_size: int
@@ -58,7 +58,7 @@ class Weight:
     axes: tuple[str, ...]
 
 
-def block_weights(cfg: LlamaConfig) -> dict[str, Weight]:
+def block_weights(cfg: ModelConfig) -> dict[str, Weight]:
     """The weights of one layer, in the order of their use, then the biases."""
     d, f, h = cfg.hidden_size, cfg.intermediate_size, cfg.head_dim
     n, k = cfg.num_attention_heads, cfg.num_key_value_heads
@@ -79,7 +79,7 @@ def block_weights(cfg: LlamaConfig) -> dict[str, Weight]:
     return weights
 
 
-def outer_weights(cfg: LlamaConfig) -> dict[str, Weight]:
+def outer_weights(cfg: ModelConfig) -> dict[str, Weight]:
     """The weights outside the layers."""
     table = Weight((cfg.vocab_size, cfg.hidden_size), ("vocab", "embed"))
     norm = Weight((cfg.hidden_size,), ("embed",))
@@ -87,7 +87,7 @@ def outer_weights(cfg: LlamaConfig) -> dict[str, Weight]:
     return tied if cfg.tie_word_embeddings else tied | {"lm_head": table}
 
 
-def projection_shapes(cfg: LlamaConfig) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
+def projection_shapes(cfg: ModelConfig) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
     """Projection name -> (input dims, output dims) of one layer, for its adapter."""
     return {
         name: (weight.shape[: NUM_INPUTS.get(name, 1)], weight.shape[NUM_INPUTS.get(name, 1) :])
@@ -96,7 +96,7 @@ def projection_shapes(cfg: LlamaConfig) -> dict[str, tuple[tuple[int, ...], tupl
     }
 
 
-def adapter_axes(cfg: LlamaConfig, adapter: Adapter) -> Any:
+def adapter_axes(cfg: ModelConfig, adapter: Adapter) -> Any:
     """A tree like the adapter, with logical axes for arrays: those of the weight, cut at the rank in A and B."""
     stacked, outer = block_weights(cfg), outer_weights(cfg)
     tree: dict[str, Any] = {}
@@ -129,7 +129,7 @@ class Block(nnx.Module):
     up_proj: nnx.Param
     down_proj: nnx.Param
 
-    def __init__(self, cfg: LlamaConfig, fill: Callable[[Weight], Array]):
+    def __init__(self, cfg: ModelConfig, fill: Callable[[Weight], Array]):
         self.cfg = cfg
         for name, weight in block_weights(cfg).items():
             stacked = Weight((cfg.num_hidden_layers, *weight.shape), ("layers", *weight.axes))
@@ -192,7 +192,7 @@ class Cache:
     used: Int[Array, ""]
 
 
-def empty_cache(cfg: LlamaConfig, batch_size: int, num_slots: int, dtype: jnp.dtype) -> Cache:
+def empty_cache(cfg: ModelConfig, batch_size: int, num_slots: int, dtype: jnp.dtype) -> Cache:
     """A cache with room for `num_slots` tokens a row."""
     shape = (cfg.num_hidden_layers, batch_size, num_slots, cfg.num_key_value_heads, cfg.head_dim)
     zeros = jnp.zeros((batch_size, num_slots), jnp.int32)
@@ -206,7 +206,7 @@ class Decoder(nnx.Module):
     norm: nnx.Param
     lm_head: nnx.Param  # absent where the embedding is tied
 
-    def __init__(self, cfg: LlamaConfig, fill: Callable[[Weight], Array]):
+    def __init__(self, cfg: ModelConfig, fill: Callable[[Weight], Array]):
         """Args: fill makes each weight, stacked over layers, from its shape and logical axes."""
         self.cfg = cfg
         self.layers = Block(cfg, fill)
@@ -335,7 +335,7 @@ def embedding_noise(key: PRNGKeyArray, x: Float[Array, "B T D"], alpha: float) -
     return jax.random.uniform(noise_key, x.shape, jnp.float32, -bound, bound).astype(x.dtype)
 
 
-def abstract_decoder(cfg: LlamaConfig, dtype: jnp.dtype, quantization: str | None = None) -> Decoder:
+def abstract_decoder(cfg: ModelConfig, dtype: jnp.dtype, quantization: str | None = None) -> Decoder:
     """The module with shapes instead of arrays: projections quantised where asked for, all else in `dtype`."""
 
     def make() -> Decoder:
@@ -350,7 +350,7 @@ def abstract_decoder(cfg: LlamaConfig, dtype: jnp.dtype, quantization: str | Non
     return jax.eval_shape(make)
 
 
-def place_adapter(adapter: Adapter, cfg: LlamaConfig, mesh: jax.sharding.Mesh) -> Adapter:
+def place_adapter(adapter: Adapter, cfg: ModelConfig, mesh: jax.sharding.Mesh) -> Adapter:
     """The adapter laid out over `mesh` like the weights it belongs to; abstract in, abstract out."""
 
     def lay_out(

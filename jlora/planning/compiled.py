@@ -23,7 +23,7 @@ from jlora.model import attention
 from jlora.model.adapter import without_scales
 from jlora.model.adapter_init import check_options, new_adapter
 from jlora.model.divisibility import check_batch_split, check_divides
-from jlora.model.llama import Decoder, LlamaConfig, abstract_decoder, place_adapter
+from jlora.model.llama import Decoder, ModelConfig, abstract_decoder, place_adapter
 from jlora.model.quant import is_quantized, map_axes
 from jlora.model.sharding import make_mesh, named_sharding
 from jlora.planning.flops import collective_bytes, count_flops
@@ -107,7 +107,7 @@ def place_base(base: Decoder, mesh: jax.sharding.Mesh) -> Decoder:
 
 
 def abstract_step(
-    cfg: Config, model: LlamaConfig, mesh: jax.sharding.Mesh, forward: Forward
+    cfg: Config, model: ModelConfig, mesh: jax.sharding.Mesh, forward: Forward
 ) -> tuple[Any, tuple[Any, Any, Any, Any], dict[str, Any]]:
     """The step, its arguments (state, what is frozen, batch, hyperparameters) as shapes, and {"adapter", "base"}."""
     base = place_base(abstract_decoder(model, param_dtype(cfg), cfg.model.quantization), mesh)
@@ -136,7 +136,7 @@ def abstract_step(
     return make_train_step(cfg, forward), (state, frozen, batch, hyper), params
 
 
-def step_flops(cfg: Config, model: LlamaConfig, mesh: jax.sharding.Mesh, forward: Forward) -> float:
+def step_flops(cfg: Config, model: ModelConfig, mesh: jax.sharding.Mesh, forward: Forward) -> float:
     """FLOPs of one optimizer step over all devices, whatever the mesh and the micro-batches.
 
     Kernels hide their products, so they are counted over the reference attention.
@@ -160,7 +160,7 @@ def quantized_parameters(base: Decoder) -> int:
     return sum(leaf.size for leaf in leaves if is_quantized(leaf))
 
 
-def checked_mesh(cfg: Config, devices: list[Any], model: LlamaConfig) -> jax.sharding.Mesh:
+def checked_mesh(cfg: Config, devices: list[Any], model: ModelConfig) -> jax.sharding.Mesh:
     """The mesh of a config over these devices.
 
     Raises:
@@ -172,7 +172,7 @@ def checked_mesh(cfg: Config, devices: list[Any], model: LlamaConfig) -> jax.sha
     return mesh
 
 
-def held_bytes(cfg: Config, target: Target, model: LlamaConfig) -> int:
+def held_bytes(cfg: Config, target: Target, model: ModelConfig) -> int:
     """Bytes of a device that the step's arguments take, without compiling it: less than it needs.
 
     Raises:
@@ -184,7 +184,7 @@ def held_bytes(cfg: Config, target: Target, model: LlamaConfig) -> int:
         return bytes_per_device(arguments)
 
 
-def plan(cfg: Config, target: Target, model: LlamaConfig | None = None, flops: float | None = None) -> Plan:
+def plan(cfg: Config, target: Target, model: ModelConfig | None = None, flops: float | None = None) -> Plan:
     """Compile for a target.
 
     With `model.remat: auto` they are those of the policy that `jlora.train` would take there.
@@ -260,7 +260,7 @@ def plan(cfg: Config, target: Target, model: LlamaConfig | None = None, flops: f
     )
 
 
-def _of_the_fastest(cfg: Config, target: Target, model: LlamaConfig, mesh: jax.sharding.Mesh) -> Plan:
+def _of_the_fastest(cfg: Config, target: Target, model: ModelConfig, mesh: jax.sharding.Mesh) -> Plan:
     """The plan with the first policy of the ladder that fits."""
     plans: dict[str, Plan] = {}
 

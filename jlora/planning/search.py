@@ -11,7 +11,7 @@ import jax
 
 from jlora.config import Config
 from jlora.hf.pretrained import model_shape
-from jlora.model.llama import LlamaConfig
+from jlora.model.llama import ModelConfig
 from jlora.model.sharding import make_mesh
 from jlora.planning.compiled import Plan, held_bytes, plan, step_flops
 from jlora.planning.layouts import HEAVIER, as_overrides, guess_seconds, layouts, smallest, with_settings
@@ -29,7 +29,7 @@ class Compiler:
       results: layout -> what `jlora.planning.compiled.plan` says of it.
     """
 
-    def __init__(self, cfg: Config, target: Target, model: LlamaConfig):
+    def __init__(self, cfg: Config, target: Target, model: ModelConfig):
         self.cfg, self.target, self.model = cfg, target, model
         self.results: dict[Layout, Plan] = {}
         self._held: dict[Any, int] = {}

@@ -17,7 +17,7 @@ from jlora.hf.pretrained import load_pretrained, open_adapter, open_pretrained, 
 from jlora.model.adapter import Adapter, layer_scales, with_scales, without_scales
 from jlora.model.adapter_init import new_adapter
 from jlora.model.adapter_merge import combine_adapters
-from jlora.model.llama import Decoder, LlamaConfig, abstract_decoder, place_adapter
+from jlora.model.llama import Decoder, ModelConfig, abstract_decoder, place_adapter
 from jlora.model.sharding import named_sharding, one_device_mesh
 from jlora.training.checkpoint import Checkpoints
 from jlora.training.merge import merge as merge_run
@@ -27,7 +27,7 @@ PROOF_DTYPE = jnp.dtype("float32")
 
 
 def restore(
-    cfg: Config, run_dir: Path, step: int | None, model: LlamaConfig, base_hash: str, mesh: jax.sharding.Mesh
+    cfg: Config, run_dir: Path, step: int | None, model: ModelConfig, base_hash: str, mesh: jax.sharding.Mesh
 ) -> tuple[int, Adapter, Decoder | None]:
     """Step, adapter and, of a full fine-tuning, weights of a checkpoint (the newest without `step`), on `mesh`.
 

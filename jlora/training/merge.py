@@ -31,7 +31,7 @@ from jlora.hf.weights import Dequantized, Merged, Stored, Trained, Weights
 from jlora.model import attention
 from jlora.model.adapter import Adapter
 from jlora.model.adapter_init import new_adapter
-from jlora.model.llama import Decoder, LlamaConfig, abstract_decoder, place_adapter
+from jlora.model.llama import Decoder, ModelConfig, abstract_decoder, place_adapter
 from jlora.model.sharding import make_mesh, one_device_mesh
 from jlora.training import auto_remat
 from jlora.training.evaluator import Evaluator
@@ -47,7 +47,7 @@ TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
 SPARE_BYTES = 512 * 2**20
 
 
-def needed_memory(cfg: Config, model: LlamaConfig) -> int:
+def needed_memory(cfg: Config, model: ModelConfig) -> int:
     """Bytes of the host that merging takes beside what the process holds already.
 
     The proof holds a projection in float32, and at times a second one: with DoRA its squares, else the one before it,
@@ -61,7 +61,7 @@ def needed_memory(cfg: Config, model: LlamaConfig) -> int:
     return 2 * 4 * largest + 4 * trained + SPARE_BYTES
 
 
-def require_room(out: Path, cfg: Config, model: LlamaConfig, dtype: str) -> None:
+def require_room(out: Path, cfg: Config, model: ModelConfig, dtype: str) -> None:
     """Refuse a merge that would not fit in the host's memory or on the disk, before anything is written.
 
     Raises:

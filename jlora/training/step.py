@@ -19,7 +19,7 @@ from jlora.config import Config, ObjectiveSection
 from jlora.model import attention, quant
 from jlora.model.adapter import Adapter
 from jlora.model.attention import Attention
-from jlora.model.llama import Decoder, LlamaConfig
+from jlora.model.llama import Decoder, ModelConfig
 from jlora.model.precision import products_in
 from jlora.model.quant import is_quantized
 from jlora.model.sharding import named_sharding, place
@@ -287,7 +287,7 @@ def make_eval_step(
     return jax.jit(step)
 
 
-def make_forward(cfg: Config, model: LlamaConfig, mesh: jax.sharding.Mesh) -> tuple[str, Forward]:
+def make_forward(cfg: Config, model: ModelConfig, mesh: jax.sharding.Mesh) -> tuple[str, Forward]:
     """The static choices of the forward pass, and what attention runs, for the log."""
     dtype, device = jnp.dtype(cfg.model.dtype), mesh.devices.flat[0]
     quant.check_device(cfg.model.quantization, device)

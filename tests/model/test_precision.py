@@ -17,7 +17,7 @@ from jlora.inference.generate import GREEDY, decode, prefill
 from jlora.model import attention
 from jlora.model.adapter import Lora, weight_norm
 from jlora.model.adapter_init import principal
-from jlora.model.llama import LlamaConfig, abstract_decoder
+from jlora.model.llama import ModelConfig, abstract_decoder
 from jlora.model.sharding import one_device_mesh
 from jlora.planning.compiled import abstract_step
 from jlora.planning.flops import subjaxprs
@@ -27,7 +27,7 @@ FLOAT32, BFLOAT16 = jnp.dtype("float32"), jnp.dtype("bfloat16")
 IN_FULL = (jax.lax.Precision.HIGHEST,) * 2
 # Splash's rows are multiples of 128 and its heads of 64; nf4's blocks are of 64.
 LENGTH = 128
-MODEL = LlamaConfig(
+MODEL = ModelConfig(
     vocab_size=64,
     hidden_size=64,
     intermediate_size=128,

@@ -17,7 +17,7 @@ from jlora.model import quant
 from jlora.model.adapter import project
 from jlora.model.adapter_init import new_adapter
 from jlora.model.attention import reference
-from jlora.model.llama import LlamaConfig, abstract_decoder, projection_shapes
+from jlora.model.llama import ModelConfig, abstract_decoder, projection_shapes
 from jlora.training.step import Forward
 
 KINDS = ("int8", "fp8", "nf4", "int4")
@@ -255,7 +255,7 @@ def test_bits_a_weight():
     assert bits["int8"] == bits["fp8"] == pytest.approx(8.01, abs=0.01)
 
 
-MID = LlamaConfig(
+MID = ModelConfig(
     vocab_size=512,
     hidden_size=1024,
     intermediate_size=2816,

@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 from jlora.config.convert.rules import Conversion, Differs, Table, To, Without, is_set, one_of
-from jlora.config.sections import PROJECTIONS
+from jlora.config.lora import PROJECTIONS
 
 NAME = "Axolotl"
 # 8-bit and paged states hold the same moments in fewer bytes; jlora's are float32.

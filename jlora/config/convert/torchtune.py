@@ -4,7 +4,7 @@ import re
 from typing import Any
 
 from jlora.config.convert.rules import Conversion, Differs, Table, To, Without, is_set
-from jlora.config.sections import MLP_PROJECTIONS, PROJECTIONS
+from jlora.config.lora import MLP_PROJECTIONS, PROJECTIONS
 from jlora.errors import ConfigError
 
 NAME = "torchtune"
