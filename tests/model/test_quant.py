@@ -210,7 +210,7 @@ def test_a_weight_projects_as_the_dequantised_hugging_face_tensor(kind, inputs, 
     flat = np.asarray(quant.dequantize(quantized(hf.T, kind, 1), FLOAT32))
     leaf = quantized(hf.T.reshape(*inputs, *outputs), kind, len(inputs))
     x = weight(1, 3, *inputs, seed=5)
-    ins, outs = "abc"[: len(inputs)], "xyz"[: len(outputs)]
+    ins, outs = "ijk"[: len(inputs)], "xyz"[: len(outputs)]
     y = project(f"bt{ins},{ins}{outs}->bt{outs}", jnp.asarray(x), leaf, None, None)
     np.testing.assert_allclose(np.asarray(y).reshape(3, -1), x.reshape(3, -1) @ flat, rtol=0, atol=1e-6)
 
