@@ -1,5 +1,6 @@
 """The training step: what it differentiates, what moves, and what does not change what is trained."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -176,7 +177,7 @@ def test_every_optimizer_lowers_the_loss(tiny, tmp_path, name, learning_rate):
     run = open_run(tiny_config(tiny, tmp_path, optimizer=section, training={"batch_size": 24}))
     losses = [line["loss"] for line in take_steps(run, 4)]  # every batch holds all rows
     assert np.isfinite(losses).all() and losses[3] < losses[0] - 1e-3
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(run.state.trained))
+    chex.assert_tree_all_finite(run.state.trained)
 
 
 def test_train_on_all_counts_every_next_token(tiny, tmp_path):
@@ -226,7 +227,7 @@ def test_too_many_steps_that_are_not_finite_end_the_run(tiny, tmp_path):
     assert steps and steps[-1] < lines[-1]["step"]
     for step in steps:
         arrays = restore_raw(run_dir / "checkpoints" / str(step))
-        assert all(np.isfinite(array).all() for name, array in arrays.items() if name != "losses")
+        chex.assert_tree_all_finite({name: array for name, array in arrays.items() if name != "losses"})
         assert arrays["skipped"] <= 3
 
     # The same command meets the same end; it starts from the checkpoint.
