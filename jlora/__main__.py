@@ -1,20 +1,40 @@
 """`jlora COMMAND ...`, the same as `python -m jlora.COMMAND ...`."""
 
+import argparse
 import importlib
 import sys
 
+import jlora
 from jlora import cli
 
 # Command -> the module that holds it.
 COMMANDS = {name: f"jlora.{name}" for name in ("train", "plan", "generate", "evaluate", "effort", "export", "report")}
 COMMANDS |= {name: f"jlora.{name}.__main__" for name in ("data", "config")}
+PURPOSES = {
+    "data": "show rows as the model sees them, and check them",
+    "plan": "say whether a run fits on hardware, how long it takes and what it costs",
+    "train": "fine-tune, or resume from the last checkpoint",
+    "generate": "answer prompts, or chat",
+    "evaluate": "measure loss and answers on rows, also of several adapters",
+    "export": "write an adapter for PEFT, or a whole checkpoint",
+    "report": "draw the page of a run, or compare runs",
+    "effort": "find out whether fine-tuning pays, and how many rows it takes",
+    "config": "print the config reference, or convert another tool's config",
+}
 
 
 def main() -> None:
     """Run the command named first with the arguments behind it."""
-    parser = cli.Parser(prog="jlora", description="LoRA fine-tuning of Llama models in JAX.")
-    parser.add_argument("command", choices=tuple(COMMANDS))
-    parser.add_argument("arguments", nargs="*", default=[], help="see jlora COMMAND --help")
+    commands = "\n".join(f"  {name:<10} {what}" for name, what in PURPOSES.items())
+    parser = cli.Parser(
+        prog="jlora",
+        usage="jlora COMMAND ...",
+        description="LoRA fine-tuning of Llama models in JAX.",
+        epilog=f"commands:\n{commands}\n\njlora COMMAND --help says more of each.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"jlora {jlora.__version__}")
+    parser.add_argument("command", metavar="COMMAND", choices=tuple(PURPOSES), help=argparse.SUPPRESS)
     args = parser.parse_args(sys.argv[1:2])
     sys.argv = [f"jlora {args.command}", *sys.argv[2:]]
     importlib.import_module(COMMANDS[args.command]).main()

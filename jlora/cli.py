@@ -4,6 +4,7 @@ import argparse
 import errno
 import logging
 import os
+import re
 import sys
 import traceback
 import warnings
@@ -11,17 +12,11 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any, NoReturn, get_args
 
-import jax
-import jax.numpy as jnp
-
-from jlora.config import DataSection, Quantization
-from jlora.data.prompts import FORMATS
 from jlora.errors import ConfigError, HostLost, Interrupted, MemoryExceeded, Stopped, UserError
 from jlora.files.atomic import strict_json
+from jlora.files.paths import expand_home
 from jlora.files.secrets import redact
-from jlora.hf.pretrained import Pretrained, load_pretrained, open_adapter, open_pretrained, run_config
-from jlora.model import quant
-from jlora.model.adapter import Adapter
+from jlora.files.text import clean
 from jlora.runtime import distributed, signals, streams, supervise, xla
 
 # Before transformers is imported: it reports at every start that PyTorch is not there, which it need not be.
@@ -31,6 +26,7 @@ PREEMPTED = Stopped.exit_code
 # What is wrong with the user's disk, not with us.
 FILE_ERRORS = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM),
+    *(errno.EIO, errno.ESTALE, errno.EFBIG, errno.EMFILE, errno.ENFILE),
     *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP),
 )
 # How XLA says it, on accelerators and on the CPU.
@@ -42,6 +38,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **settings: Any):
         super().__init__(**{"allow_abbrev": False} | settings)
+        self.register("type", "path", _path)
 
     def parse_known_args(self, *given: Any) -> Any:  # type: ignore[override]  # every other way of parsing calls it
         """As argparse's."""
@@ -59,7 +56,14 @@ class Parser(argparse.ArgumentParser):
         sys.exit(status)
 
     def error(self, message: str) -> NoReturn:
-        self.exit(ConfigError.exit_code, f"error: {redact(message)}; see {self.prog} --help\n")
+        self.exit(ConfigError.exit_code, f"error: {clean(redact(message))}; see {self.prog} --help\n")
+
+
+def _path(text: str) -> str:
+    try:
+        return expand_home(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def run(command: Callable[[], int | None], listen: bool = True) -> None:
@@ -72,7 +76,7 @@ def run(command: Callable[[], int | None], listen: bool = True) -> None:
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs its every step, and tracebacks of failed saves
     logging.getLogger("tensorboardX").setLevel(logging.ERROR)  # it warns of every loss that is not finite
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # what else fails once Orbax has met a damaged file
-    sys.unraisablehook = _unraisable
+    sys.unraisablehook, sys.excepthook = _unraisable, _uncaught
     xla.prepare()
     if not sys.warnoptions:
         warnings.simplefilter("ignore")  # of libraries to their callers
@@ -91,9 +95,9 @@ def run(command: Callable[[], int | None], listen: bool = True) -> None:
         if known is None:
             if not distributed.several():
                 raise
-            traceback.print_exc()
+            _uncaught(type(error), error, error.__traceback__)
         code = known.exit_code if known else 1
-        sentence = redact(" ".join(str(known or error).splitlines()))
+        sentence = clean(redact(" ".join(str(known or error).splitlines())))
         if known:
             print(f"error: {sentence}", file=sys.stderr)
     streams.flush()
@@ -112,6 +116,9 @@ def explain(error: Exception) -> UserError | None:
         where = error.filename or "a file"
         return ConfigError(f"{where}: {error.strerror}; make room or way there, or write to another folder")
     first = str(error).split("\n")[0]
+    # safetensors has errors of its own, which say the system's number.
+    if number := re.search(r"\(os error (\d+)\)", str(error)):
+        return explain(OSError(int(number[1]), os.strerror(int(number[1])))) if int(number[1]) in FILE_ERRORS else None
     if isinstance(error, MemoryError) or any(sign in str(error) for sign in OUT_OF_MEMORY):
         return MemoryExceeded(
             f"out of device memory ({first}); lower training.batch_size or data.max_length, raise "
@@ -120,10 +127,15 @@ def explain(error: Exception) -> UserError | None:
         )
     if distributed.is_lost_peer(error):
         return HostLost(
-            f"another process of the job was lost ({first}); see its log, then run the same command again to go on "
+            f"another process of the job was lost ({first}); see its log, then run the same command again to resume "
             "from the last checkpoint"
         )
     return None
+
+
+def _uncaught(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    """The traceback of a bug, which may hold values of the user's."""
+    print(redact("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
 
 
 def _unraisable(stray: Any) -> None:
@@ -139,11 +151,13 @@ def print_json(value: Any) -> None:
 
 def add_model_arguments(parser: argparse.ArgumentParser, format: str) -> None:
     """The arguments of every command that runs a base with an adapter; `format` is how it reads rows by itself."""
+    from jlora.config.sections import Format, Quantization
+
     parser.set_defaults(own_format=format)
-    parser.add_argument("--base", required=True, help="Hugging Face folder, .gguf file or hub name")
-    parser.add_argument("--adapter", help="run folder or PEFT LoRA folder")
-    parser.add_argument("--tokenizer", help="another folder for the tokenizer")
-    parser.add_argument("--chat-template", help="llama2, chatml or a .jinja file")
+    parser.add_argument("--base", type="path", required=True, help="Hugging Face folder, .gguf file or hub name")
+    parser.add_argument("--adapter", type="path", help="run folder or PEFT LoRA folder")
+    parser.add_argument("--tokenizer", type="path", help="another folder for the tokenizer")
+    parser.add_argument("--chat-template", type="path", help="llama2, chatml or a .jinja file")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="of weights and matmuls")
     parser.add_argument(
         "--quantization",
@@ -152,28 +166,9 @@ def add_model_arguments(parser: argparse.ArgumentParser, format: str) -> None:
     )
     parser.add_argument(
         "--format",
-        choices=FORMATS,
+        choices=get_args(Format),
         help=f"how rows are read; default: as the adapter's run did, else {format}",
     )
     parser.add_argument(
         "--prompt-style", choices=("stanford", "chat"), help="how alpaca rows are written; default: as the run did"
     )
-
-
-def open_model(args: argparse.Namespace, mesh: jax.sharding.Mesh) -> tuple[Pretrained, Adapter, jnp.dtype, DataSection]:
-    """Base, adapter, dtype and row format from the arguments, then from the adapter's run, then defaults."""
-    run = run_config(args.adapter)
-    chosen = {
-        "format": args.format or (run.data.format if run else args.own_format),
-        "prompt": args.prompt_style or (run.data.prompt if run else "stanford"),
-        "chat_template": args.chat_template or (run.data.chat_template if run else None),
-    }
-    section = (run.data if run else DataSection(train="-")).model_copy(update=chosen)
-    dtype = jnp.dtype(args.dtype or (run.model.dtype if run else "bfloat16"))
-    tokenizer = args.tokenizer or (run.model.tokenizer if run else None)
-    asked = args.quantization or (run.model.quantization if run else None)
-    quantization = None if asked == "none" else asked
-    quant.check_device(quantization, mesh.devices.flat[0])
-    opened = open_pretrained(args.base, tokenizer, section.chat_template)
-    pretrained = load_pretrained(opened, dtype, mesh, quantization)
-    return pretrained, open_adapter(args.adapter, pretrained), dtype, section

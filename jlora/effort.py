@@ -1,4 +1,4 @@
-"""`python -m jlora.effort --config C [key=value ...]`: does fine-tuning pay, on the user's own task?
+"""`jlora effort --config C [key=value ...]`: does fine-tuning pay, on the user's own task?
 
 The same held-out rows answered by the base with the bare instruction, with examples in the prompt, and after training
 on more and more rows, by `jlora.train` itself; quality beside tokens, minutes and money: effort.json, effort.html.
@@ -10,10 +10,8 @@ import sys
 from pathlib import Path
 
 from jlora import cli
-from jlora.config import Config, load_config
+from jlora.config import load_config
 from jlora.errors import ConfigError
-from jlora.evaluation.effort import Options, effort
-from jlora.reports.effort import write_effort
 from jlora.runtime import streams, xla
 
 
@@ -27,12 +25,19 @@ def numbers(text: str) -> list[int]:
 
 def make_parser() -> cli.Parser:
     """The command line."""
-    parser = cli.Parser(
-        prog="python -m jlora.effort", description="Effort against benefit of fine-tuning on your rows."
-    )
-    parser.add_argument("--config", required=True, help="YAML file of the fine-tuning; data.eval says what to judge by")
+    parser = cli.Parser(prog="jlora effort", description="Effort against benefit of fine-tuning on your rows.")
     parser.add_argument(
-        "--base", action="append", metavar="DIR", help="base model; repeat for more; default: model.path"
+        "--config",
+        type="path",
+        required=True,
+        help="YAML file of the fine-tuning; data.eval says what to judge by",
+    )
+    parser.add_argument(
+        "--base",
+        type="path",
+        action="append",
+        metavar="DIR",
+        help="base model; repeat for more; default: model.path",
     )
     parser.add_argument("--rows", type=numbers, default="10,30,100,300,1000", metavar="N,N", help="rows to train on")
     parser.add_argument("--shots", type=numbers, default="3", metavar="N,N", help="examples in the prompt")
@@ -46,14 +51,12 @@ def make_parser() -> cli.Parser:
     return parser
 
 
-def read_options(args: argparse.Namespace, cfg: Config) -> Options:
+def check_arguments(args: argparse.Namespace) -> None:
     """Raises: ConfigError: a number out of its range."""
     if min(args.heldout, args.max_new_tokens, args.batch_size) < 1:
         raise ConfigError("--heldout, --max-new-tokens and --batch-size must be at least 1")
     if args.price is not None and not 0 <= args.price < float("inf"):
         raise ConfigError("--price must be finite and not negative")
-    bases = list(dict.fromkeys(args.base or [cfg.model.path]))
-    return Options(bases, args.rows, args.shots, args.heldout, args.max_new_tokens, args.batch_size, args.price)
 
 
 def main() -> None:
@@ -62,11 +65,18 @@ def main() -> None:
     xla.use_huge_pages()
 
     def body() -> int:
+        check_arguments(args)
         cfg = load_config(args.config, args.overrides)
-        result, failures, stopped = effort(cfg, read_options(args, cfg), args.quiet)
+
+        from jlora.evaluation.effort import Options, effort
+        from jlora.reports.effort import write_effort
+
+        bases = list(dict.fromkeys(args.base or [cfg.model.path]))
+        numbers = (args.rows, args.shots, args.heldout, args.max_new_tokens, args.batch_size, args.price)
+        result, failures, stopped = effort(cfg, Options(bases, *numbers), args.quiet)
         if stopped:
             if not args.quiet:
-                print("stopped and saved; run the same command again to go on", file=sys.stderr)
+                print("stopped and saved; run the same command again to resume", file=sys.stderr)
             return cli.PREEMPTED
         write_effort(Path(cfg.output_dir), result["settings"], result["results"])
         if args.json:

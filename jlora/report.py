@@ -1,7 +1,7 @@
 """A single-file HTML page about one training run: figures, curves, data, samples and provenance.
 
-`train` writes it at the end of a run; `python -m jlora.report RUN` writes it anew, and
-`python -m jlora.report RUN RUN --out FILE` compares runs in one page.
+`train` writes it at the end of a run; `jlora report RUN` writes it anew, and
+`jlora report RUN RUN --out FILE` compares runs in one page.
 """
 
 from pathlib import Path
@@ -17,9 +17,11 @@ from jlora.runtime import streams
 
 def main() -> None:
     """Command line."""
-    parser = cli.Parser(prog="python -m jlora.report", description="Write a run's report, or compare runs in one page.")
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder")
-    parser.add_argument("--out", metavar="FILE", help="HTML file; default for one run: its own report.html")
+    parser = cli.Parser(prog="jlora report", description="Write a run's report, or compare runs in one page.")
+    parser.add_argument("runs", type="path", nargs="+", metavar="RUN", help="run folder")
+    parser.add_argument(
+        "--out", type="path", metavar="FILE", help="HTML file; default for one run: its own report.html"
+    )
     args = parser.parse_args()
 
     def body() -> None:
@@ -27,7 +29,7 @@ def main() -> None:
         for run in runs:
             require_own(run, ConfigError)
             if not any((run / name).is_file() for name in ("metrics.jsonl", "summary.json", "config.yaml")):
-                raise ConfigError(f"{run}: is no run folder (no metrics.jsonl, summary.json or config.yaml in it)")
+                raise ConfigError(f"{run}: is not a run folder (no metrics.jsonl, summary.json or config.yaml in it)")
         if len(runs) > 1 and not args.out:
             raise ConfigError("several runs are compared in one page; name it with --out FILE")
         if len(runs) > MOST_RUNS:

@@ -1,4 +1,4 @@
-"""`python -m jlora.train --config C [key=value ...]`: train a run, or the runs of a sweep.
+"""`jlora train --config C [key=value ...]`: train a run, or the runs of a sweep.
 
 If the run folder holds a checkpoint of the same run, training resumes from it. The story is `jlora.training.run`.
 """
@@ -6,15 +6,12 @@ If the run folder holds a checkpoint of the same run, training resumes from it. 
 from jlora import cli
 from jlora.config import load_config
 from jlora.runtime import distributed, signals, streams, supervise, xla
-from jlora.training.run import train
-from jlora.training.summary import print_summary, print_sweep
-from jlora.training.sweep import require_all, train_together
 
 
 def main() -> None:
     """Command line."""
-    parser = cli.Parser(prog="python -m jlora.train", description="Fine-tune a Llama with LoRA.")
-    parser.add_argument("--config", required=True, help="YAML file; see docs/config.md for its keys")
+    parser = cli.Parser(prog="jlora train", description="Fine-tune a Llama with LoRA.")
+    parser.add_argument("--config", type="path", required=True, help="YAML file; see docs/config.md for its keys")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a dotted config key")
     parser.add_argument("-q", "--quiet", action="store_true", help="no progress")
     parser.add_argument("--json", action="store_true", help="print the summary as JSON on stdout")
@@ -28,6 +25,10 @@ def main() -> None:
             supervise.supervise(cfg.distributed.host_timeout)
         try:
             with signals.listening():
+                from jlora.training.run import train
+                from jlora.training.summary import print_summary, print_sweep
+                from jlora.training.sweep import require_all, train_together
+
                 summary = train_together(cfg, args.quiet) if cfg.sweep else train(cfg, args.quiet)
         finally:
             signals.ignore_signals()

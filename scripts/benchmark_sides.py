@@ -78,8 +78,8 @@ def _random_rows(args: argparse.Namespace) -> Rows:
 
 def _instruction_rows(args: argparse.Namespace) -> Rows:
     """Rows of `--data` in a random order, by the tokenizer and the prompt that a run of jlora would use."""
-    from jlora import data
     from jlora.config import DataSection
+    from jlora.data import encoding
     from jlora.data.tokens import load_tokenizer
     from jlora.errors import ConfigError
 
@@ -88,7 +88,7 @@ def _instruction_rows(args: argparse.Namespace) -> Rows:
         raise ConfigError(
             f"{args.tokenizer}: the tokenizer has {tokenizer.vocab_size} tokens; set --vocab to as many or more"
         )
-    examples = data.tokenize(args.data, tokenizer, DataSection(train=args.data, max_length=args.length)).examples
+    examples = encoding.tokenize(args.data, tokenizer, DataSection(train=args.data, max_length=args.length)).examples
     warm = _warm_rows(args)
     # Unless told otherwise, as many as there are: the fewer rows a turn has, the emptier is our last batch.
     args.rows = args.rows or max(1, (len(examples) - warm) // args.alternations)
@@ -111,7 +111,7 @@ def _parts(args: argparse.Namespace, rows: Rows) -> list[list[int]]:
     """Rows of each part: those of one batch on both sides, whose losses must agree; the warm-up; the alternations."""
     first, size = args.batch, args.batch * args.steps
     if args.mode == "rows":
-        from jlora.data import pack
+        from jlora.data.packing import pack
 
         first, size = args.peer_batch, args.rows
         lengths = [len(ids) for ids, _ in rows]
@@ -152,15 +152,15 @@ class Ours:
         import jax
 
         from jlora.hf.peft import load_adapter
-        from jlora.model.adapter import init_adapter
-        from jlora.model.llama import place_adapter, projection_shapes
+        from jlora.model.adapter_init import new_adapter
+        from jlora.model.llama import place_adapter
         from jlora.training import optim
         from jlora.training.step import init_state, make_forward, make_train_step
 
         self.cfg, self.mesh, self.compiled = cfg, mesh, None
         self.kernel, self.forward = make_forward(cfg, base.cfg, mesh)
         if cfg.lora.init_from is None:
-            adapter = init_adapter(cfg.lora, projection_shapes(base.cfg), base.cfg.num_hidden_layers, cfg.training.seed)
+            adapter = new_adapter(cfg.lora, base.cfg, cfg.training.seed)
         else:
             adapter = load_adapter(Path(cfg.lora.init_from), base.cfg, base_hash, cfg.lora.dropout)
         params = {"adapter": place_adapter(adapter, base.cfg, mesh), "base": base}
@@ -174,16 +174,17 @@ class Ours:
         """One pass over the rows, in their order; what is not computing (packing, batching) is in the seconds."""
         import jax
 
-        from jlora import data
+        from jlora.data import packing
+        from jlora.data.dataset import Dataset
         from jlora.data.prompts import Example
         from jlora.training import folder
         from jlora.training.summary import peak_memory
 
         cfg, losses = self.cfg, []
         began = time.perf_counter()
-        dataset = data.Dataset([Example(*row) for row in rows], len(rows))
-        epochs = data.Epochs(dataset, cfg.data, cfg.training.batch_size, None)
-        for batch in data.batches(epochs, cfg.training.batch_size, last=epochs.num_batches(1)):
+        dataset = Dataset([Example(*row) for row in rows], len(rows))
+        epochs = packing.Epochs(dataset, cfg.data, cfg.training.batch_size, None)
+        for batch in packing.batches(epochs, cfg.training.batch_size, last=epochs.num_batches(1)):
             on_device = folder.put_batch(batch, cfg.training.gradient_accumulation_steps, self.mesh)
             if self.compiled is None:
                 self.compiled = self.step.lower(self.state, self.frozen, on_device, self.hyper).compile()

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from jlora.config import PROJECTIONS, LoraSection
 from jlora.model.adapter import Adapter, Saved
-from jlora.model.adapter_init import complete, new_adapter
+from jlora.model.adapter_init import new_adapter
 
 RANKS = {"rank_pattern": {"q_proj": 2, r"layers\.1\.mlp\.(up|down)_proj": 7}}
 ALPHAS = {"alpha_pattern": {"layers.0.self_attn.v_proj": 3.5, "down_proj": 16.0}}
@@ -89,7 +89,7 @@ def grown(adapter: Adapter, seed: int = 0) -> Adapter:
 
 
 def fresh(section: LoraSection, base) -> Adapter:
-    return complete(new_adapter(section, base.cfg, 7), section, base, 7)
+    return new_adapter(section, base.cfg, 7, base)
 
 
 def torch_model(folder: Path) -> torch.nn.Module:

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from jlora.config import DataSection
-from jlora.data import Dataset, tokenize
+from jlora.data.dataset import Dataset
+from jlora.data.encoding import tokenize
 from jlora.data.prompts import Example
 from jlora.data.rows import read_rows
 from jlora.data.tokens import Tokenizer

@@ -11,9 +11,9 @@ from jlora.config import LoraSection, load_config
 from jlora.hf.architecture import parse_config
 from jlora.hf.load import hash_base
 from jlora.hf.source import open_source
-from jlora.model.adapter import Adapter, init_adapter
+from jlora.model.adapter import Adapter
 from jlora.model.adapter_init import new_adapter
-from jlora.model.llama import Decoder, projection_shapes
+from jlora.model.llama import Decoder
 from jlora.model.sharding import one_device_mesh
 from jlora.training import optim
 from jlora.training.checkpoint import Checkpoints
@@ -39,7 +39,7 @@ def make_run(folder: Path, base: Path, *overrides: str) -> Path:
 
 def grown(pretrained):
     section, model = LoraSection(rank=4, alpha=8.0), pretrained.base.cfg
-    adapter = init_adapter(section, projection_shapes(model), model.num_hidden_layers, 0)
+    adapter = new_adapter(section, model, 0)
     grow = {name: dataclasses.replace(lora, lora_b=jnp.full_like(lora.lora_b, 0.02)) for name, lora in adapter.items()}
     return section, grow
 
@@ -47,7 +47,7 @@ def grown(pretrained):
 def random_adapter(base: Decoder) -> Adapter:
     """An adapter on every projection whose B is not zero."""
     cfg = LoraSection(rank=4, alpha=8, dropout=0.0, target_modules="all-linear")
-    fresh = init_adapter(cfg, projection_shapes(base.cfg), base.cfg.num_hidden_layers, seed=3)
+    fresh = new_adapter(cfg, base.cfg, 3)
     draw = np.random.default_rng(0)
     return {
         name: dataclasses.replace(lora, lora_b=jnp.asarray(draw.normal(0, 0.1, lora.lora_b.shape), jnp.float32))

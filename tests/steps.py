@@ -10,10 +10,11 @@ import orbax.checkpoint as ocp
 from shared_data import SHARED
 from tiny import write_config
 
-from jlora import data
 from jlora.config import load_config
-from jlora.data import Epochs, read_data
-from jlora.hf.pretrained import load_pretrained, make_adapter, open_pretrained
+from jlora.data import packing
+from jlora.data.encoding import read_data
+from jlora.data.packing import Epochs
+from jlora.hf.pretrained import first_adapter, load_pretrained, open_pretrained
 from jlora.model.sharding import one_device_mesh
 from jlora.training import optim
 from jlora.training.checkpoint import flatten
@@ -51,7 +52,7 @@ def open_run(cfg, num_steps=20):
     pretrained = open_base(cfg.model.path, param_dtype(cfg))
     _, forward = make_forward(cfg, pretrained.base.cfg, mesh)
     train_data, _ = read_data(cfg, pretrained.tokenizer)
-    params = {"adapter": make_adapter(cfg, pretrained, mesh), "base": pretrained.base}
+    params = {"adapter": first_adapter(cfg, pretrained, mesh), "base": pretrained.base}
     trained, frozen = optim.split(params, cfg.method)
     hyper = optim.hyperparameters(cfg.optimizer, num_steps)
     return SimpleNamespace(
@@ -69,7 +70,7 @@ def open_run(cfg, num_steps=20):
 
 def take_steps(run, count, same=None):
     """Take steps in place, on the run's batches or always on the `same`; returns their metrics."""
-    batches = data.batches(run.epochs, run.cfg.training.batch_size)
+    batches = packing.batches(run.epochs, run.cfg.training.batch_size)
     step = jax.jit(run.step, donate_argnums=0)
     lines = []
     for _ in range(count):

@@ -96,6 +96,8 @@ def commands():
         for block in re.findall(r"^ *```bash\n(.*?)^ *```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE):
             for line in re.sub(r"\\\n\s*", " ", block).splitlines():
                 words = shlex.split(line, comments=True)
+                if words[:1] == ["jlora"] and words[1] in MODULES:
+                    words = ["python", "-m", f"jlora.{words[1]}", *words[2:]]
                 if words and words[0] not in ("for", "done", "do"):
                     found.append((page.name, words))
     return found

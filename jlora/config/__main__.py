@@ -1,4 +1,4 @@
-"""`python -m jlora.config`: the configuration reference, its JSON schema, or another tool's file converted."""
+"""`jlora config`: the configuration reference, its JSON schema, or another tool's file converted."""
 
 import sys
 from pathlib import Path
@@ -13,13 +13,15 @@ from jlora.files.atomic import write_text
 def main() -> None:
     """Command line."""
     parser = cli.Parser(
-        prog="python -m jlora.config",
+        prog="jlora config",
         description="Print the configuration reference as Markdown, its JSON schema, or another tool's file converted.",
     )
     parser.add_argument("--schema", action="store_true", help="print the JSON schema, for editors")
-    parser.add_argument("--from", dest="source", metavar="FILE", help="convert an Axolotl or torchtune LoRA YAML")
+    parser.add_argument(
+        "--from", type="path", dest="source", metavar="FILE", help="convert an Axolotl or torchtune LoRA YAML"
+    )
     parser.add_argument("--devices", type=int, default=1, help="devices FILE ran on: its batch is each one's")
-    parser.add_argument("--out", metavar="FILE", help="write there instead of stdout")
+    parser.add_argument("--out", type="path", metavar="FILE", help="write there instead of stdout")
     parser.add_argument("--json", action="store_true", help="with --from: print config and notes as JSON on stdout")
     args = parser.parse_args()
     if (args.schema or args.json) and bool(args.source) == args.schema:
@@ -49,7 +51,7 @@ def main() -> None:
         try:
             write_text(Path(args.out), text)
         except OSError as error:
-            raise ConfigError(f"--out {args.out}: can not be written ({error.strerror}); name another") from None
+            raise ConfigError(f"--out {args.out}: cannot be written ({error.strerror}); name another") from None
 
     cli.run(body)
 

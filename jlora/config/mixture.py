@@ -18,7 +18,7 @@ def check_mixture(entries: list[Any]) -> list[Any]:
     """The entries as they are, if they can be sources.
 
     Raises:
-      ValueError: one can not, or some have a weight and some have none.
+      ValueError: one cannot, or some have a weight and some have none.
     """
     trees = [entry.model_dump() if isinstance(entry, Source) else entry for entry in entries]
     for tree in trees:

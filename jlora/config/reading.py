@@ -8,7 +8,8 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from jlora.config.section import Section, nearest
+from jlora.config.keys import SECTIONS, assign
+from jlora.config.section import nearest
 from jlora.config.sections import Config
 from jlora.config.variants import variants
 from jlora.errors import ConfigError
@@ -44,7 +45,7 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1, but `2e-4` is a number, as in YAML 1.2, and a key that stands twice is an error.
+    """YAML 1.1, but `2e-4` is a number, as in YAML 1.2, and a duplicate key is an error.
 
     Nothing can be referred to by `*name`: a few lines of that stand for more values than fit in memory.
     """
@@ -59,10 +60,15 @@ class _Loader(yaml.SafeLoader):
         keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
         for key, count in keys.most_common(1):
             if count > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"key '{key}' stands twice", node.start_mark)
+                raise yaml.constructor.ConstructorError(None, None, f"duplicate key '{key}'", node.start_mark)
         return super().construct_mapping(node, deep)
 
 
+# `output_dir: 2026-11-28` is a name, not a date: no key takes one.
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    for first, resolvers in _Loader.yaml_implicit_resolvers.items()
+}
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?(\.\d+|\d+(\.\d*)?)[eE][-+]?\d+$"), list("-+.0123456789")
 )
@@ -72,8 +78,10 @@ def parse_yaml(text: str) -> Any:
     """YAML text as plain values, by the rules of a config: `2e-4` is a number, a key stands once.
 
     Raises:
-      ValueError: not such YAML; one line says why and where.
+      ValueError: not such YAML, or longer than any config; one line says why and where.
     """
+    if len(text) > MAX_YAML_BYTES:
+        raise ValueError(f"more than {MAX_YAML_BYTES >> 10} KiB")
     try:
         return yaml.load(text, _Loader)  # noqa: S506, a SafeLoader
     except yaml.YAMLError as error:
@@ -82,14 +90,14 @@ def parse_yaml(text: str) -> Any:
         raise ValueError("nested too deep") from None
     except (ValueError, AttributeError, TypeError, LookupError, ArithmeticError) as error:
         # What PyYAML raises where a value is not what its tag or its look says, such as 2020-99-99 or an empty !!int.
-        raise ValueError(f"a value that can not be read ({error})") from None
+        raise ValueError(f"a value that cannot be read ({error})") from None
 
 
 def read_yaml(path: Path) -> Any:
     """A YAML file as plain values, by the rules of a config.
 
     Raises:
-      OSError: it can not be read.
+      OSError: it cannot be read.
       ValueError: it is no such YAML, no UTF-8, or longer than any config.
     """
     with path.open("rb") as file:
@@ -103,12 +111,12 @@ def read_yaml_of(flag: str, path: Path) -> Any:
     """As `read_yaml`, of a file that the user names with a flag.
 
     Raises:
-      ConfigError: it can not be read, or is no such YAML.
+      ConfigError: it cannot be read, or is no such YAML.
     """
     try:
         return read_yaml(path)
     except OSError as error:
-        raise ConfigError(f"{path}: can not be read ({error.strerror}); check {flag}") from None
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); check {flag}") from None
     except ValueError as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from None
 
@@ -118,13 +126,8 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     shown = _shown(override)
     if not equals or not key:
         raise ConfigError(f"override '{shown}' is not of the form dotted.key=value")
-    *parents, leaf = key.split(".")
-    for name in parents:
-        tree = tree.setdefault(name, {})
-        if not isinstance(tree, dict):
-            raise ConfigError(f"override '{shown}': '{name}' is not a section")
     try:
-        tree[leaf] = parse_yaml(text)
+        assign(tree, key, parse_yaml(text))
     except ValueError as error:
         raise ConfigError(f"override '{shown}': {error}") from None
 
@@ -138,27 +141,14 @@ def describe(error: ValidationError) -> str:
     problems = error.errors()
     first = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
     # Members of a union show up behind the key as type tags; the keys of the file are the known fields.
-    section: Any = Config
-    names: list[str] = []
-    for part in first["loc"]:
-        names.append(str(part))
-        field = section.model_fields.get(str(part))
-        if field is None:
-            break
-        if not (isinstance(field.annotation, type) and issubclass(field.annotation, Section)):
-            break
-        section = field.annotation
+    where = [str(part) for part in first["loc"]]
+    names = where[: 2 if where and where[0] in SECTIONS else 1]
+    fields = (SECTIONS.get(where[0], Config) if where else Config).model_fields
     key = ".".join(names)
     shown = _shown(repr(first["input"]))
     if first["type"] == "extra_forbidden":
-        text = f"unknown key '{key}'{nearest(names[-1], section.model_fields)}"
-        elsewhere = [
-            f"{name}.{names[-1]}"
-            for name, field in Config.model_fields.items()
-            if isinstance(field.annotation, type)
-            and issubclass(field.annotation, Section)
-            and names[-1] in field.annotation.model_fields
-        ]
+        text = f"unknown key '{key}'{nearest(names[-1], fields)}"
+        elsewhere = [f"{name}.{names[-1]}" for name, other in SECTIONS.items() if names[-1] in other.model_fields]
         if elsewhere:
             text = f"unknown key '{key}'; did you mean '{elsewhere[0]}'?"
     elif first["type"] == "missing":
@@ -166,12 +156,14 @@ def describe(error: ValidationError) -> str:
     elif first["type"] == "value_error":
         text = f"{key}: {first['ctx']['error']}"
     elif first["type"] == "model_type":
-        text = f"{key}: must hold keys of its own ({', '.join(section.model_fields)}), but it is {shown}"
+        text = f"{key}: must hold keys of its own ({', '.join(fields)}), but it is {shown}"
     else:
         # Each member of a union has its say.
         says = [p["msg"] for p in problems if p["loc"][: len(names)] == first["loc"][: len(names)]]
         wanted = " or ".join(dict.fromkeys(say.removeprefix("Input should be ") for say in says))
         text = f"{key}: should be {wanted}, but it is {shown}"
+        if isinstance(first["input"], bool | int | float) and any(p["type"] == "string_type" for p in problems):
+            text += f'; for the text itself write {key}=\'"..."\', or "..." in the file'
     text = text.removeprefix(": ")  # a problem of the whole has no key
     others = len(problems) - 1
     return text if not others or first["type"] != "extra_forbidden" else f"{text} ({others} more problems)"

@@ -5,7 +5,7 @@ from typing import Any, get_args
 
 import yaml
 
-from jlora.config.section import Section
+from jlora.config.keys import SECTIONS
 from jlora.config.sections import Config
 
 
@@ -14,7 +14,7 @@ def reference() -> str:
     lines = [
         "# Configuration reference",
         "",
-        "Made by `python -m jlora.config`. Any key can be overridden on the command line as `dotted.key=value`.",
+        "Made by `jlora config`. Any key can be overridden on the command line as `dotted.key=value`.",
         "",
         "An editor with a YAML language server checks and completes a config whose first line is",
         "",
@@ -22,19 +22,12 @@ def reference() -> str:
         "# yaml-language-server: $schema=../docs/config.schema.json",
         "```",
         "",
-        "with the path of [the JSON schema](config.schema.json), which `python -m jlora.config --schema` prints.",
+        "with the path of [the JSON schema](config.schema.json), which `jlora config --schema` prints.",
     ]
-    top = [name for name, field in Config.model_fields.items() if not _is_section(field.annotation)]
-    lines += ["", "## Top level", "", *_table({name: Config.model_fields[name] for name in top})]
-    for name, field in Config.model_fields.items():
-        section = field.annotation
-        if isinstance(section, type) and issubclass(section, Section):
-            lines += ["", f"## {name}", "", *_table(section.model_fields)]
+    top = {name: field for name, field in Config.model_fields.items() if name not in SECTIONS}
+    for name, fields in {"Top level": top, **{name: each.model_fields for name, each in SECTIONS.items()}}.items():
+        lines += ["", f"## {name}", "", *_table(fields)]
     return "\n".join(lines) + "\n"
-
-
-def _is_section(annotation: Any) -> bool:
-    return isinstance(annotation, type) and issubclass(annotation, Section)
 
 
 def _table(fields: Any) -> list[str]:
@@ -49,7 +42,8 @@ def _table(fields: Any) -> list[str]:
 
 def yaml_scalar(value: Any) -> str:
     """`value` as one line of YAML."""
-    return yaml.safe_dump(value, default_flow_style=True).strip().removesuffix("...").strip()
+    text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10**6)
+    return text.strip().removesuffix("...").strip()
 
 
 def json_schema() -> str:

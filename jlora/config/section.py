@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from jlora.files.paths import expand_home
 from jlora.files.secrets import find_secret
 
 NonEmpty = Annotated[str, Field(min_length=1)]
@@ -19,7 +20,7 @@ class Section(BaseModel):
     @field_validator("*")
     @classmethod
     def _text_for_a_file(cls, value: Any) -> Any:
-        """What goes into config.yaml, logs and names of files."""
+        """What goes into config.yaml, logs and names of files; a path may begin with `~`."""
         if isinstance(value, str):
             if "\0" in value:
                 raise ValueError("holds a NUL character")
@@ -28,6 +29,7 @@ class Section(BaseModel):
                     f"holds {secret}, which would be written to config.yaml and to logs; leave it in the environment "
                     "or log in (hf auth login)"
                 )
+            return expand_home(value)
         return value
 
 

@@ -4,18 +4,17 @@ Owns every default, each exactly once, and the line that documents it. Knows not
 model shapes (they come from the base's own config.json, see `jlora.hf`) or of what a key causes.
 """
 
-import re
+import datetime
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, PositiveInt, field_validator, model_validator
+from pydantic import AfterValidator, Field, PositiveInt, field_validator, model_validator
 
+from jlora.config.lora import LoraSection
 from jlora.config.mixture import Source, check_mixture
-from jlora.config.section import NonEmpty, NonNegative, Section, nearest
+from jlora.config.section import NonEmpty, NonNegative, Section
 
-ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
-MLP_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
-PROJECTIONS = ATTENTION_PROJECTIONS + MLP_PROJECTIONS
+MOST_STEPS = 2**31 - 1  # of int32, which steps are counted in
 
 Dtype = Literal["bfloat16", "float32"]
 Quantization = Literal["int8", "fp8", "nf4", "int4"]
@@ -24,6 +23,11 @@ Remat = Literal["none", "dots", "qkv", "attention", "full", "offload", "auto"]
 Format = Literal["alpaca", "completion", "text", "messages", "sharegpt", "preference"]
 TrainOn = Literal["response", "all"]
 Prompt = Literal["stanford", "chat"]
+
+
+def _day(text: str) -> str:
+    datetime.date.fromisoformat(text)
+    return text
 
 
 class ModelSection(Section):
@@ -54,89 +58,6 @@ class ModelSection(Section):
     )
 
 
-class LoraSection(Section):
-    """The adapter."""
-
-    rank: PositiveInt = Field(16, description="rank R of the A/B factors")
-    alpha: Annotated[float, Field(gt=0.0)] = Field(32.0, description="the product BA is scaled by alpha / rank")
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
-        0.0, description="dropout probability on the adapter's input"
-    )
-    target_modules: list[str] | Literal["all-linear"] = Field(
-        list(ATTENTION_PROJECTIONS),
-        description="projections that get an adapter, of " + ", ".join(PROJECTIONS) + "; or all-linear",
-    )
-    init_from: str | None = Field(None, description="PEFT adapter folder to start from")
-    use_rslora: bool = Field(False, description="scale by alpha / sqrt(rank) (arXiv:2312.03732)")
-    use_dora: bool = Field(
-        False, description="DoRA: a trained magnitude for each output of W + BA, by its direction (arXiv:2402.09353)"
-    )
-    init_lora_weights: (
-        Literal[True, "gaussian", "pissa", "olora"] | Annotated[str, Field(pattern=r"^pissa_niter_[1-9][0-9]*$")]
-    ) = Field(
-        True,
-        description="A and B at the start: true (Kaiming-uniform, 0), gaussian, pissa (arXiv:2404.02948), "
-        "pissa_niter_N (a quicker SVD of N iterations) or olora (arXiv:2406.01775)",
-    )
-    rank_pattern: dict[str, PositiveInt] = Field(
-        {}, description="ranks that differ from rank, by regular expression for the end of a module's name"
-    )
-    alpha_pattern: dict[str, Annotated[float, Field(gt=0.0)]] = Field({}, description="as rank_pattern, for alpha")
-    layers_to_transform: list[Annotated[int, Field(ge=0)]] | None = Field(
-        None, description="numbers of the layers that get an adapter, from 0; null: all"
-    )
-    modules_to_save: list[Literal["embed_tokens", "lm_head"]] = Field(
-        [], description="trained in full beside the adapter, and exported with it: embed_tokens, lm_head"
-    )
-    bias: Literal["none", "all", "lora_only"] = Field(
-        "none", description="biases that are trained too, where the base has any: all, or those of target_modules"
-    )
-
-    @model_validator(mode="after")
-    def _known_targets(self) -> "LoraSection":
-        if isinstance(self.target_modules, list):
-            if not self.target_modules:
-                raise ValueError("target_modules is empty; name at least one projection")
-            for name in self.target_modules:
-                if name not in PROJECTIONS:
-                    raise ValueError(f"target_modules holds '{name}'{nearest(name, PROJECTIONS)}")
-        return self
-
-    @model_validator(mode="after")
-    def _options_that_agree(self) -> "LoraSection":
-        if self.init_from is not None and self.init_lora_weights is not True:
-            raise ValueError(
-                f"init_from={self.init_from} has the A and B to start from, which "
-                f"init_lora_weights={self.init_lora_weights} would make anew; leave one of them out"
-            )
-        if self.layers_to_transform is not None:
-            if not self.layers_to_transform:
-                raise ValueError("layers_to_transform is empty; name at least one layer, or null for all")
-            if self.bias == "lora_only":
-                raise ValueError("bias=lora_only trains biases of all layers; leave layers_to_transform out")
-        for pattern in (*self.rank_pattern, *self.alpha_pattern):
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ValueError(f"the pattern '{pattern}' is not a regular expression ({error})") from None
-        return self
-
-    def transforms(self, layer: int) -> bool:
-        """Whether a layer gets an adapter."""
-        return self.layers_to_transform is None or layer in self.layers_to_transform
-
-    @property
-    def takes_from_base(self) -> bool:
-        """Whether A and B start as a part of the base's weights."""
-        return isinstance(self.init_lora_weights, str) and self.init_lora_weights != "gaussian"
-
-    @property
-    def targets(self) -> tuple[str, ...]:
-        """The targeted projections, in the model's own order."""
-        chosen = PROJECTIONS if self.target_modules == "all-linear" else self.target_modules
-        return tuple(name for name in PROJECTIONS if name in chosen)
-
-
 class DataSection(Section):
     """Rows, and how they become batches."""
 
@@ -160,6 +81,9 @@ class DataSection(Section):
     chat_template: str | None = Field(
         None, description="llama2, chatml or a .jinja file; null takes the tokenizer's own"
     )
+    date: Annotated[str, AfterValidator(_day)] | None = Field(
+        None, description="day that a chat template with `strftime_now` writes, such as 2026-11-28; null: today"
+    )
     max_length: Annotated[int, Field(ge=2, le=2**20)] = Field(
         1024,
         description="tokens in a row of a batch; the two sequences of a preference pair share a row, half of it each",
@@ -170,7 +94,7 @@ class DataSection(Section):
     )
     train_on: TrainOn = Field("response", description="which tokens the loss counts")
     on_bad_row: Literal["error", "skip"] = Field(
-        "error", description="a row that can not be trained on stops the run, or is dropped and counted"
+        "error", description="a row that cannot be trained on stops the run, or is dropped and counted"
     )
 
     cache_dir: NonEmpty | None = Field(
@@ -229,8 +153,10 @@ class TrainingSection(Section):
     gradient_accumulation_steps: PositiveInt = Field(
         1, description="parts that a batch is split into to save memory; the result is the same"
     )
-    epochs: PositiveInt = Field(1, description="passes over the data; max_steps overrides it")
-    max_steps: PositiveInt | None = Field(None, description="optimizer steps; the data repeat, reshuffled")
+    epochs: Annotated[int, Field(gt=0, le=10**6)] = Field(1, description="passes over the data; max_steps overrides it")
+    max_steps: Annotated[int, Field(gt=0, le=MOST_STEPS)] | None = Field(
+        None, description="optimizer steps; the data repeat, reshuffled"
+    )
     seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(0, description="adapter init, dropout and row order")
     log_every: PositiveInt = Field(1, description="steps between lines of metrics.jsonl")
     eval_every: PositiveInt | None = Field(None, description="steps between evaluations; null: start and end only")
@@ -260,7 +186,7 @@ class TrainingSection(Section):
     def _whole_microbatches(self) -> "TrainingSection":
         if self.batch_size % self.gradient_accumulation_steps:
             raise ValueError(
-                f"batch_size {self.batch_size} can not be split into {self.gradient_accumulation_steps} equal "
+                f"batch_size {self.batch_size} cannot be split into {self.gradient_accumulation_steps} equal "
                 "parts; make gradient_accumulation_steps a divisor of batch_size"
             )
         return self
@@ -278,7 +204,7 @@ class OptimizerSection(Section):
     schedule: Literal["cosine", "linear", "constant"] = Field(
         "cosine", description="decay from the peak to zero over the steps after warm-up, or none"
     )
-    warmup_steps: Annotated[int, Field(ge=0)] = Field(0, description="steps of linear warm-up from zero")
+    warmup_steps: Annotated[int, Field(ge=0, le=MOST_STEPS)] = Field(0, description="steps of linear warm-up from zero")
     loraplus_lr_ratio: Annotated[float, Field(ge=1.0)] | None = Field(
         None, description="LoRA+: the learning rate of B is so many times that of A (arXiv:2402.12354)"
     )
@@ -359,14 +285,14 @@ class Config(Section):
     mesh: MeshSection = MeshSection()
     distributed: DistributedSection = DistributedSection()
     output_dir: NonEmpty = Field(
-        description="run folder; holding a checkpoint of the same run, training goes on from it"
+        description="run folder; holding a checkpoint of the same run, training resumes from it"
     )
 
     @model_validator(mode="after")
     def _frozen_if_quantized(self) -> "Config":
         if self.method == "full" and self.model.quantization is not None:
             raise ValueError(
-                f"method=full trains every weight, which model.quantization={self.model.quantization} can not hold; "
+                f"method=full trains every weight, which model.quantization={self.model.quantization} cannot hold; "
                 "set model.quantization=null or method=lora"
             )
         return self
@@ -375,7 +301,7 @@ class Config(Section):
     def _pairs_if_preferred(self) -> "Config":
         pairs, wanted = self.data.format == "preference", self.objective.name != "sft"
         if pairs and not wanted:
-            raise ValueError("data.format=preference holds pairs, which sft can not use; set objective.name=dpo")
+            raise ValueError("data.format=preference holds pairs, which sft cannot use; set objective.name=dpo")
         if wanted and not pairs:
             raise ValueError(f"objective.name={self.objective.name} needs pairs; set data.format=preference")
         if wanted and self.method != "lora":

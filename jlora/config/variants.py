@@ -5,7 +5,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from jlora.config.section import Section, nearest
+from jlora.config.keys import assign, known_keys
+from jlora.config.section import nearest
 from jlora.config.sections import Config
 from jlora.errors import ConfigError
 
@@ -53,23 +54,12 @@ def variants(cfg: Config) -> list[Config]:
     return list(runs.values())
 
 
-def _keys() -> list[str]:
-    """Every dotted key of a config."""
-    found = []
-    for name, field in Config.model_fields.items():
-        kind = field.annotation
-        inner = kind.model_fields if isinstance(kind, type) and issubclass(kind, Section) else None
-        found += [name] if inner is None else [f"{name}.{key}" for key in inner]
-    return found
-
-
 def _set(tree: dict[str, Any], key: str, value: Any, name: str) -> None:
-    known = _keys()
+    known = known_keys()
     if key in COMMON_KEYS or str(key).startswith(COMMON_SECTIONS) or key in Config.model_fields:
         raise ConfigError(
             f"sweep entry '{name}': '{key}' is the same for all runs of a sweep; set it for all, or run it apart"
         )
     if key not in known:
         raise ConfigError(f"sweep entry '{name}': unknown key '{key}'{nearest(str(key), known)}")
-    section, _, leaf = key.partition(".")
-    tree[section][leaf] = value
+    assign(tree, key, value)

@@ -139,7 +139,7 @@ def check(dataset: Dataset, found: Scan, cfg: Config, name: str) -> list[Check]:
     unended = np.flatnonzero(~found.ended & ~found.full)
     if not found.ended.any():
         why = (
-            "the chat template ends no turn with a token at which generation stops; mend it (data.chat_template)"
+            "the chat template ends no turn with a token at which generation stops; fix it (data.chat_template)"
             if len(unended)
             else f"all are cut at data.max_length={data.max_length}; raise it"
         )

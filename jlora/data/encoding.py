@@ -27,13 +27,15 @@ LARGE = 2**30
 def tokenize(source: str, tokenizer: Tokenizer, cfg: DataSection) -> Dataset:
     """Read and tokenise all rows; cut what is longer than `max_length` at its end, or split it if it is plain text.
 
-    A row that can not be trained on (malformed, no response, no trained token within the length) ends
+    A row that cannot be trained on (malformed, no response, no trained token within the length) ends
     the run or is dropped and counted by reason, as `on_bad_row` says. With `cache_dir` the examples are kept there and
     stay on the disk; what is there already is not tokenised again.
 
     Raises:
       DataError: a bad row (file and line), or no row left.
     """
+    if cfg.date is not None:
+        tokenizer = tokenizer.on(cfg.date)
     if cfg.cache_dir is not None:
         before = stamp(source)
 
@@ -91,7 +93,7 @@ def _read_all(source: str, tokenizer: Tokenizer, cfg: DataSection, keep: Keep) -
         empty = empty and not examples
     if first_bad and cfg.on_bad_row == "error":
         others = f" ({num_bad - 1} more bad rows)" if num_bad > 1 else ""
-        raise DataError(f"{first_bad}{others}; mend it, or drop such rows (data.on_bad_row=skip, or --on-bad-row skip)")
+        raise DataError(f"{first_bad}{others}; fix it, or drop such rows (data.on_bad_row=skip, or --on-bad-row skip)")
     if empty:
         why = f"; all {num_bad} rows were dropped, the first at {first_bad}" if first_bad else ""
         raise DataError(f"{source}: holds no usable row{why}")
@@ -112,7 +114,7 @@ def encode_whole(row: Row, tokenizer: Tokenizer, cfg: DataSection) -> list[Examp
     """The sequences of a row before anything is cut off: one, or the two of a pair.
 
     Raises:
-      BadRow: it can not be used.
+      BadRow: it cannot be used.
     """
     (group,) = _grouped(iter([row]), tokenizer, cfg)
     ((_, found),) = group

@@ -56,6 +56,8 @@ class Shown:
 def show_rows(source: str, count: int, tokenizer: Tokenizer, cfg: DataSection) -> list[Shown]:
     """The first rows of a file or data set."""
     shown = []
+    if cfg.date is not None:
+        tokenizer = tokenizer.on(cfg.date)
     for row in itertools.islice(read_rows(source, cfg.split), count):
         try:
             sequences = encode_whole(row, tokenizer, cfg)

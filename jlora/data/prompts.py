@@ -16,8 +16,6 @@ from jlora.data.rows import BadRow
 from jlora.data.tokens import Tokenizer
 from jlora.errors import DataError
 
-FORMATS = ("alpaca", "completion", "text", "messages", "sharegpt", "preference")
-
 # Who speaks in a ShareGPT turn ("from") -> the role of a message, as Axolotl and LLaMA-Factory map them.
 SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
@@ -73,7 +71,7 @@ def encode_row(tokenizer: Tokenizer, row: dict[str, Any], *, format: str, prompt
 def lay_out(tokenizer: Tokenizer, row: dict[str, Any], *, format: str, prompt: str, train_on: str) -> Layout:
     """The text of a row, before it is tokenised.
 
-    `format` is one of FORMATS but preference; `prompt` ("stanford" or "chat") matters to alpaca rows only;
+    `format` is any but preference; `prompt` ("stanford" or "chat") matters to alpaca rows only;
     `train_on` is "response" or "all". Text that goes through no chat template gets EOS and, where the tokenizer
     adds it, BOS, unless it has them already; EOS is trained like the rest of the response. A token across the
     border of prompt and response counts to the prompt, as in Stanford Alpaca's train.py, Axolotl and TRL.
@@ -327,7 +325,7 @@ def _sharegpt(row: dict[str, Any]) -> list[dict[str, str]]:
     for turn in turns:
         role = SHAREGPT_ROLES.get(turn["from"])
         if role is None:
-            raise BadRow("wrong_role", f'a turn is from "{turn["from"]}", which is none of {", ".join(SHAREGPT_ROLES)}')
+            raise BadRow("wrong_role", f'a turn is from "{turn["from"]}", not one of {", ".join(SHAREGPT_ROLES)}')
         messages.append({"role": role, "content": turn["value"]})
     return messages
 
@@ -340,7 +338,7 @@ def _turns(turns: list[Any]) -> list[dict[str, str]]:
     for message in messages:
         role, content = message["role"], message["content"]
         if role not in ("system", "user", "assistant"):
-            raise BadRow("wrong_role", f'the role "{role}" is none of system, user and assistant')
+            raise BadRow("wrong_role", f'the role "{role}" is not one of system, user and assistant')
         if role != "system" and not content.strip():
             reason = "empty_response" if role == "assistant" else "empty_prompt"
             raise BadRow(reason, f"a turn of the {role} is empty")

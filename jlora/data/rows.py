@@ -1,45 +1,28 @@
 """Files and data sets -> rows, each with the place where it stands.
 
-Owns reading alone: json, jsonl, csv, parquet, plain text, folders of them and hub data sets. Knows nothing of what a
-row means.
+Owns reading alone: json, jsonl, csv and plain text, and folders of them; parquet and data sets are read by `tables`.
+Knows nothing of what a row means.
 However long a file or a line of it is, little more than the longest row that is allowed is in memory at once.
 """
 
 import csv
+import io
 import json
 import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
+from jlora.data.row import MAX_ROW_BYTES, TOO_LONG, BadRow, Row
+from jlora.data.tables import read_data_set, read_parquet
 from jlora.errors import DataError
+from jlora.files.paths import inside
+from jlora.files.theirs import open_theirs, text_of_theirs
 
-# The longest row, as JSON or CSV. JSON can take up some forty times its length once it is read.
-MAX_ROW_BYTES = 16 * 2**20
-TOO_LONG = f"longer than {MAX_ROW_BYTES >> 20} MiB"
-PARQUET_ROWS = 1024
 _SPACES = re.compile(r"[ \t\r\n]*")
 KINDS = (".json", ".jsonl", ".csv", ".parquet")
-
-
-class BadRow(Exception):
-    """A row that cannot be used; `message` is one clause, to which the reader adds file and line."""
-
-    def __init__(self, reason: str, message: str):
-        super().__init__(message)
-        self.reason = reason
-        self.message = message
-
-
-@dataclass(frozen=True)
-class Row:
-    """One row and where it stands, such as `train.jsonl:12`; `value` is a `BadRow` where it can not be read."""
-
-    where: str
-    value: Any
 
 
 def read_rows(source: str, split: str) -> Iterator[Row]:
@@ -55,7 +38,8 @@ def read_rows(source: str, split: str) -> Iterator[Row]:
     """
     files = files_of(source)
     if files is None:
-        yield from _read_datasets(source, split, Path(source).name if Path(source).is_dir() else source)
+        name = Path(source).name if Path(source).is_dir() else source
+        yield from _numbered(name, read_data_set(source, split))
     for path, name in files or ():
         yield from _read_file(path, name)
 
@@ -79,7 +63,7 @@ def files_of(source: str) -> list[tuple[Path, str]] | None:
     files = files or sorted(f for f in path.iterdir() if f.suffix == ".txt")
     if not files:
         raise DataError(f"{path}: holds no json, jsonl, csv, parquet or txt file")
-    return [(file, f"{path.name}/{file.name}") for file in files]
+    return [(inside(path, file.name, DataError), f"{path.name}/{file.name}") for file in files]
 
 
 def _read_file(path: Path, name: str) -> Iterator[Row]:
@@ -88,7 +72,7 @@ def _read_file(path: Path, name: str) -> Iterator[Row]:
             case ".csv":
                 yield from _read_csv(path, name)
             case ".parquet":
-                yield from _read_parquet(path, name)
+                yield from _numbered(name, read_parquet(path))
             case ".json" if _is_json_array(path):
                 yield from _read_json_array(path, name)
             case ".json" | ".jsonl":
@@ -100,43 +84,19 @@ def _read_file(path: Path, name: str) -> Iterator[Row]:
                     f"{path}: files ending in '{suffix}' are not read; use json, jsonl, csv, parquet or txt"
                 )
     except OSError as error:
-        raise DataError(f"{path}: can not be read ({error})") from None
+        raise DataError(f"{path}: cannot be read ({error})") from None
 
 
-def _read_parquet(path: Path, name: str) -> Iterator[Row]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        number = 0
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(PARQUET_ROWS):
-            for value in _python_rows(batch):
-                number += 1
-                yield Row(f"{name}: row {number}", value)
-    except (pyarrow.ArrowException, OSError) as error:
-        reason = " ".join(str(error).split())
-        raise DataError(f"{path}: not a whole parquet file ({reason})") from None
-
-
-def _python_rows(batch: Any) -> Iterator[Any]:
-    """The rows of a record batch; one by one where a value of them does not exist in Python."""
-    try:
-        yield from batch.to_pylist()
-    except (ValueError, ArithmeticError):  # text that is not UTF-8, a date beyond the year 9999
-        for i in range(batch.num_rows):
-            try:
-                value = batch.slice(i, 1).to_pylist()[0]
-            except UnicodeDecodeError:
-                value = BadRow("invalid_utf8", "not valid UTF-8")
-            except (ValueError, ArithmeticError) as error:
-                value = BadRow("wrong_type", f"a value that can not be read ({error})")
-            yield value
+def _numbered(name: str, values: Iterator[Any]) -> Iterator[Row]:
+    """Rows that stand on no line."""
+    for number, value in enumerate(values, 1):
+        yield Row(f"{name}: row {number}", value)
 
 
 def _read_csv(path: Path, name: str) -> Iterator[Row]:
     """Rows by the header's names; the line is the one on which the row ends."""
     csv.field_size_limit(MAX_ROW_BYTES)
-    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as stream:
+    with _open_text(path) as stream:
         length = 0  # of the row's lines until now
 
         def lines() -> Iterator[str]:
@@ -152,7 +112,7 @@ def _read_csv(path: Path, name: str) -> Iterator[Row]:
         try:
             twice = [key for key, count in Counter(reader.fieldnames or ()).items() if count > 1]
             if twice:
-                raise DataError(f"{name}:1: the column {twice[0]!r} stands twice; rename one of the two")
+                raise DataError(f"{name}:1: duplicate column {twice[0]!r}; rename one of the two")
             length = 0
             for value in reader:
                 length = 0
@@ -167,12 +127,16 @@ def _read_csv(path: Path, name: str) -> Iterator[Row]:
             raise DataError(f"{name}:{reader.reader.line_num}: malformed CSV ({error})") from None
 
 
+def _open_text(path: Path) -> TextIO:
+    return io.TextIOWrapper(open_theirs(path), encoding="utf-8-sig", errors="surrogateescape", newline="")
+
+
 def _not_utf8(text: str) -> bool:
     return re.search("[\udc80-\udcff]", text) is not None  # as surrogateescape hides such bytes
 
 
 def _is_json_array(path: Path) -> bool:
-    with open(path, "rb") as stream:
+    with open_theirs(path) as stream:
         return stream.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
 
 
@@ -209,7 +173,7 @@ def _read_json_array(path: Path, name: str) -> Iterator[Row]:
     """Rows of one JSON array, an element at a time."""
     twice: list[str] = []
     decoder = json.JSONDecoder(object_pairs_hook=partial(_object, twice))
-    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as stream:
+    with _open_text(path) as stream:
         window, number = _Window(stream), 0
         window.peek()
         window.go(window.at + 1)  # the bracket
@@ -254,7 +218,7 @@ def _element(window: _Window, decoder: json.JSONDecoder, name: str, number: int)
 
 
 def _object(twice: list[str], pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; a key that stands twice in it, of which Python would take the last, is added to `twice`."""
+    """A JSON object; a duplicate key in it, of which Python would take the last, is added to `twice`."""
     found = dict(pairs)
     if len(found) < len(pairs):
         twice += [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
@@ -262,7 +226,7 @@ def _object(twice: list[str], pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _duplicate(twice: list[str]) -> BadRow:
-    return BadRow("duplicate_key", f"the key {twice[0]!r} stands twice")
+    return BadRow("duplicate_key", f"duplicate key {twice[0]!r}")
 
 
 def _why(error: Exception) -> str:
@@ -271,7 +235,7 @@ def _why(error: Exception) -> str:
 
 
 def _read_lines(path: Path, name: str) -> Iterator[Row]:
-    with open(path, "rb") as stream:
+    with open_theirs(path) as stream:
         number = 0
         while line := stream.readline(MAX_ROW_BYTES + 1):
             number += 1
@@ -307,25 +271,7 @@ def _read_text(path: Path, name: str) -> Iterator[Row]:
         yield Row(name, BadRow("too_long", f"the text is {TOO_LONG}; split the file"))
         return
     try:
-        if text := path.read_text(encoding="utf-8-sig"):
+        if text := text_of_theirs(path, MAX_ROW_BYTES).removeprefix("\ufeff"):
             yield Row(name, {"text": text})
     except UnicodeDecodeError as error:
         yield Row(name, BadRow("invalid_utf8", f"not valid UTF-8 at byte {error.start}"))
-
-
-def _read_datasets(source: str, split: str, name: str) -> Iterator[Row]:
-    import datasets
-
-    datasets.disable_progress_bars()
-    try:
-        if Path(source).is_dir():
-            loaded = datasets.load_from_disk(source)
-            if isinstance(loaded, datasets.DatasetDict):
-                loaded = loaded[split]
-        else:
-            loaded = datasets.load_dataset(source, split=split)
-    except Exception as error:  # datasets raises dozens of types for a name it can not load
-        reason = " ".join(str(error).split())[:200]
-        raise DataError(f"{source}: no such file, and not a data set that can be loaded ({reason})") from None
-    for number, value in enumerate(loaded, 1):
-        yield Row(f"{name}: row {number}", value)

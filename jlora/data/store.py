@@ -5,17 +5,15 @@ Knows nothing of formats, packing or order.
 """
 
 import datetime
-import fcntl
 import hashlib
 import importlib.metadata
 import json
 import mmap
-import os
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
 from typing import IO, Any
@@ -28,8 +26,9 @@ from jlora.data.prompts import Example
 from jlora.data.rows import BadRow, files_of, read_rows
 from jlora.data.tokens import Tokenizer
 from jlora.errors import ConfigError, DataError
-from jlora.files import manifest
-from jlora.files.atomic import leftovers, new_folder, open_own
+from jlora.files import lock, manifest
+from jlora.files.atomic import leftovers, new_folder
+from jlora.files.theirs import open_theirs
 
 # Raised with every change of what rows become, or of how it is written down.
 VERSION = 1
@@ -124,12 +123,12 @@ def content_key(source: str, tokenizer: Tokenizer, cfg: DataSection) -> str:
     """SHA-256 of all that decides what the rows become: the files' content, tokenizer, options and versions.
 
     Raises:
-      DataError: a file is missing or can not be read.
+      DataError: a file is missing or cannot be read.
     """
     known = [VERSION, tokenizer.digest, *(getattr(cfg, name) for name in OPTIONS)]
     known += [importlib.metadata.version(name) for name in LIBRARIES]
-    if "strftime_now" in (tokenizer.chat_template or ""):
-        known.append(str(datetime.date.today()))  # such a template writes the date into every row
+    if tokenizer.writes_day:
+        known.append(str(tokenizer.day or datetime.date.today()))
     files = files_of(source)
     if files is None:  # a data set of the datasets library
         rows = hashlib.sha256()
@@ -139,10 +138,10 @@ def content_key(source: str, tokenizer: Tokenizer, cfg: DataSection) -> str:
         known.append(rows.hexdigest())
     for path, name in files or ():
         try:
-            with open(path, "rb") as stream:
+            with open_theirs(path) as stream:
                 known.append([name, hashlib.file_digest(stream, "sha256").hexdigest()])
         except OSError as error:
-            raise DataError(f"{path}: can not be read ({error})") from None
+            raise DataError(f"{path}: cannot be read ({error})") from None
     return hashlib.sha256(json.dumps(known).encode("utf-8", "surrogateescape")).hexdigest()
 
 
@@ -159,15 +158,15 @@ def stored(cache: Path, key: str, make: Callable[[Keep], Dataset]) -> Dataset:
       make: hands over all examples, and returns the rest of the dataset. What it raises leaves no entry.
 
     Raises:
-      ConfigError: `cache` can not be made or written to.
+      ConfigError: `cache` cannot be made or written to.
     """
     folder = cache / key
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        lock = os.fdopen(open_own(cache / f"{key}.lock", os.O_RDWR | os.O_CREAT), "ab")
-    except OSError as error:
-        raise ConfigError(f"data.cache_dir {cache}: can not be written to ({error.strerror}); set another") from None
-    with lock, _alone(lock) as alone:
+    with ExitStack() as stack:
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+            alone = stack.enter_context(lock.waited_for(cache / f"{key}.lock"))
+        except OSError as error:
+            raise ConfigError(f"data.cache_dir {cache}: cannot be written to ({error.strerror}); set another") from None
         wrong = manifest.fault(folder) if folder.exists() else "missing"
         if wrong != "missing" and wrong is not None:
             print(f"warning: {folder}: {wrong}; the rows are tokenised again", file=sys.stderr)
@@ -198,14 +197,3 @@ def _make(folder: Path, make: Callable[[Keep], Dataset], alone: bool, replaced: 
         if manifest.fault(folder) is not None:  # where there are no locks, another may have been first
             raise
     manifest.sync_folder(folder.parent)
-
-
-@contextmanager
-def _alone(lock: IO[bytes]) -> Iterator[bool]:
-    """One process at a time makes an entry, and the others wait for it; whether locks work here."""
-    try:
-        fcntl.flock(lock.fileno(), fcntl.LOCK_EX)
-    except OSError:
-        yield False
-        return
-    yield True

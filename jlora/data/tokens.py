@@ -3,19 +3,25 @@
 Knows nothing of rows, formats or loss masks.
 """
 
+import datetime
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jlora.errors import ConfigError, DataError, ModelError
+from jlora.errors import ConfigError, DataError, ModelError, UserError
+from jlora.files import native
 from jlora.files.paths import inside
-from jlora.files.sandbox import BYTES, SECONDS, confined
+from jlora.files.sandbox import BYTES, SECONDS, confined, panics, tried
+from jlora.files.theirs import MAX_JSON, MAX_TEMPLATE, read_theirs, text_of_theirs
 
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
@@ -55,6 +61,23 @@ _FILES = (
     "added_tokens.json", "chat_template.jinja",
 )  # fmt: skip
 
+# Of each tokenizer.json that was tried in a process of its own, the SHA-256.
+_survived: set[str] = set()
+
+
+@contextmanager
+def _named(what: str) -> Iterator[None]:
+    """The `tokenizers` library raises bare Exception, and panics."""
+    try:
+        with panics():
+            yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise ModelError(
+            f"the tokenizer {what} ({' '.join(str(error).split())}); get its files again, or set another"
+        ) from error
+
 
 @dataclass(frozen=True)
 class _Fast:
@@ -63,14 +86,17 @@ class _Fast:
     tokenizer: "FastTokenizer"
 
     def encode(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
+        with _named("fails on a text"):
+            return self.tokenizer.encode(text, add_special_tokens=False).ids
 
     def encode_all(self, texts: list[str]) -> list[list[int]]:
-        found = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)  # on all cores, without offsets
+        with _named("fails on a text"):
+            found = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)  # on all cores, without offsets
         return [encoding.ids for encoding in found]
 
     def decode(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=True)
+        with _named("fails on tokens"):
+            return self.tokenizer.decode(ids, skip_special_tokens=True)
 
     def specials(self) -> dict[int, str]:
         return {i: token.content for i, token in self.tokenizer.get_added_tokens_decoder().items() if token.special}
@@ -103,6 +129,9 @@ class _SentencePiece:
         return {i: content for content, i in self.added.items()}
 
 
+_STRFTIME = re.compile(r"""strftime_now\(\s*(?P<quote>['"])(?P<format>[^'"]*)(?P=quote)\s*\)""")
+
+
 @dataclass(frozen=True, eq=False)
 class Tokenizer:
     """One tokenizer, whichever library is behind it. It has no padding token: masks say what is padding."""
@@ -117,12 +146,22 @@ class Tokenizer:
     files: tuple[Path, ...]  # what makes a folder this tokenizer; empty if it came from a GGUF file
     vocabulary_hash: str
     backend: _Fast | _SentencePiece = field(repr=False)
+    day: datetime.date | None = None  # that a chat template writes; None: today
+
+    @property
+    def writes_day(self) -> bool:
+        """Whether the chat template writes the day into every row."""
+        return "strftime_now" in (self.chat_template or "")
 
     @property
     def digest(self) -> str:
         """SHA-256 over everything that decides which ids a row becomes."""
         rest = [self.vocabulary_hash, self.bos_id, self.eos_id, self.add_bos, self.chat_template]
         return hashlib.sha256(json.dumps(rest).encode()).hexdigest()
+
+    def on(self, day: str) -> "Tokenizer":
+        """The same, whose chat template writes a day such as 2026-11-28 instead of today's."""
+        return replace(self, day=datetime.date.fromisoformat(day))
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text` without BOS or EOS; special tokens written out in it are recognised."""
@@ -166,14 +205,19 @@ class Tokenizer:
             raise ConfigError(
                 "no chat template: set data.chat_template (--chat-template) to llama2, chatml or a .jinja file"
             )
+        template = self.chat_template
+        if self.day is not None:  # transformers hands a template nothing that can be called
+            day = self.day
+            template = _STRFTIME.sub(lambda call: repr(day.strftime(call["format"])), template)
         try:
             with confined():
                 rendered = render_jinja_template(
-                    [messages], chat_template=self.chat_template, add_generation_prompt=add_generation_prompt,
+                    [messages], chat_template=template, add_generation_prompt=add_generation_prompt,
                     bos_token=self.bos_token or "", eos_token=self.eos_token,
                 )  # fmt: skip
             if len(rendered[0][0]) > MAX_TEXT:
                 raise MemoryError
+            rendered[0][0].encode()  # ValueError: half of a surrogate pair
         except TemplateSyntaxError as error:
             raise ConfigError(f"chat template, line {error.lineno}: {error.message}") from error
         except (TimeoutError, MemoryError):
@@ -198,17 +242,11 @@ def load_tokenizer(path: str | Path, chat_template: str | None) -> Tokenizer:
     folder = _folder(path)
     files = tuple(path for path in (inside(folder, name) for name in _FILES) if path.is_file())
     if folder / "tokenizer.json" in files:
-        from transformers import PreTrainedTokenizerFast
-
-        try:  # not by AutoTokenizer, which rebuilds Llama's so that it cuts some texts differently
-            hf = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
-        except Exception as error:  # the tokenizers library raises bare Exception
-            raise ModelError(f"the tokenizer files in {folder} cannot be read: {error}") from error
-        tokenizer = from_fast(hf, (folder / "tokenizer.json").read_bytes(), files, path)
+        tokenizer = _from_json(folder, files, path)
     elif folder / "tokenizer.model" in files:
         try:
             tokenizer = _from_sentencepiece(folder, files)
-        except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+        except (OSError, AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
             raise ModelError(f"the tokenizer files in {folder} cannot be read: {error}") from error
     else:
         raise ModelError(f"{folder} has no tokenizer: it needs a tokenizer.json or a tokenizer.model")
@@ -229,10 +267,10 @@ def with_template(tokenizer: Tokenizer, chat_template: str | None, path: str | P
     if chat_template in CHAT_TEMPLATES:
         return replace(tokenizer, chat_template=CHAT_TEMPLATES[chat_template])
     try:
-        return replace(tokenizer, chat_template=Path(chat_template).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
+        return replace(tokenizer, chat_template=text_of_theirs(Path(chat_template), MAX_TEMPLATE))
+    except (OSError, ValueError) as error:
         names = ", ".join(CHAT_TEMPLATES)
-        raise ConfigError(f"chat template {chat_template} is none of {names} nor a readable file") from error
+        raise ConfigError(f"chat template {chat_template} is neither one of {names} nor a readable file") from error
 
 
 def _folder(path: str | Path) -> Path:
@@ -249,31 +287,68 @@ def _folder(path: str | Path) -> Path:
         raise ModelError(f"tokenizer {path} is not a folder, and the hub gave none ({type(error).__name__})") from error
 
 
+def _from_json(folder: Path, files: tuple[Path, ...], where: str | Path) -> Tokenizer:
+    from transformers import PreTrainedTokenizerFast
+
+    try:
+        content = read_theirs(folder / "tokenizer.json", MAX_JSON)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"the tokenizer files in {folder} cannot be read: {error}") from error
+    digest = hashlib.sha256(content).hexdigest()
+    if digest not in _survived:
+        if fault := tried(Path(native.__file__), "tokenizer", content=content):
+            raise ModelError(f"the tokenizer files in {folder} cannot be read: {fault}")
+        _survived.add(digest)
+    # Alone, because transformers reads more of a folder, such as additional_chat_templates, wherever links in it lead.
+    with tempfile.TemporaryDirectory(prefix="jlora-") as alone:
+        for path in (*files, inside(folder, "config.json")):
+            if path.is_file():
+                (Path(alone) / path.name).symlink_to(path.resolve())
+        try:  # not by AutoTokenizer, which rebuilds Llama's so that it cuts some texts differently
+            with panics():
+                hf = PreTrainedTokenizerFast.from_pretrained(alone, local_files_only=True)
+        except Exception as error:  # the tokenizers library raises bare Exception
+            raise ModelError(f"the tokenizer files in {folder} cannot be read: {error}") from error
+    return from_fast(hf, content, files, where)
+
+
 def from_fast(hf: "PreTrainedTokenizerFast", content: bytes, files: tuple[Path, ...], where: str | Path) -> Tokenizer:
     """A tokenizer of the `tokenizers` library. Args: content: what decides its ids. files: what makes a folder it."""
     if hf.eos_token_id is None:
         raise ModelError(f"the tokenizer of {where} names no eos_token that has an id")
-    add_bos = hf.bos_token_id is not None and hf("x").input_ids[:1] == [hf.bos_token_id]
     template = hf.chat_template
+    if isinstance(template, dict):
+        template = template.get("default")
+    if not isinstance(template, str | None):
+        raise ModelError(f"the tokenizer of {where} has a chat template that is no text; set data.chat_template")
     fast = hf.backend_tokenizer
+    _make_certain(fast, where)
     fast.no_truncation()  # a tokenizer.json may carry both; here a row is encoded whole
     fast.no_padding()
+    with _named(f"of {where} cannot be used"):
+        add_bos = hf.bos_token_id is not None and hf("x").input_ids[:1] == [hf.bos_token_id]
+        vocab_size = max(fast.get_vocab(with_added_tokens=True).values()) + 1
     added = sorted((i, token.content) for i, token in fast.get_added_tokens_decoder().items())
     return Tokenizer(
-        vocab_size=max(fast.get_vocab(with_added_tokens=True).values()) + 1,
+        vocab_size=vocab_size,
         bos_id=hf.bos_token_id, eos_id=hf.eos_token_id, add_bos=add_bos,
-        bos_token=hf.bos_token, eos_token=hf.eos_token,
-        chat_template=template.get("default") if isinstance(template, dict) else template,
-        files=files,
+        bos_token=hf.bos_token, eos_token=hf.eos_token, chat_template=template, files=files,
         vocabulary_hash=hashlib.sha256(content + json.dumps(added).encode()).hexdigest(),
         backend=_Fast(fast),
     )  # fmt: skip
 
 
+def _make_certain(fast: "FastTokenizer", where: str | Path) -> None:
+    """Switch off what gives one text other tokens each time, and say so on stderr."""
+    if chance := getattr(fast.model, "dropout", None):
+        fast.model.dropout = None
+        print(f"warning: the tokenizer of {where} cuts texts at random (dropout {chance}); taken as 0", file=sys.stderr)
+
+
 def _from_sentencepiece(folder: Path, files: tuple[Path, ...]) -> Tokenizer:
     from sentencepiece import SentencePieceProcessor
 
-    content = (folder / "tokenizer.model").read_bytes()
+    content = read_theirs(folder / "tokenizer.model", MAX_JSON)
     try:
         processor = SentencePieceProcessor(model_proto=content)
     except RuntimeError as error:
@@ -283,7 +358,7 @@ def _from_sentencepiece(folder: Path, files: tuple[Path, ...]) -> Tokenizer:
     if isinstance(template, list):  # several by name
         template = next((entry["template"] for entry in template if entry["name"] == "default"), None)
     if folder / "chat_template.jinja" in files:
-        template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        template = text_of_theirs(folder / "chat_template.jinja", MAX_TEMPLATE)
 
     def text(token: str | dict[str, Any]) -> str:  # HF writes either
         return token["content"] if isinstance(token, dict) else token
@@ -311,6 +386,6 @@ def _from_sentencepiece(folder: Path, files: tuple[Path, ...]) -> Tokenizer:
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    except ValueError as error:
+        return json.loads(read_theirs(file, MAX_JSON)) if file.is_file() else {}
+    except (ValueError, RecursionError) as error:
         raise ModelError(f"{file} is not JSON: {error}") from error

@@ -25,11 +25,12 @@ from jlora.evaluation.strategies import Rows, Strategy, ask, choose, split_rows
 from jlora.files import lock
 from jlora.files.atomic import strict_json, write_text
 from jlora.files.paths import require_own
-from jlora.hf.pretrained import Opened, Pretrained, open_adapter, open_pretrained
+from jlora.files.theirs import MAX_JSON, read_theirs
+from jlora.hf.pretrained import Opened, open_adapter, open_pretrained
 from jlora.hf.source import base_fingerprint
 from jlora.inference.generate import LENGTH_STEP
+from jlora.inference.model import Adapted
 from jlora.model import attention, quant
-from jlora.model.adapter import Adapter
 from jlora.model.sharding import one_device_mesh
 from jlora.reports.memory import require_matplotlib
 from jlora.runtime import distributed, supervise
@@ -62,11 +63,11 @@ class Results:
         self.folder = folder
         self._records: dict[str, Record] = {}
         try:
-            known = json.loads((folder / "effort.json").read_text(encoding="utf-8"))
+            known = json.loads(read_theirs(folder / "effort.json", MAX_JSON))
             self._records = {record["identity"]: record for record in known["results"]}
-        except OSError:
+        except FileNotFoundError:
             pass
-        except (ValueError, TypeError, KeyError):
+        except (OSError, ValueError, TypeError, KeyError, RecursionError):
             raise ConfigError(f"{folder}/effort.json: not written by this command; move it away") from None
 
     def get(self, identity: str) -> Record | None:
@@ -141,7 +142,8 @@ def effort(cfg: Config, options: Options, quiet: bool) -> tuple[Record, list[Use
                         say(f"== {one.name}: answers, {way.name}")
                         record = results.get(key) or _record(one, way, key)
                         adapter = open_adapter(record["training"]["run"], pretrained) if way.rows else {}
-                        record |= judge(pretrained, adapter, way, rows, cfg, options, mesh)
+                        model = Adapted(pretrained, adapter, jnp.dtype(cfg.model.dtype))
+                        record |= judge(model, way, rows, cfg, options, mesh)
                         say(f"{describe_figures(record)}; {describe_scores(record)}")
                         results.put(record, settings, order)
         found = results.write(settings, order)
@@ -264,33 +266,23 @@ def own_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def judge(
-    pretrained: Pretrained,
-    adapter: Adapter,
-    way: Strategy,
-    rows: Rows,
-    cfg: Config,
-    options: Options,
-    mesh: jax.sharding.Mesh,
-) -> Record:
+def judge(model: Adapted, way: Strategy, rows: Rows, cfg: Config, options: Options, mesh: jax.sharding.Mesh) -> Record:
     """Loss, scores, tokens and seconds of one strategy on the held-out rows."""
+    pretrained, dtype = model.pretrained, model.dtype
     limit = pretrained.source.config.get("max_position_embeddings")
     room = limit - options.max_new_tokens if isinstance(limit, int) else None
     asked = ask(rows.heldout, rows.train[: way.shots], cfg.data, pretrained.tokenizer, room)
     longest = max(len(example.ids) for example in asked.dataset.examples)
     length = max(cfg.data.max_length, -(-longest // LENGTH_STEP) * LENGTH_STEP)
     section = cfg.data.model_copy(update={"max_length": length})
-    dtype = jnp.dtype(cfg.model.dtype)
     device, head_dim = mesh.devices.flat[0], pretrained.base.cfg.head_dim
     _, kernel = attention.choose(cfg.model.attention, device, head_dim, length, dtype, section.one_segment)
     size = cfg.training.batch_size // cfg.training.gradient_accumulation_steps
     evaluator = Evaluator(asked.dataset, section, size, Forward(kernel, "none", dtype, token_accuracy=True), mesh)
-    figures = evaluator.measure(pretrained.base, adapter)
+    figures = evaluator.measure(pretrained.base, model.adapter)
     scored = answer_and_score(
-        pretrained,
-        adapter,
+        model,
         asked.questions,
-        dtype=dtype,
         max_new_tokens=options.max_new_tokens,
         batch_size=options.batch_size,
         timed=True,

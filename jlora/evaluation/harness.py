@@ -7,15 +7,14 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from jlora.data import Batch, pack_row
+from jlora.data.packing import Batch, pack_row
 from jlora.data.prompts import Example
 from jlora.errors import ConfigError
-from jlora.hf.pretrained import load_pretrained, open_adapter, open_pretrained, run_config
-from jlora.inference.answers import answer, width_of
-from jlora.model import attention, quant
+from jlora.inference.answers import answer, batches_of_like
+from jlora.inference.model import open_adapted
+from jlora.model import attention
 from jlora.model.sharding import one_device_mesh, place_rows
 from jlora.training.step import Forward
 
@@ -72,23 +71,12 @@ class JloraLM(LM or object):  # type: ignore[misc]
             raise ConfigError(
                 f"jlora's model takes no argument {sorted(unknown)[0]}; see jlora.evaluation.harness.JloraLM"
             )
-        run = run_config(adapter)
-        self.dtype = jnp.dtype(dtype or (run.model.dtype if run else "bfloat16"))
-        quantization = quantization or (run.model.quantization if run else None)
-        self._mesh = one_device_mesh()
-        self._placed = self._mesh.devices.flat[0]
-        quant.check_device(quantization, self._placed)
-        opened = open_pretrained(
-            base,
-            tokenizer or (run.model.tokenizer if run else None),
-            chat_template or (run.data.chat_template if run else None),
-        )
-        with jax.set_mesh(self._mesh):
-            self.pretrained = load_pretrained(opened, self.dtype, self._mesh, quantization)
-            self.adapter = open_adapter(adapter, self.pretrained)
-        positions = opened.source.config.get("max_position_embeddings", DEFAULT_LENGTH)
+        given = {"tokenizer": tokenizer, "chat_template": chat_template, "dtype": dtype, "quantization": quantization}
+        self.model, self._mesh = open_adapted(base, adapter, **given), one_device_mesh()
+        pretrained = self.model.pretrained
+        positions = pretrained.source.config.get("max_position_embeddings", DEFAULT_LENGTH)
         self.max_length, self.batch_size = int(max_length or positions), int(batch_size)
-        self.tokenizer = opened.tokenizer
+        self.tokenizer = pretrained.tokenizer
         # What stands before a text that has nothing before it.
         self._first = [self.tokenizer.eos_id if self.tokenizer.bos_id is None else self.tokenizer.bos_id]
         self._steps: dict[int, Callable[..., Any]] = {}
@@ -143,15 +131,7 @@ class JloraLM(LM or object):  # type: ignore[misc]
             room = max(1, self.max_length - most)
             prompts = [(self._encode(requests[i].args[0]) or self._first)[-room:] for i in members]
             with jax.set_mesh(self._mesh):
-                answers = answer(
-                    self.pretrained,
-                    self.adapter,
-                    prompts,
-                    dtype=self.dtype,
-                    max_new_tokens=most,
-                    batch_size=self.batch_size,
-                    until=until,
-                )
+                answers = answer(self.model, prompts, max_new_tokens=most, batch_size=self.batch_size, until=until)
             texts.update(zip(members, answers.texts, strict=True))
         for number, request in enumerate(requests):
             self.cache_hook.add_partial("generate_until", request.args, texts[number])
@@ -182,13 +162,9 @@ class JloraLM(LM or object):  # type: ignore[misc]
     def _score(self, parts: list[tuple[list[int], int]]) -> list[tuple[float, bool]]:
         """Of (ids, start): log-probability of the ids from `start` on, and whether each of them is the likeliest."""
         cut = [(ids[-self.max_length :], max(1, start - max(0, len(ids) - self.max_length))) for ids, start in parts]
-        order = sorted(range(len(cut)), key=lambda i: len(cut[i][0]))
         found: dict[int, tuple[float, bool]] = {}
-        for width in sorted({width_of(len(ids)) for ids, _ in cut}):
-            members = [i for i in order if width_of(len(cut[i][0])) == width]
-            for at in range(0, len(members), self.batch_size):
-                batch = members[at : at + self.batch_size]
-                found.update(zip(batch, self._score_batch([cut[i] for i in batch], width), strict=True))
+        for width, members in batches_of_like([len(ids) for ids, _ in cut], self.batch_size):
+            found.update(zip(members, self._score_batch([cut[i] for i in members], width), strict=True))
         return [found[i] for i in range(len(cut))]
 
     def _score_batch(self, parts: list[tuple[list[int], int]], width: int) -> list[tuple[float, bool]]:
@@ -196,14 +172,15 @@ class JloraLM(LM or object):  # type: ignore[misc]
             pack_row([Example(np.asarray(ids, np.int32), np.arange(len(ids)) >= start)], width) for ids, start in parts
         ]
         rows += [pack_row([], width)] * (self.batch_size - len(rows))
+        base, dtype = self.model.pretrained.base, self.model.dtype
         if width not in self._steps:
-            head_dim = self.pretrained.base.cfg.head_dim
-            _, kernel = attention.choose("auto", self._placed, head_dim, width, self.dtype, one_segment=True)
-            self._steps[width] = jax.jit(Forward(kernel, "none", self.dtype).by_token)
+            device, head_dim = self._mesh.devices.flat[0], base.cfg.head_dim
+            _, kernel = attention.choose("auto", device, head_dim, width, dtype, one_segment=True)
+            self._steps[width] = jax.jit(Forward(kernel, "none", dtype).by_token)
         with jax.set_mesh(self._mesh):
             names = Batch.__annotations__
             batch = {n: place_rows(np.stack([row[n] for row in rows]), self._mesh) for n in names}  # type: ignore[literal-required]
-            logs, right = map(np.asarray, self._steps[width](self.pretrained.base, self.adapter, batch))
+            logs, right = map(np.asarray, self._steps[width](base, self.model.adapter, batch))
         counts = [len(ids) - start for ids, start in parts]
         return [(float(logs[i].sum(dtype=np.float64)), bool(right[i].sum() == count)) for i, count in enumerate(counts)]
 

@@ -7,13 +7,10 @@ import importlib.util
 import re
 from typing import Any
 
-import jax.numpy as jnp
-
 from jlora.errors import ConfigError
-from jlora.hf.pretrained import Pretrained
 from jlora.inference import answers as answering
 from jlora.inference.answers import Question
-from jlora.model.adapter import Adapter
+from jlora.inference.model import Adapted
 
 _WORD = re.compile(r"[^\W_]+")
 
@@ -70,11 +67,9 @@ def describe_scores(scores: dict[str, Any]) -> str:
 
 
 def answer_and_score(
-    pretrained: Pretrained,
-    adapter: Adapter,
+    model: Adapted,
     questions: list[Question],
     *,
-    dtype: jnp.dtype,
     max_new_tokens: int,
     batch_size: int,
     timed: bool = False,
@@ -87,10 +82,8 @@ def answer_and_score(
     see `jlora.inference.answers.answer`.
     """
     found = answering.answer(
-        pretrained,
-        adapter,
+        model,
         [question.ids for question in questions],
-        dtype=dtype,
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
         timed=timed,

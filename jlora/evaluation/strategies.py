@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from jlora import data
 from jlora.config import Config, DataSection
-from jlora.data import Dataset, hold_out
+from jlora.data import encoding
+from jlora.data.dataset import Dataset, hold_out
 from jlora.data.prompts import (
     Example,
     encode_prompt,
@@ -111,7 +111,7 @@ def split_rows(cfg: Config, tokenizers: list[Tokenizer], most: int) -> Rows:
 
 def _usable(source: str, tokenizers: list[Tokenizer], section: DataSection) -> Dataset:
     """The rows that all tokenizers can train on, as the first one's data set."""
-    read = [data.tokenize(source, tokenizer, section) for tokenizer in tokenizers]
+    read = [encoding.tokenize(source, tokenizer, section) for tokenizer in tokenizers]
     common = set.intersection(*(set(one.places) for one in read))
     if not common:
         raise DataError(f"{source}: holds no row that all bases can use")

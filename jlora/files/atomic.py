@@ -42,6 +42,11 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode("utf-8"))
 
 
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """`write_text` of a JSON object, indented for people."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file whole or not at all, in place of the regular file that is there.
 

@@ -1,6 +1,10 @@
-"""One run at a time in a run folder. The system lets go of a dead process's lock, however it died."""
+"""One process at a time: one run in a run folder, one maker of a cache's entry.
 
-import fcntl
+The system lets go of a dead process's lock, however it died. `filelock` locks a descriptor that is opened here: its own
+classes take a pipe or a device for a lock file, too, and do not tell a file system without locks from a file that they
+cannot open.
+"""
+
 import json
 import os
 import socket
@@ -9,6 +13,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from filelock import lock_descriptor
 
 from jlora.errors import ConfigError
 from jlora.files.atomic import open_own
@@ -34,14 +40,46 @@ def held(run_dir: Path, mine: bool = True) -> Iterator[None]:
         return
     descriptor = open_own(run_dir / NAME, os.O_RDWR | os.O_CREAT)
     try:
-        if _take(descriptor, run_dir):
-            _note(descriptor, json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": time.ctime()}))
+        _take(descriptor, run_dir)
         try:
             yield
         finally:
             _note(descriptor, "")
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def waited_for(path: Path) -> Iterator[bool]:
+    """Hold the lock of a file once no other process does; whether locks work there."""
+    descriptor = open_own(path, os.O_RDWR | os.O_CREAT)
+    try:
+        try:
+            alone = lock_descriptor(descriptor)
+        except OSError:
+            alone = False
+        yield alone
+    finally:
+        os.close(descriptor)
+
+
+def _take(descriptor: int, run_dir: Path) -> None:
+    deadline = time.monotonic() + WAIT_SECONDS
+    try:
+        while not lock_descriptor(descriptor, blocking=False):
+            if time.monotonic() > deadline:
+                raise ConfigError(
+                    f"output_dir {run_dir}: {_holder(descriptor)} is training there; wait for it or end it, or set "
+                    "another"
+                )
+            time.sleep(0.1)
+    except OSError as error:
+        print(
+            f"warning: {run_dir}: cannot be locked here ({error.strerror}); start no second run there",
+            file=sys.stderr,
+        )
+        return
+    _note(descriptor, json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": time.ctime()}))
 
 
 def _note(descriptor: int, text: str) -> None:
@@ -51,27 +89,6 @@ def _note(descriptor: int, text: str) -> None:
         if ours and os.fstat(descriptor).st_nlink == 1:
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, text.encode(), 0)
-
-
-def _take(descriptor: int, run_dir: Path) -> bool:
-    deadline = time.monotonic() + WAIT_SECONDS
-    while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                holder = _holder(descriptor)
-                raise ConfigError(
-                    f"output_dir {run_dir}: {holder} is training there; wait for it or end it, or set another"
-                ) from None
-        except OSError as error:
-            print(
-                f"warning: {run_dir}: can not be locked here ({error.strerror}); start no second run there",
-                file=sys.stderr,
-            )
-            return False
-        time.sleep(0.1)
 
 
 def _holder(descriptor: int) -> str:

@@ -10,6 +10,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from jlora.files.theirs import MAX_JSON, open_theirs, read_theirs
+
 NAME = "manifest.json"
 
 
@@ -48,6 +50,9 @@ def fault(folder: Path, cached: bool = True) -> str | None:
     Args:
       cached: False asks the disk, not the memory that holds what was just written, where the system can tell them
         apart.
+
+    Raises:
+      OSError: a file is there and cannot be read, for want of rights or of its disk, whatever it holds.
     """
     try:
         listed = _read(folder)["files"]
@@ -62,8 +67,6 @@ def fault(folder: Path, cached: bool = True) -> str | None:
                 return f"{name}: SHA-256 differs"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
-    except OSError as error:
-        return f"{error.filename or folder}: {error.strerror}"
     except ValueError:
         return f"{NAME} is damaged"
     return None
@@ -81,10 +84,13 @@ def _render(content: dict[str, Any]) -> str:
 
 def _read(folder: Path) -> dict[str, Any]:
     path = folder / NAME
-    if path.exists() and not path.is_file():  # a pipe would be waited for
+    if path.exists() and not path.is_file():
         raise ValueError(NAME)
-    text = path.read_bytes()
-    tree = json.loads(text)
+    text = read_theirs(path, MAX_JSON)
+    try:
+        tree = json.loads(text)
+    except RecursionError:
+        raise ValueError(NAME) from None
     # Written again from what it says, it is the same text, or a bit of it has changed.
     if not isinstance(tree, dict) or "content" not in tree or _render(tree["content"]).encode() != text:
         raise ValueError(NAME)
@@ -97,7 +103,7 @@ def _files(folder: Path) -> dict[str, Path]:
 
 
 def _digest(path: Path, cached: bool = True) -> str:
-    with open(path, "rb") as stream:
+    with open_theirs(path) as stream:
         if not cached and hasattr(os, "posix_fadvise"):
             os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         return hashlib.file_digest(stream, "sha256").hexdigest()

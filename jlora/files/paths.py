@@ -1,8 +1,8 @@
-"""Files of a folder that somebody else made: confined to it, regular, and of a size that is looked at first."""
+"""Paths as users write and read them, and files of a folder that somebody else made: confined to it, and regular."""
 
 import os
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from jlora.errors import ModelError, UserError
@@ -15,28 +15,53 @@ RUN_FILES = (
 RUN_FOLDERS = ("adapter", "checkpoints", "quarantine", "tensorboard", "wandb")
 
 
-def inside(folder: Path, name: str) -> Path:
-    """`folder / name`, whose file lies in the folder, links followed; it need not exist.
+def expand_home(path: str) -> str:
+    """`~/NAME` as a path of the home folder; the shell leaves it so behind `=`.
+
+    Raises:
+      ValueError: nobody knows the home folder.
+    """
+    if path.startswith("~") and (expanded := os.path.expanduser(path)) != path:
+        return expanded
+    if path == "~" or path.startswith("~/"):
+        raise ValueError(f"'{path}': the home folder is not known (HOME is not set); write the whole path")
+    return path
+
+
+def inside(folder: Path, name: str, error: type[UserError] = ModelError, folders: bool = False) -> Path:
+    """`folder / name`, whose file (or folder, with `folders`) lies in the folder, links followed; it need not exist.
 
     The hub's cache is a folder of links too, `snapshots/REVISION/NAME -> ../../blobs/HASH`; its blobs belong to it.
 
     Raises:
-      ModelError: a path instead of a name, a link that leads out of the folder, or no regular file.
+      error: a path instead of a name, a link that leads out of the folder, or no regular file.
     """
     if Path(name).name != name or name == ".." or "\0" in name:
-        raise ModelError(f"{folder}: names the file {name!r}, which lies outside the folder; it is refused")
+        raise error(f"{folder}: names the file {name!r}, which lies outside the folder; it is refused")
     path, root = folder / name, folder.resolve()
     try:
         target = path.resolve()
-    except (OSError, RuntimeError) as error:  # links in a circle
-        raise ModelError(f"{path}: cannot be followed ({error}); put the file itself there") from None
+    except (OSError, RuntimeError) as circle:  # of links
+        raise error(f"{path}: cannot be followed ({circle}); put the file itself there") from None
     snapshots = (parent for parent in root.parents if parent.name == "snapshots")
     roots = [root, *(parent.parent / "blobs" for parent in snapshots)]
     if not any(target.is_relative_to(one) for one in roots):
-        raise ModelError(f"{path}: is a link to {target}, outside its folder; put the file itself there")
-    if target.exists() and not target.is_file():
-        raise ModelError(f"{path}: is not a regular file; get it again")
+        raise error(f"{path}: is a link to {target}, outside its folder; put the file itself there")
+    if target.exists() and not (target.is_dir() if folders else target.is_file()):
+        raise error(f"{path}: is not a {'folder' if folders else 'regular file'}; get it again")
     return path
+
+
+def short_names(paths: Sequence[str | Path]) -> list[str]:
+    """Of each path as few of its last names as tell it from the others; the path itself where none do."""
+    parts = [Path(path).parts for path in paths]
+
+    def short(path: str | Path, own: tuple[str, ...]) -> str:
+        ends = (own[start:] for start in range(len(own) - 1, -1, -1))
+        alone = (end for end in ends if sum(other[-len(end) :] == end for other in parts) == 1)
+        return next(("/".join(end) for end in alone), str(path))
+
+    return list(map(short, paths, parts))
 
 
 def require_own(run_dir: Path, error: type[UserError], more: Iterable[str] = ()) -> None:
@@ -67,4 +92,4 @@ def require_own(run_dir: Path, error: type[UserError], more: Iterable[str] = ())
             )
         if not (stat.S_ISDIR(mode) if path in folders else stat.S_ISREG(mode)):
             kind = "folder" if path in folders else "regular file"
-            raise error(f"{path}: is no {kind}; move it away")
+            raise error(f"{path}: is not a {kind}; move it away")

@@ -8,14 +8,20 @@ import os
 import re
 from collections.abc import Iterator
 
-_SECRET_NAME = re.compile(r"(TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|(ACCESS|SECRET|PRIVATE)_KEY)$", re.IGNORECASE)
+_SECRET_NAME = re.compile(
+    r"(TOKEN|SECRET|PASSWORD|PASSWD|_PASS|_PWD|_PAT|_KEY|APIKEY|_KEY_ID|_AUTH|CREDENTIALS?|CONNECTION_STRING)$",
+    re.IGNORECASE,
+)
 _SHORTEST = 8  # a shorter value may stand anywhere by chance
 _SHAPES = {
     "a password in a URL": re.compile(r"(?<=://)[^/\s@]+(?=@)"),
     "a signature in a URL": re.compile(
-        r"(?<=[?&])(?:[\w-]*(?:token|signature|secret|password|api_?key)|sig)=[^&\s]+", re.IGNORECASE
+        r"(?<=[?&])(?:[\w-]*(?:token|signature|secret|password|api_?key|credential)|sig)=[^&\s]+", re.IGNORECASE
     ),
-    "an access token": re.compile(r"\b(?:hf_[A-Za-z0-9]{20,}|gh[pousr]_\w{30,}|sk-[\w-]{20,}|AKIA[0-9A-Z]{16})\b"),
+    "an access token": re.compile(
+        r"\b(?:hf_[A-Za-z0-9]{20,}|gh[pousr]_\w{30,}|github_pat_\w{30,}|glpat-[\w-]{20,}|xox[abprs]-[\w-]{20,}"
+        r"|sk-[\w-]{20,}|A[KS]IA[0-9A-Z]{16}|AIza[\w-]{35}|eyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]+)(?![\w-])"
+    ),
 }
 HIDDEN = "[secret]"
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from jlora.config import ATTENTION_PROJECTIONS, MLP_PROJECTIONS
 from jlora.errors import ModelError
-from jlora.model.llama import LlamaConfig
+from jlora.model.llama import ModelConfig
 from jlora.model.rope import DynamicRope, LinearRope, Llama3Rope, RopeScaling, YarnRope
 
 
@@ -49,7 +49,7 @@ FAMILIES = {
 }
 
 # Fields that change the numerics, with the values that jlora computes. What transformers' class does not read
-# can not change its numerics and is not looked at.
+# cannot change its numerics and is not looked at.
 ONLY_SUPPORTED: dict[str, tuple[Any, ...]] = {
     "model_type": tuple(FAMILIES),
     "hidden_act": ("silu", "swish", None),
@@ -65,7 +65,7 @@ ROPE_FIELDS = {
 YARN_FIELDS = {"attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"}
 
 
-def parse_config(raw: dict[str, Any], where: str) -> LlamaConfig:
+def parse_config(raw: dict[str, Any], where: str) -> ModelConfig:
     """Shape and numerics from a Hugging Face config.json.
 
     Accepts both spellings of rotary settings: `rope_theta` with `rope_scaling` (transformers 4) and
@@ -95,7 +95,7 @@ def parse_config(raw: dict[str, Any], where: str) -> LlamaConfig:
     theta, scaling = _rope(raw, integer("max_position_embeddings", family.max_position_embeddings), where)
     if isinstance(scaling, DynamicRope) and head_dim < 4:
         raise ModelError(f"{where}: rope_scaling of type 'dynamic' needs a head_dim of at least 4, not {head_dim}")
-    return LlamaConfig(
+    return ModelConfig(
         vocab_size=integer("vocab_size"),
         hidden_size=hidden,
         intermediate_size=integer("intermediate_size"),

@@ -22,11 +22,10 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jlora.errors import ConfigError, ModelError
-from jlora.hf.architecture import parse_config
 from jlora.hf.names import Entry
 from jlora.hf.source import Source, check_names
 from jlora.model import quant
-from jlora.model.llama import Decoder, LlamaConfig, abstract_decoder, projection_shapes
+from jlora.model.llama import Decoder, ModelConfig, abstract_decoder, projection_shapes
 from jlora.model.sharding import named_sharding
 
 # Weights of one block, over all devices of this process. Beside the devices' buffers the host holds a block and
@@ -85,7 +84,7 @@ def _joined(cut: tuple[slice, ...], dims: tuple[int, ...]) -> Range:
 
 
 def share_of(
-    cfg: LlamaConfig, entry: Entry, sharding: NamedSharding, shape: tuple[int, ...], whole_rows: bool
+    cfg: ModelConfig, entry: Entry, sharding: NamedSharding, shape: tuple[int, ...], whole_rows: bool
 ) -> Share:
     """The share of this process in the tensor of `entry`, whose weight has `shape`, over layers where stacked.
 
@@ -212,7 +211,7 @@ def _load_tensor(source: Source, name: str, entry: Entry, share: Share, leaf: "L
         )
         for start in starts:
             start[share.axis] = offset // share.unit
-        # Waits, so that blocks can not pile up on their way.
+        # Waits, so that blocks cannot pile up on their way.
         leaf.buffers = jax.block_until_ready(_write(leaf.buffers, blocks, tuple(map(np.copy, starts)), mesh=local))
         finite &= bool(np.asarray(checked).all())
     return finite
@@ -340,7 +339,7 @@ def load_base(
       ModelError: what `parse_config` and `check_names` refuse, a damaged file, a non-finite weight; in every
         process, if one of them meets it.
     """
-    cfg = parse_config(source.config, where)
+    cfg = source.model
     table = check_names(cfg, source.shapes, where)
     decoder = abstract_decoder(cfg, dtype, quantization)
     local = Mesh(np.asarray(mesh.local_devices), ("device",))
@@ -387,7 +386,7 @@ def hash_base(source: Source, where: str) -> str:
     Raises:
       ModelError: what `parse_config` and `check_names` refuse.
     """
-    table = check_names(parse_config(source.config, where), source.shapes, where)
+    table = check_names(source.model, source.shapes, where)
     return _content_hash(source, [(name, stored_digest(source, name)) for name in table])
 
 

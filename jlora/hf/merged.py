@@ -12,34 +12,36 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+from huggingface_hub import split_state_dict_into_shards_factory
 
 from jlora.errors import ModelError
+from jlora.files.atomic import write_json
 from jlora.hf.architecture import FAMILIES
 from jlora.hf.names import name_table
 from jlora.hf.source import FLOATS
 from jlora.hf.weights import Weights, blocks
 from jlora.model.adapter import Adapter
-from jlora.model.llama import LlamaConfig
+from jlora.model.llama import ModelConfig
 
 SHARD_BYTES = 5 * 10**9
 DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16, "float32": np.float32}
 
 
-def untied(cfg: LlamaConfig, config: dict[str, Any], adapter: Adapter) -> tuple[LlamaConfig, dict[str, Any]]:
+def untied(cfg: ModelConfig, config: dict[str, Any], adapter: Adapter) -> tuple[ModelConfig, dict[str, Any]]:
     """Shape and config.json of the merged model: an adapter that has the embedding or the head in full unties them."""
     if not cfg.tie_word_embeddings or not {"embed_tokens", "lm_head"} & adapter.keys():
         return cfg, config
     return replace(cfg, tie_word_embeddings=False), config | {"tie_word_embeddings": False}
 
 
-def stored_bytes(cfg: LlamaConfig, dtype: str) -> int:
+def stored_bytes(cfg: ModelConfig, dtype: str) -> int:
     """Bytes of all tensors of a checkpoint in `dtype`."""
     return sum(math.prod(entry.hf_shape) for entry in name_table(cfg).values()) * np.dtype(DTYPES[dtype]).itemsize
 
 
 def save_checkpoint(
     folder: Path,
-    cfg: LlamaConfig,
+    cfg: ModelConfig,
     weights: Weights,
     config: dict[str, Any],
     dtype: str,
@@ -56,11 +58,11 @@ def save_checkpoint(
     folder.mkdir(parents=True, exist_ok=True)
     table, width = name_table(cfg), np.dtype(DTYPES[dtype]).itemsize
     sizes = {name: math.prod(entry.hf_shape) * width for name, entry in table.items()}
-    shards = split(sizes)
-    names = ["model.safetensors"]
-    if len(shards) > 1:
-        names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
-    for file, shard in zip(names, shards, strict=True):
+    pattern = "model{suffix}.safetensors"
+    shards = split_state_dict_into_shards_factory(
+        sizes, get_storage_size=int, filename_pattern=pattern, max_shard_size=SHARD_BYTES
+    )
+    for file, shard in shards.filename_to_tensors.items():
         with (folder / file).open("wb") as out:
             out.write(header({name: table[name].hf_shape for name in shard}, dtype))
             for name in shard:
@@ -72,31 +74,14 @@ def save_checkpoint(
                             f"{folder}: tensor {name} does not fit {dtype}; export with --dtype bfloat16 or float32"
                         )
                     out.write(np.ascontiguousarray(rows).view(np.uint8).data)
-    if len(shards) > 1:
-        index = {
-            "metadata": {"total_size": sum(sizes.values())},
-            "weight_map": {name: file for file, shard in zip(names, shards, strict=True) for name in shard},
-        }
-        text = json.dumps(index, indent=2) + "\n"
-        (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+    if shards.is_sharded:
+        index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
+        write_json(folder / "model.safetensors.index.json", index)
     config = {key: value for key, value in config.items() if key not in ("torch_dtype", "dtype")}
     architecture = FAMILIES[config["model_type"]].architecture
     config |= {"architectures": [architecture], "dtype": dtype, "torch_dtype": dtype}
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "config.json", config)
     add_files(folder)
-
-
-def split(sizes: dict[str, int]) -> list[list[str]]:
-    """The tensors of each shard, in order."""
-    shards: list[list[str]] = [[]]
-    filled = 0
-    for name, size in sizes.items():
-        if filled and filled + size > SHARD_BYTES:
-            shards.append([])
-            filled = 0
-        shards[-1].append(name)
-        filled += size
-    return shards
 
 
 def header(shapes: dict[str, tuple[int, ...]], dtype: str) -> bytes:

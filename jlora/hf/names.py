@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from jlora.model.llama import LlamaConfig, block_weights, outer_weights, projection_shapes
+from jlora.model.llama import ModelConfig, block_weights, outer_weights, projection_shapes
 
 OUTER = {
     "embed_tokens": "model.embed_tokens.weight",
@@ -48,7 +48,7 @@ class Entry:
     transposed: bool
 
 
-def name_table(cfg: LlamaConfig) -> dict[str, Entry]:
+def name_table(cfg: ModelConfig) -> dict[str, Entry]:
     """Hugging Face tensor name -> entry, for every tensor of the model."""
     table = {
         OUTER[leaf]: Entry(leaf, None, weight.shape, weight.shape, False) for leaf, weight in outer_weights(cfg).items()

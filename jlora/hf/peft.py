@@ -17,12 +17,13 @@ from safetensors.numpy import save
 
 from jlora.config import PROJECTIONS, LoraSection, describe
 from jlora.errors import ModelError
+from jlora.files.atomic import write_json
 from jlora.files.paths import inside
 from jlora.hf.names import OUTER
 from jlora.hf.source import open_safetensors, read_floats, read_json
-from jlora.model.adapter import Adapter, Lora, Saved, layer_ranks, module_path, new_lora
+from jlora.model.adapter import Adapter, Lora, Saved, layer_ranks, module_path, new_lora, scaling
 from jlora.model.adapter_init import saved_weights
-from jlora.model.llama import LlamaConfig, projection_shapes
+from jlora.model.llama import ModelConfig, projection_shapes
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
@@ -52,7 +53,7 @@ def bias_name(projection: str, layer: int, adapted: bool) -> str:
     return tensor_name(projection, layer, "base_layer.bias" if adapted else "bias")
 
 
-def tensor_shapes(section: LoraSection, cfg: LlamaConfig) -> dict[str, tuple[int, ...]]:
+def tensor_shapes(section: LoraSection, cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every tensor of an adapter with these options."""
     shapes: dict[str, tuple[int, ...]] = {}
     for name in section.targets:
@@ -119,7 +120,7 @@ def read_adapter_config(folder: Path) -> LoraSection:
         raise ModelError(f"{where}: not a usable LoRA configuration ({reason})") from None
 
 
-def load_adapter(folder: Path, cfg: LlamaConfig, base_hash: str, dropout: float) -> Adapter:
+def load_adapter(folder: Path, cfg: ModelConfig, base_hash: str, dropout: float) -> Adapter:
     """Read a PEFT folder for a base of shape `cfg`.
 
     Args:
@@ -224,6 +225,37 @@ def plain(section: LoraSection) -> LoraSection:
     return section.model_copy(update=changed)
 
 
+def of_one_scale(adapter: Adapter, section: LoraSection) -> tuple[Adapter, LoraSection]:
+    """The same adapter, and its options, with every module's product multiplied by `alpha / rank` of the whole.
+
+    vLLM and TensorRT-LLM know one scale, and no patterns. So what a module's own is beyond it goes into B, and
+    `alpha_pattern` keeps what PEFT has to be told for it to come to the same.
+    """
+    if not section.rank_pattern and not section.alpha_pattern:
+        return adapter, section
+    scale = scaling(section, section.alpha, section.rank)
+    alphas = {
+        key: scale * (math.sqrt(rank) if section.use_rslora else rank) for key, rank in section.rank_pattern.items()
+    }
+    folded = {name: scaled_to(part, np.float32(scale)) for name, part in adapter.items()}
+    return folded, section.model_copy(update={"alpha_pattern": alphas})
+
+
+def scaled_to(part: Lora | Saved, scale: Any) -> Lora | Saved:
+    """The same part with another scale, a number or [L], and B to match; layers without an adapter stay without."""
+    if isinstance(part, Saved):
+        return part
+    ratio = jnp.where(part.scale == 0, 0, part.scale / jnp.where(part.scale == 0, 1, scale))
+    over = (len(ratio), *(1,) * (part.lora_b.ndim - 1))
+
+    def fold(b: Any) -> Any:
+        return b * ratio.reshape(over)
+
+    initial = None if part.initial is None else (part.initial[0], fold(part.initial[1]))
+    new = jnp.where(part.scale == 0, 0, jnp.asarray(scale, jnp.float32))
+    return replace(part, lora_b=fold(part.lora_b), scale=new, initial=initial)
+
+
 def exported_tensors(folder: Path, adapter: Adapter) -> dict[str, np.ndarray]:
     """Every tensor by PEFT's name, float32.
 
@@ -285,8 +317,8 @@ def save_adapter(folder: Path, adapter: Adapter, section: LoraSection, base: str
     Raises:
       ModelError: a factor is not finite.
     """
+    adapter, section = of_one_scale(adapter, plain(section))
     tensors = exported_tensors(folder, adapter)
-    section = plain(section)
     config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -308,4 +340,4 @@ def save_adapter(folder: Path, adapter: Adapter, section: LoraSection, base: str
     }
     folder.mkdir(parents=True, exist_ok=True)
     (folder / WEIGHTS).write_bytes(serialize(tensors, {"format": "pt", "jlora_base_sha256": base_hash}))
-    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / CONFIG, config)

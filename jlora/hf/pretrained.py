@@ -1,6 +1,8 @@
 """A base model with its tokenizer, as every command opens it, and the adapter folder it is given."""
 
+import hashlib
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,22 +14,23 @@ from pydantic import ValidationError
 from jlora.config import Config, describe, read_yaml
 from jlora.data.tokens import Tokenizer, from_fast, load_tokenizer, with_template
 from jlora.errors import ModelError
-from jlora.files.paths import require_own
+from jlora.files.paths import inside, require_own
+from jlora.files.theirs import open_theirs
 from jlora.hf.architecture import parse_config
 from jlora.hf.gguf import GGUFFile
 from jlora.hf.load import load_base
-from jlora.hf.peft import CONFIG, load_adapter, read_adapter_config
+from jlora.hf.peft import CONFIG, WEIGHTS, load_adapter, read_adapter_config, scaled_to
 from jlora.hf.source import Source, open_source, resolve
-from jlora.model.adapter import Adapter
-from jlora.model.adapter_init import complete, new_adapter
-from jlora.model.llama import Decoder, LlamaConfig, place_adapter
+from jlora.model.adapter import Adapter, Lora, layer_scales
+from jlora.model.adapter_init import new_adapter
+from jlora.model.llama import Decoder, ModelConfig, place_adapter
 
 # A tokenizer this much smaller than the embedding is another model's; padding of the vocabulary is not.
 SMALLEST_VOCAB_SHARE = 0.75
 
 
 # Options that an adapter to start from must have as the config says.
-COMPARED = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "layers_to_transform", "modules_to_save", "bias")
+COMPARED = ("use_rslora", "use_dora", "rank_pattern", "layers_to_transform", "modules_to_save", "bias")
 
 
 @dataclass(frozen=True)
@@ -42,14 +45,19 @@ class Opened:
     name: str
     path: Path
     source: Source
-    model: LlamaConfig
     tokenizer: Tokenizer
+
+    @property
+    def model(self) -> ModelConfig:
+        """Shape and numerics of the base."""
+        return self.source.model
 
 
 @dataclass(frozen=True)
 class Pretrained:
-    """A base on the devices, with what it came from."""
+    """A base on the devices, with what it came from; `name` and `path` as in `Opened`."""
 
+    name: str
     path: Path
     source: Source
     base: Decoder
@@ -64,16 +72,22 @@ def open_pretrained(path: str, tokenizer_path: str | None, chat_template: str | 
       ModelError: see `jlora.hf.source`; or the tokenizer has ids beyond the embedding, or far too few.
     """
     local = resolve(path)
-    source = open_source(local)
+    source = open_source(local, path)
     tokenizer = open_tokenizer(tokenizer_path or str(local), chat_template)
-    model = parse_config(source.config, path)
-    vocab_size = model.vocab_size
+    vocab_size = source.model.vocab_size
     if not SMALLEST_VOCAB_SHARE * vocab_size <= tokenizer.vocab_size <= vocab_size:
         raise ModelError(
             f"{tokenizer_path or path}: the tokenizer has {tokenizer.vocab_size} tokens, but the model "
             f"{path} has {vocab_size}; give the tokenizer that belongs to the model (model.tokenizer)"
         )
-    return Opened(path, local, source, model, tokenizer)
+    return Opened(path, local, source, tokenizer)
+
+
+def warn_of_length(source: Source, what: str, length: int) -> None:
+    """Say on stderr that `what` has more tokens than the base has positions: it is computed, but not well."""
+    limit = source.config.get("max_position_embeddings")
+    if isinstance(limit, int) and length > limit:
+        print(f"warning: {what} is beyond the base's {limit} positions", file=sys.stderr)
 
 
 def open_tokenizer(path: str, chat_template: str | None) -> Tokenizer:
@@ -98,7 +112,7 @@ def load_pretrained(
       ConfigError: blocks of quantised weights do not divide over the mesh.
     """
     base, base_hash = load_base(opened.source, opened.name, dtype, mesh, quantization)
-    return Pretrained(opened.path, opened.source, base, base_hash, opened.tokenizer)
+    return Pretrained(opened.name, opened.path, opened.source, base, base_hash, opened.tokenizer)
 
 
 def find_adapter(folder: str) -> Path:
@@ -113,6 +127,12 @@ def find_adapter(folder: str) -> Path:
     if (Path(folder) / "adapter" / CONFIG).is_file():
         return Path(folder) / "adapter"
     raise ModelError(f"{folder}: neither a PEFT adapter folder nor a run folder with a finished adapter/")
+
+
+def adapter_digest(folder: str) -> str:
+    """SHA-256 of the file of an adapter's tensors, which was read already."""
+    with open_theirs(inside(find_adapter(folder), WEIGHTS)) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def open_adapter(folder: str | None, pretrained: Pretrained) -> Adapter:
@@ -143,7 +163,7 @@ def run_config(folder: str | Path | None) -> Config | None:
     return None
 
 
-def make_adapter(cfg: Config, pretrained: Pretrained, mesh: Mesh) -> Adapter:
+def first_adapter(cfg: Config, pretrained: Pretrained, mesh: Mesh) -> Adapter:
     """The adapter that a run begins with, laid out over `mesh`: fresh or `lora.init_from`; none for full fine-tuning.
 
     Raises:
@@ -153,9 +173,7 @@ def make_adapter(cfg: Config, pretrained: Pretrained, mesh: Mesh) -> Adapter:
         return {}
     model = pretrained.base.cfg
     if cfg.lora.init_from is None:
-        seed = cfg.training.seed
-        fresh = complete(new_adapter(cfg.lora, model, seed), cfg.lora, pretrained.base, seed)
-        return place_adapter(fresh, model, mesh)
+        return place_adapter(new_adapter(cfg.lora, model, cfg.training.seed, pretrained.base), model, mesh)
     folder = find_adapter(cfg.lora.init_from)
     theirs = read_adapter_config(folder)
     for key, ours in (
@@ -170,7 +188,13 @@ def make_adapter(cfg: Config, pretrained: Pretrained, mesh: Mesh) -> Adapter:
             raise ModelError(
                 f"{folder}: the adapter has {name}={value}, the config {json.dumps(ours)}; set lora.{name}={value}"
             )
-    return place_adapter(load_adapter(folder, model, pretrained.base_hash, cfg.lora.dropout), model, mesh)
+    adapter = load_adapter(folder, model, pretrained.base_hash, cfg.lora.dropout)
+    layers = model.num_hidden_layers  # what alphas differ in is made up for by B
+    scaled = {
+        name: scaled_to(part, layer_scales(cfg.lora, name, layers)) if isinstance(part, Lora) else part
+        for name, part in adapter.items()
+    }
+    return place_adapter(scaled, model, mesh)
 
 
 def make_reference(cfg: Config, pretrained: Pretrained, mesh: Mesh) -> Adapter | None:
@@ -179,37 +203,24 @@ def make_reference(cfg: Config, pretrained: Pretrained, mesh: Mesh) -> Adapter |
     It is the one that training begins with: as TRL, a policy that starts from an adapter is compared with it.
     """
     fresh = cfg.lora.init_from is None  # its B is zero
-    return None if fresh or cfg.objective.name in ("sft", "orpo") else make_adapter(cfg, pretrained, mesh)
+    return None if fresh or cfg.objective.name in ("sft", "orpo") else first_adapter(cfg, pretrained, mesh)
 
 
-# Named shapes, for a plan without any file of the model.
+# Named shapes, for a plan without any file of the model, and the keys of a config.json that they are.
 SHAPES = {
     "llama2-7b": (4096, 11008, 32, 32, 32),
     "llama2-13b": (5120, 13824, 40, 40, 40),
     "llama2-70b": (8192, 28672, 80, 64, 8),
 }
+SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 
 
-def model_shape(path: str) -> LlamaConfig:
+def model_shape(path: str) -> ModelConfig:
     """Shape of a named size, or of the base at `path`; no weight is read."""
     if path not in SHAPES:
-        return parse_config(open_source(resolve(path)).config, path)
-    hidden, mlp, layers, heads, kv_heads = SHAPES[path]
-    return LlamaConfig(
-        vocab_size=32000,
-        hidden_size=hidden,
-        intermediate_size=mlp,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        head_dim=128,
-        rms_norm_eps=1e-5,
-        rope_theta=10000.0,
-        rope_scaling=None,
-        sliding_window=None,
-        tie_word_embeddings=False,
-        biased=(),
-    )
+        return open_source(resolve(path), path).model
+    rest = {"model_type": "llama", "vocab_size": 32000, "rms_norm_eps": 1e-5}
+    return parse_config(dict(zip(SIZES, SHAPES[path], strict=True)) | rest, path)
 
 
 def stop_tokens(pretrained: Pretrained | Opened) -> list[int]:

@@ -10,6 +10,7 @@ import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -19,9 +20,11 @@ from safetensors import SafetensorError, safe_open
 
 from jlora.errors import ModelError
 from jlora.files.paths import inside
+from jlora.files.theirs import MAX_JSON, open_theirs, read_theirs
+from jlora.hf.architecture import parse_config
 from jlora.hf.gguf import GGUFFile
 from jlora.hf.names import OUTER, Entry, name_table
-from jlora.model.llama import LlamaConfig
+from jlora.model.llama import ModelConfig
 
 # The stored types that are read, by safetensors' names.
 FLOATS: dict[str, np.dtype] = {
@@ -31,8 +34,8 @@ FLOATS: dict[str, np.dtype] = {
     "F64": np.dtype(np.float64),
 }
 
-# The largest that are read: of real models an index is below 10 MB, a safetensors header below 1 MB.
-MAX_JSON_BYTES, MAX_HEADER_BYTES = 64 * 2**20, 16 * 2**20
+# The largest that is read: of real models a safetensors header is below 1 MB.
+MAX_HEADER_BYTES = 16 * 2**20
 
 # Weights of a tied head that are compared with the embedding's at once.
 COMPARED_WEIGHTS = 2**20
@@ -46,11 +49,14 @@ class Source(Protocol):
     """A base on disk: Hugging Face tensor names and shapes, whatever the file format, and three readers.
 
     Attributes:
-      config: as config.json has it.
+      config: as config.json has it. model: what it says.
       shapes, dtypes, sizes: tensor name -> shape, the stored type's name in the format, stored bytes.
     """
 
     config: dict[str, Any]
+
+    @property
+    def model(self) -> ModelConfig: ...
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]: ...
@@ -85,8 +91,9 @@ class SafetensorsFolder:
     asked for are mapped, and unmapped when the caller lets the array go.
     """
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: Path, name: str):
+        """Args: name: what messages about its config call it."""
+        self.folder, self._name = folder, name
         self.config = read_json(inside(folder, "config.json"))
         self._require_one_model()
         index = inside(folder, "model.safetensors.index.json")
@@ -113,6 +120,11 @@ class SafetensorsFolder:
                 "model.embed_tokens.weight; both are taken, not tied, as transformers does",
                 file=sys.stderr,
             )
+
+    @cached_property
+    def model(self) -> ModelConfig:
+        """Shape and numerics."""
+        return parse_config(self.config, self._name)
 
     def _require_one_model(self) -> None:
         """Refuse what makes transformers load more than, or other than, the folder's usual files."""
@@ -143,7 +155,7 @@ class SafetensorsFolder:
         return False
 
     def _read_header(self, path: Path) -> None:
-        with open_safetensors(path), path.open("rb") as file:  # the first refuses offsets that do not fit
+        with open_safetensors(path), open_theirs(path) as file:  # the first refuses offsets that do not fit
             size = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(size))
         for name, tensor in header.items():
@@ -198,7 +210,7 @@ def read_floats(tensors: Any, name: str, path: Path) -> np.ndarray:
 def open_safetensors(path: Path) -> Iterator[Any]:
     """`safe_open` with errors that name the file."""
     try:
-        with path.open("rb") as file:
+        with open_theirs(path) as file:
             size = int.from_bytes(file.read(8), "little")
         if size > MAX_HEADER_BYTES:
             raise SafetensorError(f"a header of {size} bytes, more than the {MAX_HEADER_BYTES} that are read")
@@ -219,13 +231,11 @@ def read_json(path: Path) -> dict[str, Any]:
       ModelError: missing, unreadable, or not an object.
     """
     try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise ValueError(f"it has more than {MAX_JSON_BYTES >> 20} MiB")
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(read_theirs(path, MAX_JSON).decode("utf-8"))
     except FileNotFoundError:
         raise ModelError(f"{path}: missing; is {path.parent} the right folder?") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"{path}: can not be read as JSON ({error})") from None
+        raise ModelError(f"{path}: cannot be read as JSON ({error})") from None
     if not isinstance(value, dict):
         raise ModelError(f"{path}: holds {type(value).__name__}, not a JSON object")
     return value
@@ -249,12 +259,12 @@ def resolve(path: str) -> Path:
         raise ModelError(f"{path}: no such folder, and the hub did not deliver it ({reason})") from None
 
 
-def open_source(path: Path) -> Source:
-    """The base at `path`, a folder or a .gguf file; reads headers, no weights."""
-    return GGUFFile(path) if path.is_file() else SafetensorsFolder(path)
+def open_source(path: Path, name: str | None = None) -> Source:
+    """The base at `path`, a folder or a .gguf file, by the name that the user has for it; reads headers, no weights."""
+    return GGUFFile(path) if path.is_file() else SafetensorsFolder(path, name or str(path))
 
 
-def check_names(cfg: LlamaConfig, shapes: dict[str, tuple[int, ...]], where: str) -> dict[str, Entry]:
+def check_names(cfg: ModelConfig, shapes: dict[str, tuple[int, ...]], where: str) -> dict[str, Entry]:
     """The name table, once every tensor of the model is there with its shape and nothing else is.
 
     Raises:

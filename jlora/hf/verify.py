@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from jlora.config import LoraSection
 from jlora.errors import ConfigError, ModelError
@@ -21,7 +22,7 @@ from jlora.hf.weights import Merged, Weights, at_layer, blocks, leaf
 from jlora.model import attention
 from jlora.model.adapter import Adapter, Lora, Saved
 from jlora.model.layers import rms_norm
-from jlora.model.llama import Block, Decoder, LlamaConfig, place_adapter
+from jlora.model.llama import Block, Decoder, ModelConfig, place_adapter
 from jlora.model.precision import products_in
 from jlora.model.rope import rotary_table
 from jlora.model.sharding import constrain, gather
@@ -61,7 +62,7 @@ def _probed(base: Decoder, adapter: Adapter, dtype: jnp.dtype) -> jax.Array:
 class StreamedBlock:
     """One layer as `jlora.model.llama.Block` computes it, each weight read when it is used and let go after."""
 
-    def __init__(self, cfg: LlamaConfig, weights: Weights, layer: int):
+    def __init__(self, cfg: ModelConfig, weights: Weights, layer: int):
         self.cfg = cfg
         self._weights, self._layer = weights, layer
         self._table = name_table(cfg)
@@ -94,7 +95,7 @@ class StreamedWeight:
         return self.get_value()[index]
 
 
-def streamed_logits(cfg: LlamaConfig, weights: Weights, adapter: Adapter) -> np.ndarray:
+def streamed_logits(cfg: ModelConfig, weights: Weights, adapter: Adapter) -> np.ndarray:
     """As `probe_logits` in float32, with one tensor of the model in memory at a time; [T V].
 
     Args:
@@ -105,8 +106,8 @@ def streamed_logits(cfg: LlamaConfig, weights: Weights, adapter: Adapter) -> np.
     table, tokens = name_table(cfg), probe_tokens(cfg.vocab_size)
     positions, segments = jnp.arange(PROBE_LENGTH, dtype=jnp.int32)[None], jnp.ones(tokens.shape, jnp.int32)
     rotary = rotary_table(positions, segments, cfg.head_dim, cfg.rope_theta, cfg.rope_scaling)
-    rows = {"q_segments": segments, "kv_segments": segments, "q_positions": positions, "kv_positions": positions}
-    attend = partial(attention.reference, **rows, window=cfg.sliding_window)
+    places = attention.Places(segments, segments, positions, positions)
+    attend = partial(attention.reference, places=places, window=cfg.sliding_window)
     name = OUTER["embed_tokens"]
     x = jnp.asarray(np.concatenate([whole.rows(name, table[name], i, i + 1) for i in tokens[0].tolist()])[None])
     for layer in range(cfg.num_hidden_layers):
@@ -143,13 +144,7 @@ def require_equal(where: Path, expected: np.ndarray, found: np.ndarray, toleranc
 
 
 def export_adapter(
-    folder: Path,
-    adapter: Adapter,
-    section: LoraSection,
-    base_name: str,
-    pretrained: Pretrained,
-    dtype: jnp.dtype,
-    mesh: jax.sharding.Mesh,
+    folder: Path, adapter: Adapter, section: LoraSection, pretrained: Pretrained, dtype: jnp.dtype, mesh: Mesh
 ) -> float:
     """Put a run's adapter in place, in that of an earlier one, once it is proven; see `write_adapter`.
 
@@ -158,19 +153,13 @@ def export_adapter(
     # All read it under its first name, until the last has.
     partial = folder.with_name(from_first(f"partial {folder}", lambda: beside(folder).name))
     with new_folder(folder, partial=partial, ours=(WEIGHTS, CONFIG)) if is_main() else nullcontext():
-        difference = write_adapter(partial, adapter, section, base_name, pretrained, dtype, mesh)
+        difference = write_adapter(partial, adapter, section, pretrained, dtype, mesh)
         wait_for_all("proven")
     return difference
 
 
 def write_adapter(
-    folder: Path,
-    adapter: Adapter,
-    section: LoraSection,
-    base_name: str,
-    pretrained: Pretrained,
-    dtype: jnp.dtype,
-    mesh: jax.sharding.Mesh,
+    folder: Path, adapter: Adapter, section: LoraSection, pretrained: Pretrained, dtype: jnp.dtype, mesh: Mesh
 ) -> float:
     """Write a PEFT folder, then read it back and compare its logits; returns their relative difference.
 
@@ -181,7 +170,7 @@ def write_adapter(
         dtype, tolerance = jnp.dtype("float32"), 1e-5
     whole = gather(adapter, mesh)
     if is_main():
-        save_adapter(folder, whole, section, base_name, pretrained.base_hash)
+        save_adapter(folder, whole, section, pretrained.name, pretrained.base_hash)
     wait_for_all("exported")
     cfg = pretrained.base.cfg
     reread = place_adapter(load_adapter(folder, cfg, pretrained.base_hash, section.dropout), cfg, mesh)

@@ -5,6 +5,7 @@ Whoever reads a few rows at a time holds a few rows: models are merged and prove
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -14,7 +15,7 @@ import numpy as np
 from jlora.hf.names import OUTER, Entry, to_hf
 from jlora.hf.source import Source
 from jlora.model.adapter import Adapter, Lora, Saved
-from jlora.model.llama import Decoder, LlamaConfig
+from jlora.model.llama import Decoder, ModelConfig
 from jlora.model.quant import CHANNEL_TYPES, Quantized, dequantize, encode, finish
 
 # Weights of a block of rows, unless a head has more.
@@ -33,7 +34,7 @@ class Weights(Protocol):
         ...
 
 
-def blocks(cfg: LlamaConfig, entry: Entry) -> Iterator[tuple[int, int]]:
+def blocks(cfg: ModelConfig, entry: Entry) -> Iterator[tuple[int, int]]:
     """The rows of a tensor in blocks of whole heads, each [start, stop)."""
     height = entry.hf_shape[0] if len(entry.hf_shape) == 2 else 1
     heads = max(1, BLOCK_WEIGHTS // (cfg.head_dim * entry.hf_shape[-1]))
@@ -57,7 +58,7 @@ class Dequantized:
     """The weights of a base that `jlora.hf.load` would quantise: to the same codes, and dequantised; one tensor's codes
     are held at a time."""
 
-    def __init__(self, source: Source, cfg: LlamaConfig, kind: str):
+    def __init__(self, source: Source, cfg: ModelConfig, kind: str):
         self._stored, self._cfg, self._kind = Stored(source), cfg, kind
         self._name, self._codes = "", Quantized(None, None, None, None, kind, ())
 
@@ -145,16 +146,14 @@ def at_layer(lora: Lora, layer: int) -> Lora | None:
     """One layer's adapter out of a stacked one; None where the layer has none."""
     if lora.ranks is not None and not lora.ranks[layer]:
         return None
-    cut = jax.tree.map(lambda array: array[layer], lora)
-    scale = lora.scale[layer]
-    return Lora(cut.lora_a, cut.lora_b, scale, 0.0, cut.magnitude, cut.initial)
+    return replace(jax.tree.map(lambda array: array[layer], lora), dropout=0.0, ranks=None)
 
 
 def _rows(tensor: np.ndarray, start: int, stop: int) -> np.ndarray:
     return (tensor if tensor.ndim == 2 else tensor[None])[start:stop]
 
 
-def leaf(weights: Weights, cfg: LlamaConfig, name: str, entry: Entry) -> jax.Array:
+def leaf(weights: Weights, cfg: ModelConfig, name: str, entry: Entry) -> jax.Array:
     """One tensor of a layer whole, in the model's layout, float32; the host holds it once."""
     if not entry.transposed:
         return jnp.asarray(weights.rows(name, entry, 0, 1).reshape(entry.shape))

@@ -1,21 +1,17 @@
 """Many prompts answered greedily, in batches of few shapes: what evaluation and the effort report ask of a model."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
-
-import jax.numpy as jnp
+from itertools import groupby, islice
 
 from jlora.config import DataSection
 from jlora.data.prompts import encode_prompt, reference_answer, shown_prompt
 from jlora.data.rows import BadRow, read_rows
 from jlora.data.tokens import Tokenizer
 from jlora.errors import DataError
-from jlora.hf.pretrained import Pretrained
-from jlora.inference.generate import LENGTH_STEP, Sampling, generate
-from jlora.model import attention
-from jlora.model.adapter import Adapter
+from jlora.inference.generate import LENGTH_STEP, generate
+from jlora.inference.model import Adapted
 
 
 @dataclass(frozen=True)
@@ -53,7 +49,7 @@ def read_questions(source: str, section: DataSection, tokenizer: Tokenizer, most
     """The first `most` rows as prompts with their references.
 
     Raises:
-      DataError: no row can be used, or one can not, unless `on_bad_row` says to skip those.
+      DataError: no row can be used, or one cannot, unless `on_bad_row` says to skip those.
     """
     questions: list[Question] = []
     for row in read_rows(source, section.split):
@@ -69,7 +65,7 @@ def read_questions(source: str, section: DataSection, tokenizer: Tokenizer, most
             questions.append(Question(shown, ids, reference_answer(row.value, format=section.format)))
         except BadRow as bad:
             if section.on_bad_row == "error":
-                raise DataError(f"{row.where}: {bad.message}; mend it, or drop such rows (skip them)") from None
+                raise DataError(f"{row.where}: {bad.message}; fix it, or drop such rows (skip them)") from None
     if not questions:
         raise DataError(f"{source}: holds no row with a prompt and an answer")
     return questions
@@ -80,17 +76,21 @@ def width_of(length: int) -> int:
     return LENGTH_STEP << (-(-length // LENGTH_STEP) - 1).bit_length()
 
 
+def batches_of_like(lengths: list[int], batch_size: int) -> list[tuple[int, list[int]]]:
+    """Sequences of like length together: the width that a batch is padded to, and its members, shortest first."""
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    by_width = [(width, list(members)) for width, members in groupby(order, lambda i: width_of(lengths[i]))]
+    return [(width, each[at : at + batch_size]) for width, each in by_width for at in range(0, len(each), batch_size)]
+
+
 def answer(
-    pretrained: Pretrained,
-    adapter: Adapter,
+    model: Adapted,
     prompts: list[list[int]],
     *,
-    dtype: jnp.dtype,
     max_new_tokens: int,
     batch_size: int,
     timed: bool = False,
     until: tuple[str, ...] = (),
-    on_batch: Callable[[int], None] = lambda _: None,
 ) -> Answers:
     """Greedy answers.
 
@@ -98,31 +98,16 @@ def answer(
       batch_size: prompts answered together; prompts of like length are, and the last batch is filled up.
       timed: compile, by a few tokens of each shape, before the clock starts.
       until: texts with any of which an answer is over, and that are left out; its tokens count as said.
-      on_batch: called after every batch with the number of prompts answered.
     """
-    batches: list[tuple[int, list[int]]] = []
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    for width in sorted({width_of(len(ids)) for ids in prompts}):
-        members = [i for i in order if width_of(len(prompts[i])) == width]
-        batches += [(width, members[at : at + batch_size]) for at in range(0, len(members), batch_size)]
+    batches = batches_of_like([len(ids) for ids in prompts], batch_size)
+    decode = model.pretrained.tokenizer.decode
 
     def grow(width: int, members: list[int]) -> Iterator[list[list[int]]]:
         filled = members + members[:1] * (batch_size - len(members))
-        return generate(
-            pretrained,
-            adapter,
-            [prompts[i] for i in filled],
-            kernel=attention.reference,  # of few queries and many keys
-            dtype=dtype,
-            max_new_tokens=max_new_tokens,
-            sampling=Sampling(0.0, 1.0),
-            seed=0,
-            width=width,
-        )
+        return generate(model, [prompts[i] for i in filled], max_new_tokens=max_new_tokens, width=width)
 
     def is_over(ids: list[int]) -> bool:
-        text = pretrained.tokenizer.decode(ids)
-        return any(end in text for end in until)
+        return any(end in decode(ids) for end in until)
 
     if timed:
         for width, members in dict(batches).items():
@@ -134,10 +119,9 @@ def answer(
             if until and all(is_over(ids) for ids in said if len(ids) == max(map(len, said))):
                 break
         found.update(zip(members, said, strict=False))
-        on_batch(len(found))
     seconds = time.monotonic() - began
     ids = [found[i] for i in range(len(prompts))]
-    texts = [pretrained.tokenizer.decode(one) for one in ids]
+    texts = [decode(one) for one in ids]
     cut = [min((text.find(end) for end in until if end in text), default=len(text)) for text in texts]
     ended = [at < len(text) or len(one) < max_new_tokens for text, at, one in zip(texts, cut, ids, strict=True)]
     texts = [text[:at] for text, at in zip(texts, cut, strict=True)]

@@ -5,7 +5,7 @@ every row has ended.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import no_type_check
 
@@ -14,10 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jlora.hf.pretrained import (
-    Pretrained,
-    stop_tokens,
-)
+from jlora.hf.pretrained import stop_tokens
+from jlora.inference.model import Adapted
 from jlora.model import attention
 from jlora.model.adapter import Adapter
 from jlora.model.llama import Cache, Decoder, empty_cache
@@ -36,11 +34,14 @@ class Sampling:
     top_p: float
 
 
+GREEDY = Sampling(temperature=0.0, top_p=1.0)
+
+
 @no_type_check  # tree functions put what they like at its leaves
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Decoding:
-    """Where a batch stands: [B] each but the cache, `out` [B max_new_tokens] and the scalars."""
+    """Where a batch stands: [B] each but the cache, `out` [B max_new_tokens], the ids in `stops`, and the scalars."""
 
     cache: Cache
     last: Array
@@ -48,6 +49,7 @@ class Decoding:
     ended: Array
     out: Array
     num_out: Array
+    stops: Array
     key: Array
 
 
@@ -65,92 +67,86 @@ def sample(logits: Float[Array, "B V"], key: Array, sampling: Sampling) -> Array
     return jax.random.categorical(key, logits, axis=-1).astype(jnp.int32)
 
 
-def _take(state: Decoding, logits: Array, stop_ids: Array, sampling: Sampling) -> Decoding:
-    """Draw the next token of every row that has not ended, and write it down."""
+def _advance(
+    base: Decoder, adapter: Adapter, state: Decoding, rows: tuple[Array, Array, Array], sampling: Sampling
+) -> Decoding:
+    """Run the next tokens of every row, and write down the one that is drawn after them where it has not ended.
+
+    Args:
+      rows: tokens, positions and segments, [B T] each.
+    """
+    with products_in(state.cache.keys.dtype):
+        # The reference is for few queries and many keys; kernels want as many of both.
+        hidden, cache = base.hidden_cached(*rows, state.cache, adapter=adapter, attention=attention.reference)
+        logits = base.logits(hidden[:, -1:], adapter)[:, 0]
     key, draw = jax.random.split(state.key)
-    token = jnp.where(state.ended, stop_ids[0], sample(logits, draw, sampling))
-    ended = state.ended | jnp.isin(token, stop_ids)
-    out = jax.lax.dynamic_update_slice(state.out, token[:, None], (0, state.num_out))
-    return Decoding(state.cache, token, state.lengths, ended, out, state.num_out + 1, key)
+    token = jnp.where(state.ended, state.stops[0], sample(logits, draw, sampling))
+    return replace(
+        state,
+        cache=cache,
+        last=token,
+        ended=state.ended | jnp.isin(token, state.stops),
+        out=jax.lax.dynamic_update_slice(state.out, token[:, None], (0, state.num_out)),
+        num_out=state.num_out + 1,
+        key=key,
+    )
 
 
-@partial(jax.jit, static_argnames=("kernel", "sampling", "max_new_tokens", "dtype"))
+@partial(jax.jit, static_argnames=("sampling", "max_new_tokens", "dtype"))
 def prefill(
     base: Decoder,
     adapter: Adapter,
-    tokens: Array,
-    lengths: Array,
-    stop_ids: Array,
+    prompts: tuple[Array, Array],
+    stops: Array,
     key: Array,
-    kernel: attention.Attention,
+    *,
     sampling: Sampling,
     max_new_tokens: int,
     dtype: jnp.dtype,
 ) -> Decoding:
-    """Run left-padded prompts [B T] of the given lengths through the model and draw the first token."""
+    """Run prompts through the model and draw the first token.
+
+    Args:
+      prompts: left-padded tokens [B T], and how many of them each prompt has [B].
+    """
+    tokens, lengths = prompts
     batch, width = tokens.shape
     positions = jnp.arange(width)[None] - (width - lengths[:, None])
-    segments = (positions >= 0).astype(jnp.int32)
-    cache = empty_cache(base.cfg, batch, width + max_new_tokens, dtype)
-    with products_in(dtype):
-        hidden, cache = base.hidden_cached(
-            tokens, jnp.maximum(positions, 0), segments, cache, adapter=adapter, attention=kernel
-        )
-        logits = base.logits(hidden[:, -1:], adapter)[:, 0]
     state = Decoding(
-        cache=cache,
+        cache=empty_cache(base.cfg, batch, width + max_new_tokens, dtype),
         last=tokens[:, -1],
         lengths=lengths,
         ended=jnp.zeros(batch, bool),
         out=jnp.zeros((batch, max_new_tokens), jnp.int32),
         num_out=jnp.zeros((), jnp.int32),
+        stops=stops,
         key=key,
     )
-    return _take(state, logits, stop_ids, sampling)
+    rows = tokens, jnp.maximum(positions, 0), (positions >= 0).astype(jnp.int32)
+    return _advance(base, adapter, state, rows, sampling)
 
 
-@partial(jax.jit, static_argnames=("kernel", "sampling"), donate_argnames=("state",))
-def decode(
-    base: Decoder,
-    adapter: Adapter,
-    state: Decoding,
-    until: Array,
-    stop_ids: Array,
-    kernel: attention.Attention,
-    sampling: Sampling,
-) -> Decoding:
+@partial(jax.jit, static_argnames="sampling", donate_argnames="state")
+def decode(base: Decoder, adapter: Adapter, state: Decoding, until: Array, sampling: Sampling) -> Decoding:
     """Decode until `until` tokens are out or every row has ended."""
 
     def running(state: Decoding) -> Array:
         return (state.num_out < until) & ~state.ended.all()
 
-    @products_in(state.cache.keys.dtype)
     def one(state: Decoding) -> Decoding:
         positions = (state.lengths + state.num_out - 1)[:, None]
-        hidden, cache = base.hidden_cached(
-            state.last[:, None],
-            positions,
-            jnp.ones_like(positions),
-            state.cache,
-            adapter=adapter,
-            attention=kernel,
-        )
-        moved = Decoding(cache, state.last, state.lengths, state.ended, state.out, state.num_out, state.key)
-        return _take(moved, base.logits(hidden, adapter)[:, 0], stop_ids, sampling)
+        return _advance(base, adapter, state, (state.last[:, None], positions, jnp.ones_like(positions)), sampling)
 
     return jax.lax.while_loop(running, one, state)
 
 
 def generate(
-    pretrained: Pretrained,
-    adapter: Adapter,
+    model: Adapted,
     prompts: list[list[int]],
     *,
-    kernel: attention.Attention,
-    dtype: jnp.dtype,
     max_new_tokens: int,
-    sampling: Sampling,
-    seed: int,
+    sampling: Sampling = GREEDY,
+    seed: int = 0,
     width: int | None = None,
 ) -> Iterator[list[list[int]]]:
     """Continuations of a batch of prompts, yielded as they grow; the last one yielded is whole.
@@ -160,31 +156,27 @@ def generate(
     Args:
       width: tokens that each prompt is padded to, where it is not to follow from the longest; each is compiled for.
     """
-    stops = stop_tokens(pretrained)
+    base, stops = model.pretrained.base, stop_tokens(model.pretrained)
     width = width or -(-max(map(len, prompts)) // LENGTH_STEP) * LENGTH_STEP
     tokens = np.zeros((len(prompts), width), np.int32)
     for row, ids in enumerate(prompts):
         tokens[row, width - len(ids) :] = ids
-    lengths, stop_ids = jnp.asarray([len(ids) for ids in prompts]), jnp.asarray(stops, jnp.int32)
     state = prefill(
-        pretrained.base,
-        adapter,
-        jnp.asarray(tokens),
-        lengths,
-        stop_ids,
+        base,
+        model.adapter,
+        (jnp.asarray(tokens), jnp.asarray([len(ids) for ids in prompts])),
+        jnp.asarray(stops, jnp.int32),
         jax.random.key(seed),
-        kernel,
-        sampling,
-        max_new_tokens,
-        dtype,
+        sampling=sampling,
+        max_new_tokens=max_new_tokens,
+        dtype=model.dtype,
     )
     while True:
         done = bool(state.ended.all()) or int(state.num_out) >= max_new_tokens
         yield [_until_stop(row, stops) for row in np.asarray(state.out)[:, : int(state.num_out)].tolist()]
         if done:
             return
-        until = jnp.minimum(state.num_out + STREAM_TOKENS, max_new_tokens)
-        state = decode(pretrained.base, adapter, state, until, stop_ids, kernel, sampling)
+        state = decode(base, model.adapter, state, jnp.minimum(state.num_out + STREAM_TOKENS, max_new_tokens), sampling)
 
 
 def _until_stop(ids: list[int], stops: list[int]) -> list[int]:

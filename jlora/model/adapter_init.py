@@ -7,22 +7,24 @@ product from W's: the base in memory stays the one on disk, and an export is pla
 
 import math
 import re
+import zlib
 from dataclasses import replace
 from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from jlora.config import LoraSection
 from jlora.errors import ConfigError
-from jlora.model.adapter import Adapter, Lora, Saved, init_adapter, layer_ranks, module_path, weight_norm
-from jlora.model.llama import Decoder, LlamaConfig, block_weights, outer_weights, projection_shapes
+from jlora.model.adapter import Adapter, Lora, Saved, layer_ranks, module_path, new_lora, weight_norm
+from jlora.model.llama import Decoder, ModelConfig, block_weights, outer_weights, projection_shapes
 from jlora.model.precision import products_in
 from jlora.model.quant import Leaf, dequantize
 
 
-def check_options(cfg: LoraSection, model: LlamaConfig) -> None:
+def check_options(cfg: LoraSection, model: ModelConfig) -> None:
     """Whether the options fit the model, asked before anything is computed.
 
     Raises:
@@ -49,13 +51,13 @@ def check_options(cfg: LoraSection, model: LlamaConfig) -> None:
         raise ConfigError(f"lora.bias={cfg.bias}, but the model has no biases to train there; set lora.bias=none")
 
 
-def trained_biases(cfg: LoraSection, model: LlamaConfig) -> tuple[str, ...]:
+def trained_biases(cfg: LoraSection, model: ModelConfig) -> tuple[str, ...]:
     """The projections whose biases are trained."""
     chosen = {"none": (), "all": model.biased, "lora_only": cfg.targets}[cfg.bias]
     return tuple(name for name in model.biased if name in chosen)
 
 
-def saved_weights(cfg: LoraSection, model: LlamaConfig) -> dict[str, tuple[int, ...]]:
+def saved_weights(cfg: LoraSection, model: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Name -> shape of the weights that are trained in full; of biases, stacked over layers."""
     table = outer_weights(model)["embed_tokens"].shape
     stacked = {f"{name}_bias": block_weights(model)[f"{name}_bias"].shape for name in trained_biases(cfg, model)}
@@ -64,29 +66,58 @@ def saved_weights(cfg: LoraSection, model: LlamaConfig) -> dict[str, tuple[int, 
     }
 
 
-def new_adapter(cfg: LoraSection, model: LlamaConfig, seed: int) -> Adapter:
-    """The adapter with everything that no weight of the base goes into; the rest is zero, for `complete`."""
-    adapter = init_adapter(cfg, projection_shapes(model), model.num_hidden_layers, seed)
-    return adapter | {name: Saved(jnp.zeros(shape, jnp.float32)) for name, shape in saved_weights(cfg, model).items()}
+def new_adapter(cfg: LoraSection, model: ModelConfig, seed: int, base: Decoder | None = None) -> Adapter:
+    """An adapter before its first step, whole on every device; with a base all processes must call this.
+
+    Args:
+      base: whose weights go into DoRA's magnitudes, the factors of PiSSA and OLoRA, and what is trained in full. All of
+        it is zero without one, which shapes alone ask for.
+    """
+    adapter: Adapter = {name: _drawn(cfg, model, name, seed) for name in cfg.targets}
+    adapter |= {name: Saved(jnp.zeros(shape, jnp.float32)) for name, shape in saved_weights(cfg, model).items()}
+    if base is None:
+        return adapter
+    return {name: _completed(part, name, cfg, base, seed) for name, part in adapter.items()}
 
 
-def complete(adapter: Adapter, cfg: LoraSection, base: Decoder, seed: int) -> Adapter:
-    """A fresh adapter with what is made of the base's weights, whole on every device. All processes must call this."""
-    done: Adapter = {}
-    for name, part in adapter.items():
-        owner = base.layers if hasattr(base.layers, name) else base
-        if isinstance(part, Saved):
-            param = base.embed_tokens if not hasattr(owner, name) else getattr(owner, name)  # a head that was tied
-            make = jax.jit(lambda w: w.astype(jnp.float32), out_shardings=_whole(param.get_raw_value()))
-            done[name] = Saved(make(param.get_raw_value()))
-            continue
-        leaf = getattr(base.layers, name).get_raw_value()
-        if cfg.takes_from_base:
-            part = _taken_from(leaf, name, part, cfg, base.cfg.num_hidden_layers, seed)
-        if cfg.use_dora:
-            part = _with_magnitude(leaf, part)
-        done[name] = part
-    return done
+def _drawn(cfg: LoraSection, model: ModelConfig, name: str, seed: int) -> Lora:
+    """A Kaiming-uniform or, if so configured, Gaussian; B zero, as `LoraLayer.reset_lora_parameters` of PEFT.
+
+    PyTorch's `kaiming_uniform_(a=sqrt(5))` draws from U(-1/sqrt(fan_in), 1/sqrt(fan_in)). The draw of
+    a projection depends on the seed and its name alone, so adding a target does not move the others.
+    """
+    num_layers, (inputs, outputs) = model.num_hidden_layers, projection_shapes(model)[name]
+    ranks = layer_ranks(cfg, name, num_layers)
+    shape = (num_layers, *inputs, max(ranks))
+    key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
+    lora_b = jnp.zeros((num_layers, max(ranks), *outputs), jnp.float32)
+    if cfg.takes_from_base:
+        lora_a = jnp.zeros(shape, jnp.float32)
+    elif cfg.init_lora_weights == "gaussian":
+        spread = np.array([1.0 / max(rank, 1) for rank in ranks], np.float32)
+        lora_a = jax.random.normal(key, shape, jnp.float32) * spread.reshape(-1, *(1 for _ in shape[1:]))
+    else:
+        bound = 1.0 / math.sqrt(math.prod(inputs))
+        lora_a = jax.random.uniform(key, shape, jnp.float32, -bound, bound)
+    if len(set(ranks)) > 1:
+        held = np.arange(max(ranks))[None] < np.array(ranks)[:, None]
+        lora_a = jnp.where(held.reshape(num_layers, *(1 for _ in inputs), -1), lora_a, 0.0)
+    return replace(
+        new_lora(cfg, name, (lora_a, lora_b), num_layers, cfg.dropout),
+        magnitude=jnp.zeros((num_layers, *outputs), jnp.float32) if cfg.use_dora else None,
+        initial=(jnp.zeros_like(lora_a), jnp.zeros_like(lora_b)) if cfg.takes_from_base else None,
+    )
+
+
+def _completed(part: Lora | Saved, name: str, cfg: LoraSection, base: Decoder, seed: int) -> Lora | Saved:
+    """A part with what is made of the base's weights."""
+    owner = base.layers if hasattr(base.layers, name) else base
+    leaf = getattr(owner, name, base.embed_tokens).get_raw_value()  # a head that is tied is the embedding
+    if isinstance(part, Saved):
+        return Saved(jax.jit(lambda w: w.astype(jnp.float32), out_shardings=_whole(leaf))(leaf))
+    if cfg.takes_from_base:
+        part = _taken_from(leaf, name, part, cfg, base.cfg.num_hidden_layers, seed)
+    return _with_magnitude(leaf, part) if cfg.use_dora else part
 
 
 def _whole(leaf: Leaf) -> jax.sharding.Sharding | None:

@@ -35,7 +35,7 @@ def combine_adapters(
     for name, adapter in adapters.items():
         if any(not isinstance(part, Lora) or part.magnitude is not None for part in adapter.values()):
             raise ModelError(
-                f"{name}: has DoRA's magnitudes, or weights and biases of its own, which can not be added to others'; "
+                f"{name}: has DoRA's magnitudes, or weights and biases of its own, which cannot be added to others'; "
                 "merge it into the base instead"
             )
     parts = [{name: part for name, part in one.items() if isinstance(part, Lora)} for one in adapters.values()]

@@ -12,7 +12,7 @@ from jax.sharding import AbstractMesh, Mesh
 from jlora.config import Config
 from jlora.errors import ConfigError
 from jlora.model import quant
-from jlora.model.llama import LlamaConfig, block_weights, outer_weights, projection_shapes
+from jlora.model.llama import ModelConfig, block_weights, outer_weights, projection_shapes
 from jlora.model.sharding import MESH_AXES, RULES
 
 # Logical axis -> what a user calls its size, in config.json or in the run's config.
@@ -26,7 +26,7 @@ NAMES = {
 }
 
 
-def split_sizes(model: LlamaConfig, max_length: int) -> dict[str, dict[str, int]]:
+def split_sizes(model: ModelConfig, max_length: int) -> dict[str, dict[str, int]]:
     """Mesh axis -> the named sizes that are split over it, from the weights' axes and the residual stream's."""
     weights = (block_weights(model) | outer_weights(model)).values()
     sizes = {axis: size for weight in weights for axis, size in zip(weight.axes, weight.shape, strict=True)}
@@ -39,13 +39,13 @@ def split_sizes(model: LlamaConfig, max_length: int) -> dict[str, dict[str, int]
     return found
 
 
-def working_sizes(model: LlamaConfig, max_length: int, axis: str, limit: int) -> list[int]:
+def working_sizes(model: ModelConfig, max_length: int, axis: str, limit: int) -> list[int]:
     """Sizes of a mesh axis, up to `limit`, that divide everything split over it."""
     common = math.gcd(*split_sizes(model, max_length)[axis].values())
     return [size for size in range(1, limit + 1) if common % size == 0]
 
 
-def input_cuts(model: LlamaConfig, sizes: Mapping[str, int]) -> Iterator[tuple[str, int, int]]:
+def input_cuts(model: ModelConfig, sizes: Mapping[str, int]) -> Iterator[tuple[str, int, int]]:
     """Projection, its inputs, and over how many devices they are cut on a mesh of these sizes."""
     weights = block_weights(model)
     for name, (inputs, _) in projection_shapes(model).items():
@@ -54,7 +54,7 @@ def input_cuts(model: LlamaConfig, sizes: Mapping[str, int]) -> Iterator[tuple[s
         yield name, math.prod(inputs), sizes[mesh_axis]
 
 
-def check_divides(model: LlamaConfig, mesh: Mesh | AbstractMesh, cfg: Config) -> None:
+def check_divides(model: ModelConfig, mesh: Mesh | AbstractMesh, cfg: Config) -> None:
     """Every weight, and the residual stream's sequence, splits evenly over the mesh, and between quantised blocks.
 
     Raises:
@@ -77,6 +77,6 @@ def check_batch_split(cfg: Config, mesh: Mesh) -> None:
     rows = cfg.training.batch_size // cfg.training.gradient_accumulation_steps
     if rows % shards:
         raise ConfigError(
-            f"training.batch_size / gradient_accumulation_steps = {rows} rows can not be split over {shards} "
+            f"training.batch_size / gradient_accumulation_steps = {rows} rows cannot be split over {shards} "
             f"devices (data x fsdp); make it a multiple of {shards}"
         )

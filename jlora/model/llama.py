@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jlora.errors import ModelError
 from jlora.model.adapter import Adapter, Lora, Saved, layer_keys, project
-from jlora.model.attention import Attention
+from jlora.model.attention import Attention, Places
 from jlora.model.boundary import finding
 from jlora.model.layers import plus, rms_norm
 from jlora.model.quant import in_turn, quantize
@@ -31,7 +31,7 @@ from jlora.model.sharding import constrain, named_sharding, place
 
 
 @dataclass(frozen=True)
-class LlamaConfig:
+class ModelConfig:
     """Shape and numerics of a Llama, all from the base's own config.json; no field has a default."""
 
     vocab_size: int
@@ -61,7 +61,7 @@ class Weight:
     axes: tuple[str, ...]
 
 
-def block_weights(cfg: LlamaConfig) -> dict[str, Weight]:
+def block_weights(cfg: ModelConfig) -> dict[str, Weight]:
     """The weights of one layer, in the order of their use, then the biases."""
     d, f, h = cfg.hidden_size, cfg.intermediate_size, cfg.head_dim
     n, k = cfg.num_attention_heads, cfg.num_key_value_heads
@@ -82,7 +82,7 @@ def block_weights(cfg: LlamaConfig) -> dict[str, Weight]:
     return weights
 
 
-def outer_weights(cfg: LlamaConfig) -> dict[str, Weight]:
+def outer_weights(cfg: ModelConfig) -> dict[str, Weight]:
     """The weights outside the layers."""
     table = Weight((cfg.vocab_size, cfg.hidden_size), ("vocab", "embed"))
     norm = Weight((cfg.hidden_size,), ("embed",))
@@ -90,7 +90,7 @@ def outer_weights(cfg: LlamaConfig) -> dict[str, Weight]:
     return tied if cfg.tie_word_embeddings else tied | {"lm_head": table}
 
 
-def projection_shapes(cfg: LlamaConfig) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
+def projection_shapes(cfg: ModelConfig) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
     """Projection name -> (input dims, output dims) of one layer, for its adapter."""
     return {
         name: (weight.shape[: NUM_INPUTS.get(name, 1)], weight.shape[NUM_INPUTS.get(name, 1) :])
@@ -99,7 +99,7 @@ def projection_shapes(cfg: LlamaConfig) -> dict[str, tuple[tuple[int, ...], tupl
     }
 
 
-def adapter_axes(cfg: LlamaConfig, adapter: Adapter) -> Any:
+def adapter_axes(cfg: ModelConfig, adapter: Adapter) -> Any:
     """A tree like the adapter, with logical axes for arrays: those of the weight, cut at the rank in A and B."""
     stacked, outer = block_weights(cfg), outer_weights(cfg)
     tree: dict[str, Any] = {}
@@ -132,7 +132,7 @@ class Block(nnx.Module):
     up_proj: nnx.Param
     down_proj: nnx.Param
 
-    def __init__(self, cfg: LlamaConfig, fill: Callable[[Weight], Array]):
+    def __init__(self, cfg: ModelConfig, fill: Callable[[Weight], Array]):
         self.cfg = cfg
         for name, weight in block_weights(cfg).items():
             stacked = Weight((cfg.num_hidden_layers, *weight.shape), ("layers", *weight.axes))
@@ -195,7 +195,7 @@ class Cache:
     used: Int[Array, ""]
 
 
-def empty_cache(cfg: LlamaConfig, batch_size: int, num_slots: int, dtype: jnp.dtype) -> Cache:
+def empty_cache(cfg: ModelConfig, batch_size: int, num_slots: int, dtype: jnp.dtype) -> Cache:
     """A cache with room for `num_slots` tokens a row."""
     shape = (cfg.num_hidden_layers, batch_size, num_slots, cfg.num_key_value_heads, cfg.head_dim)
     zeros = jnp.zeros((batch_size, num_slots), jnp.int32)
@@ -209,7 +209,7 @@ class Decoder(nnx.Module):
     norm: nnx.Param
     lm_head: nnx.Param  # absent where the embedding is tied
 
-    def __init__(self, cfg: LlamaConfig, fill: Callable[[Weight], Array]):
+    def __init__(self, cfg: ModelConfig, fill: Callable[[Weight], Array]):
         """Args: fill makes each weight, stacked over layers, from its shape and logical axes."""
         self.cfg = cfg
         self.layers = Block(cfg, fill)
@@ -259,14 +259,8 @@ class Decoder(nnx.Module):
           neftune_noise_alpha: of the noise on embeddings in training, or 0.
         """
         model, low_rank = self.adapted(adapter)
-        attend = partial(
-            attention,
-            q_segments=segments,
-            kv_segments=segments,
-            q_positions=positions,
-            kv_positions=positions,
-            window=self.cfg.sliding_window,
-        )
+        places = Places(segments, segments, positions, positions)
+        attend = partial(attention, places=places, window=self.cfg.sliding_window)
         rotary = self._rotary(positions, segments)
 
         def layer(x: Array, scanned: tuple[Block, dict[str, Lora], PRNGKeyArray | None]) -> tuple[Array, None]:
@@ -307,8 +301,8 @@ class Decoder(nnx.Module):
                 nonlocal keys, values
                 keys = jax.lax.dynamic_update_slice(keys, k[None], (index, 0, slot, 0, 0))
                 values = jax.lax.dynamic_update_slice(values, v[None], (index, 0, slot, 0, 0))
-                rows = segments, all_segments, positions, all_positions
-                return attention(q, keys[index], values[index], *rows, self.cfg.sliding_window)
+                places = Places(segments, all_segments, positions, all_positions)
+                return attention(q, keys[index], values[index], places, self.cfg.sliding_window)
 
             return (block(x, rotary, attend, factors, None), keys, values), None
 
@@ -344,7 +338,7 @@ def embedding_noise(key: PRNGKeyArray, x: Float[Array, "B T D"], alpha: float) -
     return jax.random.uniform(noise_key, x.shape, jnp.float32, -bound, bound).astype(x.dtype)
 
 
-def abstract_decoder(cfg: LlamaConfig, dtype: jnp.dtype, quantization: str | None = None) -> Decoder:
+def abstract_decoder(cfg: ModelConfig, dtype: jnp.dtype, quantization: str | None = None) -> Decoder:
     """The module with shapes instead of arrays: projections quantised where asked for, all else in `dtype`."""
 
     def make() -> Decoder:
@@ -359,7 +353,7 @@ def abstract_decoder(cfg: LlamaConfig, dtype: jnp.dtype, quantization: str | Non
     return jax.eval_shape(make)
 
 
-def require_fits(adapter: Adapter, cfg: LlamaConfig) -> None:
+def require_fits(adapter: Adapter, cfg: ModelConfig) -> None:
     """An adapter, arrays or shapes, must have the dims of the weights it belongs to.
 
     Raises:
@@ -382,7 +376,7 @@ def require_fits(adapter: Adapter, cfg: LlamaConfig) -> None:
             ) from None
 
 
-def place_adapter(adapter: Adapter, cfg: LlamaConfig, mesh: jax.sharding.Mesh) -> Adapter:
+def place_adapter(adapter: Adapter, cfg: ModelConfig, mesh: jax.sharding.Mesh) -> Adapter:
     """The adapter laid out over `mesh` like the weights it belongs to; abstract in, abstract out.
 
     Raises:

@@ -8,7 +8,7 @@ compiler each time, never from JAX's persistent cache: see `jlora.training.auto_
 import math
 import re
 import time
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -23,7 +23,7 @@ from jlora.model import attention
 from jlora.model.adapter import without_scales
 from jlora.model.adapter_init import check_options, new_adapter
 from jlora.model.divisibility import check_batch_split, check_divides
-from jlora.model.llama import Decoder, LlamaConfig, abstract_decoder, place_adapter
+from jlora.model.llama import Decoder, ModelConfig, abstract_decoder, place_adapter
 from jlora.model.quant import is_quantized, map_axes
 from jlora.model.sharding import make_mesh, named_sharding
 from jlora.planning.flops import collective_bytes, count_flops
@@ -43,6 +43,56 @@ from jlora.training.step import (
 )
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What a run takes on a target: the figures of `plan --json`, under the same names.
+
+    Attributes:
+      mesh: size of each axis.
+      attention: what runs it, and why.
+      fits: whether the peak is within the capacity.
+      argument_bytes, temp_bytes, offloaded_bytes: held on a device before the step, beside that in it, and for it in
+        the host's memory; the last two are None where the compiler refused the step.
+      base_bytes, adapter_bytes, optimizer_bytes, batch_bytes: of the arguments, on one device.
+      flops_per_step: over all devices. sent_bytes_per_step: by one.
+      estimate: see `jlora.planning.roofline`.
+      naive: see `naive`.
+    """
+
+    topology: str
+    devices: int
+    mesh: dict[str, int]
+    attention: str
+    remat: str
+    fits: bool
+    capacity_bytes: int
+    peak_bytes: int
+    argument_bytes: int
+    temp_bytes: int | None
+    offloaded_bytes: int | None
+    base_bytes: int
+    adapter_bytes: int
+    optimizer_bytes: int
+    batch_bytes: int
+    flops_per_step: float
+    sent_bytes_per_step: float | None
+    estimate: dict[str, float] | None
+    tokens_per_step: int
+    trainable_params: int
+    frozen_params: int
+    compile_seconds: float
+    naive: dict[str, int]
+
+    @property
+    def temporaries(self) -> int:
+        """Bytes of a device that the step holds at its peak beside its arguments."""
+        return self.peak_bytes - self.argument_bytes
+
+    def as_json(self) -> dict[str, Any]:
+        """The plan as JSON values."""
+        return asdict(self)
+
+
 def place_base(base: Decoder, mesh: jax.sharding.Mesh) -> Decoder:
     """The abstract base laid out over `mesh`, as `jlora.hf.load.load_base` lays out the real one."""
 
@@ -57,13 +107,14 @@ def place_base(base: Decoder, mesh: jax.sharding.Mesh) -> Decoder:
 
 
 def abstract_step(
-    cfg: Config, model: LlamaConfig, mesh: jax.sharding.Mesh, forward: Forward
+    cfg: Config, model: ModelConfig, mesh: jax.sharding.Mesh, forward: Forward
 ) -> tuple[Any, tuple[Any, Any, Any, Any], dict[str, Any]]:
     """The step, its arguments (state, what is frozen, batch, hyperparameters) as shapes, and {"adapter", "base"}."""
     base = place_base(abstract_decoder(model, param_dtype(cfg), cfg.model.quantization), mesh)
     adapter = {}
     if cfg.method == "lora":
         check_options(cfg.lora, model)
+        optim.check_rule(cfg, model.num_hidden_layers)
         make = partial(new_adapter, cfg.lora, model, 0)
         adapter = place_adapter(jax.eval_shape(make), model, mesh)
     params = {"adapter": adapter, "base": base}
@@ -85,7 +136,7 @@ def abstract_step(
     return make_train_step(cfg, forward), (state, frozen, batch, hyper), params
 
 
-def step_flops(cfg: Config, model: LlamaConfig, mesh: jax.sharding.Mesh, forward: Forward) -> float:
+def step_flops(cfg: Config, model: ModelConfig, mesh: jax.sharding.Mesh, forward: Forward) -> float:
     """FLOPs of one optimizer step over all devices, whatever the mesh and the micro-batches.
 
     Kernels hide their products, so they are counted over the reference attention.
@@ -109,7 +160,7 @@ def quantized_parameters(base: Decoder) -> int:
     return sum(leaf.size for leaf in leaves if is_quantized(leaf))
 
 
-def checked_mesh(cfg: Config, devices: list[Any], model: LlamaConfig) -> jax.sharding.Mesh:
+def checked_mesh(cfg: Config, devices: list[Any], model: ModelConfig) -> jax.sharding.Mesh:
     """The mesh of a config over these devices.
 
     Raises:
@@ -121,7 +172,7 @@ def checked_mesh(cfg: Config, devices: list[Any], model: LlamaConfig) -> jax.sha
     return mesh
 
 
-def held_bytes(cfg: Config, target: Target, model: LlamaConfig) -> int:
+def held_bytes(cfg: Config, target: Target, model: ModelConfig) -> int:
     """Bytes of a device that the step's arguments take, without compiling it: less than it needs.
 
     Raises:
@@ -133,8 +184,8 @@ def held_bytes(cfg: Config, target: Target, model: LlamaConfig) -> int:
         return bytes_per_device(arguments)
 
 
-def plan(cfg: Config, target: Target, model: LlamaConfig | None = None, flops: float | None = None) -> dict[str, Any]:
-    """Compile for a target; the figures of `--json`, one device's where they are bytes.
+def plan(cfg: Config, target: Target, model: ModelConfig | None = None, flops: float | None = None) -> Plan:
+    """Compile for a target.
 
     With `model.remat: auto` they are those of the policy that `jlora.train` would take there.
 
@@ -182,48 +233,45 @@ def plan(cfg: Config, target: Target, model: LlamaConfig | None = None, flops: f
             micro_batches=cfg.training.gradient_accumulation_steps,
             remat=cfg.model.remat,
         )
-    return {
-        "topology": target.spec,
-        "devices": len(target.devices),
-        "mesh": dict(mesh.shape),
-        "attention": kernel,
-        "remat": cfg.model.remat,
-        "fits": peak <= target.capacity,
-        "capacity_bytes": target.capacity,
-        "peak_bytes": peak,
-        "argument_bytes": arguments_bytes,
-        "temp_bytes": temp,
-        "offloaded_bytes": offloaded,
-        "base_bytes": base_bytes,
-        "adapter_bytes": bytes_per_device(params["adapter"]),
-        "optimizer_bytes": bytes_per_device(state.opt_state),
-        "batch_bytes": bytes_per_device(batch),
-        "flops_per_step": flops,
-        "sent_bytes_per_step": sent,
-        "estimate": time_estimate,
-        "tokens_per_step": tokens,
-        "trainable_params": trained,
-        "frozen_params": total - trained,
-        "compile_seconds": time.monotonic() - began,
-        "naive": naive(count_parameters(params["base"])),
-    }
+    return Plan(
+        topology=target.spec,
+        devices=len(target.devices),
+        mesh=dict(mesh.shape),
+        attention=kernel,
+        remat=cfg.model.remat,
+        fits=peak <= target.capacity,
+        capacity_bytes=target.capacity,
+        peak_bytes=peak,
+        argument_bytes=arguments_bytes,
+        temp_bytes=temp,
+        offloaded_bytes=offloaded,
+        base_bytes=base_bytes,
+        adapter_bytes=bytes_per_device(params["adapter"]),
+        optimizer_bytes=bytes_per_device(state.opt_state),
+        batch_bytes=bytes_per_device(batch),
+        flops_per_step=flops,
+        sent_bytes_per_step=sent,
+        estimate=time_estimate,
+        tokens_per_step=tokens,
+        trainable_params=trained,
+        frozen_params=total - trained,
+        compile_seconds=time.monotonic() - began,
+        naive=naive(count_parameters(params["base"])),
+    )
 
 
-def _of_the_fastest(cfg: Config, target: Target, model: LlamaConfig, mesh: jax.sharding.Mesh) -> dict[str, Any]:
+def _of_the_fastest(cfg: Config, target: Target, model: ModelConfig, mesh: jax.sharding.Mesh) -> Plan:
     """The plan with the first policy of the ladder that fits."""
-    plans: dict[str, dict[str, Any]] = {}
+    plans: dict[str, Plan] = {}
 
-    def planned(remat: str) -> dict[str, Any]:
+    def planned(remat: str) -> Plan:
         if remat not in plans:
             plans[remat] = plan(with_settings(cfg, {"model.remat": remat}), target, model)
         return plans[remat]
 
-    def temporaries(remat: str) -> int:
-        return planned(remat)["peak_bytes"] - planned(remat)["argument_bytes"]
-
     room = target.capacity * (1 - HEADROOM) - held_bytes(cfg, target, model)
-    chosen = planned(fastest_that_fits(cfg, model, mesh, room, temporaries))
-    return chosen | {"compile_seconds": sum(result["compile_seconds"] for result in plans.values())}
+    chosen = planned(fastest_that_fits(cfg, model, mesh, room, lambda remat: planned(remat).temporaries))
+    return replace(chosen, compile_seconds=sum(each.compile_seconds for each in plans.values()))
 
 
 def naive(num_params: int) -> dict[str, int]:

@@ -1,12 +1,14 @@
 """Time and money: tokens of the user's own rows, and the hours and dollars of an epoch."""
 
+import argparse
 from pathlib import Path
 from typing import Any
 
-from jlora import data
 from jlora.config import Config
+from jlora.data import encoding
 from jlora.data.checks import count_batches
 from jlora.hf.pretrained import SHAPES, open_pretrained
+from jlora.planning.compiled import Plan
 from jlora.planning.topology import Target
 
 
@@ -17,41 +19,34 @@ def count_data(cfg: Config) -> dict[str, int] | None:
     if not all(Path(source.path).exists() for source in cfg.data.sources):
         return None
     opened = open_pretrained(cfg.model.path, cfg.model.tokenizer, cfg.data.chat_template)
-    return count_batches(data.read_train(cfg.data, opened.tokenizer), cfg)
+    return count_batches(encoding.read_train(cfg.data, opened.tokenizer), cfg)
 
 
-def add_time(
-    result: dict[str, Any],
-    target: Target,
-    counts: dict[str, int] | None,
-    *,
-    tokens: float | None,
-    tokens_per_second: float | None,
-    utilization: list[float],
-    price: float | None,
-) -> None:
-    """Seconds and dollars of an epoch, at named utilisations of the published peak or at a given speed.
+def time_and_cost(plan: Plan, cfg: Config, target: Target, args: argparse.Namespace) -> dict[str, Any]:
+    """Seconds and dollars of an epoch, at named utilisations of the published peak or at a given speed; as in `--json`.
 
     Args:
-      tokens: of an epoch, in place of `counts`. tokens_per_second: of one device. price: dollars a device-hour.
+      args: of the command line: `tokens` of an epoch, in place of the config's rows; `tokens_per_second` of one device
+        or `utilization`; and `price`, dollars a device-hour.
     """
-    devices, per_step = result["devices"], result["tokens_per_step"]
+    counts = None if args.tokens else count_data(cfg)
     steps: dict[str, float] = {name: counts[name] for name in ("packed", "padded")} if counts else {}
-    if tokens is not None:
-        steps = {"given": tokens / per_step}
-    result["data"] = counts
-    result["epoch_tokens"] = {name: number * per_step for name, number in steps.items()}
+    if args.tokens is not None:
+        steps = {"given": args.tokens / plan.tokens_per_step}
     seconds: dict[str, dict[str, float]] = {}
     for name, number in steps.items():
-        if tokens_per_second is not None:
-            rate = tokens_per_second
-            seconds[name] = {f"{rate:g} tokens/s/device": number * per_step / (rate * devices)}
-        elif target.peak_flops is not None:
-            flops = result["flops_per_step"] * number
-            seconds[name] = {f"{u:g}": flops / (devices * target.peak_flops * u) for u in utilization}
-    result["seconds_per_epoch_at"] = seconds
-    result["cost_usd_at"] = None
-    if price is not None:
-        result["cost_usd_at"] = {
-            name: {at: value / 3600 * devices * price for at, value in table.items()} for name, table in seconds.items()
-        }
+        tokens, flops = number * plan.tokens_per_step, number * plan.flops_per_step
+        if (rate := args.tokens_per_second) is not None:
+            seconds[name] = {f"{rate:g} tokens/s/device": tokens / (rate * plan.devices)}
+        elif (peak := target.peak_flops) is not None:
+            seconds[name] = {f"{share:g}": flops / (plan.devices * peak * share) for share in args.utilization}
+    cost = None
+    if args.price is not None:
+        hourly = plan.devices * args.price
+        cost = {name: {at: value / 3600 * hourly for at, value in table.items()} for name, table in seconds.items()}
+    return {
+        "data": counts,
+        "epoch_tokens": {name: number * plan.tokens_per_step for name, number in steps.items()},
+        "seconds_per_epoch_at": seconds,
+        "cost_usd_at": cost,
+    }

@@ -13,9 +13,10 @@ from typing import Any, Literal, Union, get_args, get_origin
 import jax.numpy as jnp
 
 from jlora.config import Config, ModelSection
+from jlora.config.keys import assign
 from jlora.model import quant
 from jlora.model.divisibility import input_cuts, split_sizes
-from jlora.model.llama import LlamaConfig, block_weights, outer_weights
+from jlora.model.llama import ModelConfig, block_weights, outer_weights
 from jlora.model.remat import LADDER
 from jlora.planning.roofline import estimate, passes
 from jlora.planning.topology import Target
@@ -54,8 +55,7 @@ def with_settings(cfg: Config, settings: dict[str, Any]) -> Config:
     """The config with dotted keys changed, validated anew."""
     tree = cfg.model_dump()
     for key, value in settings.items():
-        section, _, name = key.partition(".")
-        tree[section][name] = value
+        assign(tree, key, value)
     return Config.model_validate(tree)
 
 
@@ -64,7 +64,7 @@ def as_overrides(settings: dict[str, Any]) -> list[str]:
     return [f"{key}={'null' if value is None else value}" for key, value in settings.items()]
 
 
-def meshes(model: LlamaConfig, cfg: Config, num_devices: int) -> list[tuple[int, int, int]]:
+def meshes(model: ModelConfig, cfg: Config, num_devices: int) -> list[tuple[int, int, int]]:
     """Every (data, fsdp, tensor) over all devices that the model divides over."""
     common = {axis: math.gcd(*found.values(), 0) for axis, found in split_sizes(model, cfg.data.max_length).items()}
     return [
@@ -75,7 +75,7 @@ def meshes(model: LlamaConfig, cfg: Config, num_devices: int) -> list[tuple[int,
     ]
 
 
-def layouts(model: LlamaConfig, cfg: Config, num_devices: int, *, keep_batch: bool) -> Iterator[Layout]:
+def layouts(model: ModelConfig, cfg: Config, num_devices: int, *, keep_batch: bool) -> Iterator[Layout]:
     """Every layout of a run, but for activations in the host's memory: no peak is published for the way there.
 
     Args:
@@ -106,7 +106,7 @@ def _divisors(number: int) -> list[int]:
 
 
 def guess_seconds(
-    model: LlamaConfig, cfg: Config, target: Target, layout: Layout, flops: float
+    model: ModelConfig, cfg: Config, target: Target, layout: Layout, flops: float
 ) -> tuple[float, float, float]:
     """Order in which layouts are worth compiling: seconds of a token, then FLOPs and bytes where no peak is known.
 

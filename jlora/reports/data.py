@@ -19,7 +19,7 @@ LENGTHS = {"min": "shortest", "median": "median", "p90": "90 % at most", "max": 
 
 
 def render(title: str, report: dict[str, Any], rows: list[Shown]) -> str:
-    """The page of a report (`jlora.data.__main__.Seen`) and its first rows.
+    """The page of a report (`jlora.reports.rows.Seen`) and its first rows.
 
     Args:
       title: such as the config's name.

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jlora.files.atomic import write_bytes
+from jlora.files.paths import short_names
 from jlora.reports.answers import SCORES, Columns, said, tabulated
 from jlora.reports.charts import Chart, Line, chart
 from jlora.reports.figures import drawable
@@ -49,7 +50,9 @@ def write_effort(folder: Path, settings: Record, results: list[Record]) -> None:
       settings, results: as `jlora.evaluation.effort` gives them, one base after another, each in order of effort.
     """
     bases = list(dict.fromkeys(record["base"] for record in results))
-    by_base = {name: [r for r in results if r["base"] == base] for base, name in zip(bases, _short(bases), strict=True)}
+    by_base = {
+        name: [r for r in results if r["base"] == base] for base, name in zip(bases, short_names(bases), strict=True)
+    }
     charts = panels(by_base)
     draw(charts, folder / "effort.png")
     asked = results[0]["answers"]
@@ -106,12 +109,6 @@ def verdict(records: list[Record]) -> list[str]:
 
 def _quality(record: Record) -> str:
     return f"loss {record['loss']:.3f}, ROUGE-L {record['rouge_l']:.3f}, chrF {record['chrf']:.1f}"
-
-
-def _short(bases: list[str]) -> list[str]:
-    """The last names of the bases, or all of them where two end alike."""
-    names = [Path(base).name or base for base in bases]
-    return names if len(set(names)) == len(names) else bases
 
 
 def _tables(records: list[Record]) -> list[Any]:

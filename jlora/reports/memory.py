@@ -43,7 +43,7 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
     )
     kind = path.suffix.lstrip(".").lower()
     if kind not in figure.canvas.get_supported_filetypes():
-        raise ConfigError(f"--plot {path}: '{path.suffix}' is no format of pictures; end the name in .png")
+        raise ConfigError(f"--plot {path}: unsupported image format '{path.suffix}'; end the name in .png")
     for row, result in enumerate(results):
         capacity = result["capacity_bytes"] / GIB
         _stack(left, row, _ours(result))

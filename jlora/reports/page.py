@@ -1,30 +1,21 @@
 """A page for people to judge by: one HTML file from a template, opened offline, from phone to paper, light and dark.
 
-Owns what makes a text safe to show. Knows nothing of what is shown.
+Knows nothing of what is shown.
 """
 
 from __future__ import annotations
 
 import functools
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jlora.errors import ConfigError
 from jlora.files.atomic import write_bytes
+from jlora.files.text import clean
 from jlora.reports import figures
 
 if TYPE_CHECKING:
     from jinja2 import Environment
-
-# Control characters are invalid in HTML even when escaped, halves of surrogate pairs cannot be encoded, and bidi
-# overrides and isolates turn the text around them.
-_REFUSED = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-
-
-def clean(text: str) -> str:
-    """Text without the characters that no page may hold."""
-    return _REFUSED.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
 def render(template: str, **values: Any) -> str:
@@ -48,7 +39,7 @@ def write_page(path: Path, page: str) -> None:
         if path.is_file() and path.stat().st_size:
             with path.open("rb") as there:
                 if there.read(len(start)) != start.encode():
-                    raise ConfigError(f"{path}: is there and is no page that jlora wrote; name another file")
+                    raise ConfigError(f"{path}: exists and is not a page that jlora wrote; name another file")
         write_bytes(path, page.encode("utf-8", "replace"))  # a lone surrogate in a sample becomes "?"
     except OSError as error:
         raise ConfigError(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jlora.files.theirs import MAX_LOG, text_of_theirs
 from jlora.reports.charts import Point
 from jlora.reports.figures import drawable, mapping
 
@@ -74,10 +75,10 @@ def read_run(run_dir: Path) -> RunFiles:
 
 
 def read_text(path: Path) -> str:
-    """A file as text; empty where there is none."""
+    """A file as text; empty where there is no regular one of less than `MAX_LOG` bytes."""
     try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
+        return text_of_theirs(path, MAX_LOG, "replace")
+    except (OSError, ValueError):
         return ""
 
 

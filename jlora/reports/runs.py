@@ -4,10 +4,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from jlora.config import yaml_scalar
+from jlora.config.keys import dotted
+from jlora.config.reading import parse_yaml
+from jlora.files.paths import short_names
 from jlora.reports.charts import Chart, Line, chart, smoothed, thinned
-from jlora.reports.figures import compact, drawable, duration, loss, memory, perplexity, shown
+from jlora.reports.figures import compact, drawable, duration, loss, mapping, memory, perplexity, shown
 from jlora.reports.page import render
 from jlora.reports.run_files import RunFiles, read_run
 
@@ -30,7 +32,7 @@ HEADS = (
 
 def compare(folders: list[Path]) -> str:
     """The page of some run folders, in their order."""
-    names = _names([folder.resolve() for folder in folders])
+    names = short_names([folder.resolve() for folder in folders])
     runs = [replace(read_run(folder), name=name) for folder, name in zip(folders, names, strict=True)]
     after = sorted((value, run.name) for run in runs if (value := drawable(run.held_out()[1])))
     lowest = f"Lowest held-out loss: {after[0][1]}, {after[0][0]:.4f}. " if len(after) > 1 else ""
@@ -43,12 +45,6 @@ def compare(folders: list[Path]) -> str:
         differences=(["Key", *names], _differences(runs)),
         samples=_samples(runs),
     )
-
-
-def _names(folders: list[Path]) -> list[str]:
-    """The folders' names, with their parents' where two are alike."""
-    plain = [folder.name for folder in folders]
-    return [f.name if plain.count(f.name) == 1 else f"{f.parent.name}/{f.name}" for f in folders]
 
 
 def _figures(run: RunFiles) -> list[str]:
@@ -81,22 +77,15 @@ def _charts(runs: list[RunFiles]) -> list[Chart]:
     return charts
 
 
-def _flat(tree: Any, prefix: str = "") -> dict[str, str]:
-    if isinstance(tree, dict) and tree:
-        return {key: text for name, inner in tree.items() for key, text in _flat(inner, f"{prefix}{name}.").items()}
-    text = yaml.safe_dump(tree, default_flow_style=True, allow_unicode=True, width=10**6)
-    return {prefix.removesuffix("."): text.strip().removesuffix("...").strip()}
-
-
 def _differences(runs: list[RunFiles]) -> list[list[str]]:
     configs = []
     for run in runs:
         try:
-            configs.append(_flat(yaml.safe_load(run.config) or {}))
-        except yaml.YAMLError:
+            configs.append(dotted(mapping(parse_yaml(run.config))))
+        except ValueError:
             configs.append({})
-    keys = dict.fromkeys(key for config in configs for key in config if key and key != "output_dir")
-    rows = [[key, *(config.get(key, "–") for config in configs)] for key in keys]
+    keys = dict.fromkeys(key for config in configs for key in config if key != "output_dir")
+    rows = [[key, *(yaml_scalar(config[key]) if key in config else "–" for config in configs)] for key in keys]
     return [row for row in rows if len({*row[1:]}) > 1]
 
 

@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.text import Text
 
 from jlora.data.preview import Shown
+from jlora.files.text import clean
 
 STYLES = {"context": "", "trained": "bold green", "cut": "strike red", "gap": "italic dim"}
 # Where there is no colour, what is trained and what is cut off stands in brackets.
@@ -17,7 +18,7 @@ def print_report(report: dict[str, Any], rows: list[Shown], console: Console) ->
     """Figures, checks that only warn, and the first rows."""
 
     def say(text: str = "") -> None:
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
+        console.print(clean(text), markup=False, highlight=False, soft_wrap=True)
 
     for name in ("train", "eval"):
         if report[name] is not None:
@@ -67,7 +68,7 @@ def _print_set(name: str, found: dict[str, Any], say: Any) -> None:
 def _print_row(row: Shown, plain: bool, console: Console) -> None:
     cut = f", {row.cut:,} cut off" if row.cut else ""
     what = row.bad or f"{row.tokens:,} tokens, {row.trained:,} trained{cut}"
-    console.print(Text(f"\n── {row.where}: {what}", "dim"))
+    console.print(Text(clean(f"\n── {row.where}: {what}"), "dim"))
     for pieces in row.sequences:
         text, before = Text(), "context"
         for piece in pieces:

@@ -2,6 +2,8 @@
 
 JAX's own runtime does the joining and the heartbeats. Where it gives up it aborts the process from C++, so a
 process of a job has a parent that outlives it and says what happened. Knows nothing of models or training.
+
+Every command imports this, so JAX is imported where it is used.
 """
 
 import glob
@@ -10,15 +12,12 @@ import json
 import os
 import re
 import socket
+import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
-
-import jax
-import numpy as np
-from jax.experimental import multihost_utils
 
 from jlora.config import DistributedSection
 from jlora.errors import ConfigError, UserError
@@ -64,7 +63,11 @@ def start(cfg: DistributedSection) -> None:
     Raises:
       ConfigError: the coordinator's port is taken, or JAX refuses to join.
     """
-    if not expected(cfg) or jax.distributed.is_initialized():
+    if not expected(cfg):
+        return
+    import jax
+
+    if jax.distributed.is_initialized():
         return
     where = cfg.coordinator or "the address that the scheduler gives"
     stands(f"while joining the job at {where} (all processes must start within {cfg.start_timeout} s)")
@@ -84,7 +87,7 @@ def start(cfg: DistributedSection) -> None:
     except Exception as error:  # JAX asks metadata servers and Kubernetes, whose libraries have errors of their own
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(
-            f"can not join the job at {where} ({reason}); set distributed.coordinator, num_processes and process_id"
+            f"cannot join the job at {where} ({reason}); set distributed.coordinator, num_processes and process_id"
         ) from None
     stands("while reading model and data")
     streams.keep_stdout()  # Gloo, the collectives of CPUs, reports its connections there
@@ -97,7 +100,7 @@ def _require_free_port(port: int) -> None:
             probe.bind(("", port))
         except OSError as error:
             raise ConfigError(
-                f"distributed.coordinator: port {port} can not be used on {socket.gethostname()} ({error.strerror}); "
+                f"distributed.coordinator: port {port} cannot be used on {socket.gethostname()} ({error.strerror}); "
                 "choose a free one, the same for all processes"
             ) from None
 
@@ -119,11 +122,20 @@ def _slurm_gpus() -> list[int] | None:
 
 def is_main() -> bool:
     """Whether this process writes what the job writes once."""
-    return jax.process_index() == 0
+    return process_index() == 0
+
+
+def process_index() -> int:
+    """The number of this process in the job, from 0."""
+    import jax
+
+    return jax.process_index()
 
 
 def several() -> bool:
-    """Whether the job has other processes."""
+    """Whether the job has other processes; a process without JAX has joined none."""
+    if "jax" not in sys.modules:
+        return False
     job = private_jax.job()
     return job.client is not None and job.num_processes > 1
 
@@ -136,6 +148,8 @@ def wait_for_all(name: str, seconds: float = 24 * 3600.0) -> None:
 
 def stop_agreed(step: int) -> bool:
     """Whether all processes stop after this step, since one of them was told to (SIGTERM); asked every step."""
+    from jax.experimental import multihost_utils
+
     return multihost_utils.reached_preemption_sync_point(step)
 
 
@@ -143,6 +157,9 @@ def least(value: int) -> int:
     """The least of what the processes hold; each has to ask."""
     if not several():
         return value
+    import numpy as np
+    from jax.experimental import multihost_utils
+
     found = multihost_utils.process_allgather(np.asarray([value // 2**20], np.int32))  # JAX has no wider one
     return int(found.min()) * 2**20
 
@@ -218,7 +235,7 @@ def require_shared_folder(folder: Path) -> None:
 
 
 def _me() -> str:
-    return f"process {jax.process_index()} ({socket.gethostname()})"
+    return f"process {process_index()} ({socket.gethostname()})"
 
 
 def is_lost_peer(error: Exception) -> bool:
@@ -226,7 +243,11 @@ def is_lost_peer(error: Exception) -> bool:
 
     If that one has left word of why, this process ends here with its sentence.
     """
-    lost = several() and isinstance(error, jax.errors.JaxRuntimeError) and any(s in str(error) for s in LOST_PEER)
+    if not several():
+        return False
+    import jax
+
+    lost = isinstance(error, jax.errors.JaxRuntimeError) and any(sign in str(error) for sign in LOST_PEER)
     if lost:
         time.sleep(3 * POLL_SECONDS)  # `Watch` looks meanwhile
     return lost
@@ -234,8 +255,9 @@ def is_lost_peer(error: Exception) -> bool:
 
 def end(code: int, sentence: str) -> NoReturn:
     """End this process at once; those of its job, who would wait for it otherwise, are told why and end, too."""
-    job = private_jax.job()
-    if several() and job.preemption_sync_manager is not None:  # made last: all have joined
+    if several() and (job := private_jax.job()).preemption_sync_manager is not None:  # made last: all have joined
+        import jax
+
         with suppress(jax.errors.JaxRuntimeError):  # process 0 is gone already
             job.client.key_value_set(f"jlora/failed/{job.process_id}", json.dumps([code, sentence]))
         if job.process_id == 0:

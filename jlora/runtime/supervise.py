@@ -60,7 +60,7 @@ def supervise(stopped_seconds: float) -> None:
         }.get(signal.Signals(-code), "it crashed")
         print(
             f"error: {socket.gethostname()}: ended by {name} {stood}: {why}; see the logs of all processes, then "
-            "run the same command again to go on from the last checkpoint",
+            "run the same command again to resume from the last checkpoint",
             file=sys.stderr,
         )
         code = HostLost.exit_code

@@ -7,11 +7,9 @@ import sys
 import threading
 import time
 
-import jax
-
 from jlora.errors import HostLost, Stopped
 from jlora.runtime import private_jax
-from jlora.runtime.distributed import POLL_SECONDS, _leave, _me, end, several
+from jlora.runtime.distributed import POLL_SECONDS, _leave, _me, end, process_index, several
 from jlora.runtime.supervise import stands
 
 
@@ -35,11 +33,13 @@ class Watch(threading.Thread):
 
     def run(self) -> None:
         """The thread's loop."""
+        import jax
+
         client = private_jax.job().client
         while True:
             time.sleep(POLL_SECONDS)
             try:
-                client.key_value_set(f"jlora/step/{jax.process_index()}", str(self._step), allow_overwrite=True)
+                client.key_value_set(f"jlora/step/{process_index()}", str(self._step), allow_overwrite=True)
                 failures = client.key_value_dir_get("jlora/failed/")
                 entries = client.key_value_dir_get("jlora/step/")
             except jax.errors.JaxRuntimeError:  # process 0 is gone, and JAX ends this process for it
@@ -57,7 +57,7 @@ class Watch(threading.Thread):
                 faulthandler.dump_traceback(sys.stderr, all_threads=True)
                 sentence = (
                     f"{_me()}: no step was finished for {self._step_timeout} s (distributed.step_timeout); "
-                    f"{_stragglers(steps)}; where each thread stands is above; run the same command again to go on "
+                    f"{_stragglers(steps)}; where each thread stands is above; run the same command again to resume "
                     "from the last checkpoint"
                 )
                 print(f"error: {sentence}", file=sys.stderr)

@@ -7,9 +7,8 @@ import importlib.util
 import os
 import platform
 import sys
+from contextlib import suppress
 from pathlib import Path
-
-import jax
 
 # JAX's default, three quarters of a GPU, is less than a run that fits may need.
 GPU_MEMORY_FRACTION = 0.95
@@ -21,14 +20,14 @@ FLAGS = {
 
 
 def prepare() -> None:
-    """Set up the process; before JAX first asks for its devices."""
+    """Set up the process; before JAX is imported."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(GPU_MEMORY_FRACTION))
     given = os.environ.get("XLA_FLAGS", "").strip()
     if not given or given.startswith("-"):  # else it names a file of flags
         ours = [f"{name}={value}" for name, value in FLAGS.items() if name not in given]
         os.environ["XLA_FLAGS"] = " ".join([*ours, given]).strip()
-    if jax.config.values["jax_compilation_cache_dir"] is None:
-        jax.config.update("jax_compilation_cache_dir", str(cache_folder()))
+    with suppress(RuntimeError):  # no home folder: every program is compiled anew
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_folder()))
 
 
 # XLA on CPUs asks for a step's temporaries anew each step; in pages of 4 KiB their first touch is a tenth of the step.
@@ -54,5 +53,9 @@ def use_huge_pages() -> None:
 
 
 def cache_folder() -> Path:
-    """Where compiled programs are kept, unless JAX_COMPILATION_CACHE_DIR names another folder."""
+    """Where compiled programs are kept, unless JAX_COMPILATION_CACHE_DIR names another folder.
+
+    Raises:
+      RuntimeError: neither XDG_CACHE_HOME nor a home folder is known.
+    """
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jlora" / "jax"

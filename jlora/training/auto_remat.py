@@ -1,6 +1,6 @@
 """`model.remat: auto`: the fastest policy whose step fits, by the compiler's own answer, here or on absent hardware.
 
-The ladder is walked from its fast end; what can not fit by arithmetic is not compiled.
+The ladder is walked from its fast end; what cannot fit by arithmetic is not compiled.
 """
 
 import math
@@ -14,7 +14,7 @@ from typing import Any
 import jax
 
 from jlora.config import Config
-from jlora.model.llama import LlamaConfig
+from jlora.model.llama import ModelConfig
 from jlora.model.remat import LADDER
 from jlora.runtime import distributed
 from jlora.training.layout import current, saved_bytes
@@ -25,7 +25,7 @@ MEMINFO, CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 
 
 def fastest_that_fits(
-    cfg: Config, model: LlamaConfig, mesh: jax.sharding.Mesh, room: float, temporaries_of: Callable[[str], float]
+    cfg: Config, model: ModelConfig, mesh: jax.sharding.Mesh, room: float, temporaries_of: Callable[[str], float]
 ) -> str:
     """The first policy of the ladder whose step's temporaries fit, or its last, which is then not asked for.
 
@@ -43,7 +43,7 @@ def fastest_that_fits(
 
 
 def compile_fastest(
-    cfg: Config, model: LlamaConfig, mesh: jax.sharding.Mesh, compile_with: Callable[[str], Any]
+    cfg: Config, model: ModelConfig, mesh: jax.sharding.Mesh, compile_with: Callable[[str], Any]
 ) -> tuple[str, Any]:
     """The first policy of the ladder that fits into what the devices have left, and its compiled step.
 

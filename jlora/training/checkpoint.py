@@ -12,7 +12,6 @@ import re
 import shutil
 import sys
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,16 +31,6 @@ SAVING, DELETING = ".saving", ".deleting"
 DEBRIS = re.compile(r"\d+(\.saving|\.deleting|(\.saving)?\.orbax-checkpoint-tmp.*)")
 # Logs, the report and the file system's own needs, in a run folder.
 SPARE_BYTES = 4 * 2**20
-
-
-@dataclass(frozen=True)
-class Restored:
-    """What a checkpoint holds beside the state."""
-
-    step: int
-    state: Tree
-    data: dict[str, Any]
-    identity: dict[str, Any]
 
 
 class Checkpoints:
@@ -64,8 +53,18 @@ class Checkpoints:
         return sorted(int(path.name) for path in self._folder.iterdir() if path.name.isdecimal() and path.is_dir())
 
     def fault(self, step: int) -> str | None:
-        """What is wrong with the files of a checkpoint; None if it is whole."""
-        return self._fault(step)
+        """What is wrong with the files of a checkpoint; None if it is whole.
+
+        Raises:
+          ConfigError: they cannot be read for the moment, so that nobody knows.
+        """
+        try:
+            return self._fault(step)
+        except OSError as error:
+            raise ConfigError(
+                f"{error.filename or self._folder / str(step)}: cannot be read ({error.strerror}); nothing was moved; "
+                "let it be read, then run the same command again"
+            ) from None
 
     def newest_whole(self) -> int:
         """The newest checkpoint whose files are as they were written, or 0 where none was ever committed.
@@ -74,10 +73,11 @@ class Checkpoints:
 
         Raises:
           ModelError: there are checkpoints, and none is whole.
+          ConfigError: one cannot be read for the moment.
         """
         faults: dict[int, str] = {}
         for step in reversed(self.steps()):
-            found = self._fault(step)
+            found = self.fault(step)
             if found is None:
                 for broken, reason in faults.items():
                     went = "passed over" if self._read_only else f"moved to {self._quarantine(broken)}"
@@ -164,27 +164,18 @@ class Checkpoints:
         """The identity of the run that wrote a checkpoint."""
         return self._restore(step, {}, identity=ocp.args.JsonRestore())["identity"]
 
-    def restore(self, step: int, like: Tree) -> Restored:
-        """Restore into the structure, dtypes and placement of `like`.
+    def restore(self, step: int, like: Tree) -> tuple[Tree, dict[str, Any]]:
+        """The state, in the structure, dtypes and placement of `like`, and the position of the data.
 
         Raises:
           ModelError: the checkpoint is damaged or belongs to another shape.
         """
         abstract = flatten(jax.tree.map(ocp.utils.to_shape_dtype_struct, like))
-        restored = self._restore(
-            step,
-            abstract,
-            state=ocp.args.StandardRestore(abstract),
-            data=ocp.args.JsonRestore(),
-            identity=ocp.args.JsonRestore(),
-        )
-        flat = restored["state"]
-        leaves = [flat[name] for name in abstract]
-        state = jax.tree.unflatten(jax.tree.structure(like), leaves)
-        return Restored(step, state, restored["data"], restored["identity"])
+        found = self._restore(step, abstract, state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore())
+        return jax.tree.unflatten(jax.tree.structure(like), [found["state"][name] for name in abstract]), found["data"]
 
     def restore_trained(self, step: int, like: Tree) -> Tree:
-        """Restore the trained leaves alone, without the optimizer's, into the structure and placement of `like`.
+        """The trained leaves alone, without the optimizer's, in the structure and placement of `like`.
 
         Raises:
           ModelError: as for `restore`.
@@ -192,8 +183,8 @@ class Checkpoints:
         abstract = flatten({"trained": jax.tree.map(ocp.utils.to_shape_dtype_struct, like)})
         arguments = ocp.checkpoint_utils.construct_restore_args(abstract)
         part = ocp.args.PyTreeRestore(abstract, restore_args=arguments, partial_restore=True)
-        flat = self._restore(step, abstract, state=part)["state"]
-        return jax.tree.unflatten(jax.tree.structure(like), [flat[name] for name in abstract])
+        found = self._restore(step, abstract, state=part)["state"]
+        return jax.tree.unflatten(jax.tree.structure(like), [found[name] for name in abstract])
 
     def close(self) -> None:
         """Wait, then let go of the folder."""
@@ -245,7 +236,8 @@ class Checkpoints:
         taken = [path.name for path in folder.iterdir()]
         names = [str(step), *(f"{step}.{number}" for number in range(1, len(taken) + 1))]
         target = folder / next(name for name in names if name not in taken)
-        return (self._folder / str(step)).rename(target)
+        # Its parent may be a file system of its own, which nothing can be renamed across.
+        return Path(shutil.move(self._folder / str(step), target))
 
     def _clean(self) -> None:
         for path in self._folder.iterdir():
@@ -273,8 +265,8 @@ class Checkpoints:
             return self._checkpointer.restore(path, args=ocp.args.Composite(**items))
         except (AssertionError, ValueError, KeyError, TypeError, OSError) as error:
             raise ModelError(
-                f"{path}: the checkpoint can not be restored ({finding(error)}); delete this "
-                "step's folder to go on from an earlier one"
+                f"{path}: the checkpoint cannot be restored ({finding(error)}); delete this "
+                "step's folder to resume from an earlier one"
             ) from None
 
     def _explain(self, step: int, error: Exception) -> Exception:
@@ -283,7 +275,7 @@ class Checkpoints:
         if distributed.several() and isinstance(error, TimeoutError | jax.errors.JaxRuntimeError):
             return HostLost(
                 f"checkpoint {step} could not be saved with all processes of the job ({reason}); run the same command "
-                "again to go on from the last checkpoint"
+                "again to resume from the last checkpoint"
             )
         # TensorStore's own are ValueErrors and RuntimeErrors.
         if not isinstance(error, OSError | ValueError | RuntimeError):
@@ -294,7 +286,7 @@ class Checkpoints:
         stays = f"checkpoint {kept[-1]} stays" if kept else "there is no earlier one"
         return ConfigError(
             f"{self._folder}/{step}: the checkpoint could not be saved ({reason}); {stays}; make room or way there, "
-            "then run the same command again to go on"
+            "then run the same command again to resume"
         )
 
 

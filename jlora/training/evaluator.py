@@ -6,9 +6,10 @@ from typing import Any
 
 import jax
 
-from jlora import data
 from jlora.config import DataSection
-from jlora.data import Dataset, Epochs
+from jlora.data import packing
+from jlora.data.dataset import Dataset
+from jlora.data.packing import Epochs
 from jlora.model.adapter import Adapter
 from jlora.model.llama import Decoder
 from jlora.model.sharding import local_rows, place_rows
@@ -59,7 +60,7 @@ class Evaluator:
 
     def _batches(self) -> Iterable[dict[str, Any]]:
         rows = local_rows(self._mesh, self._batch_size)
-        return data.batches(self._epochs, self._batch_size, rows, last=self._epochs.num_batches(1))
+        return packing.batches(self._epochs, self._batch_size, rows, last=self._epochs.num_batches(1))
 
 
 def describe_figures(figures: dict[str, Any]) -> str:

@@ -1,7 +1,6 @@
 """Small steps around a run: its folder, when something is due, its batches on the devices."""
 
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +9,10 @@ import jax
 import numpy as np
 
 from jlora.config import Config
-from jlora.data import Dataset, Epochs
+from jlora.data.dataset import Dataset
+from jlora.data.packing import Epochs
 from jlora.errors import ConfigError, DataError, NothingTrained
 from jlora.files.paths import require_own
-from jlora.hf.pretrained import Opened
 from jlora.model.boundary import finding
 from jlora.model.sharding import local_rows, place_rows
 from jlora.training.step import TrainState
@@ -29,25 +28,17 @@ def saves_left(every: int | None, start: int, num_steps: int) -> int:
     return 0 if start == num_steps else 1 + ((num_steps - 1) // every - start // every if every else 0)
 
 
-def warn_of_length(cfg: Config, opened: Opened) -> None:
-    """Rows longer than the base was made for train, but not well."""
-    limit = opened.source.config.get("max_position_embeddings")
-    if isinstance(limit, int) and cfg.data.max_length > limit:
-        print(
-            f"warning: data.max_length={cfg.data.max_length} is beyond the base's {limit} positions",
-            file=sys.stderr,
-        )
-
-
 def make_run_dir(cfg: Config) -> Path:
     """Create the run folder, or take the one that is there; see `jlora.files.paths.require_own`."""
     run_dir = Path(cfg.output_dir)
+    if run_dir.exists() and Path(cfg.model.path).exists() and run_dir.samefile(cfg.model.path):
+        raise ConfigError(f"output_dir {run_dir}: is the base's own folder (model.path); set another")
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"output_dir {run_dir}: can not be made ({error.strerror}); set another") from None
+        raise ConfigError(f"output_dir {run_dir}: cannot be made ({error.strerror}); set another") from None
     if not os.access(run_dir, os.W_OK):
-        raise ConfigError(f"output_dir {run_dir}: can not be written to; set another")
+        raise ConfigError(f"output_dir {run_dir}: cannot be written to; set another")
     require_own(run_dir, ConfigError)
     return run_dir
 

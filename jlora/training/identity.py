@@ -1,4 +1,4 @@
-"""What makes a run the same run, so that a checkpoint is only gone on from by the run that wrote it."""
+"""What makes a run the same run, so that a checkpoint is only resumed by the run that wrote it."""
 
 from pathlib import Path
 from typing import Any
@@ -6,9 +6,10 @@ from typing import Any
 import jax
 
 from jlora.config import Config, nearest
-from jlora.data import Dataset
+from jlora.config.keys import dotted
+from jlora.data.dataset import Dataset
 from jlora.errors import ConfigError, ModelError
-from jlora.hf.pretrained import Pretrained
+from jlora.hf.pretrained import Pretrained, adapter_digest
 from jlora.runtime import distributed
 from jlora.training.summary import versions
 
@@ -24,13 +25,20 @@ FREE_KEYS = {
     "training.max_nonfinite_steps",
     "training.wandb",
 }
+# Keys whose change leaves nothing to resume from: the checkpoint's leaves have other shapes, or another meaning.
+FIXED_KEYS = {
+    "method",
+    "optimizer.name",
+    *(f"lora.{key}" for key in ("rank", "rank_pattern", "target_modules", "layers_to_transform", "use_dora")),
+    *(f"lora.{key}" for key in ("modules_to_save", "bias", "init_lora_weights")),
+}
 # Where a run is computed changes nothing but the order in which devices add numbers.
 FREE_SECTIONS = ("mesh.", "distributed.", "resume.")
 
 
 def run_identity(cfg: Config, pretrained: Pretrained, train_data: Dataset, eval_data: Dataset | None) -> dict[str, Any]:
-    """What must be the same when a run is gone on with."""
-    flat = flatten_config(cfg.model_dump(mode="json"))
+    """What must be the same when a run resumes."""
+    flat = dotted(cfg.model_dump(mode="json"))
     return {
         "config": {
             key: value for key, value in flat.items() if key not in FREE_KEYS and not key.startswith(FREE_SECTIONS)
@@ -40,31 +48,24 @@ def run_identity(cfg: Config, pretrained: Pretrained, train_data: Dataset, eval_
             "tokenizer": pretrained.tokenizer.digest,
             "data": train_data.digest,
             "eval": eval_data.digest if eval_data else None,
+            **({"init_from": adapter_digest(cfg.lora.init_from)} if cfg.lora.init_from else {}),
         },
     }
 
 
 def require_one_job(cfg: Config, folder: Path) -> None:
     """All processes of a job run the same config with the same libraries into the same folder."""
-    keys = flatten_config(cfg.model_dump(mode="json"))
+    keys = dotted(cfg.model_dump(mode="json"))
     del keys["distributed.process_id"]
     kind = {"device": jax.local_devices()[0].device_kind}
     distributed.require_agreement("config", ConfigError, keys | versions() | kind)
     distributed.require_shared_folder(folder)
 
 
-def flatten_config(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested sections as dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= flatten_config(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
-
-
 def check_identity(
     run_dir: Path, step: int, saved: dict[str, Any], current: dict[str, Any], allowed: list[str]
 ) -> list[dict[str, Any]]:
-    """The run's history, of what was changed on the way; refuses to go on from a checkpoint of another run.
+    """The run's history, of what was changed on the way; refuses to resume from a checkpoint of another run.
 
     Args:
       step: of the checkpoint. allowed: names such as config.optimizer.learning_rate that may differ.
@@ -73,16 +74,24 @@ def check_identity(
       one entry for each start that changed something: `step`, and `changes`, name -> [from, to].
 
     Raises:
-      ModelError: saying what differs. ConfigError: `allowed` holds a name that there is not.
+      ModelError: saying what differs. ConfigError: `allowed` holds a name that there is not, or that cannot change.
     """
-    # A key that came with a newer version counts as its default in a checkpoint of an older one.
+    # In a checkpoint of an older version, a key that it did not know counts as its default, and a hash as the same.
     newer = {key: value for key, value in _defaults().items() if key in current["config"]}
-    before, now = _named({**saved, "config": newer | saved["config"]}), _named(current)
+    saved = {**saved, "config": newer | saved["config"], "hashes": current["hashes"] | saved["hashes"]}
+    before, now = _named(saved), _named(current)
     known = before.keys() | now.keys()
     for name in allowed:
         if name not in known:
             raise ConfigError(f"resume.allow_changes holds '{name}'{nearest(name, sorted(known))}")
     changes = {name: [before.get(name), now.get(name)] for name in sorted(known) if before.get(name) != now.get(name)}
+    for name in allowed:
+        if name not in changes or FIXED_KEYS.isdisjoint(_prefixes(name.removeprefix("config."))):
+            continue
+        raise ConfigError(
+            f"resume.allow_changes holds '{name}', which shapes what is trained, so a run cannot change it; "
+            "set another output_dir, and lora.init_from to start from this run's adapter"
+        )
     refused = [f"{name}: {old!r} -> {new!r}" for name, (old, new) in changes.items() if name not in allowed]
     if refused:
         raise ModelError(
@@ -93,7 +102,13 @@ def check_identity(
 
 
 def _defaults() -> dict[str, Any]:
-    return flatten_config(Config(model={"path": "-"}, data={"train": "-"}, output_dir="-").model_dump(mode="json"))
+    return dotted(Config(model={"path": "-"}, data={"train": "-"}, output_dir="-").model_dump(mode="json"))
+
+
+def _prefixes(name: str) -> list[str]:
+    """A dotted name and those of what it lies in: `a.b.c`, `a.b`, `a`."""
+    parts = name.split(".")
+    return [".".join(parts[:count]) for count in range(len(parts), 0, -1)]
 
 
 def _named(identity: dict[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from jlora.config import Config
-from jlora.model.llama import LlamaConfig
+from jlora.model.llama import ModelConfig
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def current(cfg: Config, mesh: dict[str, int], remat: str) -> Layout:
     return Layout(**mesh, remat=remat, quantization=cfg.model.quantization, rows=rows, batch_size=batch)
 
 
-def saved_bytes(model: LlamaConfig, cfg: Config, layout: Layout) -> float:
+def saved_bytes(model: ModelConfig, cfg: Config, layout: Layout) -> float:
     """About what the forward pass of a micro-batch keeps for the backward pass, on one device."""
     d, f, h = model.hidden_size, model.intermediate_size, model.head_dim
     heads, kv_heads = model.num_attention_heads, model.num_key_value_heads

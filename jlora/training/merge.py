@@ -17,11 +17,10 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jlora.config import Config, MeshSection
-from jlora.data import read_data
+from jlora.data.encoding import read_data
 from jlora.errors import ConfigError, DataError, MemoryExceeded
 from jlora.files.paths import inside
 from jlora.hf import verify
-from jlora.hf.architecture import parse_config
 from jlora.hf.gguf import GGUFFile
 from jlora.hf.load import hash_base, load_base
 from jlora.hf.merged import save_checkpoint, stored_bytes, untied
@@ -32,7 +31,7 @@ from jlora.hf.weights import Dequantized, Merged, Stored, Trained, Weights
 from jlora.model import attention
 from jlora.model.adapter import Adapter
 from jlora.model.adapter_init import new_adapter
-from jlora.model.llama import Decoder, LlamaConfig, abstract_decoder, place_adapter
+from jlora.model.llama import Decoder, ModelConfig, abstract_decoder, place_adapter
 from jlora.model.sharding import make_mesh, one_device_mesh
 from jlora.training import auto_remat
 from jlora.training.evaluator import Evaluator
@@ -48,7 +47,7 @@ TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
 SPARE_BYTES = 512 * 2**20
 
 
-def needed_memory(cfg: Config, model: LlamaConfig) -> int:
+def needed_memory(cfg: Config, model: ModelConfig) -> int:
     """Bytes of the host that merging takes beside what the process holds already.
 
     The proof holds a projection in float32, and at times a second one: with DoRA its squares, else the one before it,
@@ -62,7 +61,7 @@ def needed_memory(cfg: Config, model: LlamaConfig) -> int:
     return 2 * 4 * largest + 4 * trained + SPARE_BYTES
 
 
-def require_room(out: Path, cfg: Config, model: LlamaConfig, dtype: str) -> None:
+def require_room(out: Path, cfg: Config, model: ModelConfig, dtype: str) -> None:
     """Refuse a merge that would not fit in the host's memory or on the disk, before anything is written.
 
     Raises:
@@ -129,9 +128,8 @@ def merge(
 def written_logits(folder: Path) -> Any:
     """The logits of a checkpoint that was written, read as any base is."""
     source = open_source(folder)
-    model = parse_config(source.config, str(folder))
-    check_names(model, source.shapes, str(folder))
-    return verify.streamed_logits(model, Stored(source), {})
+    check_names(source.model, source.shapes, str(folder))
+    return verify.streamed_logits(source.model, Stored(source), {})
 
 
 def merging_cost(cfg: Config, opened: Opened, out: Path, adapter: Adapter) -> dict[str, float | None]:

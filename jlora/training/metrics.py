@@ -17,9 +17,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from jlora.config import TrainingSection
-from jlora.data import Epochs
+from jlora.data.packing import Epochs
 from jlora.errors import ConfigError, NonFiniteError
 from jlora.files.atomic import open_own, strict_json, write_text
+from jlora.files.text import clean
+from jlora.reports.run_files import read_records, read_text
 
 # Lines of a log file come this often where no terminal shows a bar.
 PLAIN_LINE_SECONDS = 10.0
@@ -76,29 +78,45 @@ class MetricsLog:
 
 
 def require_wandb(project: str | None) -> None:
-    """Fail before the base is read, if runs are to be logged to Weights & Biases and it is not installed."""
-    if project and importlib.util.find_spec("wandb") is None:
+    """Fail before the base is read, if a run is to be logged to Weights & Biases and cannot be.
+
+    Raises:
+      ConfigError: wandb is not installed, or would ask who logs in where nobody is there to answer.
+    """
+    if not project:
+        return
+    if importlib.util.find_spec("wandb") is None:
         raise ConfigError("training.wandb is set, but wandb is not installed; pip install wandb, or set it to null")
+    import wandb
+
+    online = os.environ.get("WANDB_MODE", "online") == "online"
+    if online and not wandb.api.api_key and not (sys.stdin.isatty() and sys.stderr.isatty()):
+        raise ConfigError(
+            "training.wandb is set, but nobody is logged in to Weights & Biases; run `wandb login`, set WANDB_API_KEY, "
+            "or WANDB_MODE=offline"
+        )
 
 
 def _start_wandb(project: str, run_dir: Path, config: dict[str, Any]) -> Any:
     import wandb
 
-    return wandb.init(project=project, dir=str(run_dir), config=config, resume="allow", id=run_dir.name)
+    name, kept = run_dir.resolve().name, run_dir / "wandb" / "jlora-id"
+    # Made once and kept: runs of one name in several folders are several, and so is one begun anew.
+    run_id = read_text(kept).strip()
+    if not run_id:
+        run_id = secrets.token_hex(8)
+        kept.parent.mkdir(exist_ok=True)
+        write_text(kept, run_id)
+    try:
+        return wandb.init(project=project, dir=str(run_dir), config=config, resume="allow", id=run_id, name=name)
+    except wandb.Error as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(f"training.wandb={project}: Weights & Biases refuses the run ({reason})") from None
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The whole lines of a metrics.jsonl; a line that a crash cut short is left out."""
-    lines = []
-    if path.is_file():
-        for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                line = json.loads(text)
-            except ValueError:
-                continue
-            if isinstance(line, dict) and isinstance(line.get("step"), int):
-                lines.append(line)
-    return lines
+    return read_records(path)[0]
 
 
 def memory_now() -> dict[str, int]:
@@ -119,7 +137,7 @@ class ProgressLine:
     def __init__(self, total: int, start: int, quiet: bool):
         self._total, self._quiet, self._last = total, quiet, -math.inf
         self._bar: Progress | None = None
-        self._first, self._began = start, time.monotonic()
+        self._first: tuple[int, float] | None = None  # the step after which the clock of what is left begins, and when
         if sys.stderr.isatty() and not quiet:
             self._bar = Progress(
                 TextColumn("step {task.completed}/{task.total}"),
@@ -134,20 +152,23 @@ class ProgressLine:
 
     def update(self, step: int, loss: float, tokens_per_second: float) -> None:
         """Show a step's figures."""
-        text = f"loss {loss:.4f}  {tokens_per_second:,.0f} tokens/s"
+        text, now = f"loss {loss:.4f}  {tokens_per_second:,.0f} tokens/s", time.monotonic()
+        first, began = self._first = self._first or (step, now)  # compilation is over by then
         if self._bar is not None:
             self._bar.update(self._task, completed=step, text=text)
             return
-        now = time.monotonic()
         if not self._quiet and (now - self._last >= PLAIN_LINE_SECONDS or step == self._total):
             self._last = now
-            left = (now - self._began) / max(1, step - self._first) * (self._total - step)
-            self.say(f"step {step}/{self._total}  {text}  time left {left / 60:.0f}:{left % 60:02.0f}")
+            if step > first:
+                minutes, seconds = divmod(round((now - began) / (step - first) * (self._total - step)), 60)
+                text += f"  time left {minutes}:{seconds:02}"
+            self.say(f"step {step}/{self._total}  {text}")
 
     def say(self, text: str) -> None:
         """A line of its own, above the bar."""
         if self._quiet:
             return
+        text = clean(text)
         if self._bar is not None:
             self._bar.console.print(text, highlight=False, markup=False)
         else:

@@ -1,11 +1,10 @@
 """Cross-entropy, summed or token by token. Takes hidden states; knows nothing of how they are made.
 
-A loss is a sum over trained tokens, returned with their number: whoever adds up micro-batches and
-devices divides once. Losses on pairs of answers are made from its tokens in `jlora.training.preference`.
+A loss is a sum over trained tokens: whoever adds up micro-batches and devices divides once. Losses on pairs of
+answers are made from its tokens in `jlora.training.preference`.
 """
 
 import math
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -19,27 +18,16 @@ from jlora.model.sharding import constrain
 CHUNK_LOGITS, MIN_CHUNK = 2**24, 256
 
 
-def next_token_loss(
-    hidden_fn: Callable[[], Float[Array, "B T D"]],
-    head: Float[Array, "V D"],
-    targets: Int[Array, "B T"],
-    weights: Float[Array, "B T"],
-) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Cross-entropy of the next token, summed over trained tokens, and their number; both float32.
-
-    The same sum as `torch.nn.functional.cross_entropy(..., reduction="sum")` over labels that are not
-    ignored. See `chunked_cross_entropy` for how it is held in memory.
-    """
-    return chunked_cross_entropy(hidden_fn(), head, targets, weights), weights.sum()
-
-
 def chunked_cross_entropy(
     hidden: Float[Array, "B T D"],
     head: Float[Array, "V D"],
     targets: Int[Array, "B T"],
     weights: Float[Array, "B T"],
 ) -> Float[Array, ""]:
-    """Sum of weighted cross-entropy without ever holding logits for more than a chunk of tokens.
+    """Cross-entropy of the next token, summed by weight, without ever holding logits for more than a chunk of tokens.
+
+    The same sum, in float32, as `torch.nn.functional.cross_entropy(..., reduction="sum")` over labels that are not
+    ignored.
 
     On each device the trained tokens move to the front, and a chunk that has none is not computed:
     prompts and padding cost no pass through the head. The gradient of a chunk is taken while its logits

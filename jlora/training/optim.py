@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from jlora.config import OptimizerSection
-from jlora.model.adapter import Saved, with_scales, without_scales
+from jlora.config import Config, OptimizerSection
+from jlora.errors import ConfigError
+from jlora.model.adapter import Lora, Saved, layer_ranks, with_scales, without_scales
 
 Tree = Any
 
@@ -92,6 +93,16 @@ def learning_rate(hyper: dict[str, Float[Array, ""]], step: Array) -> Float[Arra
     return hyper["learning_rate"] * jnp.where(count < warmup, count / jnp.maximum(warmup, 1.0), decay)
 
 
+def check_rule(cfg: Config, num_layers: int) -> None:
+    """Raises: ConfigError: a rule that takes the size of a weight, of adapters whose weights are padded with zeros."""
+    unlike = any(len({*layer_ranks(cfg.lora, name, num_layers)} - {0}) > 1 for name in cfg.lora.targets)
+    if cfg.method == "lora" and cfg.optimizer.name == "adafactor" and unlike:
+        raise ConfigError(
+            "optimizer.name=adafactor moves a weight by its size, which is not known of layers with ranks that differ "
+            "(lora.rank_pattern): they are padded with zeros; give a projection one rank, or take adamw"
+        )
+
+
 def make_optimizer(
     cfg: OptimizerSection, trained: dict[str, Tree], hyper: dict[str, Any]
 ) -> optax.GradientTransformation:
@@ -112,7 +123,7 @@ def make_optimizer(
         case "adafactor":
             # optax.adafactor does not scale its own weight decay by the learning rate; the others do.
             rule = optax.chain(
-                optax.adafactor(learning_rate=None),
+                _by_layer(optax.adafactor(learning_rate=None), trained, role_of),
                 optax.add_decayed_weights(-decay),
                 optax.scale_by_schedule(schedule),
             )
@@ -127,6 +138,32 @@ def make_optimizer(
     whole = optax.multi_transform(both, labels)
     # optax raises floats to the count of its steps, an integer.
     return whole._replace(update=jax.numpy_dtype_promotion("standard")(whole.update))
+
+
+def _by_layer(rule: optax.GradientTransformation, trained: Tree, role_of: dict[str, Tree]) -> Any:
+    """A rule that takes the size of a leaf as a whole, for each layer of a stacked leaf by itself."""
+
+    def over_layers(function: Any) -> Any:
+        # optax asks a state for its moments by an init of no leaves.
+        return lambda *trees: jax.vmap(function)(*trees) if jax.tree.leaves(trees) else function(*trees)
+
+    stacked = optax.GradientTransformation(over_layers(rule.init), over_layers(rule.update))
+    labels = jax.tree.map(
+        lambda role, layers: optax.MaskedNode() if role == HELD else "layers" if layers else "whole",
+        role_of,
+        {part: _stacked(part, tree) for part, tree in trained.items()},
+    )
+    return optax.multi_transform({"layers": stacked, "whole": rule}, labels)
+
+
+def _stacked(part: str, tree: Tree) -> Tree:
+    """Which leaves have a leading dim of layers: of an adapter all but the embedding and the head, else the blocks'."""
+    if part == "adapter":
+        layers = {name: isinstance(leaf, Lora) or name.endswith("_bias") for name, leaf in tree.items()}
+        return {name: jax.tree.map(lambda _, own=layers[name]: own, leaf) for name, leaf in tree.items()}
+    whole = jax.tree.map(lambda _: False, tree)
+    whole.layers = jax.tree.map(lambda _: True, tree.layers)
+    return whole
 
 
 def _scale_by_loraplus(ratio: float, role_of: dict[str, Tree]) -> optax.GradientTransformation:

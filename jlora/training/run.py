@@ -4,7 +4,7 @@ If the run folder holds a checkpoint of the same run, training resumes from it. 
 over `train`, which hand what runs have in common from one to the next (`Shared`).
 """
 
-import json
+import datetime
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -14,13 +14,14 @@ from typing import Any
 
 import jax
 
-from jlora import data
 from jlora.config import Config
-from jlora.data import Dataset, Epochs
+from jlora.data import packing
+from jlora.data.dataset import Dataset
+from jlora.data.packing import Epochs
 from jlora.errors import ConfigError, DataError, ModelError, NonFiniteError
 from jlora.files import lock
-from jlora.files.atomic import write_text
-from jlora.hf.pretrained import Pretrained, make_adapter, make_reference
+from jlora.files.atomic import write_json, write_text
+from jlora.hf.pretrained import Pretrained, first_adapter, make_reference, warn_of_length
 from jlora.hf.source import base_fingerprint
 from jlora.hf.verify import export_adapter
 from jlora.model.adapter_init import check_options
@@ -42,7 +43,6 @@ from jlora.training.folder import (
     require_taken,
     require_trained,
     saves_left,
-    warn_of_length,
 )
 from jlora.training.identity import check_identity, require_one_job, run_identity
 from jlora.training.metrics import MetricsLog, ProgressLine, StepMeter, require_wandb
@@ -147,9 +147,17 @@ def open_run(cfg: Config, folder: Path, mesh: jax.sharding.Mesh, watch: Watch, s
     check_divides(opened.model, mesh, cfg)
     if cfg.method == "lora":
         check_options(cfg.lora, opened.model)
+        optim.check_rule(cfg, opened.model.num_hidden_layers)
     kernel, forward = make_forward(cfg, opened.model, mesh)
     if not quiet:
-        warn_of_length(cfg, opened)
+        warn_of_length(opened.source, f"data.max_length={cfg.data.max_length}", cfg.data.max_length)
+    if not quiet and opened.tokenizer.writes_day and cfg.data.date is None:
+        today = datetime.date.today()
+        print(
+            "warning: the chat template writes the day into every row, so this run does not resume tomorrow, when "
+            f"its rows are others; set data.date={today}",
+            file=sys.stderr,
+        )
     loaded = {"base": base_fingerprint(opened.source), "tokenizer": opened.tokenizer.digest}
     distributed.require_agreement("base", ModelError, loaded)
     train_data, eval_data = shared.read(cfg)
@@ -157,7 +165,7 @@ def open_run(cfg: Config, folder: Path, mesh: jax.sharding.Mesh, watch: Watch, s
     distributed.require_agreement("data", DataError, digests)
     pretrained = shared.load(cfg, mesh)
     epochs, num_steps = plan_steps(cfg, train_data)
-    params = {"adapter": make_adapter(cfg, pretrained, mesh), "base": pretrained.base}
+    params = {"adapter": first_adapter(cfg, pretrained, mesh), "base": pretrained.base}
     if (reference := make_reference(cfg, pretrained, mesh)) is not None:
         params["reference"] = reference
     trained, frozen = optim.split(params, cfg.method)
@@ -179,7 +187,7 @@ def open_run(cfg: Config, folder: Path, mesh: jax.sharding.Mesh, watch: Watch, s
         hyper=optim.hyperparameters(cfg.optimizer, num_steps),
         identity=run_identity(cfg, pretrained, train_data, eval_data),
         checkpoints=Checkpoints(folder / "checkpoints", cfg.training.keep_checkpoints),
-        batches=data.batches(epochs, cfg.training.batch_size, batch_rows(cfg, mesh)),
+        batches=packing.batches(epochs, cfg.training.batch_size, batch_rows(cfg, mesh)),
         remat=cfg.model.remat,
     )
 
@@ -206,9 +214,8 @@ def resume(run: Run) -> dict[str, Any] | None:
         done = finished_summary(run.folder) if start == num_steps else None
         if done is not None:
             return done
-        restored = run.checkpoints.restore(start, run.state)
-        run.state = restored.state
-        run.batches.set_state(restored.data)
+        run.state, position = run.checkpoints.restore(start, run.state)
+        run.batches.set_state(position)
     run.start = run.step = start
     run.checkpoints.require_room(run.state, saves_left(cfg.training.save_every, start, num_steps))
     return None
@@ -276,7 +283,7 @@ def finish(run: Run, meter: StepMeter, began: float) -> dict[str, Any]:
     cfg, finished = run.cfg, run.step == run.num_steps
     exported = finished and cfg.method == "lora"
     if exported:
-        where = (cfg.lora, cfg.model.path, run.pretrained, run.forward.dtype, run.mesh)
+        where = (cfg.lora, run.pretrained, run.forward.dtype, run.mesh)
         export_adapter(run.folder / "adapter", run.params["adapter"], *where)
     summary = {
         "status": "finished" if finished else "preempted",
@@ -294,7 +301,7 @@ def finish(run: Run, meter: StepMeter, began: float) -> dict[str, Any]:
         **measured(run.folder, meter, run.compiled),
     }
     if distributed.is_main():
-        write_text(run.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+        write_json(run.folder / "summary.json", summary)
         write_report(run.folder)
     return summary
 

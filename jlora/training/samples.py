@@ -1,6 +1,5 @@
 """What a run answers to a few of its own rows, before and after training. Knows nothing of HTML."""
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -9,11 +8,12 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jlora.data import Dataset
-from jlora.files.atomic import write_text
+from jlora.data.dataset import Dataset
+from jlora.files.atomic import write_json
 from jlora.hf.pretrained import Pretrained
-from jlora.inference.generate import Sampling, generate
-from jlora.model import attention
+from jlora.inference.generate import generate
+from jlora.inference.model import Adapted
+from jlora.reports.run_files import parse, read_text
 
 # Tokens of an answer, and of a text without a prompt that stand for one.
 NEW_TOKENS = 96
@@ -51,25 +51,14 @@ class Samples:
         kept = read_samples(self._path)
         if [sample.get("prompt") for sample in kept] == [sample["prompt"] for sample in self._samples]:
             self._samples = kept
-        *_, texts = generate(
-            replace(self._pretrained, base=parts["base"]),
-            parts["adapter"],
-            self._prompts,
-            kernel=attention.reference,  # of few queries and many keys
-            dtype=self._dtype,
-            max_new_tokens=NEW_TOKENS,
-            sampling=Sampling(0.0, 1.0),
-            seed=0,
-        )
+        model = Adapted(replace(self._pretrained, base=parts["base"]), parts["adapter"], self._dtype)
+        *_, texts = generate(model, self._prompts, max_new_tokens=NEW_TOKENS)
         decode: Callable[[list[int]], str] = self._pretrained.tokenizer.decode
         self._samples = [sample | {when: decode(ids)} for sample, ids in zip(self._samples, texts, strict=True)]
-        write_text(self._path, json.dumps({"samples": self._samples}, indent=2) + "\n")
+        write_json(self._path, {"samples": self._samples})
 
 
 def read_samples(path: Path) -> list[dict[str, Any]]:
     """The samples of a file; none where it is missing or no such file."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))["samples"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return []
+    found = (parse(read_text(path)) or {}).get("samples")
     return found if isinstance(found, list) and all(isinstance(sample, dict) for sample in found) else []

@@ -8,7 +8,8 @@ from typing import Any
 import jax
 
 from jlora.config import Config
-from jlora.data import Dataset, read_data
+from jlora.data.dataset import Dataset
+from jlora.data.encoding import read_data
 from jlora.hf.pretrained import Opened, Pretrained, load_pretrained, open_pretrained
 from jlora.training.step import param_dtype
 

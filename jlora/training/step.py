@@ -19,12 +19,12 @@ from jlora.config import Config, ObjectiveSection
 from jlora.model import attention, quant
 from jlora.model.adapter import Adapter
 from jlora.model.attention import Attention
-from jlora.model.llama import Decoder, LlamaConfig
+from jlora.model.llama import Decoder, ModelConfig
 from jlora.model.precision import products_in
 from jlora.model.quant import is_quantized
 from jlora.model.sharding import named_sharding, place
 from jlora.training import optim
-from jlora.training.objective import correct_tokens, next_token_loss, token_cross_entropy
+from jlora.training.objective import chunked_cross_entropy, correct_tokens, token_cross_entropy
 from jlora.training.preference import pair_loss, pair_sums
 
 Tree = Any
@@ -98,7 +98,7 @@ class Forward:
             hidden = self._hidden(base, adapter, batch, dropout_key)
             scored = hidden, base.head(adapter), batch["targets"], batch["weights"]
             sums = {"token_accuracy": correct_tokens(*scored).sum()} if self.token_accuracy else {}
-            return *next_token_loss(lambda: hidden, *scored[1:]), sums
+            return chunked_cross_entropy(*scored), batch["weights"].sum(), sums
 
         def answers(adapter: Adapter, dropout_key: Array | None) -> Float[Array, "B P 2"]:
             hidden = self._hidden(base, adapter, batch, dropout_key)
@@ -287,7 +287,7 @@ def make_eval_step(
     return jax.jit(step)
 
 
-def make_forward(cfg: Config, model: LlamaConfig, mesh: jax.sharding.Mesh) -> tuple[str, Forward]:
+def make_forward(cfg: Config, model: ModelConfig, mesh: jax.sharding.Mesh) -> tuple[str, Forward]:
     """The static choices of the forward pass, and what attention runs, for the log."""
     dtype, device = jnp.dtype(cfg.model.dtype), mesh.devices.flat[0]
     quant.check_device(cfg.model.quantization, device)

@@ -1,7 +1,6 @@
 """What a run says at its end: figures for summary.json and for people. Knows nothing of training."""
 
 import importlib.metadata
-import json
 import resource
 import sys
 from pathlib import Path
@@ -9,8 +8,10 @@ from typing import Any
 
 import jax
 
-from jlora.data import Dataset
 from jlora.data.checks import count_sources
+from jlora.data.dataset import Dataset
+from jlora.reports.run_files import parse, read_text
+from jlora.training.auto_remat import peak_bytes
 from jlora.training.metrics import StepMeter, read_metrics
 
 
@@ -44,16 +45,14 @@ def measured(run_dir: Path, meter: StepMeter, compiled: Any) -> dict[str, Any]:
 
 def finished_summary(run_dir: Path) -> dict[str, Any] | None:
     """The summary of a run that ended well and whose adapter is still there; None of any other."""
-    try:
-        summary = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    summary = parse(read_text(run_dir / "summary.json"))
+    if summary is None or summary.get("status") != "finished":
         return None
-    if not isinstance(summary, dict) or summary.get("status") != "finished":
-        return None
-    if summary["adapter"] is None:
+    if summary.get("adapter", "") is None:  # a full fine-tuning
         return summary
-    # The folder is put in place whole, so one file stands for it; the run may have been moved since.
-    present = (run_dir / "adapter" / "adapter_config.json").is_file()
+    # The run may have been moved since, and not all of it.
+    files = ("adapter_config.json", "adapter_model.safetensors")
+    present = all((run_dir / "adapter" / name).is_file() for name in files)
     return summary | {"adapter": str(run_dir / "adapter")} if present else None
 
 
@@ -73,11 +72,7 @@ def peak_memory(compiled: Any) -> dict[str, int | None]:
     """Peak bytes of this process, of the device where it counts them, and of the compiled step."""
     host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     device = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
-    analysis = compiled.memory_analysis() if compiled is not None else None
-    step = None
-    if analysis is not None:
-        step = analysis.argument_size_in_bytes + analysis.temp_size_in_bytes + analysis.output_size_in_bytes
-        step -= analysis.alias_size_in_bytes
+    step = None if compiled is None else peak_bytes(compiled, jax.local_devices()[0].platform)
     return {"host": host, "device": device, "compiled_step": step}
 
 
@@ -96,7 +91,7 @@ def versions() -> dict[str, str]:
 def print_summary(summary: dict[str, Any], output_dir: str) -> None:
     """The end of a run, for people."""
     if summary["status"] == "preempted":
-        print(f"stopped at step {summary['steps']}, saved; run the same command again to go on")
+        print(f"stopped at step {summary['steps']}, saved; run the same command again to resume")
         return
     before, after = summary["eval_loss_before"], summary["eval_loss"]
     if before is not None and after is not None:

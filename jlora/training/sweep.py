@@ -4,7 +4,6 @@ Each run is that of `jlora.training.run.train`, with the folder, log, checkpoint
 they share the base, their rows where those are the same, and the compiled step where its shapes are.
 """
 
-import json
 import math
 import time
 from dataclasses import dataclass, field
@@ -14,10 +13,11 @@ from typing import Any
 from jlora.config import Config, variants
 from jlora.errors import ConfigError, NonFiniteError, NothingTrained
 from jlora.files import lock
-from jlora.files.atomic import write_text
+from jlora.files.atomic import write_json, write_text
 from jlora.files.paths import require_own
 from jlora.model.adapter_init import check_options
 from jlora.runtime import distributed, signals
+from jlora.training import optim
 from jlora.training.folder import make_run_dir, plan_steps
 from jlora.training.metrics import read_metrics
 from jlora.training.run import train
@@ -87,7 +87,9 @@ def train_together(cfg: Config, quiet: bool = False) -> dict[str, Any]:
     require_own(folder, ConfigError, sweep.configs)
     with lock.held(folder):
         for each in sweep.configs.values():  # what is wrong with the last is told before the first is trained
-            check_options(each.lora, sweep.shared.open(each).model)
+            model = sweep.shared.open(each).model
+            check_options(each.lora, model)
+            optim.check_rule(each, model.num_hidden_layers)
             sweep.shared.read(each)
         write_text(folder / "config.yaml", cfg.dump_yaml())
         for name in sweep.halve() if cfg.sweep_halving else sweep.configs:
@@ -100,7 +102,7 @@ def train_together(cfg: Config, quiet: bool = False) -> dict[str, Any]:
             "wall_seconds": time.monotonic() - began,
             "peak_memory_bytes": peak_memory(None),
         }
-        write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+        write_json(folder / "summary.json", summary)
     return summary
 
 

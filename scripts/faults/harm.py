@@ -106,7 +106,7 @@ def boundaries(campaign: Campaign, count: int) -> str:
 
 
 def damage(campaign: Campaign, count: int) -> str:
-    """Each file of the newest checkpoint with a bit flipped or its end cut off: noticed, and gone on without it."""
+    """Each file of the newest checkpoint with a bit flipped or its end cut off: noticed, and resumed without it."""
     source = campaign.folder / "unbroken"
     last, earlier = committed(source)[-1], committed(source)[-2]
     folder = source / "checkpoints" / str(last)
@@ -160,7 +160,7 @@ def small_disk(folder: Path, mebibytes: int) -> Iterator[Path]:
     command = ["mount", "-t", "tmpfs", "-o", f"size={mebibytes}m", "tmpfs", str(folder)]
     made = subprocess.run(command, capture_output=True, text=True)
     if made.returncode:
-        print(f"skipped: a tmpfs can not be mounted here ({made.stderr.strip()})")
+        print(f"skipped: a tmpfs cannot be mounted here ({made.stderr.strip()})")
         sys.exit(0)
     try:
         yield folder

@@ -56,7 +56,7 @@ case $action in
         everywhere 'kill -TERM "$(cat ~/jlora.pid)"'
         ;;
     *)
-        echo "error: $action is none of install, run, stop" >&2
+        echo "error: $action is not one of install, run, stop" >&2
         exit 2
         ;;
 esac

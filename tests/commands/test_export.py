@@ -62,7 +62,7 @@ def test_quiet_export_prints_nothing(world, here, tmp_path):
         (["--run", "{world}/run", "--merge", "--verify"], 2, "leave --merge out"),
         (["--run", "{world}/run", "--out", "{world}/base"], 2, "exists and is not an empty folder"),
         (["--run", "{world}/run", "--out", "{world}/rows.jsonl"], 2, "exists and is not an empty folder"),
-        (["--run", "{world}/run", "--out", "{world}/rows.jsonl/out"], 2, "can not be made"),
+        (["--run", "{world}/run", "--out", "{world}/rows.jsonl/out"], 2, "cannot be made"),
     ],
 )
 def test_bad_export(world, here, tmp_path, arguments, expected, words):
@@ -99,3 +99,33 @@ def test_damaged_checkpoint_is_not_exported(world, here, tmp_path):
     assert code == 0 and "of step 2" in out
     assert "checkpoints/4: the checkpoint is damaged" in err and "passed over; step 2 is taken" in err
     assert (run / "checkpoints" / "4").is_dir() and not (run / "quarantine").exists()
+
+
+def test_a_moved_base_is_named(world, here, tmp_path):
+    """A run folder that was taken elsewhere, without its base at the same path."""
+    run = tmp_path / "run"
+    shutil.copytree(world / "run", run)
+    config = run / "config.yaml"
+    config.write_text(config.read_text().replace(str(world / "base"), str(tmp_path / "gone")))
+    code, _, err = here("export", "--run", run, "--out", tmp_path / "a", "-q")
+    assert code == 4 and "gone: no such folder" in err and "say where it lies with --base" in err
+    assert here("export", "--run", run, "--out", tmp_path / "a", "--base", world / "base", "-q") == (0, "", "")
+    written = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    assert written["base_model_name_or_path"] == str(world / "base")
+
+
+@pytest.mark.parametrize("flags", [("--combination", "cat"), ("--rank", 2), ("--dtype", "float16")])
+def test_flags_that_do_not_apply_are_refused(world, here, tmp_path, flags):
+    code, _, err = here("export", "--run", world / "run", "--out", tmp_path / "a", *flags)
+    assert code == 2 and flags[0] in err and not (tmp_path / "a").exists()
+
+
+def test_a_finished_run_without_its_weights_writes_them_again(world, here, tmp_path):
+    """A run folder that was copied, but for the large file."""
+    run = tmp_path / "run"
+    shutil.copytree(world / "run", run)
+    weights = run / "adapter" / "adapter_model.safetensors"
+    before = weights.read_bytes()
+    weights.unlink()
+    code, _, err = here("train", "--config", world / "config.yaml", f"output_dir={run}", "-q")
+    assert (code, err) == (0, "") and weights.read_bytes() == before

@@ -21,20 +21,21 @@ from pathlib import Path
 
 import pytest
 import yaml
+from gguf_files import SPM
+from gguf_files import write as write_gguf
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from tiny import make_llama, make_tokenizer
 
 from jlora.config import Config, DataSection, LoraSection, load_config
-from jlora.data import tokenize
+from jlora.data.encoding import tokenize
 from jlora.data.tokens import CHAT_TEMPLATES, load_tokenizer
 from jlora.errors import ConfigError, DataError, ModelError, UserError
 from jlora.hf.architecture import parse_config
 from jlora.hf.peft import load_adapter, save_adapter
-from jlora.hf.pretrained import find_adapter
+from jlora.hf.pretrained import find_adapter, open_tokenizer
 from jlora.hf.source import base_fingerprint, check_names, open_source
-from jlora.model.adapter import init_adapter
-from jlora.model.llama import projection_shapes
+from jlora.model.adapter_init import new_adapter
 
 FEW, MANY, PARTS = 100, 10_000, 4
 SEED = int(os.environ.get("JLORA_FUZZ_SEED", "0"))
@@ -251,7 +252,7 @@ def headers(base: Path, folder: Path):
 def adapters(base: Path, folder: Path):
     model = parse_config(open_source(base).config, "base")
     lora = LoraSection(rank=2, target_modules=["q_proj", "v_proj"])
-    made = init_adapter(lora, projection_shapes(model), model.num_hidden_layers, seed=0)
+    made = new_adapter(lora, model, 0)
     save_adapter(folder / "good", made, lora, "base", "f" * 64)
     weights = (folder / "good" / "adapter_model.safetensors").read_bytes()
     config = json.loads((folder / "good" / "adapter_config.json").read_text())
@@ -270,7 +271,28 @@ def adapters(base: Path, folder: Path):
     return inputs(), use, ModelError
 
 
-TARGETS: dict[str, Callable] = {"rows": rows, "configs": configs, "headers": headers, "adapters": adapters}
+def ggufs(base: Path, folder: Path):
+    write_gguf(folder / "good.gguf", tokenizer=SPM)
+    content = (folder / "good.gguf").read_bytes()
+    end = content.index(b"output_norm.weight") + 2000  # behind it there is little but data
+
+    @st.composite
+    def inputs(draw):
+        return draw(damaged(content[:end])) + content[end:]
+
+    def use(drawn):
+        (folder / "bad.gguf").write_bytes(drawn)
+        source = open_source(folder / "bad.gguf")
+        check_names(source.model, source.shapes, "bad.gguf")
+        base_fingerprint(source)
+        open_tokenizer(str(folder / "bad.gguf"), None).encode("hello é")
+
+    return inputs(), use, ModelError
+
+
+TARGETS: dict[str, Callable] = {
+    "rows": rows, "configs": configs, "headers": headers, "adapters": adapters, "ggufs": ggufs,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """`jlora generate`: prompts from flags, files and a chat; what it prints, and which prompts it refuses."""
 
 import json
+import shutil
 
 import pytest
 from command_line import one_sentence, shell
@@ -87,15 +88,15 @@ def test_chat_remembers_its_turns(world, here):
 
 def test_chat_goes_on_after_an_empty_answer(world, here, monkeypatch):
     """An answer that ends at once is no turn that a template would accept."""
-    import jlora.generate
+    from jlora.inference import prompting
 
     seen = []
 
-    def silent(pretrained, adapter, prompts, **options):
+    def silent(model, prompts, **options):
         seen.append(prompts[0])
         yield [[]]
 
-    monkeypatch.setattr(jlora.generate, "generate", silent)
+    monkeypatch.setattr(prompting, "generate", silent)
     out = generate(here, world, "--chat", "--chat-template", "llama2", stdin="one\none\n")
     assert out == "\n\n" and len(seen) == 2 and seen[0] == seen[1]
 
@@ -125,3 +126,16 @@ def test_bad_prompts(world, here, tmp_path, prompts, words):
 def test_empty_prompt(world, here):
     code, _, err = here("generate", "--base", world / "base", "--prompt", " ", "-q")
     assert code == 3 and "--prompt" in one_sentence(err)
+
+
+def test_a_prompt_beyond_the_positions_of_the_base_is_warned_of(world, here, tmp_path):
+    shutil.copytree(world / "base", tmp_path / "base")
+    config = tmp_path / "base" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"max_position_embeddings": 8}))
+    ask = ("generate", "--base", tmp_path / "base", "--prompt", "0123456789", "--max-new-tokens", 1)
+    code, _, err = here(*ask)
+    assert code == 0 and "tokens is beyond the base's 8 positions" in err
+    assert here(*ask, "-q")[2] == ""
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "0123456789", "completion": "abc"}\n', encoding="utf-8")
+    rows = ("--data", tmp_path / "rows.jsonl", "--format", "completion", "--max-length", 64)
+    assert "is beyond the base's 8 positions" in here("evaluate", "--base", tmp_path / "base", *rows)[2]

@@ -121,7 +121,7 @@ BASE_ERRORS = [
     ("empty", ["model.safetensors", "cut short or damaged"]),
     ("missing weights", ["no model.safetensors"]),
     ("missing config", ["config.json: missing"]),
-    ("torn config", ["config.json: can not be read as JSON"]),
+    ("torn config", ["config.json: cannot be read as JSON"]),
     ("another size", ["misshapen", "embed_tokens"]),
     ("another architecture", ["GPT2LMHeadModel", "LlamaForCausalLM"]),
     ("torn tokenizer", ["tokenizer"]),
@@ -272,4 +272,4 @@ def test_damaged_checkpoint_as_a_program(world, tmp_path):
     done = shell("train", "--config", world / "config.yaml", f"output_dir={run}", "-q")
     assert done.returncode == 4 and done.stderr.count("\n") == 1
     message = one_sentence(done.stderr)
-    assert "checkpoints/4" in message and "can not be restored" in message
+    assert "checkpoints/4" in message and "cannot be restored" in message

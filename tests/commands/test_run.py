@@ -71,7 +71,7 @@ def test_report_again_and_of_two_runs(world, here, tmp_path):
     code, out, err = here("report", world / "run", world / "run")
     assert code == 2 and "--out FILE" in one_sentence(err)
     code, out, err = here("report", world / "base")
-    assert code == 2 and "is no run folder" in one_sentence(err)
+    assert code == 2 and "is not a run folder" in one_sentence(err)
     code, out, err = here("report", world / "run", "--out", tmp_path / "none" / "one.html")
     assert code == 2 and "none" in one_sentence(err)
 

@@ -17,8 +17,8 @@ from jlora.data.prompts import encode_prompt
 from jlora.hf.names import name_table
 from jlora.hf.pretrained import load_pretrained, open_adapter, open_pretrained
 from jlora.hf.verify import probe_logits, probe_tokens
-from jlora.inference.generate import Sampling, generate
-from jlora.model.attention import reference
+from jlora.inference.generate import generate
+from jlora.inference.model import Adapted
 from jlora.model.sharding import one_device_mesh
 
 ROOT = Path(__file__).parents[2]
@@ -99,9 +99,9 @@ def test_the_adapter_says_the_same_in_peft(pretrained, torch_model, short_run):
     rows = [json.loads(line) for line in PROMPTS.read_text().splitlines()[:3]]
     prompts = [encode_prompt(pretrained.tokenizer, row, format="alpaca", prompt="chat") for row in rows]
     float32 = jax.numpy.dtype("float32")
-    options = dict(kernel=reference, dtype=float32, max_new_tokens=24, sampling=Sampling(0.0, 1.0), seed=0)
-    *_, bare = generate(pretrained, {}, prompts, **options)
-    *_, ours = generate(pretrained, open_adapter(str(run_dir), pretrained), prompts, **options)
+    *_, bare = generate(Adapted(pretrained, {}, float32), prompts, max_new_tokens=24)
+    adapter = open_adapter(str(run_dir), pretrained)
+    *_, ours = generate(Adapted(pretrained, adapter, float32), prompts, max_new_tokens=24)
     assert ours != bare  # the adapter does something, so equality below says something
     model = PeftModel.from_pretrained(torch_model, run_dir / "adapter").eval()
     theirs = [greedy_in_torch(model, pretrained, ids, 24) for ids in prompts]

@@ -91,8 +91,8 @@ def test_console_script_as_a_program():
     [
         (["train"], "--config"),
         (["train", "--config", "{world}/config.yaml", "--bogus"], "--bogus"),
-        (["train", "--config", "{world}/none.yaml"], "none.yaml: can not be read"),
-        (["train", "--config", "{world}"], "can not be read"),
+        (["train", "--config", "{world}/none.yaml"], "none.yaml: cannot be read"),
+        (["train", "--config", "{world}"], "cannot be read"),
         (["generate", "--prompt", "a"], "--base"),
         (["generate", "--base", "{world}/base"], "--prompt"),
         (["generate", "--base", "{world}/base", "--prompt", "a", "--chat"], "not allowed with"),
@@ -112,7 +112,7 @@ def test_console_script_as_a_program():
         (["evaluate", "--base", "{world}/base", "--data", "x", "--batch-size", "0"], "--batch-size"),
         (["evaluate", "--base", "{world}/base", "--data", "x", "--dtype", "int3"], "--dtype"),
         (["export", "--out", "x"], "--run"),
-        (["__main__"], "command"),
+        (["__main__"], "COMMAND"),
         (["__main__", "trian"], "trian"),
         (["config", "--bogus"], "--bogus"),
     ],
@@ -123,7 +123,7 @@ def test_bad_usage(world, here, arguments, words):
     assert words in one_sentence(err)
 
 
-# Exit codes of what a test can not bring about at will
+# Exit codes of what a test cannot bring about at will
 
 
 def end_of(body, capfd, monkeypatch):

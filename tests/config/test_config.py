@@ -1,5 +1,6 @@
 """The configuration: what is refused, with which words, and that every default stands once."""
 
+import pwd
 import re
 from pathlib import Path
 
@@ -8,6 +9,8 @@ import yaml
 
 from jlora import config
 from jlora.config import Config, load_config
+from jlora.config.keys import SECTIONS
+from jlora.config.reference import reference
 from jlora.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -32,11 +35,7 @@ def refused(path, *overrides):
 
 def sections():
     """Name and class of every section, the top level first."""
-    found = [("", Config)]
-    for name, field in Config.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, config.Section):
-            found.append((name + ".", field.annotation))
-    return found
+    return [("", Config), *((f"{name}.", section) for name, section in SECTIONS.items())]
 
 
 @pytest.mark.parametrize(
@@ -116,8 +115,8 @@ def test_bad_value_is_refused_by_name(file, override, words):
         (b"model: [", "line 1"),
         (b"model:\n\tpath: x\n", "line 2"),
         (b"\xff\xfe", "not valid YAML"),
-        (b"model: {path: a}\nmodel: {path: b}\n", "key 'model' stands twice"),
-        (b"lora:\n  rank: 4\n  alpha: 8\n  rank: 8\n", "key 'rank' stands twice"),
+        (b"model: {path: a}\nmodel: {path: b}\n", "duplicate key 'model'"),
+        (b"lora:\n  rank: 4\n  alpha: 8\n  rank: 8\n", "duplicate key 'rank'"),
         (b"!!python/object/apply:os.getcwd []", "not valid YAML"),
         (b"a: 1\n---\nb: 2\n", "not valid YAML"),
         (b"", "must hold keys such as model and data, not NoneType"),
@@ -247,7 +246,7 @@ def test_every_field_has_a_description(name, section):
 
 def test_reference_page_is_current():
     page = (ROOT / "docs" / "config.md").read_text(encoding="utf-8")
-    assert page == config.reference(), "run: python -m jlora.config > docs/config.md"
+    assert page == reference(), "run: python -m jlora.config > docs/config.md"
     for _, section in sections():
         for key, field in section.model_fields.items():
             if (key + ".", field.annotation) not in sections():
@@ -258,3 +257,50 @@ def test_reference_page_is_current():
 def test_configs_of_the_repository_validate(path):
     cfg = load_config(path)
     assert isinstance(cfg.output_dir, str)
+
+
+@pytest.mark.parametrize("name", ["2026-11-28", "2026-99-99", "2026-11-28 10:00:00"])
+def test_a_date_is_a_name(file, name):
+    """YAML 1.1 would make a date of it, which no key takes."""
+    assert load_config(file, [f"output_dir={name}"]).output_dir == name
+    file.write_text(file.read_text().replace("output_dir: run", f"output_dir: {name}"))
+    assert load_config(file).output_dir == name
+
+
+@pytest.mark.parametrize("name", ["20261128", "on", "1.5"])
+def test_what_yaml_takes_for_no_text_is_told_to_be_quoted(file, name):
+    assert "write output_dir='\"...\"'" in refused(file, f"output_dir={name}")
+    assert load_config(file, [f'output_dir="{name}"']).output_dir == name
+
+
+def test_paths_begin_in_the_home_folder(file, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    keys = (
+        "model.path",
+        "model.tokenizer",
+        "data.train",
+        "data.eval",
+        "data.cache_dir",
+        "lora.init_from",
+        "output_dir",
+    )
+    cfg = load_config(file, [f"{key}=~/x" for key in keys])
+    found = [cfg.model.path, cfg.model.tokenizer, cfg.data.train, cfg.data.eval, cfg.data.cache_dir]
+    assert {*found, cfg.lora.init_from, cfg.output_dir} == {"/home/someone/x"}
+    assert load_config(file, ["data.train=[{path: ~/a}]"]).data.sources[0].path == "/home/someone/a"
+    assert load_config(file, ["output_dir=a~b"]).output_dir == "a~b"
+
+
+def test_an_unknown_home_folder_is_said(file, monkeypatch):
+    """As of a user without an entry in passwd, and without HOME; else a folder of the name `~` would be made."""
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(pwd, "getpwuid", lambda uid: {}[uid])
+    assert "output_dir: '~/x': the home folder is not known" in refused(file, "output_dir=~/x")
+
+
+@pytest.mark.parametrize(
+    "override", ["training.epochs=1" + "0" * 30, f"lora.rank={2**70}", "optimizer.warmup_steps=1" + "0" * 23]
+)
+def test_numbers_beyond_all_use_are_refused_by_name(file, override):
+    """They would take for ever, or end in a library's own error."""
+    assert override.partition("=")[0] in refused(file, override)

@@ -258,7 +258,7 @@ def test_gravest_notes_come_first_and_irrelevant_ones_apart():
         ("base_model: [\n", "not valid YAML"),
         ("base_model: b\nadapter: lora\nlora_r: 0\nlearning_rate: 1\n", "converted, lora.rank: should be greater"),
         ("base_model: b\nmicro_batch_size: many\n", "not as Axolotl documents it"),
-        ("model: {_component_: torchtune.models.gemma.lora_gemma_2b}\n", "none of the families"),
+        ("model: {_component_: torchtune.models.gemma.lora_gemma_2b}\n", "not one of the families"),
         ("model: {_component_: torchtune.models.llama2.llama2_7b}\n", "is no LoRA recipe"),
     ],
 )

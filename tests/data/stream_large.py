@@ -8,7 +8,8 @@ import time
 from pathlib import Path
 
 from jlora.config import DataSection
-from jlora.data import Epochs, batches, tokenize
+from jlora.data.encoding import tokenize
+from jlora.data.packing import Epochs, batches
 from jlora.data.tokens import load_tokenizer
 
 BATCHES = 3000

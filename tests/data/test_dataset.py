@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from data_files import ROWS, error_of, jsonl, lengths_dataset, section, values, write
 
-from jlora.data import hold_out, tokenize
+from jlora.data.dataset import hold_out
+from jlora.data.encoding import tokenize
 from jlora.errors import DataError
 
 # Plain text

@@ -12,7 +12,8 @@ from command_line import sentence_of
 from data_files import write
 
 from jlora.config import DataSection
-from jlora.data import Epochs, tokenize
+from jlora.data.encoding import tokenize
+from jlora.data.packing import Epochs
 from jlora.data.rows import MAX_ROW_BYTES
 from jlora.errors import DataError
 
@@ -112,7 +113,7 @@ def test_case_24_escaped_nul_is_text(tmp_path, tokenizer):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"prompt,prompt\na,b\n", "rows.csv:1: the column 'prompt' stands twice"),
+        (b"prompt,prompt\na,b\n", "rows.csv:1: duplicate column 'prompt'"),
         (b'prompt,completion\na,"b\n\n\n', "rows.csv:4: malformed CSV"),
         (b"prompt,completion\na,\xff\n", "rows.csv:2: not valid UTF-8"),
         (b'prompt,completion\n"two\nlines",""\n', "rows.csv:3: the field"),

@@ -11,9 +11,11 @@ from data_files import RANDOM_LENGTHS, jsonl, lengths_dataset, section, write
 from tiny import make_completions, make_llama, make_tokenizer, write_config
 
 from jlora.config import Source, load_config
-from jlora.data import Epochs, batches, hold_out, read_data
 from jlora.data.checks import count_sources
+from jlora.data.dataset import hold_out
+from jlora.data.encoding import read_data
 from jlora.data.mixture import join
+from jlora.data.packing import Epochs, batches
 from jlora.data.tokens import load_tokenizer
 from jlora.errors import ConfigError, DataError
 from jlora.training.run import train

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from data_files import RANDOM_LENGTHS, lengths_dataset, section
 
-from jlora import data
-from jlora.data import Epochs, batches, pack, pack_row
+from jlora.data import packing
+from jlora.data.packing import Epochs, batches, pack, pack_row
 from jlora.data.prompts import Example
 
 # Packing
@@ -96,7 +96,7 @@ def test_epochs_may_be_asked_by_many_threads_at_once(monkeypatch):
         time.sleep(0.005)
         return pack(*args)
 
-    monkeypatch.setattr(data.packing, "pack", slow_pack)
+    monkeypatch.setattr(packing, "pack", slow_pack)
     one = epochs()
     with ThreadPoolExecutor(4) as threads:
         found = list(threads.map(one.rows, [0, 0, 1, 0, 1, 2, 3, 2, 0, 1, 3, 2]))

@@ -7,7 +7,7 @@ import pytest
 from data_files import GOOD, ROWS, error_of, jsonl, section, values, write, write_parquet
 
 import jlora.data.rows
-from jlora.data import tokenize
+from jlora.data.encoding import tokenize
 from jlora.data.rows import BadRow, read_rows
 from jlora.errors import DataError
 
@@ -122,14 +122,14 @@ def test_unusable_file(tmp_path, tokenizer, name, words):
     write(tmp_path / "deep.json", b"[" * 200_000)
     write(tmp_path / "bytes.json", b'[{"prompt":"\xff"}]')
     write(tmp_path / "quote.csv", b'prompt,completion\na,b\na,"b\n')
-    # Skipping bad rows does not mend a file that can not be read at all.
+    # Skipping bad rows does not mend a file that cannot be read at all.
     for on_bad_row in ("error", "skip"):
         assert words in error_of(tmp_path / name, on_bad_row=on_bad_row, tokenizer=tokenizer)
 
 
 @pytest.mark.parametrize("rest", [b", {", b",]", b",", b"", b"} ]", b" 1]", b"] {", b"]]", b', {"a": 12'])
 def test_torn_json_array_is_not_half_read(tmp_path, rest):
-    """A file that can not be read whole gives no rows at all."""
+    """A file that cannot be read whole gives no rows at all."""
     path = write(tmp_path / "torn.json", b"[\n" + GOOD + rest)
     with pytest.raises(DataError, match=r"torn\.json:2: malformed JSON \("):
         list(read_rows(str(path), "train"))

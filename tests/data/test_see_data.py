@@ -11,12 +11,12 @@ from tiny import make_llama, make_rows, make_tokenizer, write_config
 
 from jlora.__main__ import main
 from jlora.config import load_config
-from jlora.data import __main__ as command
-from jlora.data import read_data
 from jlora.data.checks import histogram
+from jlora.data.encoding import read_data
 from jlora.data.preview import SHOWN, SHOWN_CUT, show_rows
 from jlora.data.tokens import load_tokenizer
 from jlora.errors import DataError
+from jlora.reports.rows import look
 
 GOOD = [{"prompt": f"{i}:", "completion": " " + "abc" * (1 + i % 3)} for i in range(6)]
 # A template that ends no turn with EOS, as that of another model may.
@@ -50,8 +50,8 @@ def _jsonl(path, rows):
     return path
 
 
-def look(path, rows=5):
-    return command.look(load_config(path), rows)
+def look_at(path, rows=5):
+    return look(load_config(path), rows)
 
 
 def levels(seen):
@@ -60,7 +60,7 @@ def levels(seen):
 
 def test_figures_are_those_of_the_batches(config, base, tmp_path):
     path = config(make_rows(tmp_path / "alpaca.jsonl"), format="alpaca", max_length=320, eval=0.2)
-    seen, cfg = look(path), load_config(path)
+    seen, cfg = look_at(path), load_config(path)
     train_data, eval_data = read_data(cfg, load_tokenizer(base, None))
     lengths = [len(example.ids) for example in train_data.examples]
     found = seen.report["train"]
@@ -108,7 +108,7 @@ def test_both_answers_of_a_pair_are_shown(config, base):
     rows = [{"prompt": "a", "chosen": " b", "rejected": " cc"}]
     path = config(rows, format="preference")
     path.write_text(path.read_text(encoding="utf-8") + "objective: {name: dpo}\n", encoding="utf-8")
-    seen = look(path)
+    seen = look_at(path)
     texts = ["".join(piece.text for piece in pieces) for pieces in seen.rows[0].sequences]
     assert texts == ["<s>a b</s>", "<s>a cc</s>"] and not seen.errors
 
@@ -128,7 +128,7 @@ def test_both_answers_of_a_pair_are_shown(config, base):
     ],
 )
 def test_what_is_wrong_is_said_in_a_sentence(config, rows, keys, name, level, words):
-    seen = look(config(rows, **keys))
+    seen = look_at(config(rows, **keys))
     beside = {"end_never_trained": {"truncated": "warning"}, "bad_rows": {"dropped": "warning"}}.get(name, {})
     assert levels(seen) == {name: level} | beside
     sentence = next(found["sentence"] for found in seen.report["checks"] if found["name"] == name)
@@ -140,17 +140,17 @@ def test_chat_template_that_ends_no_turn(config, tmp_path):
     template = tmp_path / "endless.jinja"
     template.write_text(ENDLESS)
     rows = [{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": f"b{i}"}]} for i in range(3)]
-    seen = look(config(rows, format="sharegpt", max_length=64, chat_template=str(template)))
+    seen = look_at(config(rows, format="sharegpt", max_length=64, chat_template=str(template)))
     assert levels(seen) == {"end_never_trained": "error"} and "chat template ends no turn" in seen.errors[0]
     template.write_text(ENDLESS.replace("\n{%", "{{ eos_token }}\n{%"))
-    assert not look(config(rows, format="sharegpt", max_length=64, chat_template=str(template))).report["checks"]
+    assert not look_at(config(rows, format="sharegpt", max_length=64, chat_template=str(template))).report["checks"]
 
 
 def test_good_rows_pass_and_no_usable_row_fails(config):
-    seen = look(config(GOOD, eval=[{"prompt": "q", "completion": "r"}]))
+    seen = look_at(config(GOOD, eval=[{"prompt": "q", "completion": "r"}]))
     assert seen.report["checks"] == [] and len(seen.rows) == 5
     with pytest.raises(DataError, match="no usable row"):
-        look(config([{"prompt": "a" * 50, "completion": "b"}]))
+        look_at(config([{"prompt": "a" * 50, "completion": "b"}]))
 
 
 @pytest.mark.parametrize(("longest", "width"), [(1, 1), (19, 1), (20, 2), (99, 5), (512, 50), (8191, 500)])

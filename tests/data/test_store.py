@@ -1,6 +1,7 @@
 """Tokenised rows on the disk: the same as in memory, made once, and never read where they are damaged."""
 
 import errno
+import fcntl
 import json
 import os
 import subprocess
@@ -14,7 +15,8 @@ import pytest
 from data_files import ROWS, jsonl, section, write, write_parquet
 from tiny import make_tokenizer
 
-from jlora.data import encoding, store, tokenize
+from jlora.data import encoding, store
+from jlora.data.encoding import tokenize
 from jlora.data.tokens import load_tokenizer
 from jlora.errors import ConfigError, DataError
 
@@ -189,7 +191,7 @@ def test_what_fails_leaves_no_entry(tmp_path, tokenizer, rows, monkeypatch):
     assert sorted(left()) == [key, theirs.name]
 
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match="data.cache_dir .* can not be written to"):
+    with pytest.raises(ConfigError, match="data.cache_dir .* cannot be written to"):
         tokenize(str(rows), tokenizer, section(cache_dir=str(tmp_path / "file" / "below")))
 
 
@@ -211,7 +213,7 @@ def test_runs_at_once_make_one_entry(tmp_path, tokenizer, rows, monkeypatch):
     def no_lock(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(store.fcntl, "flock", no_lock)
+    monkeypatch.setattr(fcntl, "flock", no_lock)
     before = list(entry(tmp_path).iterdir())
     store._make(entry(tmp_path), lambda keep: real(str(rows), tokenizer, section(), keep), alone=False)
     assert list(entry(tmp_path).iterdir()) == before

@@ -1,5 +1,6 @@
 """Ids and loss masks against references made here with transformers and sentencepiece directly."""
 
+import datetime
 import itertools
 import json
 import pickle
@@ -497,3 +498,15 @@ def test_unusable_chat_templates(tmp_path):
         tokenizer = load_tokenizer(SHARED / "llama2_tokenizer", str(tmp_path / "it.jinja"))
         with pytest.raises(error):
             tokenizer.render([USER], add_generation_prompt=True)
+
+
+def test_a_template_writes_the_day_that_it_is_told(tmp_path):
+    """So a run that goes on after midnight has the rows that it began with."""
+    (tmp_path / "day.jinja").write_text("{{ strftime_now('%d %b %Y') }}: {{ messages[0].content }}", encoding="utf-8")
+    tokenizer = ours(chat_template=str(tmp_path / "day.jinja"))
+    today = datetime.date.today()
+    assert tokenizer.writes_day and not ours(chat_template="llama2").writes_day
+    assert tokenizer.on("2024-07-26").render([USER], add_generation_prompt=True).startswith("26 Jul 2024: ")
+    assert tokenizer.render([USER], add_generation_prompt=True)[:11] in {
+        (today + datetime.timedelta(days=more)).strftime("%d %b %Y") for more in (0, 1)
+    }

@@ -117,9 +117,9 @@ def test_every_strategy_answers_the_same_held_out_rows(world, done):
 def test_what_is_done_is_not_done_again(world, done, here, monkeypatch):
     judged, trained = [], []
 
-    def judge(pretrained, adapter, way, *rest):
+    def judge(model, way, *rest):
         judged.append(way.key)
-        return effort_judge(pretrained, adapter, way, *rest)
+        return effort_judge(model, way, *rest)
 
     effort_judge = effort.judge
     monkeypatch.setattr(effort, "judge", judge)
@@ -163,7 +163,7 @@ def test_a_stopped_and_a_failed_fine_tuning(world, here, tmp_path, monkeypatch):
 
     judged = []
     monkeypatch.setattr(effort, "train", fail)
-    monkeypatch.setattr(effort, "judge", lambda p, a, way, *_: judged.append(way.key) or figures())
+    monkeypatch.setattr(effort, "judge", lambda model, way, *_: judged.append(way.key) or figures())
     code, _, err = here(*command(world, "--rows", 3, where))
     assert (code, judged) == (6, ["bare", "shots-2"]) and "the loss is not finite" in err
     shown = Page((tmp_path / "out" / "effort.html").read_text(encoding="utf-8"))

@@ -21,6 +21,7 @@ from jlora.evaluation import scores
 from jlora.hf.pretrained import load_pretrained, open_adapter, open_pretrained
 from jlora.inference import answers
 from jlora.inference.answers import Question
+from jlora.inference.model import Adapted
 from jlora.model.sharding import one_device_mesh
 from jlora.reports import answers as answers_page
 from jlora.reports import page
@@ -129,22 +130,18 @@ def test_several_models_side_by_side(world, pretrained, evaluate, tmp_path):
 
 
 def test_answers_in_batches_are_those_one_by_one(world, pretrained):
-    adapter = open_adapter(str(world / "one"), pretrained)
+    model = Adapted(pretrained, open_adapter(str(world / "one"), pretrained), np.dtype("float32"))
     prompts = [[1, *range(40, 40 + n)] for n in (30, 3, 45, 12)]
-    common = {"dtype": np.dtype("float32"), "max_new_tokens": 5}
-    seen: list[int] = []
+    assert answers.batches_of_like([31, 4, 46, 13], 2) == [(32, [1, 3]), (32, [0]), (64, [2])]
     with jax.set_mesh(one_device_mesh()):
-        together = answers.answer(
-            pretrained, adapter, prompts, batch_size=2, timed=True, on_batch=seen.append, **common
-        )
-        alone = [answers.answer(pretrained, adapter, [ids], batch_size=2, **common).texts[0] for ids in prompts]
-    assert together.texts == alone and len(set(alone)) > 1
-    assert seen == [2, 3, 4] and together.seconds > 0  # of 32, 32 and 64 tokens
+        together = answers.answer(model, prompts, batch_size=2, timed=True, max_new_tokens=5)
+        alone = [answers.answer(model, [ids], batch_size=2, max_new_tokens=5).texts[0] for ids in prompts]
+    assert together.texts == alone and len(set(alone)) > 1 and together.seconds > 0
     assert all(0 < count <= 5 for count in together.tokens)
     assert not any(together.ended)
     end = alone[0][2:4]
     with jax.set_mesh(one_device_mesh()):
-        cut = answers.answer(pretrained, adapter, prompts[:1], batch_size=2, until=("no such", end), **common)
+        cut = answers.answer(model, prompts[:1], batch_size=2, until=("no such", end), max_new_tokens=5)
     assert cut.texts == [alone[0].partition(end)[0]] and cut.ended == [True]
     assert [answers.width_of(n) for n in (1, 32, 33, 64, 65, 128, 129)] == [32, 32, 64, 64, 128, 128, 256]
 

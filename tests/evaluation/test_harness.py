@@ -119,7 +119,7 @@ def test_a_task_of_ones_own(tiny, monkeypatch, capsys):
         "generation_kwargs": {"until": ["\n"], "max_gen_toks": 4, "do_sample": False},
         "metric_list": [{"metric": "exact_match"}],
     }
-    lm = harness.JloraLM(str(tiny / "base"), dtype="float32", batch_size=4)
+    lm = harness.JloraLM(str(tiny / "base"), dtype="float32", quantization="none", batch_size=4)
     result = lm_eval.simple_evaluate(
         model=lm, tasks=[choice, generation], task_manager=TaskManager(include_defaults=False), bootstrap_iters=0
     )

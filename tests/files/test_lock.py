@@ -80,7 +80,7 @@ def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(fcntl, "flock", unsupported)
     with lock.held(tmp_path):
         pass
-    assert "can not be locked here (No locks available)" in capsys.readouterr().err
+    assert "cannot be locked here (No locks available)" in capsys.readouterr().err
 
 
 def test_what_is_not_ours_is_not_cut_short(tmp_path):

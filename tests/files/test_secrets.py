@@ -88,3 +88,32 @@ def test_case_30_errors_are_told_without_secrets(monkeypatch, capfd):
 def test_case_30_what_is_no_secret(text, monkeypatch):
     monkeypatch.setenv("SOME_TOKEN", "a")  # too short to be told from other text
     assert find_secret(text) is None and redact(text) == text
+
+
+SHAPES = [
+    "github_" + "pat_" + "a1" * 20,
+    "glp" + "at-" + "a1b2c3d4" * 3,
+    "xo" + "xb-" + "1234567890-" * 2 + "abc",
+    "AI" + "za" + "Sy" * 16 + "abc",
+    "AS" + "IA" + "ABCDEFGH12345678",
+    "ey" + "JhbGciOiJIUzI1NiJ9." + "eyJzdWIiOiIxMjM0In0." + "abcdef123",
+    "https://bucket/x?X-Goog-Credential=abcdefgh&a=1",
+]
+NAMES = ["OPENAI_KEY", "DB_PASS", "MYSQL_PWD", "GITHUB_PAT", "AWS_ACCESS_KEY_ID", "DOCKER_AUTH", "CREDENTIALS"]
+NAMES += ["AZURE_STORAGE_CONNECTION_STRING"]
+
+
+@pytest.mark.parametrize("text", SHAPES, ids=lambda text: text[:4])
+def test_tokens_of_other_services_are_known(text):
+    assert find_secret(text) is not None and "[secret]" in redact(f"a {text} b")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_environment_calls_a_secret_by_many_names(name, monkeypatch):
+    monkeypatch.setenv(name, "correct-horse-battery")
+    assert name in (find_secret("db://u:correct-horse-battery") or "")
+
+
+@pytest.mark.parametrize("text", ["runs/2026-11-28", "meta-llama/Llama-2-7b-hf", "eyJ", "AIza", "sk-learn"])
+def test_what_looks_alike_is_none(text):
+    assert find_secret(text) is None

@@ -15,7 +15,6 @@ from tiny import make_llama, make_tokenizer
 from transformers import AutoModelForCausalLM
 
 from jlora.errors import ModelError
-from jlora.export import export
 from jlora.files.atomic import new_folder
 from jlora.hf import verify
 from jlora.hf.load import hash_base
@@ -23,6 +22,7 @@ from jlora.hf.pretrained import load_pretrained, model_shape, open_pretrained
 from jlora.hf.source import SafetensorsFolder, base_fingerprint, open_source
 from jlora.hf.weights import Stored
 from jlora.model.sharding import one_device_mesh
+from jlora.training.export import export
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 HEAD, TABLE = "lm_head.weight", "model.embed_tokens.weight"
@@ -147,7 +147,7 @@ def test_verify_sees_a_base_that_was_misread(how, tied, tmp_path, monkeypatch):
     pretrained = load_pretrained(open_pretrained(str(folder), None, None), float32, mesh)
     section, adapter = grown(pretrained)
     with pytest.raises(ModelError, match="logits that differ") as refused, new_folder(tmp_path / "out") as made:
-        verify.write_adapter(made, adapter, section, "base", pretrained, float32, mesh)
+        verify.write_adapter(made, adapter, section, pretrained, float32, mesh)
         verify.compare_with_peft(made, adapter, pretrained)
     assert refused.value.exit_code == 4 and not (tmp_path / "out").exists()
 

@@ -10,11 +10,11 @@ from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from jlora.config import load_config
 from jlora.errors import ModelError
-from jlora.export import export
 from jlora.hf.architecture import parse_config
 from jlora.hf.source import open_source
 from jlora.model.sharding import one_device_mesh
 from jlora.planning.compiled import abstract_step
+from jlora.training.export import export
 from jlora.training.run import train
 from jlora.training.step import count_parameters, make_forward
 

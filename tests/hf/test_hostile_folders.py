@@ -20,8 +20,7 @@ from jlora.errors import ModelError
 from jlora.hf.architecture import parse_config
 from jlora.hf.peft import load_adapter, save_adapter
 from jlora.hf.source import check_names, open_source
-from jlora.model.adapter import init_adapter
-from jlora.model.llama import projection_shapes
+from jlora.model.adapter_init import new_adapter
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -34,7 +33,7 @@ def adapter(smallest_base, tmp_path):
     """An adapter folder for the smallest base, its model's shape, and the config section."""
     model = parse_config(open_source(smallest_base).config, "base")
     lora = LoraSection(rank=2, target_modules=["q_proj", "v_proj"])
-    made = init_adapter(lora, projection_shapes(model), model.num_hidden_layers, seed=0)
+    made = new_adapter(lora, model, 0)
     save_adapter(tmp_path / "adapter", made, lora, "base", "f" * 64)
     load_adapter(tmp_path / "adapter", model, "f" * 64, 0.0)
     return tmp_path / "adapter", model

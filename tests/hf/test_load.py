@@ -99,7 +99,7 @@ mesh = make_mesh(MeshSection(**sizes), jax.devices())
 class Counted:
     def __init__(self, folder):
         self.source, self.parts, self.bytes = open_source(Path(folder)), 0, 0
-        self.config, self.shapes = self.source.config, self.source.shapes
+        self.config, self.model, self.shapes = self.source.config, self.source.model, self.source.shapes
         self.dtypes, self.sizes = self.source.dtypes, self.source.sizes
     def part(self, name, rows, columns):
         found = self.source.part(name, rows, columns)

@@ -43,9 +43,7 @@ def adapter(pretrained):
 
 def test_a_true_export_passes_and_stays(pretrained, adapter, tmp_path):
     section, factors = adapter
-    difference = verify.export_adapter(
-        tmp_path / "out", factors, section, "base", pretrained, FLOAT32, one_device_mesh()
-    )
+    difference = verify.export_adapter(tmp_path / "out", factors, section, pretrained, FLOAT32, one_device_mesh())
     assert difference == 0.0 and (tmp_path / "out" / "adapter_model.safetensors").is_file()
     difference, reader = verify.compare_with_peft(tmp_path / "out", factors, pretrained)
     assert difference < 1e-5 and reader == "transformers"
@@ -56,7 +54,7 @@ def test_a_mistral_is_exported_and_merged(tmp_path):
     make_mistral(tmp_path / "base")
     pretrained = opened(tmp_path / "base")
     section, factors = grown(pretrained)
-    verify.export_adapter(tmp_path / "out", factors, section, "base", pretrained, FLOAT32, one_device_mesh())
+    verify.export_adapter(tmp_path / "out", factors, section, pretrained, FLOAT32, one_device_mesh())
     difference, reader = verify.compare_with_peft(tmp_path / "out", factors, pretrained)
     assert difference < 1e-5 and reader == "transformers"
     weights = Merged(Stored(pretrained.source), factors)
@@ -77,7 +75,7 @@ def test_a_wrong_export_is_refused_and_removed(pretrained, adapter, tmp_path, mo
 
     monkeypatch.setattr(verify, "load_adapter", off_by_a_little)
     with pytest.raises(ModelError, match="logits that differ"):
-        verify.export_adapter(tmp_path / "out", factors, section, "base", pretrained, FLOAT32, one_device_mesh())
+        verify.export_adapter(tmp_path / "out", factors, section, pretrained, FLOAT32, one_device_mesh())
     assert not list(tmp_path.iterdir())
 
 
@@ -86,7 +84,7 @@ def test_peft_disagreeing_is_refused(pretrained, adapter, tmp_path):
     other = jax.tree.map(lambda x: x * 1.1, factors)
     with pytest.raises(ModelError, match="/out: what was written gives logits that differ"):
         with new_folder(tmp_path / "out") as folder:
-            verify.write_adapter(folder, factors, section, "base", pretrained, FLOAT32, one_device_mesh())
+            verify.write_adapter(folder, factors, section, pretrained, FLOAT32, one_device_mesh())
             verify.compare_with_peft(folder, other, pretrained)
     assert not list(tmp_path.iterdir())
 
@@ -112,7 +110,7 @@ def test_a_gguf_base_is_read_by_transformers_where_it_can(reader, tmp_path, monk
     write_gguf(tmp_path / "base.gguf", GGMLQuantizationType.Q4_1)
     pretrained = load_pretrained(open_pretrained(str(tmp_path / "base.gguf"), None, None), FLOAT32, one_device_mesh())
     section, factors = grown(pretrained)
-    verify.export_adapter(tmp_path / "out", factors, section, "base", pretrained, FLOAT32, one_device_mesh())
+    verify.export_adapter(tmp_path / "out", factors, section, pretrained, FLOAT32, one_device_mesh())
     if reader == "jlora":
 
         def refuse(*args, **kwargs):
@@ -132,6 +130,6 @@ def test_a_base_that_transformers_refuses_fits_no_export(pretrained, adapter, tm
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", refuse)
     says = r"transformers does not load this base \(sizes mismatch\)"
     with pytest.raises(ModelError, match=says), new_folder(tmp_path / "out") as made:
-        verify.write_adapter(made, factors, section, "base", pretrained, FLOAT32, one_device_mesh())
+        verify.write_adapter(made, factors, section, pretrained, FLOAT32, one_device_mesh())
         verify.compare_with_peft(made, factors, pretrained)
     assert not (tmp_path / "out").exists()

@@ -15,7 +15,8 @@ from tiny import make_llama, make_mistral, make_tokenizer
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopPLogitsWarper
 
 from jlora.hf.pretrained import Pretrained, load_pretrained, open_pretrained
-from jlora.inference.generate import Sampling, generate, sample
+from jlora.inference.generate import GREEDY, Sampling, generate, sample
+from jlora.inference.model import Adapted
 from jlora.model import attention
 from jlora.model.llama import empty_cache
 from jlora.model.sharding import one_device_mesh
@@ -56,14 +57,11 @@ def pretrained(llama) -> Pretrained:
     return load_pretrained(open_pretrained(str(llama[0]), None, None), jnp.dtype("float32"), one_device_mesh())
 
 
-def continuations(pretrained, prompts, sampling=Sampling(0.0, 1.0), seed=0) -> list[list[list[int]]]:  # noqa: B008
+def continuations(pretrained, prompts, sampling=GREEDY, seed=0) -> list[list[list[int]]]:
     return list(
         generate(
-            pretrained,
-            {},
+            Adapted(pretrained, {}, jnp.dtype("float32")),
             prompts,
-            kernel=attention.reference,
-            dtype=jnp.dtype("float32"),
             max_new_tokens=NEW_TOKENS,
             sampling=sampling,
             seed=seed,

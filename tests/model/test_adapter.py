@@ -27,7 +27,8 @@ from jlora.hf.merged import save_checkpoint
 from jlora.hf.peft import CONFIG, WEIGHTS, load_adapter, save_adapter
 from jlora.hf.source import open_source
 from jlora.hf.weights import Merged, Stored
-from jlora.model.adapter import Adapter, Lora, init_adapter, layer_scales, project, without_scales
+from jlora.model.adapter import Adapter, Lora, layer_scales, project, without_scales
+from jlora.model.adapter_init import new_adapter
 from jlora.model.llama import projection_shapes
 from jlora.training.step import count_parameters
 
@@ -51,7 +52,7 @@ def base(base_and_hash):
 
 def fresh(base, **options: Any) -> Adapter:
     section = LoraSection(**({"rank": 4, "alpha": 8, "target_modules": "all-linear"} | options))
-    return init_adapter(section, projection_shapes(base.cfg), base.cfg.num_hidden_layers, seed=7)
+    return new_adapter(section, base.cfg, 7)
 
 
 def randomised(adapter: Adapter, seed: int = 0) -> Adapter:
@@ -109,7 +110,7 @@ def test_init_depends_on_seed_and_name_alone(base):
     for name in whole:
         np.testing.assert_array_equal(whole[name].lora_a, again[name].lora_a)
     section = LoraSection(rank=4, target_modules=["up_proj"])
-    other = init_adapter(section, projection_shapes(base.cfg), 3, seed=8)
+    other = new_adapter(section, base.cfg, 8)
     assert (np.asarray(other["up_proj"].lora_a) != np.asarray(one["up_proj"].lora_a)).all()
 
 

@@ -10,8 +10,8 @@ from peft import PeftModel
 
 from jlora.config import LoraSection
 from jlora.errors import ConfigError, ModelError
-from jlora.export import export_combined
 from jlora.hf.peft import load_adapter, save_adapter
+from jlora.training.export import export_combined
 
 
 @pytest.fixture(scope="module")

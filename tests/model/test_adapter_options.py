@@ -46,7 +46,7 @@ PAIRS = [
     (name, base) for name in OPTIONS for base in (["biased"] if "bias" in OPTIONS[name] else ["gqa", "stories260K"])
 ]
 CASES = [pytest.param(*pair, marks=[] if pair in QUICK else pytest.mark.slow) for pair in PAIRS]
-# What PEFT can not convert to an adapter that leaves the base as it is.
+# What PEFT cannot convert to an adapter that leaves the base as it is.
 UNCONVERTED = {"pissa_rslora_dora"}
 QUICKLY_READ = {
     ("dora", "gqa"),

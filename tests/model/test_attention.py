@@ -58,7 +58,7 @@ def assert_equals_reference(kernel, qkv, segments, positions, window, tolerance)
     """Forward and backward, float32, wherever there is a token."""
     draw = np.random.default_rng(2)
     weights = draw.standard_normal(qkv[0].shape).astype(np.float32) * (segments > 0)[:, :, None, None]
-    rows = (*map(jnp.asarray, (segments, segments, positions, positions)), window)
+    rows = attention.Places(*map(jnp.asarray, (segments, segments, positions, positions))), window
     ours = outputs_and_gradients(lambda q, k, v: kernel(q, k, v, *rows), qkv, weights)
     theirs = outputs_and_gradients(lambda q, k, v: attention.reference(q, k, v, *rows), qkv, weights)
     for name, found, expected in zip(("out", "dq", "dk", "dv"), ours, theirs, strict=True):
@@ -153,8 +153,8 @@ def test_splash_equals_the_reference_forward_and_backward(heads, kv_heads, head_
     segments[1], positions[1] = 1, np.arange(256)  # one whole row
     qkv = random_qkv(rng, 2, 256, heads, kv_heads, head_dim)
 
-    def splash(q, k, v, segments, *rest):
-        return tpu._splash_rows(q, k, v, segments, window, interpret=True)
+    def splash(q, k, v, places, window):
+        return tpu._splash_rows(q, k, v, jnp.asarray(places.q_segments), window, interpret=True)
 
     assert_equals_reference(splash, qkv, segments, positions, window, 1e-4)
 
@@ -183,7 +183,7 @@ def test_blocked_does_not_visit_tiles_that_see_nothing(monkeypatch):
     k[:, :16] = v[:, :16] = np.nan
 
     def run(window, weights):
-        rows = (*[jnp.asarray(segments)] * 4, window)
+        rows = attention.Places(*[jnp.asarray(segments)] * 4), window
         return outputs_and_gradients(lambda q, k, v: attention.blocked(q, k, v, *rows), (q, k, v), weights)
 
     out, dq, dk, _ = run(None, (segments > 2).astype(np.float32)[..., None, None])
@@ -203,7 +203,7 @@ def test_blocked_holds_no_scores_of_a_long_row():
         segments = jax.ShapeDtypeStruct((1, length), jnp.int32)
 
         def loss(q, k, v, segments):
-            rows = (segments, segments, segments, segments, None)
+            rows = attention.Places(segments, segments, segments, segments), None
             return attention.blocked(q, k, v, *rows).astype(jnp.float32).sum()
 
         gradient = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(shape, shape, shape, segments)
@@ -294,7 +294,7 @@ devices = topologies.get_topology_desc(platform="cuda", target_config=target, to
 mesh = Mesh(np.array(devices).reshape(1, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
 def grads(q, k, v, segments):
     def loss(q, k, v):
-        return attention.cudnn(q, k, v, segments, segments, segments, segments, None).astype(jnp.float32).sum()
+        return attention.cudnn(q, k, v, attention.Places(*[segments] * 4), None).astype(jnp.float32).sum()
     return jax.grad(loss, argnums=(0, 1, 2))(q, k, v)
 def arg(shape, dtype, spec):
     return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))

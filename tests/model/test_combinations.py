@@ -17,9 +17,8 @@ from jlora.config import LoraSection
 from jlora.hf.load import load_base
 from jlora.hf.source import open_source
 from jlora.model import attention, quant
-from jlora.model.adapter import init_adapter
+from jlora.model.adapter_init import new_adapter
 from jlora.model.attention import gpu, tiles, tpu
-from jlora.model.llama import projection_shapes
 from jlora.model.remat import LADDER
 from jlora.model.sharding import one_device_mesh
 from jlora.training.step import Forward
@@ -38,8 +37,8 @@ SHAPE = {
 }
 
 
-def splash(q, k, v, q_segments, kv_segments, q_positions, kv_positions, window):
-    return tpu._splash_rows(q, k, v, q_segments, window, interpret=True)
+def splash(q, k, v, places, window):
+    return tpu._splash_rows(q, k, v, places.q_segments, window, interpret=True)
 
 
 ATTENTION = {
@@ -70,7 +69,7 @@ def run(tmp_path_factory):
     )
     draw = np.random.default_rng(0)
     section = LoraSection(rank=4, target_modules="all-linear")
-    adapter = init_adapter(section, projection_shapes(bases[None].cfg), SHAPE["num_hidden_layers"], 0)
+    adapter = new_adapter(section, bases[None].cfg, 0)
     adapter = jax.tree.map(lambda x: x + 0.05 * draw.standard_normal(x.shape).astype(np.float32), adapter)
     segments = np.repeat([[1, 1, 2, 2, 2, 3, 3, 0], [1, 1, 1, 1, 1, 1, 1, 2]], LENGTH // 8, axis=1).astype(np.int32)
     begins = np.diff(segments, axis=1, prepend=-1) != 0

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 from jlora.hf.architecture import parse_config
 from jlora.hf.peft import load_adapter
 from jlora.model import attention
-from jlora.model.llama import LlamaConfig, block_weights, outer_weights
+from jlora.model.llama import ModelConfig, block_weights, outer_weights
 from jlora.model.remat import LADDER
 from jlora.model.rope import DynamicRope, LinearRope, Llama3Rope, YarnRope, rotary_table
 
@@ -50,18 +50,12 @@ def test_mistral_logits_equal_transformers(tmp_path):
 
 @pytest.mark.parametrize("layer", [0, 2])
 def test_block_equals_transformers(layer, llama, base):
-    """Unit-scale inputs; one layer, so that an error can not be washed out by the norm behind it."""
+    """Unit-scale inputs; one layer, so that an error cannot be washed out by the norm behind it."""
     _, model = llama
     x = np.random.default_rng(layer).normal(size=(2, 24, 48)).astype(np.float32)
-    positions = jnp.broadcast_to(jnp.arange(24)[None], (2, 24))
-    attend = partial(
-        attention.reference,
-        q_segments=jnp.ones_like(positions),
-        kv_segments=jnp.ones_like(positions),
-        q_positions=positions,
-        kv_positions=positions,
-        window=None,
-    )
+    positions = jnp.broadcast_to(jnp.arange(24, dtype=jnp.int32)[None], (2, 24))
+    ones = jnp.ones_like(positions)
+    attend = partial(attention.reference, places=attention.Places(ones, ones, positions, positions), window=None)
 
     cfg = base.cfg
 
@@ -94,7 +88,7 @@ YARN_BY_MSCALE |= {"mscale": 1.6, "mscale_all_dim": 0.7}
 LLAMA3 = LLAMA3_ROPE | {"rope_theta": 523.0}
 LINEAR = LINEAR_ROPE | {"rope_theta": 523.0}
 MISTRAL = {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 7}
-# A field of LlamaConfig or of a scaling; the config.json that it stands in; and keys that give it another value.
+# A field of ModelConfig or of a scaling; the config.json that it stands in; and keys that give it another value.
 PERTURBED: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("rms_norm_eps", {}, {"rms_norm_eps": 3e-2}),
     ("rope_theta", {}, {"rope_parameters": LLAMA3 | {"rope_theta": 900.0}}),
@@ -139,7 +133,7 @@ PERTURBED: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
 def test_no_numerics_field_is_forgotten():
     """Every field of the config is a dim of some weight, or is perturbed below."""
     cfg = parse_config(OFF_DEFAULT | {"model_type": "llama"}, "here")
-    fields = {field.name for field in dataclasses.fields(LlamaConfig)}
+    fields = {field.name for field in dataclasses.fields(ModelConfig)}
     for scaling in (LinearRope, DynamicRope, Llama3Rope, YarnRope):
         fields |= {f"{scaling.__name__}.{field.name}" for field in dataclasses.fields(scaling)}
     for name in fields - {field for field, *_ in PERTURBED}:

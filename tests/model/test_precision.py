@@ -13,11 +13,11 @@ import pytest
 
 from jlora.config import Config
 from jlora.hf import verify
-from jlora.inference.generate import Sampling, decode, prefill
+from jlora.inference.generate import GREEDY, decode, prefill
 from jlora.model import attention
 from jlora.model.adapter import Lora, weight_norm
 from jlora.model.adapter_init import principal
-from jlora.model.llama import LlamaConfig, abstract_decoder
+from jlora.model.llama import ModelConfig, abstract_decoder
 from jlora.model.sharding import one_device_mesh
 from jlora.planning.compiled import abstract_step
 from jlora.planning.flops import subjaxprs
@@ -27,7 +27,7 @@ FLOAT32, BFLOAT16 = jnp.dtype("float32"), jnp.dtype("bfloat16")
 IN_FULL = (jax.lax.Precision.HIGHEST,) * 2
 # Splash's rows are multiples of 128 and its heads of 64; nf4's blocks are of 64.
 LENGTH = 128
-MODEL = LlamaConfig(
+MODEL = ModelConfig(
     vocab_size=64,
     hidden_size=64,
     intermediate_size=128,
@@ -125,14 +125,13 @@ def test_every_product_of_proofs_evaluation_and_generation(dtype):
     assert_precise(traced(make_eval_step(forward), base, {}, None, rows), dtype)
     assert_precise(traced(forward.by_token, base, {}, rows), dtype)
 
-    how = {"kernel": attention.reference, "sampling": Sampling(0.0, 1.0)}
-    begin = partial(prefill, **how, max_new_tokens=4, dtype=dtype)
+    begin = partial(prefill, sampling=GREEDY, max_new_tokens=4, dtype=dtype)
     numbers = jnp.ones(2, jnp.int32)
-    arguments = base, {}, rows["tokens"], numbers, numbers, jax.random.key(0)
+    arguments = base, {}, (rows["tokens"], numbers), numbers, jax.random.key(0)
     assert_precise(traced(begin, *arguments), dtype)
     with jax.set_mesh(one_device_mesh()):
         state = jax.eval_shape(begin, *arguments)
-    assert_precise(traced(partial(decode, **how), base, {}, state, jnp.ones((), jnp.int32), numbers), dtype)
+    assert_precise(traced(partial(decode, sampling=GREEDY), base, {}, state, jnp.ones((), jnp.int32)), dtype)
 
 
 @pytest.mark.parametrize("init", ["pissa", "pissa_niter_2", "olora"])

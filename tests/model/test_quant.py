@@ -1,5 +1,6 @@
 """Quantised weights: the published codes, the layout, how far off they are, gradients, and the refusals."""
 
+import dataclasses
 import math
 from functools import partial
 from unittest.mock import Mock
@@ -14,9 +15,10 @@ import torch
 from jlora.config import LoraSection
 from jlora.errors import ConfigError
 from jlora.model import quant
-from jlora.model.adapter import init_adapter, project
+from jlora.model.adapter import project
+from jlora.model.adapter_init import new_adapter
 from jlora.model.attention import reference
-from jlora.model.llama import LlamaConfig, abstract_decoder, projection_shapes
+from jlora.model.llama import ModelConfig, abstract_decoder, projection_shapes
 from jlora.training.step import Forward
 
 KINDS = ("int8", "fp8", "nf4", "int4")
@@ -238,7 +240,8 @@ def test_gradients_through_the_projection(kind):
     leaf = quantized(weight(128, 4, 16), kind, 1)
     dense = quant.dequantize(leaf, FLOAT32)
     section = LoraSection(rank=4, target_modules=["q_proj"])
-    lora = jax.tree.map(lambda x: x[0], init_adapter(section, {"q_proj": ((128,), (4, 16))}, 1, 0)["q_proj"])
+    small = dataclasses.replace(MID, hidden_size=128, num_attention_heads=4, head_dim=16, num_hidden_layers=1)
+    lora = jax.tree.map(lambda x: x[0], new_adapter(section, small, 0)["q_proj"])
     lora = jax.tree.map(lambda x: x + 0.01, lora)
     x = jnp.asarray(weight(2, 5, 128, seed=3)) * 50
 
@@ -263,7 +266,7 @@ def test_bits_a_weight():
     assert bits["int8"] == bits["fp8"] == pytest.approx(8.01, abs=0.01)
 
 
-MID = LlamaConfig(
+MID = ModelConfig(
     vocab_size=512,
     hidden_size=1024,
     intermediate_size=2816,
@@ -284,7 +287,7 @@ def temporary_bytes(kind: str | None, remat: str) -> int:
     """What the gradient of a step takes beside its arguments, as compiled for this CPU."""
     decoder = abstract_decoder(MID, FLOAT32, kind)
     section = LoraSection(rank=4)
-    adapter = jax.eval_shape(lambda: init_adapter(section, projection_shapes(MID), MID.num_hidden_layers, 0))
+    adapter = jax.eval_shape(lambda: new_adapter(section, MID, 0))
     batch = {name: jax.ShapeDtypeStruct((1, 64), jnp.int32) for name in ("tokens", "targets", "segments", "positions")}
     batch["weights"] = jax.ShapeDtypeStruct((1, 64), jnp.float32)
     forward = Forward(reference, remat, FLOAT32)

@@ -12,7 +12,7 @@ ROW = 20
 
 
 def packed() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """tokens, positions and segments, [B ROW]; no token stands twice in a row."""
+    """tokens, positions and segments, [B ROW]; no token is in a row twice."""
     draw = np.random.default_rng(5)
     tokens = np.stack([draw.permutation(300)[:ROW] for _ in LENGTHS]).astype(np.int32)
     positions, segments = np.zeros_like(tokens), np.zeros_like(tokens)

@@ -19,9 +19,11 @@ from jlora.config import load_config
 from jlora.hf.pretrained import SHAPES, model_shape
 from jlora.model import attention
 from jlora.model.sharding import make_mesh
+from jlora.planning import topology
 from jlora.planning.compiled import abstract_step, naive
 from jlora.planning.flops import count_flops
-from jlora.planning.topology import GPUS, TPUS, resolve
+from jlora.planning.hardware import GPUS, TPUS
+from jlora.planning.topology import resolve
 from jlora.training.step import Forward
 
 CONTRACT = {
@@ -89,8 +91,14 @@ def test_table_for_people(config):
     [
         (["--topology", "gpu:h1000:2"], ["unknown topology 'gpu:h1000:2'", "h100-80gb", "v5p"]),
         (["--topology", "cpu:0"], ["unknown topology"]),
-        (["--topology", "gpu:absent.yaml:2"], ["absent.yaml: can not be read"]),
+        (["--topology", "gpu:absent.yaml:2"], ["absent.yaml: cannot be read"]),
         (["--topology", "cpu:1", "--search", "--compilations", "0"], ["--compilations"]),
+        (["--topology", "cpu:1", "--tokens-per-second", "0"], ["--tokens-per-second 0", "positive"]),
+        (["--topology", "cpu:1", "--tokens-per-second", "nan"], ["--tokens-per-second nan", "positive"]),
+        (["--topology", "cpu:1", "--tokens", "0"], ["--tokens 0", "positive"]),
+        (["--topology", "cpu:1", "--price", "-2.5"], ["--price -2.5", "positive"]),
+        (["--topology", "cpu:1", "--utilization", "0.4", "0"], ["--utilization 0", "share of the peak"]),
+        (["--topology", "cpu:1", "--utilization", "40"], ["--utilization 40", "share of the peak"]),
         ([], ["--topology"]),
     ],
 )
@@ -111,7 +119,7 @@ def test_refusals_before_a_device_is_asked_for(config, arguments, words, monkeyp
         (["--topology", "cpu:8", "mesh.tensor=3"], 2, ["does not cover 8 devices"]),
         (["--topology", "cpu:1", "--plot", "a.nonsense"], 2, ["a.nonsense", ".png"]),
         (["--topology", "cpu:3", "mesh.tensor=3"], 2, ["mesh.tensor=3 does not divide", "1 or 2 would"]),
-        (["--topology", "cpu:8"], 2, ["can not be split over 8"]),
+        (["--topology", "cpu:8"], 2, ["cannot be split over 8"]),
         (["--topology", "cpu:1", "model.path=llama2-70b"], 5, ["does not fit by", "GiB"]),
     ],
 )
@@ -262,8 +270,8 @@ def test_a_child_has_no_children_and_imports_from_where_this_process_does(config
         jlora.plan.main()
     assert [next(part for part in command if "--nth" in part) for command in started] == ["--nth=0", "--nth=1"]
     monkeypatch.setattr(sys, "argv", ["jlora.plan", "--nth=1", *arguments])
-    monkeypatch.setattr(jlora.plan, "resolve_topology", mock.Mock(side_effect=RuntimeError))
-    monkeypatch.setattr(jlora.plan, "prepare", lambda: None)
+    monkeypatch.setattr(topology, "resolve", mock.Mock(side_effect=RuntimeError))
+    monkeypatch.setattr(topology, "prepare", lambda: None)
     with pytest.raises(RuntimeError):
         jlora.plan.main()
-    assert jlora.plan.resolve_topology.call_args.args == ("abacus:2",) and len(started) == 2
+    assert topology.resolve.call_args.args == ("abacus:2",) and len(started) == 2

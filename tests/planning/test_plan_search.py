@@ -18,12 +18,13 @@ from jlora.errors import ConfigError
 from jlora.hf.pretrained import model_shape
 from jlora.model.divisibility import check_divides
 from jlora.planning import layouts, search
-from jlora.planning.compiled import fresh
+from jlora.planning.compiled import Plan, fresh
 from jlora.planning.flops import collective_bytes
+from jlora.planning.hardware import GPUS, Gpu, read_gpu
 from jlora.planning.layouts import smallest
 from jlora.planning.roofline import estimate
 from jlora.planning.suggest import find_remedy, sentence
-from jlora.planning.topology import GPUS, Gpu, Target, read_gpu
+from jlora.planning.topology import Target
 from jlora.reports import memory
 from jlora.training.layout import Layout
 
@@ -184,15 +185,16 @@ def fake(monkeypatch, config, capacity: float, per_row: dict[str, float], spread
         tokens = cfg.training.batch_size * cfg.data.max_length
         figures = dict(temp_bytes=temporaries, sent_bytes=sent, micro_batches=parts)
         figures |= weights(cfg.model.quantization)
-        return {
+        return Plan(
             **{"topology": target.spec, "devices": 4, "mesh": cfg.mesh.model_dump(), "capacity_bytes": target.capacity},
-            "remat": cfg.model.remat,
+            remat=cfg.model.remat,
             **{"fits": argument + temporaries <= target.capacity, "peak_bytes": argument + temporaries},
             **{"argument_bytes": argument, "temp_bytes": temporaries, "base_bytes": argument, "adapter_bytes": 0},
             **{"optimizer_bytes": 0, "batch_bytes": 0, "flops_per_step": flops, "sent_bytes_per_step": sent},
             **{"tokens_per_step": tokens, "compile_seconds": 0.0},
-            "estimate": estimate(target, flops=flops, tokens=tokens, **figures, remat=cfg.model.remat),
-        }
+            **dict.fromkeys(("attention", "offloaded_bytes", "trainable_params", "frozen_params", "naive")),
+            estimate=estimate(target, flops=flops, tokens=tokens, **figures, remat=cfg.model.remat),
+        )
 
     work = {"none": 4e12, "dots": 4.5e12, "qkv": 4.8e12, "attention": 5e12, "full": 6e12, "offload": 6e12}
     monkeypatch.setattr(search, "plan", plan_of)
@@ -227,33 +229,34 @@ def test_search_finds_what_trying_everything_finds(monkeypatch, config, capacity
     compiler = search.Compiler(cfg, target, model)
     everything = list(layouts.layouts(model, cfg, 4, keep_batch=True))
     searched = len(calls)
-    fitting = [layout for layout in everything if compiler.compile(layout)["fits"]]
+    fitting = [layout for layout in everything if compiler.compile(layout).fits]
     best = min(fitting, key=compiler.speed)
-    assert found["fits"] and found["batch_size_kept"]
-    assert found["overrides"] == compiler.results[best]["overrides"]
-    assert searched == len(found["tried"]) < len(everything) / 3
+    assert found.fits and found.batch_size_kept
+    assert found.chosen == best
+    assert searched == len(found.tried) < len(everything) / 3
 
 
 def test_search_says_what_is_smallest_where_nothing_fits(monkeypatch, config):
     cfg, target, _ = fake(monkeypatch, config, 8, PER_ROW)
     found = search.search(cfg, target, 1000)
-    assert not found["fits"]
-    assert found["best"]["peak_bytes"] == 60 * SIZES["int8"] / 4 + 1 + 1 / 2  # over fsdp 2 x tensor 2
+    assert not found.fits
+    assert found.best.peak_bytes == 60 * SIZES["int8"] / 4 + 1 + 1 / 2  # over fsdp 2 x tensor 2
     cfg, target, calls = fake(monkeypatch, config, 1, PER_ROW)
     found = search.search(cfg, target, 1000)
-    assert not found["fits"] and len(calls) == 1  # the arguments alone are too much: one compilation says by how much
+    assert not found.fits and len(calls) == 1  # the arguments alone are too much: one compilation says by how much
 
 
 def test_search_keeps_the_batch_and_its_limit(monkeypatch, config):
     cfg, target, calls = fake(monkeypatch, config, 30, PER_ROW)
     found = search.search(cfg, target, 2)
-    assert len(calls) == 2 == len(found["tried"])
-    for override in (*found["overrides"], *(word for tried in found["tried"] for word in tried["overrides"])):
+    assert len(calls) == 2 == len(found.tried)
+    tree = found.as_json()
+    for override in (*tree["overrides"], *(word for tried in tree["tried"] for word in tried["overrides"])):
         assert not override.startswith("training.batch_size") or override == "training.batch_size=8"
     # A batch of 3 rows divides over no mesh of 4 but tensor 4, which the 2 key/value heads refuse.
     cfg, target, _ = fake(monkeypatch, config, 400, PER_ROW, batch=3)
     found = search.search(cfg, target, 10)
-    assert found["fits"] and not found["batch_size_kept"] and "training.batch_size=4" in found["overrides"]
+    assert found.fits and not found.batch_size_kept and "training.batch_size=4" in found.overrides
 
 
 def test_layouts_cover_the_run(config):
@@ -310,7 +313,7 @@ def remedy_of(monkeypatch, config, capacity, per_row, *overrides, spread=60.0):
     settings = now.settings() | dict(word.split("=") for word in overrides)
     cfg = load_config(config, ["data.max_length=512", *layouts.as_overrides(settings)])
     result = search.plan(cfg, target, None, 4.5e12)
-    assert not result["fits"]
+    assert not result.fits
     calls.clear()
     remedy = find_remedy(cfg, target, result)
     assert len(calls) <= 12
@@ -338,8 +341,8 @@ def remedy_of(monkeypatch, config, capacity, per_row, *overrides, spread=60.0):
 )
 def test_the_cheapest_change_comes_first(monkeypatch, config, capacity, per_row, overrides):
     remedy, says = remedy_of(monkeypatch, config, capacity, per_row)
-    assert [word for word in remedy["overrides"] if word in overrides] == overrides
-    assert remedy["peak_bytes"] <= capacity
+    assert [word for word in remedy.overrides if word in overrides] == overrides
+    assert remedy.peak_bytes <= capacity
     assert "does not fit by" in says and "temporaries (activations) take" in says and "cheapest change" in says
 
 

@@ -14,12 +14,12 @@ from report_pages import make_run
 from tiny import make_completions, make_llama, make_tokenizer, write_config
 
 from jlora.config import load_config
-from jlora.data.__main__ import look
 from jlora.evaluation.strategies import choose
 from jlora.inference.answers import Question
 from jlora.reports.answers import write_comparison
 from jlora.reports.data import render
 from jlora.reports.effort import write_effort
+from jlora.reports.rows import look
 from jlora.reports.run import write_report
 from jlora.reports.runs import compare
 
@@ -127,7 +127,7 @@ def test_page_is_laid_out_well(name, tmp_path):
 
 
 def test_probe_finds_what_is_wrong(tmp_path):
-    """A check that can not fail proves nothing."""
+    """A check that cannot fail proves nothing."""
     page = tmp_path / "bad.html"
     page.write_text(
         "<!DOCTYPE html><html><head><title>bad</title></head><body><div style='width:900px'>wide</div>"

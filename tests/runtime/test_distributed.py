@@ -355,7 +355,7 @@ def test_a_taken_port_is_refused(material, tmp_path):
         command = [sys.executable, "-m", "jlora.train", "--config", str(material / "run.yaml")]
         command += [f"distributed.coordinator=127.0.0.1:{port}", "distributed.num_processes=2"]
         done = subprocess.run([*command, "distributed.process_id=0"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and f"port {port} can not be used" in done.stderr and done.stderr.count("\n") == 1
+    assert done.returncode == 2 and f"port {port} cannot be used" in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_nobody_else_starts(material):

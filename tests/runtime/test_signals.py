@@ -53,11 +53,17 @@ def configure(folder, run_dir, rows="rows.jsonl", sweep=(), **training):
 
 
 def start(config, first="true"):
-    """A training, as a shell starts it after another command."""
+    """A training, as a shell starts it after another command; it hears SIGHUP, also where the tests run under nohup."""
+
+    def hear() -> None:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
     command = ["/bin/sh", "-c", f'{first}; exec "$@"', "sh", sys.executable, "-m", "jlora.train"]
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([*command, "--config", str(config)], env=env, start_new_session=True, **pipes)
+    return subprocess.Popen(
+        [*command, "--config", str(config)], env=env, preexec_fn=hear, start_new_session=True, **pipes
+    )
 
 
 def steps(run_dir):
@@ -151,7 +157,7 @@ def test_run_that_goes_on_and_sweep_end_before_a_new_step(folder, tmp_path, monk
 @pytest.mark.parametrize("ignored", [False, True], ids=["terminal", "nohup"])
 def test_hangup_saves_the_run_unless_it_is_ignored(folder, tmp_path, ignored):
     run_dir = tmp_path / "run"
-    config = configure(folder, run_dir, max_steps=60 if ignored else 100_000)
+    config = configure(folder, run_dir, max_steps=60 if ignored else 2_000)
     process = start(config, "trap '' HUP" if ignored else "true")
     wait_until(lambda: len(steps(run_dir)) >= 2, process)
     process.send_signal(signal.SIGHUP)

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import pwd
 import subprocess
 import sys
 
@@ -45,6 +46,17 @@ def test_the_environment_wins(tmp_path):
     assert prepared(XLA_FLAGS=f"{FLAG}=false {count}")[0] == f"{FLAG}=false {count}"
     (tmp_path / "flags").write_text(count)
     assert prepared(XLA_FLAGS=str(tmp_path / "flags"))[0::3] == [str(tmp_path / "flags"), 2]
+
+
+def test_without_a_home_folder_nothing_is_cached(monkeypatch):
+    """As of a user without an entry in passwd, in a container."""
+    for name in ("HOME", "XDG_CACHE_HOME", "JAX_COMPILATION_CACHE_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("XLA_FLAGS", "XLA_PYTHON_CLIENT_MEM_FRACTION"):
+        monkeypatch.setenv(name, os.environ.get(name, ""))
+    monkeypatch.setattr(pwd, "getpwuid", lambda uid: {}[uid])
+    xla.prepare()
+    assert "JAX_COMPILATION_CACHE_DIR" not in os.environ
 
 
 HUGE = """

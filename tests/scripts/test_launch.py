@@ -249,7 +249,7 @@ def test_local_splits_the_gpus(tmp_path):
     assert [f"distributed.num_processes=2 distributed.process_id={i}\n" in done.stdout for i in (0, 1)] == [True, True]
     assert [f"[{i}] {gpu} " in local("4,5,6,7").stdout for i, gpu in enumerate("4567")] == [True] * 4
     for gpus, args, sentence in (
-        ("0,1,2", ("--processes", "2"), "3 GPUs can not be shared by 2 processes"),
+        ("0,1,2", ("--processes", "2"), "3 GPUs cannot be shared by 2 processes"),
         ("", (), "no GPU is visible"),
         ("0", ("--processes", "0"), "0 is not a positive number"),
     ):

@@ -11,13 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jlora.config.keys import dotted
 from jlora.errors import ConfigError, ModelError
 from jlora.files import manifest
 from jlora.training.checkpoint import Checkpoints, flatten
-from jlora.training.identity import FREE_KEYS, check_identity, flatten_config
+from jlora.training.identity import FIXED_KEYS, FREE_KEYS, check_identity
 from jlora.training.step import TrainState
 
-IDENTITY = {"config": {"lora.rank": 4}, "hashes": {"base": "abc", "eval": None}}
+IDENTITY = {"config": {"lora.alpha": 4}, "hashes": {"base": "abc", "eval": None}}
 
 
 def make_state(seed=0, rank=4):
@@ -63,10 +64,10 @@ def test_round_trip_is_bitwise(tmp_path):
     checkpoints.close()
     again = Checkpoints(tmp_path / "c", keep=2)
     assert again.steps() == [5]
-    restored = again.restore(5, make_state(seed=1))
-    assert_bitwise(restored.state, state)
-    assert isinstance(restored.state, TrainState) and restored.step == 5
-    assert restored.data == {"next": [1, "two"]} and restored.identity == IDENTITY == again.identity(5)
+    restored, data = again.restore(5, make_state(seed=1))
+    assert_bitwise(restored, state)
+    assert isinstance(restored, TrainState) and restored.step == state.step
+    assert data == {"next": [1, "two"]} and again.identity(5) == IDENTITY
     again.close()
 
 
@@ -128,7 +129,7 @@ def test_saves_are_never_left_out(tmp_path):
     checkpoints.wait()
     assert checkpoints.steps() == steps
     for step in steps:
-        assert_bitwise(checkpoints.restore(step, make_state()).state, make_state(seed=step))
+        assert_bitwise(checkpoints.restore(step, make_state())[0], make_state(seed=step))
     checkpoints.close()
 
 
@@ -168,7 +169,7 @@ def test_debris_of_a_killed_save_is_cleaned(copy):
     assert checkpoints.steps() == [4, 8] and checkpoints.newest_whole() == 8
     save(checkpoints, 12, seed=12)
     checkpoints.wait()
-    assert_bitwise(checkpoints.restore(12, make_state()).state, make_state(seed=12))
+    assert_bitwise(checkpoints.restore(12, make_state())[0], make_state(seed=12))
     checkpoints.close()
 
 
@@ -233,7 +234,7 @@ def test_a_damaged_checkpoint_goes_to_quarantine_and_the_one_before_is_taken(cop
         assert "SHA-256 differs" in line and "step 4 is taken" in line
         where = copy.parent / "quarantine" / ("8.1" if again else "8")
         assert where.is_dir() and str(where) in line
-        assert_bitwise(checkpoints.restore(4, make_state(seed=1)).state, make_state())
+        assert_bitwise(checkpoints.restore(4, make_state(seed=1))[0], make_state())
         save(checkpoints, 8, seed=8)
         checkpoints.close()
         assert checkpoints.steps() == [4, 8]
@@ -351,7 +352,7 @@ def test_another_shape_is_refused(tmp_path):
     checkpoints = Checkpoints(tmp_path, keep=2)
     save(checkpoints, 4)
     checkpoints.wait()
-    refused = "/4: the checkpoint can not be restored "
+    refused = "/4: the checkpoint cannot be restored "
     with pytest.raises(ModelError, match=refused + r"\(leaves 'opt_state/.*lora_a': shapes: .* != .*\); delete"):
         checkpoints.restore(4, make_state(rank=8))
     other = make_state()
@@ -367,27 +368,27 @@ def test_another_shape_is_refused(tmp_path):
 
 def test_identity_names_every_difference(tmp_path):
     assert check_identity(tmp_path, 4, IDENTITY, json.loads(json.dumps(IDENTITY)), []) == []
-    other = {"config": {"lora.rank": 8, "new.key": 1}, "hashes": {"base": "abc", "eval": "def"}}
+    other = {"config": {"lora.alpha": 8, "new.key": 1}, "hashes": {"base": "abc", "eval": "def"}}
     with pytest.raises(ModelError) as error:
         check_identity(tmp_path, 4, IDENTITY, other, [])
     message = str(error.value)
-    assert str(tmp_path) in message and "config.lora.rank: 4 -> 8" in message
+    assert str(tmp_path) in message and "config.lora.alpha: 4 -> 8" in message
     assert "config.new.key: None -> 1" in message and "hashes.eval: None -> 'def'" in message
     assert "hashes.base" not in message and "resume.allow_changes" in message
 
 
 def test_allowed_changes_are_recorded_and_others_refused(tmp_path):
-    other = {"config": {"lora.rank": 8}, "hashes": {"base": "abc", "eval": "def"}}
+    other = {"config": {"lora.alpha": 8}, "hashes": {"base": "abc", "eval": "def"}}
     with pytest.raises(ModelError, match=r"\(hashes.eval: None -> 'def'\)"):
-        check_identity(tmp_path, 4, IDENTITY, other, ["config.lora.rank"])
-    history = check_identity(tmp_path, 4, IDENTITY, other, ["hashes.eval", "config.lora.rank"])
-    assert history == [{"step": 4, "changes": {"config.lora.rank": [4, 8], "hashes.eval": [None, "def"]}}]
+        check_identity(tmp_path, 4, IDENTITY, other, ["config.lora.alpha"])
+    history = check_identity(tmp_path, 4, IDENTITY, other, ["hashes.eval", "config.lora.alpha"])
+    assert history == [{"step": 4, "changes": {"config.lora.alpha": [4, 8], "hashes.eval": [None, "def"]}}]
     saved = other | {"history": history}
     assert check_identity(tmp_path, 6, saved, other, ["hashes.eval"]) == history
-    again = check_identity(tmp_path, 9, saved, IDENTITY, ["hashes.eval", "config.lora.rank"])
-    assert again[0] == history[0] and again[1]["changes"]["config.lora.rank"] == [8, 4]
-    with pytest.raises(ConfigError, match="'config.lora.rnk'; did you mean 'config.lora.rank'") as error:
-        check_identity(tmp_path, 4, IDENTITY, other, ["config.lora.rnk"])
+    again = check_identity(tmp_path, 9, saved, IDENTITY, ["hashes.eval", "config.lora.alpha"])
+    assert again[0] == history[0] and again[1]["changes"]["config.lora.alpha"] == [8, 4]
+    with pytest.raises(ConfigError, match="'config.lora.alpa'; did you mean 'config.lora.alpha'") as error:
+        check_identity(tmp_path, 4, IDENTITY, other, ["config.lora.alpa"])
     assert error.value.exit_code == 2
 
 
@@ -395,7 +396,9 @@ def test_free_keys_are_keys_of_the_config():
     from jlora.config import Config
 
     tree = {"model": {"path": "m"}, "data": {"train": "t"}, "output_dir": "o"}
-    assert FREE_KEYS <= flatten_config(Config.model_validate(tree).model_dump()).keys()
+    cfg = Config.model_validate(tree)
+    assert FREE_KEYS <= dotted(cfg.model_dump()).keys()
+    assert {*FIXED_KEYS} <= {"method"} | {f"lora.{key}" for key in cfg.lora.model_dump()} | {"optimizer.name"}
 
 
 def test_a_key_that_came_with_a_newer_version_counts_as_its_default(tmp_path):
@@ -404,3 +407,53 @@ def test_a_key_that_came_with_a_newer_version_counts_as_its_default(tmp_path):
     newer["config"]["training.samples"] = 3
     with pytest.raises(ModelError, match="config.training.samples: 0 -> 3"):
         check_identity(tmp_path, 4, IDENTITY, newer, [])
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.ESTALE])
+def test_what_cannot_be_read_for_the_moment_is_not_damaged(copy, number, monkeypatch, capsys):
+    """Another user's umask, or a network file system that is away: the next start finds it as it was."""
+
+    def unreadable(path, cached=True):
+        raise OSError(number, os.strerror(number), str(path))
+
+    before = snapshot(copy.parent)
+    with monkeypatch.context() as patch:
+        patch.setattr(manifest, "_digest", unreadable)
+        with pytest.raises(ConfigError, match="nothing was moved") as refused:
+            Checkpoints(copy, keep=3).newest_whole()
+    assert os.strerror(number) in str(refused.value) and "damaged" not in capsys.readouterr().err
+    assert snapshot(copy.parent) == before
+    assert Checkpoints(copy, keep=3).newest_whole() == max(int(path.name) for path in copy.iterdir())
+
+
+def test_a_damaged_checkpoint_leaves_a_file_system_of_its_own(copy, monkeypatch, capsys):
+    """`checkpoints` may be a mounted disk, and nothing is renamed across two file systems."""
+    newest = max(int(path.name) for path in copy.iterdir())
+    (copy / str(newest) / "manifest.json").write_text("no manifest", encoding="utf-8")
+
+    def across(source, target):
+        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV), source)
+
+    monkeypatch.setattr(os, "rename", across)
+    assert 0 < Checkpoints(copy, keep=3).newest_whole() < newest
+    assert "moved to" in capsys.readouterr().err
+    assert (copy.parent / "quarantine" / str(newest) / "manifest.json").is_file() and not (copy / str(newest)).exists()
+
+
+@pytest.mark.parametrize("name", ["config.lora.rank", "config.optimizer.name", "config.lora.rank_pattern.q_proj"])
+def test_what_shapes_the_trained_leaves_is_never_allowed_to_change(tmp_path, name):
+    saved = {"config": {name.removeprefix("config."): 4}, "hashes": {}}
+    now = {"config": {name.removeprefix("config."): 8}, "hashes": {}}
+    with pytest.raises(ConfigError, match=f"{name}'.*lora.init_from"):
+        check_identity(tmp_path, 3, saved, now, [name])
+    with pytest.raises(ModelError, match="4 -> 8"):
+        check_identity(tmp_path, 3, saved, now, [])
+
+
+def test_another_adapter_to_start_from_is_another_run(tmp_path):
+    """Its tensors are the reference of an objective on pairs, and no part of the checkpoint."""
+    saved, now = ({"config": {}, "hashes": {"base": "b", "init_from": digest}} for digest in ("one", "two"))
+    with pytest.raises(ModelError, match="hashes.init_from: 'one' -> 'two'"):
+        check_identity(tmp_path, 3, saved, now, [])
+    older = {"config": {}, "hashes": {"base": "b"}}  # of a version that did not know
+    assert check_identity(tmp_path, 3, older, now, []) == []

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -11,7 +12,7 @@ import jlora.planning.compiled
 import jlora.runtime.signals
 import jlora.train
 from jlora.config import load_config
-from jlora.model.llama import LlamaConfig
+from jlora.model.llama import ModelConfig
 from jlora.model.remat import LADDER
 from jlora.planning.compiled import held_bytes, plan
 from jlora.planning.layouts import with_settings
@@ -19,8 +20,9 @@ from jlora.planning.topology import Target
 from jlora.training import auto_remat
 from jlora.training.layout import Layout, saved_bytes
 from jlora.training.run import train
+from jlora.training.summary import peak_memory
 
-SHAPE = LlamaConfig(
+SHAPE = ModelConfig(
     **{"vocab_size": 512, "hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 24, "head_dim": 32},
     **{"num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "rope_theta": 1e4},
     **{"rope_scaling": None, "sliding_window": None, "tie_word_embeddings": False, "biased": ()},
@@ -40,7 +42,7 @@ def ladder(tmp_path_factory):
 
 
 def temporaries(result):
-    return result["peak_bytes"] - result["argument_bytes"]
+    return result.temporaries
 
 
 @pytest.mark.slow
@@ -49,7 +51,7 @@ def test_each_policy_holds_less_and_computes_more(ladder):
     cfg, _, plans = ladder
     held = [temporaries(plans[name]) for name in ON_CPU]
     assert all(more > 1.1 * less for more, less in itertools.pairwise(held)), held
-    flops = [plans[name]["flops_per_step"] for name in ON_CPU]
+    flops = [plans[name].flops_per_step for name in ON_CPU]
     assert flops == sorted(flops) and len(set(flops)) == 5
 
 
@@ -76,7 +78,7 @@ def test_auto_takes_the_first_that_fits(ladder, monkeypatch, chosen):
     cfg = with_settings(cfg, {"model.remat": "auto"})
     monkeypatch.setattr(jlora.planning.compiled, "plan", known)
     result = plan(cfg, target, SHAPE)
-    assert result["remat"] == chosen and asked == ON_CPU[: ON_CPU.index(chosen) + 1][-len(asked) :]
+    assert result.remat == chosen and asked == ON_CPU[: ON_CPU.index(chosen) + 1][-len(asked) :]
     assert len(asked) == 1 or chosen != "full"  # where there is no room at all, arithmetic says so
 
 
@@ -91,13 +93,35 @@ def test_what_a_container_allows_counts(tmp_path, monkeypatch, files, free):
     assert auto_remat.free_bytes(jax.devices()[:1]) == pytest.approx((7168 if free == 7000 else free) * 0.95, abs=1)
 
 
-def test_a_run_goes_on_with_the_policy_it_took(tmp_path, monkeypatch):
-    """Another policy rounds otherwise, and how much memory is free is another number each time."""
+@pytest.fixture
+def config(tmp_path):
     make_llama(tmp_path / "base")
     make_tokenizer(tmp_path / "base")
     rows = make_completions(tmp_path / "rows.jsonl")
     section = {"format": "completion", "max_length": 64}
-    config = write_config(tmp_path / "c.yaml", tmp_path / "base", rows, tmp_path / "run", data=section)
+    return write_config(tmp_path / "c.yaml", tmp_path / "base", rows, tmp_path / "run", data=section)
+
+
+def test_a_run_and_its_plan_agree_on_the_peak(config):
+    cfg = load_config(config, ["training.max_steps=1"])
+    planned = plan(cfg, Target("cpu:1", "cpu", jax.devices()[:1], 2**40))
+    assert train(cfg, quiet=True)["peak_memory_bytes"]["compiled_step"] == planned.peak_bytes
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_the_summary_has_the_peak_of_the_plan_on_every_platform(monkeypatch, platform):
+    """An accelerator's compiler says its peak, which is less than all of the parts that never live together."""
+    parts = {"argument_size_in_bytes": 100, "temp_size_in_bytes": 60, "output_size_in_bytes": 40}
+    memory = SimpleNamespace(**parts, alias_size_in_bytes=30, peak_memory_in_bytes=150)
+    compiled = SimpleNamespace(memory_analysis=lambda: memory)
+    device = SimpleNamespace(platform=platform, memory_stats=lambda: {"peak_bytes_in_use": 7})
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
+    found = peak_memory(compiled)["compiled_step"]
+    assert found == auto_remat.peak_bytes(compiled, platform) == {"cpu": 170, "gpu": 150}[platform]
+
+
+def test_a_run_goes_on_with_the_policy_it_took(config, tmp_path, monkeypatch):
+    """Another policy rounds otherwise, and how much memory is free is another number each time."""
 
     def run(free, name, stop_after):
         monkeypatch.setattr(auto_remat, "free_bytes", lambda devices: free)

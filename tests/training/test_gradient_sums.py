@@ -17,7 +17,7 @@ from tiny import make_llama, make_qwen2
 from jlora.config import LoraSection, ObjectiveSection
 from jlora.model import attention
 from jlora.model.adapter import Lora, with_scales, without_scales
-from jlora.model.adapter_init import complete, new_adapter
+from jlora.model.adapter_init import new_adapter
 from jlora.training.step import Forward
 
 ROWS, LENGTH, PERIOD = 64, 256, 16
@@ -75,7 +75,7 @@ def test_every_trained_leaf_is_added_up_in_float32(folder, case):
     adapter = {}
     if options is not None:
         section = LoraSection(rank=2, alpha=2, target_modules="all-linear", **options)
-        adapter = complete(new_adapter(section, base.cfg, 0), section, base, 0)
+        adapter = new_adapter(section, base.cfg, 0, base)
         draw = np.random.default_rng(1)
         for name, part in adapter.items():
             if isinstance(part, Lora):

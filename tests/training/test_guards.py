@@ -128,7 +128,7 @@ def test_case_6_what_a_spike_is():
 def test_case_6_run_of_skipped_steps_alone_is_no_success(tiny, tmp_path, monkeypatch):
     poison(monkeypatch)
     cfg = configure(tiny, tmp_path, ["training.max_steps=2"])
-    for _ in range(2):  # the same command meets the same end: it goes on from the last checkpoint
+    for _ in range(2):  # the same command meets the same end: it resumes from the last checkpoint
         with pytest.raises(NothingTrained, match="nothing was trained: of 2 steps 2 were skipped") as caught:
             train(cfg, quiet=True)
     assert caught.value.exit_code == 6

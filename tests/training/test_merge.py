@@ -20,12 +20,12 @@ from tiny import OFF_DEFAULT, make_completions, make_llama, make_tokenizer, writ
 
 from jlora.config import load_config
 from jlora.errors import ConfigError, MemoryExceeded, ModelError
-from jlora.export import export
 from jlora.hf import verify, weights
 from jlora.hf.architecture import parse_config
 from jlora.hf.names import name_table
 from jlora.hf.source import open_source
 from jlora.training import auto_remat, merge
+from jlora.training.export import export
 from jlora.training.run import train
 
 ROOT = Path(__file__).parents[2]

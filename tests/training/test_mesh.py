@@ -38,8 +38,8 @@ segments = jnp.asarray(np.sort(rng.integers(1, 4, (4, 256)), axis=1), jnp.int32)
 positions = jnp.arange(256)[None].repeat(4, 0)
 def grads(attend):
     return jax.jit(jax.grad(lambda *qkv: jnp.sin(attend(*qkv)).sum(), argnums=(0, 1, 2)))(q, k, v)
-rows = dict(q_segments=segments, kv_segments=segments, q_positions=positions, kv_positions=positions, window=None)
-expected = grads(partial(attention.reference, **rows))
+places = attention.Places(segments, segments, positions, positions)
+expected = grads(partial(attention.reference, places=places, window=None))
 splash = partial(
     interface.per_device, partial(tpu._splash_rows, window=None, interpret=True), segments=segments
 )

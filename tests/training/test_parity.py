@@ -11,11 +11,12 @@ from shared_data import needs_data
 from steps import STORIES, digest, largest, open_base, restore_raw, review_config, tiny_config
 from transformers import LlamaForCausalLM, get_cosine_schedule_with_warmup
 
-from jlora.data import Epochs, read_data
-from jlora.export import export
+from jlora.data.encoding import read_data
+from jlora.data.packing import Epochs
 from jlora.hf.peft import save_adapter
-from jlora.hf.pretrained import make_adapter
+from jlora.hf.pretrained import first_adapter
 from jlora.model.sharding import one_device_mesh
+from jlora.training.export import export
 from jlora.training.metrics import read_metrics
 from jlora.training.run import train
 
@@ -95,7 +96,9 @@ def test_lora_curve_is_that_of_peft(tmp_path, record_property, targets):
     cfg = review_config(tmp_path, **sections)
     pretrained = open_base(str(STORIES), jnp.dtype("float32"))
     fresh = cfg.model_copy(update={"lora": cfg.lora.model_copy(update={"init_from": None})})
-    save_adapter(init, make_adapter(fresh, pretrained, one_device_mesh()), cfg.lora, str(STORIES), pretrained.base_hash)
+    save_adapter(
+        init, first_adapter(fresh, pretrained, one_device_mesh()), cfg.lora, str(STORIES), pretrained.base_hash
+    )
     theirs = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(STORIES), str(init), is_trainable=True)
 
     train(cfg, quiet=True)

@@ -15,14 +15,13 @@ from shared_data import SHARED, needs_data, read_rows
 from tiny import make_llama, make_tokenizer, write_config
 
 import jlora.evaluate
-from jlora import data
 from jlora.config import DataSection, LoraSection, ObjectiveSection, load_config
+from jlora.data import encoding, packing
 from jlora.data.tokens import load_tokenizer
 from jlora.errors import ConfigError, DataError
 from jlora.hf.peft import save_adapter
 from jlora.model import attention
-from jlora.model.adapter import init_adapter
-from jlora.model.llama import projection_shapes
+from jlora.model.adapter_init import new_adapter
 from jlora.training.metrics import read_metrics
 from jlora.training.preference import pair_loss
 from jlora.training.run import train
@@ -46,7 +45,7 @@ def preference_rows(count):
 def ours():
     """The real small model with a random adapter: base, adapter, tokenizer and 200 pairs."""
     base, digest = open_base(STORIES)
-    adapter = init_adapter(SECTION, projection_shapes(base.cfg), base.cfg.num_hidden_layers, 0)
+    adapter = new_adapter(SECTION, base.cfg, 0)
     draw = np.random.default_rng(0)
     adapter = {
         name: replace(lora, lora_b=jnp.asarray(0.1 * draw.standard_normal(lora.lora_b.shape), jnp.float32))
@@ -61,7 +60,7 @@ def pairs(ours, tmp_path_factory):
     file = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in ours.rows), encoding="utf-8")
     section = DataSection(train=str(file), format="preference", max_length=2 * LENGTH, on_bad_row="skip")
-    return data.tokenize(str(file), load_tokenizer(STORIES, None), section).examples
+    return encoding.tokenize(str(file), load_tokenizer(STORIES, None), section).examples
 
 
 @pytest.fixture(scope="module")
@@ -87,8 +86,8 @@ def make_trainer(ours, tmp_path_factory):
 
 
 def batch_of(examples, rows=AT_ONCE):
-    made = [data.pack_row([example], 2 * LENGTH) for example in examples]
-    made += [data.pack_row([], 2 * LENGTH)] * (rows - len(made))
+    made = [packing.pack_row([example], 2 * LENGTH) for example in examples]
+    made += [packing.pack_row([], 2 * LENGTH)] * (rows - len(made))
     return {name: jnp.asarray(np.stack([row[name] for row in made])) for name in made[0]}
 
 
@@ -293,7 +292,7 @@ def test_a_run_on_pairs(tiny, capsys):
     All from an adapter whose B is not zero: the model that pairs are compared with has it too, as in TRL.
     """
     base, digest = open_base(tiny / "base")
-    adapter = init_adapter(SECTION, projection_shapes(base.cfg), base.cfg.num_hidden_layers, 0)
+    adapter = new_adapter(SECTION, base.cfg, 0)
     adapter = {name: replace(lora, lora_b=lora.lora_b + 0.1) for name, lora in adapter.items()}
     save_adapter(tiny / "first", adapter, SECTION, str(tiny / "base"), digest)
     begun = "training.max_steps=4", "lora.target_modules=all-linear", f"lora.init_from={tiny / 'first'}"
@@ -342,7 +341,7 @@ def tokenized(tiny, rows, **section):
     template = turns + "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
     tokenizer = replace(tokenizer, chat_template=template)
     section = DataSection(train=str(file), format="preference", **{"max_length": 128} | section)
-    return tokenizer, data.tokenize(str(file), tokenizer, section)
+    return tokenizer, encoding.tokenize(str(file), tokenizer, section)
 
 
 def test_conversations_with_and_without_their_prompt(tiny):

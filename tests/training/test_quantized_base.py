@@ -18,9 +18,8 @@ from shared_data import SHARED, needs_data
 from tiny import make_completions, make_llama, make_tokenizer, write_config
 
 from jlora.config import DataSection, load_config
-from jlora.data import tokenize
+from jlora.data.encoding import tokenize
 from jlora.data.tokens import load_tokenizer
-from jlora.export import export
 from jlora.hf.load import load_base
 from jlora.hf.merged import save_checkpoint
 from jlora.hf.names import name_table, to_hf
@@ -30,6 +29,7 @@ from jlora.model import quant
 from jlora.model.attention import reference
 from jlora.model.sharding import one_device_mesh
 from jlora.training.evaluator import Evaluator
+from jlora.training.export import export
 from jlora.training.run import train
 from jlora.training.step import Forward, count_parameters
 

@@ -14,12 +14,12 @@ from transformers import LlamaForCausalLM
 
 import jlora.train
 import jlora.training.shared
-from jlora import data
+from jlora.data import packing
 from jlora.errors import ModelError
-from jlora.export import export
 from jlora.hf.peft import load_adapter
 from jlora.hf.pretrained import load_pretrained
 from jlora.training import optim
+from jlora.training.export import export
 from jlora.training.metrics import read_metrics
 from jlora.training.run import train
 from jlora.training.step import make_eval_step
@@ -140,7 +140,7 @@ def test_init_from_goes_on_from_a_peft_adapter(reviews_run, tmp_path):
         "init_from": str(folder),
     }
     run = open_run(review_config(tmp_path, lora=lora))
-    batch = next(data.batches(run.epochs, 4))
+    batch = next(packing.batches(run.epochs, 4))
     adapter = load_adapter(folder, run.pretrained.base.cfg, run.pretrained.base_hash, dropout=0.0)
     assert digest(optim.split({"adapter": adapter}, "lora")[0]["adapter"]) == digest(run.state.trained["adapter"])
     total, count, _ = make_eval_step(run.forward)(run.pretrained.base, adapter, None, batch)

@@ -17,14 +17,15 @@ from parity import open_base
 from tiny import make_llama, make_tokenizer
 
 import jlora.evaluate
-from jlora import data
 from jlora.config import Config
+from jlora.data import encoding
+from jlora.data.packing import Epochs, pack_row
 from jlora.data.tokens import load_tokenizer
 from jlora.hf.peft import save_adapter
 from jlora.model import attention
-from jlora.model.adapter import init_adapter, with_scales, without_scales
+from jlora.model.adapter import with_scales, without_scales
+from jlora.model.adapter_init import new_adapter
 from jlora.model.attention import gpu, tiles, tpu
-from jlora.model.llama import projection_shapes
 from jlora.training.step import Forward, make_forward
 
 LENGTH, ROWS, BETA = 128, 4, 0.1
@@ -68,7 +69,7 @@ def tiny(tmp_path_factory):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     base, digest = open_base(folder / "base")
     section = Config(**sections(folder, "text", True, "auto")).lora
-    adapter = init_adapter(section, projection_shapes(base.cfg), SHAPE["num_hidden_layers"], 0)
+    adapter = new_adapter(section, base.cfg, 0)
     draw = np.random.default_rng(0)
     own, scales = without_scales(adapter)
     own = jax.tree.map(lambda x: x + 0.1 * draw.standard_normal(x.shape).astype(np.float32), own)
@@ -129,8 +130,8 @@ def stacked(rows):
 
 def alone(tiny, adapter, sequences):
     """Log-probabilities of each sequence's trained tokens, in a row of its own, by the reference."""
-    rows = [data.pack_row([sequence], LENGTH) for sequence in sequences]
-    rows += [data.pack_row([], LENGTH)] * (-len(rows) % ROWS)
+    rows = [pack_row([sequence], LENGTH) for sequence in sequences]
+    rows += [pack_row([], LENGTH)] * (-len(rows) % ROWS)
     score = by_token(attention.reference)
     found = [score(tiny.base, adapter, stacked(rows[at : at + ROWS])) for at in range(0, len(rows), ROWS)]
     return [row[: len(one.ids)] for row, one in zip(np.concatenate(found), sequences, strict=False)]
@@ -144,8 +145,8 @@ def test_a_sequence_in_its_row_is_as_it_is_alone(tiny, format, packing, kernel):
     cfg = Config(**sections(tiny.folder, format, packing, asked))
     shown, forward = make_forward(cfg, tiny.base.cfg, Mock(jax.sharding.Mesh, devices=np.array([device])))
     assert shown == kernel
-    dataset, _ = data.read_data(cfg, load_tokenizer(tiny.folder / "base", cfg.data.chat_template))
-    epochs = data.Epochs(dataset, cfg.data, ROWS, seed=0)
+    dataset, _ = encoding.read_data(cfg, load_tokenizer(tiny.folder / "base", cfg.data.chat_template))
+    epochs = Epochs(dataset, cfg.data, ROWS, seed=0)
     batch, members = stacked([epochs[i] for i in range(ROWS)]), [epochs.rows(0).one(i) for i in range(ROWS)]
     in_rows = [[one for i in row for one in dataset.examples[i].sequences()] for row in members]
     most = max(map(len, in_rows))

@@ -13,7 +13,7 @@ from tiny import make_completions, make_llama, make_tokenizer, write_config
 
 from jlora.config import load_config
 from jlora.errors import ConfigError, ModelError
-from jlora.files.paths import RUN_FILES, RUN_FOLDERS
+from jlora.files.paths import RUN_FILES, RUN_FOLDERS, short_names
 from jlora.hf import verify
 from jlora.hf.pretrained import find_adapter, run_config
 from jlora.reports.run import write_report
@@ -172,7 +172,7 @@ def test_a_link_or_pipe_in_a_run_folder_is_refused(world, run_dir, tmp_path, com
         victim.write_text("precious", encoding="utf-8")
     plant(run_dir / name, kind, victim)
     before = snapshot(tmp_path) if kind == "link" else {}
-    words = f"{run_dir / name}: is a link to {victim}" if kind == "link" else f"{run_dir / name}: is no "
+    words = f"{run_dir / name}: is a link to {victim}" if kind == "link" else f"{run_dir / name}: is not a "
     with pytest.raises(ConfigError) as refused:
         train(config_of(world, run_dir), quiet=True)
     assert str(refused.value).startswith(words)
@@ -181,9 +181,9 @@ def test_a_link_or_pipe_in_a_run_folder_is_refused(world, run_dir, tmp_path, com
     if (run_dir / "config.yaml").is_file():
         code, err = command("export", "--run", run_dir, "--out", tmp_path / "m")
         assert code == 4 and err.startswith(f"error: {words}")
-        with pytest.raises(ModelError, match="link|is no "):
+        with pytest.raises(ModelError, match="link|is not a "):
             run_config(run_dir)
-    with pytest.raises(ModelError, match="link|is no "):
+    with pytest.raises(ModelError, match="link|is not a "):
         find_adapter(str(run_dir))
     assert kind == "pipe" or snapshot(tmp_path) == before
 
@@ -258,8 +258,21 @@ def test_a_page_replaces_a_page_and_nothing_else(run_dir, tmp_path, command):
         write_report(run_dir, out)
     (tmp_path / "notes.html").write_text("<!DOCTYPE html>\n<p>mine</p>", encoding="utf-8")
     code, err = command("report", run_dir, "--out", tmp_path / "notes.html")
-    assert code == 2 and "is no page that jlora wrote; name another file" in err
+    assert code == 2 and "is not a page that jlora wrote; name another file" in err
     assert (tmp_path / "notes.html").read_text(encoding="utf-8") == "<!DOCTYPE html>\n<p>mine</p>"
     (tmp_path / "link.html").symlink_to(out)
     code, err = command("report", run_dir, "--out", tmp_path / "link.html")
     assert code == 2 and "link.html: cannot be written (is there and is no regular file)" in err
+
+
+@pytest.mark.parametrize(
+    ("paths", "names"),
+    [
+        (["runs/a", "hub/model", "/data/b/"], ["a", "model", "b"]),
+        (["x/a/run", "x/b/run", "x/c"], ["a/run", "b/run", "c"]),
+        (["x/a/run", "y/a/run", "a/run", "run"], ["x/a/run", "y/a/run", "a/run", "run"]),
+        (["x/run", "x/run"], ["x/run", "x/run"]),
+    ],
+)
+def test_names_are_short_and_none_is_anothers(paths, names):
+    assert short_names(paths) == names

@@ -9,7 +9,7 @@ from jax.extend.core import jaxprs_in_params
 from shared_data import needs_data
 from steps import REVIEWS, digest, largest, open_run, restore_raw, review_config, take_steps, tiny_config
 
-from jlora import data
+from jlora.data import packing
 from jlora.errors import NonFiniteError
 from jlora.hf.peft import save_adapter
 from jlora.training import optim
@@ -48,8 +48,8 @@ def with_random_b(adapter, seed=7):
 )
 def test_packing_changes_neither_loss_nor_gradients(tiny, tmp_path, record_property, real):
     found = []
-    for packing in (True, False):
-        section = {"packing": packing, "max_length": 512 if real else 64}
+    for packed in (True, False):
+        section = {"packing": packed, "max_length": 512 if real else 64}
         lora = {"target_modules": "all-linear"}
         make = review_config if real else (lambda folder, **sections: tiny_config(tiny, folder, **sections))
         if real:
@@ -58,7 +58,7 @@ def test_packing_changes_neither_loss_nor_gradients(tiny, tmp_path, record_prope
             section["train"] = str(tmp_path / "short.jsonl")
         run = open_run(make(tmp_path, data=section, lora=lora))
         rows = run.epochs.rows(0)
-        batch = [data.pack_row([run.train_data.examples[i] for i in row], section["max_length"]) for row in rows]
+        batch = [packing.pack_row([run.train_data.examples[i] for i in row], section["max_length"]) for row in rows]
         batch = {name: np.stack([row[name] for row in batch]) for name in batch[0]}
         adapter = with_random_b(optim.join(run.state.trained, run.frozen)["adapter"])
 
@@ -106,7 +106,7 @@ def test_gradients_and_optimizer_state_are_those_of_what_is_trained(tiny, tmp_pa
     assert all(f"/{frozen_part}/" not in name for name in flatten(run.state.opt_state))
     assert {leaf.dtype for leaf in moments} == {jnp.dtype("float32")}
 
-    batch = put_batch(next(data.batches(run.epochs, 4)), 1, run.mesh)
+    batch = put_batch(next(packing.batches(run.epochs, 4)), 1, run.mesh)
     weights = {tuple(sorted(leaf.shape[1:])) for leaf in jax.tree.leaves(run.pretrained.base.layers) if leaf.ndim > 2}
     shapes = dot_shapes(jax.make_jaxpr(run.step)(run.state, run.frozen, batch).jaxpr)
     assert bool(shapes & weights) == (method == "full")  # the gradient of a weight is a matmul of its shape
@@ -119,7 +119,7 @@ def test_gradients_and_optimizer_state_are_those_of_what_is_trained(tiny, tmp_pa
 def test_what_is_frozen_is_no_part_of_the_state(tiny, tmp_path):
     run = open_run(tiny_config(tiny, tmp_path))
     assert list(run.state.trained) == ["adapter"] and run.frozen["base"] is run.pretrained.base
-    new, _ = jax.jit(run.step)(run.state, run.frozen, put_batch(next(data.batches(run.epochs, 4)), 1, run.mesh))
+    new, _ = jax.jit(run.step)(run.state, run.frozen, put_batch(next(packing.batches(run.epochs, 4)), 1, run.mesh))
     assert jax.tree.structure(new) == jax.tree.structure(run.state)
 
 
@@ -147,7 +147,7 @@ def test_dropout_is_drawn_anew_each_step_and_part(tiny, tmp_path):
             adapter = with_random_b(optim.join(run.state.trained, run.frozen)["adapter"])
             save_adapter(tmp_path / "init", adapter, run.cfg.lora, str(tiny[0]), run.pretrained.base_hash)
         run = open_run(cfg)
-        batch = put_batch(next(data.batches(run.epochs, 24)), parts, run.mesh)
+        batch = put_batch(next(packing.batches(run.epochs, 24)), parts, run.mesh)
         return [line["loss"] for line in take_steps(run, 3, batch)]
 
     still, dropped = losses(0.0), losses(0.3)
@@ -196,7 +196,7 @@ def test_a_step_that_is_not_finite_changes_nothing(tiny, tmp_path):
     run = open_run(tiny_config(tiny, tmp_path, optimizer={"warmup_steps": 5}))
     take_steps(run, 2)
     before = jax.device_get(run.state)
-    batches = data.batches(run.epochs, 4)
+    batches = packing.batches(run.epochs, 4)
     good = put_batch(next(batches), 1, run.mesh)
     bad = good | {"weights": good["weights"].at[0, 0, 0].set(jnp.nan)}
     state, metrics = jax.jit(run.step)(run.state, run.frozen, bad)

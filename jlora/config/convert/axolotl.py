@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 from jlora.config.convert.rules import Conversion, Differs, Table, To, Without, is_set, one_of
-from jlora.config.sections import PROJECTIONS
+from jlora.config.lora import PROJECTIONS
 
 NAME = "Axolotl"
 # 8-bit and paged states hold the same moments in fewer bytes; jlora's are float32.
@@ -354,7 +354,7 @@ def _datasets(given: dict[str, Any], out: Conversion) -> None:
         if is_set(first[key]) and first[key] is not False:
             out.note(f"datasets.{key}", first[key], "result", "rows are read as data.format says, nothing beside it")
     if is_set(first.get("name")):
-        out.note("datasets.name", first["name"], "result", "a data set's subset can not be named; download it as files")
+        out.note("datasets.name", first["name"], "result", "a data set's subset cannot be named; download it as files")
 
 
 def _source(first: dict[str, Any]) -> str:

@@ -4,7 +4,6 @@ Owns which tools are known and how the outcome is written. The tables are the to
 """
 
 from pathlib import Path
-from typing import Any
 
 import yaml
 from pydantic import ValidationError
@@ -46,7 +45,9 @@ def convert(path: str | Path, devices: int) -> tuple[str, str, list[Note]]:
                     raise ConfigError(f"{path}: {error}") from None
                 except (TypeError, ValueError, AttributeError) as error:
                     raise ConfigError(f"{path}: not as {peer.NAME} documents it: {error}") from None
-                return peer.NAME, _finish(path, converted), _sorted(converted.notes)
+                text, order = _finish(path, converted), list(HEADINGS)
+                notes = sorted(dict.fromkeys(converted.notes), key=lambda note: order.index(note.effect))
+                return peer.NAME, text, notes
     raise ConfigError(
         f"{path}: looks like no configuration of Axolotl (base_model) or torchtune (model._component_); see "
         "docs/migration.md"
@@ -66,22 +67,6 @@ def _finish(path: Path, converted: Conversion) -> str:
         raise ConfigError(f"{path}: converted, {describe(error)}; change that key in the file") from None
     ordered = {name: tree[name] for name in Config.model_fields if name in tree}
     return yaml.safe_dump(ordered, sort_keys=False, allow_unicode=True)
-
-
-def _sorted(notes: list[Note]) -> list[Note]:
-    order = list(HEADINGS)
-    return sorted(dict.fromkeys(_hashable(note) for note in notes), key=lambda note: order.index(note.effect))
-
-
-def _hashable(note: Note) -> Note:
-    return Note(note.key, _shown(note.value), note.effect, note.why)
-
-
-def _shown(value: Any) -> str:
-    """One line of a value, short."""
-    text = "" if value is None else " ".join(yaml.safe_dump(value, default_flow_style=True, width=10**6).split())
-    text = text.removesuffix(" ...")
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def describe_notes(notes: list[Note]) -> list[str]:

@@ -7,16 +7,19 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from jlora.config.keys import assign
+from jlora.config.reference import yaml_scalar
+
 # What a key without a counterpart changes: the trained adapter; how fast it is trained, or in how much memory; neither.
 Effect = Literal["result", "cost", "aside"]
 
 
 @dataclass(frozen=True)
 class Note:
-    """One key of the peer that is not in the jlora config as it was."""
+    """One key of the peer that is not in the jlora config as it was; its value in a short line."""
 
     key: str
-    value: Any
+    value: str
     effect: Effect
     why: str
 
@@ -76,11 +79,7 @@ class Conversion:
 
     def set(self, key: str, value: Any) -> None:
         """Set a dotted jlora key; the later one counts."""
-        *parents, leaf = key.split(".")
-        tree = self.tree
-        for name in parents:
-            tree = tree.setdefault(name, {})
-        tree[leaf] = value
+        assign(self.tree, key, value)
 
     def get(self, key: str) -> Any:
         """A dotted key that was set, or None."""
@@ -90,7 +89,8 @@ class Conversion:
 
     def note(self, key: str, value: Any, effect: Effect, why: str) -> None:
         """Say of a peer's key what became of it."""
-        self.notes.append(Note(key, value, effect, why))
+        text = "" if value is None else " ".join(yaml_scalar(value).split())
+        self.notes.append(Note(key, text if len(text) <= 60 else f"{text[:57]}...", effect, why))
 
     def apply(self, key: str, value: Any, rule: To | Without) -> None:
         """Do with one set key of the peer as its row of the table says."""

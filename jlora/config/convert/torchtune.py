@@ -4,7 +4,7 @@ import re
 from typing import Any
 
 from jlora.config.convert.rules import Conversion, Differs, Table, To, Without, is_set
-from jlora.config.sections import MLP_PROJECTIONS, PROJECTIONS
+from jlora.config.lora import MLP_PROJECTIONS, PROJECTIONS
 from jlora.errors import ConfigError
 
 NAME = "torchtune"
@@ -212,7 +212,7 @@ def _model(given: dict[str, Any], out: Conversion) -> None:
     component = str(given["model._component_"])
     *_, family, builder = ["", *component.split(".")]
     if family not in FAMILIES:
-        raise ConfigError(f"model._component_: '{component}' is none of the families {', '.join(FAMILIES)}")
+        raise ConfigError(f"model._component_: '{component}' is not one of the families {', '.join(FAMILIES)}")
     if not builder.startswith(("lora_", "qlora_")):
         raise ConfigError(f"model._component_: '{component}' is no LoRA recipe; --from takes lora_* and qlora_*")
     quantized = builder.startswith("qlora_") or given.get("model.quantize_base")

@@ -9,9 +9,7 @@ Knows nothing of projections, rotary embedding or caches.
 
 from jlora.model.attention.choice import choose
 from jlora.model.attention.gpu import cudnn, cudnn_one_segment
-from jlora.model.attention.interface import Attention
+from jlora.model.attention.interface import Attention, Places
 from jlora.model.attention.plain import reference
 from jlora.model.attention.tiles import blocked
 from jlora.model.attention.tpu import splash
-
-__all__ = ["Attention", "blocked", "choose", "cudnn", "cudnn_one_segment", "reference", "splash"]

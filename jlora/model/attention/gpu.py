@@ -11,9 +11,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.extend.core import Primitive
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-from jlora.model.attention.interface import per_device
+from jlora.model.attention.interface import Places, per_device
 from jlora.runtime import private_jax
 
 # cuDNN takes a mask as a bias, so a mask of [T S] is held twice. Up to the first length that is little beside a
@@ -27,33 +27,25 @@ def cudnn(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
     v: Float[Array, "B S K H"],
-    q_segments: Int[Array, "B T"],
-    kv_segments: Int[Array, "B S"],
-    q_positions: Int[Array, "B T"],
-    kv_positions: Int[Array, "B S"],
+    places: Places,
     window: int | None,
 ) -> Float[Array, "B T N H"]:
     """Over rows of any number of segments; the mask of a long one exists for `QUERY_BLOCK` queries at a time."""
-    del kv_segments, q_positions, kv_positions  # the same tokens, in order
-    return per_device(partial(_packed_rows, window=window), q, k, v, q_segments)
+    return per_device(partial(_packed_rows, window=window), q, k, v, places.q_segments)
 
 
 def cudnn_one_segment(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
     v: Float[Array, "B S K H"],
-    q_segments: Int[Array, "B T"],
-    kv_segments: Int[Array, "B S"],
-    q_positions: Int[Array, "B T"],
-    kv_positions: Int[Array, "B S"],
+    places: Places,
     window: int | None,
 ) -> Float[Array, "B T N H"]:
     """Over rows that hold one segment from their start, and padding behind it: causality is all the mask.
 
     What padding sees is not what it sees in the reference; no token before it ever looks at it.
     """
-    del kv_segments, q_positions, kv_positions
-    return per_device(partial(_one_segment_rows, window=window), q, k, v, q_segments)
+    return per_device(partial(_one_segment_rows, window=window), q, k, v, places.q_segments)
 
 
 def _one_segment_rows(q: Array, k: Array, v: Array, segments: Array, window: int | None) -> Array:

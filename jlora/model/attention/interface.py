@@ -1,7 +1,7 @@
 """What an implementation of attention takes, and how a kernel runs on each device's own rows and heads."""
 
 from collections.abc import Callable
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 from jax.sharding import PartitionSpec
@@ -13,6 +13,18 @@ from jlora.model.sharding import partition_spec
 # The checkpoint name of an implementation's output and of what else its backward pass would have to compute again:
 # given within the implementation, as only there both are at hand. For `jlora.model.remat`.
 ATTENTION_OUTPUT = "attention_output"
+
+
+class Places(NamedTuple):
+    """Where queries and keys stand: the segment of each, 0 for padding, and the position in it.
+
+    For kernels over whole rows both are the same tokens, those of a segment together and in the order of positions.
+    """
+
+    q_segments: Int[Array, "B T"]
+    kv_segments: Int[Array, "B S"]
+    q_positions: Int[Array, "B T"]
+    kv_positions: Int[Array, "B S"]
 
 
 @runtime_checkable
@@ -27,10 +39,7 @@ class Attention(Protocol):
         q: Float[Array, "B T N H"],
         k: Float[Array, "B S K H"],
         v: Float[Array, "B S K H"],
-        q_segments: Int[Array, "B T"],
-        kv_segments: Int[Array, "B S"],
-        q_positions: Int[Array, "B T"],
-        kv_positions: Int[Array, "B S"],
+        places: Places,
         window: int | None,
     ) -> Float[Array, "B T N H"]: ...
 

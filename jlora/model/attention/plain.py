@@ -3,19 +3,16 @@
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-from jlora.model.attention.interface import ATTENTION_OUTPUT
+from jlora.model.attention.interface import ATTENTION_OUTPUT, Places
 
 
 def reference(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
     v: Float[Array, "B S K H"],
-    q_segments: Int[Array, "B T"],
-    kv_segments: Int[Array, "B S"],
-    q_positions: Int[Array, "B T"],
-    kv_positions: Int[Array, "B S"],
+    places: Places,
     window: int | None,
 ) -> Float[Array, "B T N H"]:
     """Softmax attention with grouped queries, scores and softmax in float32.
@@ -26,11 +23,10 @@ def reference(
     num_groups = q.shape[2] // k.shape[2]
     q_grouped = q.reshape(*q.shape[:2], k.shape[2], num_groups, q.shape[3])
     scores = jnp.einsum("btkgh,bskh->bkgts", q_grouped, k, preferred_element_type=jnp.float32)
-    visible = (q_segments[:, :, None] == kv_segments[:, None, :]) & (
-        kv_positions[:, None, :] <= q_positions[:, :, None]
-    )
+    position, key_position = places.q_positions[:, :, None], places.kv_positions[:, None, :]
+    visible = (places.q_segments[:, :, None] == places.kv_segments[:, None, :]) & (key_position <= position)
     if window is not None:
-        visible &= kv_positions[:, None, :] > q_positions[:, :, None] - window
+        visible &= key_position > position - window
     scores = jnp.where(visible[:, None, None], scores * q.shape[-1] ** -0.5, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     return checkpoint_name(jnp.einsum("bkgts,bskh->btkgh", weights, v).reshape(q.shape), ATTENTION_OUTPUT)

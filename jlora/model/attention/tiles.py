@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from jlora.model.attention.interface import ATTENTION_OUTPUT, per_device
+from jlora.model.attention.interface import ATTENTION_OUTPUT, Places, per_device
 
 TILE = 128  # tokens; the scores of a few heads stay in a core's cache
 HIDDEN = -1e30  # added to a score that is not to be seen
@@ -20,10 +20,7 @@ def blocked(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
     v: Float[Array, "B S K H"],
-    q_segments: Int[Array, "B T"],
-    kv_segments: Int[Array, "B S"],
-    q_positions: Int[Array, "B T"],
-    kv_positions: Int[Array, "B S"],
+    places: Places,
     window: int | None,
 ) -> Float[Array, "B T N H"]:
     """Softmax attention that holds the scores of one pair of tiles, with grouped queries as they are.
@@ -32,8 +29,7 @@ def blocked(
     from the logarithm of their sum. Pairs of tiles in which no query sees a key are not visited: later ones, those
     of other segments, those beyond the window.
     """
-    del kv_segments, q_positions, kv_positions  # the same tokens, in order
-    return per_device(partial(_attend, window), q, k, v, q_segments)
+    return per_device(partial(_attend, window), q, k, v, places.q_segments)
 
 
 def _attend(window: int | None, q: Array, k: Array, v: Array, segments: Array) -> Array:

@@ -5,9 +5,9 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-from jlora.model.attention.interface import ATTENTION_OUTPUT, per_device
+from jlora.model.attention.interface import ATTENTION_OUTPUT, Places, per_device
 
 MAX_SPLASH_BLOCK = 512
 
@@ -16,18 +16,14 @@ def splash(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
     v: Float[Array, "B S K H"],
-    q_segments: Int[Array, "B T"],
-    kv_segments: Int[Array, "B S"],
-    q_positions: Int[Array, "B T"],
-    kv_positions: Int[Array, "B S"],
+    places: Places,
     window: int | None,
 ) -> Float[Array, "B T N H"]:
     """Flash attention in Pallas for TPUs, with segment ids. Grouped queries as they are.
 
     Blocks that no query of a window sees are not computed.
     """
-    del kv_segments, q_positions, kv_positions  # the same tokens, in order
-    return per_device(partial(_splash_rows, window=window, interpret=False), q, k, v, q_segments)
+    return per_device(partial(_splash_rows, window=window, interpret=False), q, k, v, places.q_segments)
 
 
 def _splash_rows(q: Array, k: Array, v: Array, segments: Array, window: int | None, interpret: bool) -> Array:

@@ -1,0 +1,97 @@
+"""The section of a run's configuration that says what its adapter is; an adapter folder's options are one, too."""
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from jlora.config.section import Section, nearest
+
+ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+MLP_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+PROJECTIONS = ATTENTION_PROJECTIONS + MLP_PROJECTIONS
+
+MOST_RANKS = 2**17  # more than any projection has
+
+
+class LoraSection(Section):
+    """The adapter."""
+
+    rank: Annotated[int, Field(gt=0, le=MOST_RANKS)] = Field(16, description="rank R of the A/B factors")
+    alpha: Annotated[float, Field(gt=0.0)] = Field(32.0, description="the product BA is scaled by alpha / rank")
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
+        0.0, description="dropout probability on the adapter's input"
+    )
+    target_modules: list[str] | Literal["all-linear"] = Field(
+        list(ATTENTION_PROJECTIONS),
+        description="projections that get an adapter, of " + ", ".join(PROJECTIONS) + "; or all-linear",
+    )
+    init_from: str | None = Field(None, description="PEFT adapter folder to start from")
+    use_rslora: bool = Field(False, description="scale by alpha / sqrt(rank) (arXiv:2312.03732)")
+    use_dora: bool = Field(
+        False, description="DoRA: a trained magnitude for each output of W + BA, by its direction (arXiv:2402.09353)"
+    )
+    init_lora_weights: (
+        Literal[True, "gaussian", "pissa", "olora"] | Annotated[str, Field(pattern=r"^pissa_niter_[1-9][0-9]*$")]
+    ) = Field(
+        True,
+        description="A and B at the start: true (Kaiming-uniform, 0), gaussian, pissa (arXiv:2404.02948), "
+        "pissa_niter_N (a quicker SVD of N iterations) or olora (arXiv:2406.01775)",
+    )
+    rank_pattern: dict[str, Annotated[int, Field(gt=0, le=MOST_RANKS)]] = Field(
+        {}, description="ranks that differ from rank, by regular expression for the end of a module's name"
+    )
+    alpha_pattern: dict[str, Annotated[float, Field(gt=0.0)]] = Field({}, description="as rank_pattern, for alpha")
+    layers_to_transform: list[Annotated[int, Field(ge=0)]] | None = Field(
+        None, description="numbers of the layers that get an adapter, from 0; null: all"
+    )
+    modules_to_save: list[Literal["embed_tokens", "lm_head"]] = Field(
+        [], description="trained in full beside the adapter, and exported with it: embed_tokens, lm_head"
+    )
+    bias: Literal["none", "all", "lora_only"] = Field(
+        "none", description="biases that are trained too, where the base has any: all, or those of target_modules"
+    )
+
+    @model_validator(mode="after")
+    def _known_targets(self) -> "LoraSection":
+        if isinstance(self.target_modules, list):
+            if not self.target_modules:
+                raise ValueError("target_modules is empty; name at least one projection")
+            for name in self.target_modules:
+                if name not in PROJECTIONS:
+                    raise ValueError(f"target_modules holds '{name}'{nearest(name, PROJECTIONS)}")
+        return self
+
+    @model_validator(mode="after")
+    def _options_that_agree(self) -> "LoraSection":
+        if self.init_from is not None and self.init_lora_weights is not True:
+            raise ValueError(
+                f"init_from={self.init_from} has the A and B to start from, which "
+                f"init_lora_weights={self.init_lora_weights} would make anew; leave one of them out"
+            )
+        if self.layers_to_transform is not None:
+            if not self.layers_to_transform:
+                raise ValueError("layers_to_transform is empty; name at least one layer, or null for all")
+            if self.bias == "lora_only":
+                raise ValueError("bias=lora_only trains biases of all layers; leave layers_to_transform out")
+        for pattern in (*self.rank_pattern, *self.alpha_pattern):
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"the pattern '{pattern}' is not a regular expression ({error})") from None
+        return self
+
+    def transforms(self, layer: int) -> bool:
+        """Whether a layer gets an adapter."""
+        return self.layers_to_transform is None or layer in self.layers_to_transform
+
+    @property
+    def takes_from_base(self) -> bool:
+        """Whether A and B start as a part of the base's weights."""
+        return isinstance(self.init_lora_weights, str) and self.init_lora_weights != "gaussian"
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """The targeted projections, in the model's own order."""
+        chosen = PROJECTIONS if self.target_modules == "all-linear" else self.target_modules
+        return tuple(name for name in PROJECTIONS if name in chosen)

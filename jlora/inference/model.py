@@ -1,0 +1,68 @@
+"""A base with an adapter, opened as the adapter's run had it."""
+
+import argparse
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from jlora.config import DataSection
+from jlora.hf.pretrained import Pretrained, load_pretrained, open_adapter, open_pretrained, run_config
+from jlora.model import quant
+from jlora.model.adapter import Adapter
+from jlora.model.sharding import one_device_mesh
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """A base with an adapter, on one device.
+
+    Attributes:
+      adapter: empty for the bare base.
+      dtype: of activations and matmuls.
+    """
+
+    pretrained: Pretrained
+    adapter: Adapter
+    dtype: jnp.dtype
+
+
+def open_adapted(
+    base: str,
+    adapter: str | None,
+    *,
+    tokenizer: str | None = None,
+    chat_template: str | None = None,
+    dtype: str | None = None,
+    quantization: str | None = None,
+) -> Adapted:
+    """Open and load, on the first device; what is None is as the adapter's run had it, then as a config's default.
+
+    Args:
+      quantization: "none" is none, whatever the run had.
+
+    Raises:
+      UserError: of base, tokenizer and adapter, as where they are read.
+    """
+    run, mesh = run_config(adapter), one_device_mesh()
+    if run is not None:
+        tokenizer, chat_template = tokenizer or run.model.tokenizer, chat_template or run.data.chat_template
+        dtype, quantization = dtype or run.model.dtype, quantization or run.model.quantization
+    kind, compute = None if quantization == "none" else quantization, jnp.dtype(dtype or "bfloat16")
+    quant.check_device(kind, mesh.devices.flat[0])
+    with jax.set_mesh(mesh):
+        pretrained = load_pretrained(open_pretrained(base, tokenizer, chat_template), compute, mesh, kind)
+        return Adapted(pretrained, open_adapter(adapter, pretrained), compute)
+
+
+def open_model(args: argparse.Namespace) -> tuple[Adapted, DataSection]:
+    """The model that a command line names, and how its rows are read: as asked for, as the run did, or by default."""
+    run = run_config(args.adapter)
+    chosen = {
+        "format": args.format or (run.data.format if run else args.own_format),
+        "prompt": args.prompt_style or (run.data.prompt if run else "stanford"),
+        "chat_template": args.chat_template or (run.data.chat_template if run else None),
+    }
+    section = (run.data if run else DataSection(train="-")).model_copy(update=chosen)
+    given = {name: getattr(args, name) for name in ("tokenizer", "chat_template", "dtype", "quantization")}
+    return open_adapted(args.base, args.adapter, **given), section

@@ -1,0 +1,74 @@
+"""The rows of a run as its model would see them, and what is wrong with them."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from jlora.config import Config
+from jlora.data.checks import Check, check, check_overlap, count_batches, describe, scan
+from jlora.data.encoding import read_data
+from jlora.data.preview import Shown, show_rows
+from jlora.data.tokens import Tokenizer
+from jlora.errors import ConfigError, DataError
+from jlora.hf.pretrained import SHAPES, open_pretrained, open_tokenizer, stop_tokens
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What was found.
+
+    Attributes:
+      report: the JSON, but for the rows. rows: the first ones.
+    """
+
+    report: dict[str, Any]
+    rows: list[Shown]
+
+    @property
+    def errors(self) -> list[str]:
+        """The sentences for which the command fails."""
+        return [found["sentence"] for found in self.report["checks"] if found["level"] == "error"]
+
+
+def look(cfg: Config, num_rows: int) -> Seen:
+    """Read a run's data as `train` does, and check them.
+
+    Raises:
+      UserError: as `train`; but rows that cannot be used, and would end it, are an error among the checks.
+    """
+    tokenizer, stops = _tokenizer(cfg)
+    checks: list[Check] = []
+    try:
+        train_data, eval_data = read_data(cfg, tokenizer)
+    except DataError as error:
+        if cfg.data.on_bad_row == "skip":
+            raise
+        section = cfg.data.model_copy(update={"on_bad_row": "skip"})
+        train_data, eval_data = read_data(cfg.model_copy(update={"data": section}), tokenizer)
+        num_bad = sum(sum(each.dropped.values()) for each in (train_data, eval_data) if each)
+        checks.append(Check("bad_rows", "error", num_bad, str(error)))
+    scanned = {}
+    report: dict[str, Any] = {"train": None, "eval": None}
+    for name, dataset in (("train", train_data), ("eval", eval_data)):
+        if dataset is None:
+            continue
+        found = scanned[name] = scan(dataset, cfg.data.longest, tokenizer.bos_id, stops)
+        report[name] = describe(dataset, found)
+        checks += check(dataset, found, cfg, name)
+    report["train"]["batches"] = count_batches(train_data, cfg)
+    if eval_data is not None:
+        checks += check_overlap(scanned["train"], eval_data, scanned["eval"])
+    report["checks"] = [asdict(found) for found in checks]
+    each = -(-num_rows // len(cfg.data.sources))  # the first rows of every source
+    rows = [row for source in cfg.data.sources for row in show_rows(source.path, each, tokenizer, cfg.data)]
+    return Seen(report, rows[:num_rows])
+
+
+def _tokenizer(cfg: Config) -> tuple[Tokenizer, list[int]]:
+    """The run's tokenizer, and the ids at which generation stops."""
+    if cfg.model.path not in SHAPES:
+        opened = open_pretrained(cfg.model.path, cfg.model.tokenizer, cfg.data.chat_template)
+        return opened.tokenizer, stop_tokens(opened)
+    if cfg.model.tokenizer is None:
+        raise ConfigError(f"model.path={cfg.model.path} is a shape alone; set model.tokenizer to see the data")
+    tokenizer = open_tokenizer(cfg.model.tokenizer, cfg.data.chat_template)
+    return tokenizer, [tokenizer.eos_id]

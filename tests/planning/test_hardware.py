@@ -1,0 +1,49 @@
+"""Names of hardware as clouds and people write them."""
+
+import pytest
+
+from jlora.errors import ConfigError
+from jlora.planning.hardware import canonical
+from jlora.planning.topology import resolve
+
+
+@pytest.mark.parametrize(
+    "spec, meant",
+    [
+        ("gpu:h100:2", "gpu:h100-80gb:2"),
+        ("gpu:H100-80GB:1", "gpu:h100-80gb:1"),
+        ("gpu:h100-80gb", "gpu:h100-80gb:1"),
+        ("gpu:L4", "gpu:l4-24gb:1"),
+        ("gpu:a10g:4", "gpu:a10g-24gb:4"),
+        ("gpu:a6000:1", "gpu:rtxa6000-48gb:1"),
+        ("gpu:3090:1", "gpu:rtx3090-24gb:1"),
+        ("gpu:B200:8", "gpu:b200-180gb:8"),
+        ("gpu:My Card.yaml:2", "gpu:My Card.yaml:2"),
+        ("v5litepod-8", "tpu:v5e:2x4"),
+        ("v6e-256", "tpu:v6e:16x16"),
+        ("tpu:v4-8", "tpu:v4:2x2x1"),  # eight cores, two a chip
+        ("tpu:v5p-8", "tpu:v5p:2x2x1"),
+        ("tpu:v5p:2x2x1", "tpu:v5p:2x2x1"),
+        ("cpu:8", "cpu:8"),
+    ],
+)
+def test_what_clouds_and_people_call_it_is_known(spec, meant):
+    assert canonical(spec) == meant
+
+
+@pytest.mark.parametrize(
+    "spec, says",
+    [
+        ("gpu:a100:2", "gpu:a100-40gb:2 or gpu:a100-80gb:2"),
+        ("gpu:h1000:2", "did you mean gpu:h100-80gb:2?"),
+        ("tpu:v5ep:2x2x1", "did you mean tpu:v5p:2x2x1?"),
+        ("cpu:²", "unknown topology"),
+        ("cpu:٣", "unknown topology"),
+        ("gpu:h100:²", "unknown topology"),
+        ("v4-7", "unknown topology"),
+    ],
+)
+def test_what_is_not_known_is_named_with_the_nearest(spec, says):
+    with pytest.raises(ConfigError) as refused:
+        resolve(spec)
+    assert says in str(refused.value)
