@@ -10,10 +10,11 @@ from shared_data import needs_data
 from steps import REVIEWS, digest, largest, open_run, restore_raw, review_config, take_steps, tiny_config
 
 from jlora.data import packing
-from jlora.errors import NonFiniteError
+from jlora.errors import DataError, NonFiniteError
 from jlora.hf.peft import save_adapter
 from jlora.training import optim
 from jlora.training.checkpoint import flatten
+from jlora.training.folder import require_taken
 from jlora.training.metrics import read_metrics
 from jlora.training.run import put_batch, train
 
@@ -35,6 +36,16 @@ def test_accumulation_does_not_change_the_adapter(tiny, tmp_path, record_propert
         assert difference <= 1e-5
         np.testing.assert_allclose([x["loss"] for x in lines], [x["loss"] for x in runs[0][1]], rtol=0, atol=1e-5)
         assert [x["trained_tokens"] for x in lines] == [x["trained_tokens"] for x in runs[0][1]]
+
+
+def test_another_batch_than_the_steps_is_refused():
+    batch = {"tokens": jnp.zeros((1, 4, 8), jnp.int32), "weights": jnp.ones((1, 4, 8))}
+    compiled = jax.jit(lambda state, frozen, batch, hyper: batch).lower(0, 0, batch, 0).compile()
+    require_taken(batch, compiled, 3)
+    with pytest.raises(DataError, match=r"step 3 .* \(leaves 'tokens': shapes: \(1, 4, 9\) != \(1, 4, 8\)\)"):
+        require_taken(batch | {"tokens": jnp.zeros((1, 4, 9), jnp.int32)}, compiled, 3)
+    with pytest.raises(DataError, match=r"step 4 .* \(leaves 'weights': types: int32 != float32\)"):
+        require_taken(batch | {"weights": jnp.ones((1, 4, 8), jnp.int32)}, compiled, 4)
 
 
 def with_random_b(adapter, seed=7):
