@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, no_type_check
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,8 +19,10 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from jlora.errors import ModelError
 from jlora.model.adapter import Adapter, Lora, Saved, layer_keys, project
 from jlora.model.attention import Attention, Places
+from jlora.model.boundary import finding
 from jlora.model.layers import plus, rms_norm
 from jlora.model.quant import in_turn, quantize
 from jlora.model.remat import ATTENTION_INPUT, LAYER_INPUT, checkpointed
@@ -350,8 +353,36 @@ def abstract_decoder(cfg: ModelConfig, dtype: jnp.dtype, quantization: str | Non
     return jax.eval_shape(make)
 
 
+def require_fits(adapter: Adapter, cfg: ModelConfig) -> None:
+    """An adapter, arrays or shapes, must have the dims of the weights it belongs to.
+
+    Raises:
+      ModelError: it is another base's, and where that shows.
+    """
+    layers, shapes, stacked = cfg.num_hidden_layers, projection_shapes(cfg), block_weights(cfg)
+    for name, part in adapter.items():
+        try:
+            if isinstance(part, Lora):
+                inputs, outputs = shapes[name]
+                chex.assert_tree_shape_prefix(part.lora_a, (layers, *inputs))
+                chex.assert_tree_shape_prefix(part.lora_b, (layers,))
+                chex.assert_tree_shape_suffix(part.lora_b, outputs)
+            else:
+                whole = (layers, *stacked[name].shape) if name in stacked else (cfg.vocab_size, cfg.hidden_size)
+                chex.assert_tree_shape_prefix(part.weight, whole)
+        except AssertionError as error:
+            raise ModelError(
+                f"the adapter's {name} does not fit this base ({finding(error)}); give the base that it was trained on"
+            ) from None
+
+
 def place_adapter(adapter: Adapter, cfg: ModelConfig, mesh: jax.sharding.Mesh) -> Adapter:
-    """The adapter laid out over `mesh` like the weights it belongs to; abstract in, abstract out."""
+    """The adapter laid out over `mesh` like the weights it belongs to; abstract in, abstract out.
+
+    Raises:
+      ModelError: see `require_fits`.
+    """
+    require_fits(adapter, cfg)
 
     def lay_out(
         array: Array | np.ndarray | jax.ShapeDtypeStruct, dims: tuple[str, ...]

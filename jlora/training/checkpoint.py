@@ -15,11 +15,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import chex
 import jax
 import orbax.checkpoint as ocp
 
 from jlora.errors import ConfigError, HostLost, ModelError
 from jlora.files import manifest
+from jlora.model.boundary import finding
 from jlora.runtime import distributed
 
 Tree = Any
@@ -160,7 +162,7 @@ class Checkpoints:
 
     def identity(self, step: int) -> dict[str, Any]:
         """The identity of the run that wrote a checkpoint."""
-        return self._restore(step, identity=ocp.args.JsonRestore())["identity"]
+        return self._restore(step, {}, identity=ocp.args.JsonRestore())["identity"]
 
     def restore(self, step: int, like: Tree) -> tuple[Tree, dict[str, Any]]:
         """The state, in the structure, dtypes and placement of `like`, and the position of the data.
@@ -169,7 +171,7 @@ class Checkpoints:
           ModelError: the checkpoint is damaged or belongs to another shape.
         """
         abstract = flatten(jax.tree.map(ocp.utils.to_shape_dtype_struct, like))
-        found = self._restore(step, state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore())
+        found = self._restore(step, abstract, state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore())
         return jax.tree.unflatten(jax.tree.structure(like), [found["state"][name] for name in abstract]), found["data"]
 
     def restore_trained(self, step: int, like: Tree) -> Tree:
@@ -181,7 +183,7 @@ class Checkpoints:
         abstract = flatten({"trained": jax.tree.map(ocp.utils.to_shape_dtype_struct, like)})
         arguments = ocp.checkpoint_utils.construct_restore_args(abstract)
         part = ocp.args.PyTreeRestore(abstract, restore_args=arguments, partial_restore=True)
-        found = self._restore(step, state=part)["state"]
+        found = self._restore(step, abstract, state=part)["state"]
         return jax.tree.unflatten(jax.tree.structure(like), [found[name] for name in abstract])
 
     def close(self) -> None:
@@ -246,19 +248,30 @@ class Checkpoints:
         # A folder that is half deleted has another name than a checkpoint.
         shutil.rmtree(path.rename(path.with_name(path.name + DELETING)))
 
-    def _restore(self, step: int, **items: Any) -> Any:
+    def _restore(self, step: int, like: dict[str, Any], **items: Any) -> Any:
+        """The items of a checkpoint.
+
+        Args:
+          like: shapes and dtypes of the leaves of the state that are wanted; Orbax would cast to them without a word.
+        """
+        path = self._folder / str(step)
         try:
-            return self._checkpointer.restore(self._folder / str(step), args=ocp.args.Composite(**items))
-        except (ValueError, KeyError, TypeError, OSError) as error:
-            reason = " ".join(str(error).split())[:200]
+            if like:
+                stored = ocp.StandardCheckpointHandler().metadata(path / "state")
+                if lacking := [name for name in like if name not in stored]:
+                    raise ValueError(f"it holds no {lacking[0]}")
+                found = {name: jax.ShapeDtypeStruct(stored[name].shape, stored[name].dtype) for name in like}
+                chex.assert_trees_all_equal_shapes_and_dtypes(found, like)
+            return self._checkpointer.restore(path, args=ocp.args.Composite(**items))
+        except (AssertionError, ValueError, KeyError, TypeError, OSError) as error:
             raise ModelError(
-                f"{self._folder}/{step}: the checkpoint cannot be restored ({reason}); delete this "
+                f"{path}: the checkpoint cannot be restored ({finding(error)}); delete this "
                 "step's folder to resume from an earlier one"
             ) from None
 
     def _explain(self, step: int, error: Exception) -> Exception:
         """What a failed save is to a user; the error itself where it is a bug of ours."""
-        reason = " ".join(str(error).split())[:200]
+        reason = finding(error)
         if distributed.several() and isinstance(error, TimeoutError | jax.errors.JaxRuntimeError):
             return HostLost(
                 f"checkpoint {step} could not be saved with all processes of the job ({reason}); run the same command "

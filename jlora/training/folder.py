@@ -2,15 +2,18 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
+import chex
 import jax
 import numpy as np
 
 from jlora.config import Config
 from jlora.data.dataset import Dataset
 from jlora.data.packing import Epochs
-from jlora.errors import ConfigError, NothingTrained
+from jlora.errors import ConfigError, DataError, NothingTrained
 from jlora.files.paths import require_own
+from jlora.model.boundary import finding
 from jlora.model.sharding import local_rows, place_rows
 from jlora.training.step import TrainState
 
@@ -73,3 +76,17 @@ def put_batch(batch: dict[str, np.ndarray], parts: int, mesh: jax.sharding.Mesh)
     """This process's rows of a batch [B, T] -> [A, B / A, T] on all devices."""
     split = {name: array.reshape(parts, -1, array.shape[-1]) for name, array in batch.items()}
     return {name: place_rows(array, mesh) for name, array in split.items()}
+
+
+def require_taken(batch: dict[str, jax.Array], compiled: Any, step: int) -> None:
+    """A batch must have the arrays that the step was compiled for, by their names, shapes and dtypes.
+
+    Raises:
+      DataError: it has others, and how they differ.
+    """
+    try:
+        chex.assert_trees_all_equal_shapes_and_dtypes(batch, compiled.args_info[0][2])
+    except AssertionError as error:
+        raise DataError(
+            f"the batch of step {step} is not what steps take ({finding(error)}); please report this"
+        ) from None

@@ -67,7 +67,8 @@ def correct_tokens(
 
     def counted(h: Array, t: Array, w: Array) -> Array:
         logits = jnp.einsum("gnd,vd->gnv", h, head, preferred_element_type=jnp.float32)
-        return (jnp.argmax(constrain(logits, "act_batch", None, "act_vocab"), axis=2) == t) * w
+        likeliest = jnp.argmax(constrain(logits, "act_batch", None, "act_vocab"), axis=2)
+        return (likeliest == t).astype(w.dtype) * w
 
     def of_chunk(scanned: tuple[Array, Array, Array]) -> Array:
         return jax.lax.cond(scanned[2].any(), counted, lambda h, t, w: jnp.zeros(t.shape), *scanned)
@@ -138,7 +139,7 @@ def _over_chunks(
         loss = (normalizer - target_logit)[:, :, 0] * w
         if not (to_hidden or to_head):
             return loss, None, None
-        is_target = jnp.arange(head.shape[0])[None, None] == t[:, :, None]
+        is_target = (jnp.arange(head.shape[0])[None, None] == t[:, :, None]).astype(jnp.float32)
         to_logits = ((jnp.exp(logits - normalizer) - is_target) * w[:, :, None]).astype(h.dtype)
         to_h = jnp.einsum("gnv,vd->gnd", to_logits, head) if to_hidden else None
         to_w = None

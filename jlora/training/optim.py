@@ -134,7 +134,10 @@ def make_optimizer(
     clip = [] if cfg.max_grad_norm is None else [optax.clip_by_global_norm(cfg.max_grad_norm)]
     faster = [] if cfg.loraplus_lr_ratio is None else [_scale_by_loraplus(cfg.loraplus_lr_ratio, role_of)]
     labels = jax.tree.map(lambda role: "held" if role == HELD else "trained", role_of)
-    return optax.multi_transform({"trained": optax.chain(*clip, rule, *faster), "held": optax.set_to_zero()}, labels)
+    both = {"trained": optax.chain(*clip, rule, *faster), "held": optax.set_to_zero()}
+    whole = optax.multi_transform(both, labels)
+    # optax raises floats to the count of its steps, an integer.
+    return whole._replace(update=jax.numpy_dtype_promotion("standard")(whole.update))
 
 
 def _by_layer(rule: optax.GradientTransformation, trained: Tree, role_of: dict[str, Tree]) -> Any:

@@ -40,6 +40,7 @@ from jlora.training.folder import (
     make_run_dir,
     plan_steps,
     put_batch,
+    require_taken,
     require_trained,
     saves_left,
 )
@@ -247,6 +248,7 @@ def loop(run: Run, until: int | None, quiet: bool) -> StepMeter:
                 compile_step(run, batch, progress)
                 stop_after = signals.save_on_signals()
                 meter.start()
+            require_taken(batch, run.compiled, run.step + 1)
             run.state, metrics = run.compiled(run.state, run.frozen, batch, run.hyper)
             run.step += 1
             meter.took(run.step, metrics, run.epochs.tokens_in(run.step - 1))

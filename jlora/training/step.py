@@ -243,7 +243,7 @@ def make_train_step(
             "grad_norm": norm,
             "learning_rate": optim.learning_rate(hyper, state.step - state.skipped),
             "trained_tokens": batch["weights"].sum(),
-            "skipped_steps": state.skipped + ~accepted,
+            "skipped_steps": state.skipped + (~accepted).astype(jnp.int32),
             "skip": jnp.where(finite, jnp.where(spike, 2, 0), 1),
             **sums,
         }
@@ -251,7 +251,7 @@ def make_train_step(
             state,
             step=state.step + 1,
             skipped=metrics["skipped_steps"],
-            moved=state.moved + (accepted & (norm > 0.0) & (change > 0.0)),
+            moved=state.moved + (accepted & (norm > 0.0) & (change > 0.0)).astype(jnp.int32),
             losses=jnp.where(accepted, jnp.roll(state.losses, 1).at[0].set(loss), state.losses),
             trained=keep(trained, state.trained),
             opt_state=keep(opt_state, state.opt_state),

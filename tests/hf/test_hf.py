@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -48,7 +49,7 @@ def sharded(tmp_path_factory) -> Path:
 
 
 def assert_same(first, second) -> None:
-    jax.tree.map(np.testing.assert_array_equal, first, second)
+    chex.assert_trees_all_equal(first, second)
 
 
 def edit_config(folder: Path, **changes: Any) -> None:

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -257,7 +258,7 @@ def test_export_loads_in_peft(variant, llama, base_and_hash, tmp_path):
     assert_close(ours, torch_logits(model, tokens), 1e-4)
     assert np.abs(ours - logits(base, {}, tokens)).max() > 1e-2
     back = load_adapter(tmp_path / "adapter", base.cfg, base_hash, dropout=0.0)
-    jax.tree.map(np.testing.assert_array_equal, back, adapter)  # the structure holds scale and dropout
+    chex.assert_trees_all_equal(back, adapter)  # the structure holds scale and dropout
 
 
 def test_files_are_readable_and_no_other_stays(base_and_hash, tmp_path):

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -121,7 +122,7 @@ def test_ten_steps_are_those_of_peft(name, bases, opened, tmp_path):
     for key, part in trained.items():
         if isinstance(part, Lora):
             start = adapter[key]
-            jax.tree.map(np.testing.assert_array_equal, part.initial, start.initial)
+            chex.assert_trees_all_equal(part.initial, start.initial)
             for layer, rank in enumerate(layer_ranks(cfg.lora, key, base.cfg.num_hidden_layers)):
                 assert not np.asarray(part.lora_a[layer, ..., rank:]).any()
                 assert not np.asarray(part.lora_b[layer, rank:]).any()

@@ -8,9 +8,11 @@ import importlib.util
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from unittest.mock import Mock
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -63,6 +65,24 @@ def assert_equals_reference(kernel, qkv, segments, positions, window, tolerance)
         found, expected = np.asarray(found), np.asarray(expected)
         assert np.isfinite(found).all(), name
         np.testing.assert_allclose(found[segments > 0], expected[segments > 0], atol=tolerance, err_msg=name)
+
+
+class Attention(chex.TestCase):
+    @chex.variants(with_jit=True, without_jit=True)
+    def test_the_reference_and_tiles_are_softmax_over_a_segment(self):
+        rng = np.random.default_rng(3)
+        segments, positions = packed_rows(rng, 2, 150, 4)
+        qkv = random_qkv(rng, 2, 150, 4, 2, 8)
+        q, k, v = (np.repeat(x, 4 // x.shape[2], axis=2).astype(np.float64) for x in qkv)
+        unseen = (segments[:, :, None] != segments[:, None]) | (np.arange(150)[:, None] < np.arange(150))
+        scores = np.einsum("btnh,bsnh->bnts", q, k) * 8**-0.5 - 1e9 * unseen[:, None]
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        expected = np.einsum("bnts,bsnh->btnh", weights / weights.sum(-1, keepdims=True), v)
+        rows = map(jnp.asarray, (segments, segments, positions, positions))
+        arguments = [*map(jnp.asarray, qkv), *rows]
+        for kernel in (attention.reference, attention.blocked):
+            found = np.asarray(self.variant(partial(kernel, window=None))(*arguments))
+            np.testing.assert_allclose(found[segments > 0], expected[segments > 0], rtol=0, atol=1e-5)
 
 
 # cuDNN
@@ -166,7 +186,7 @@ def test_blocked_does_not_visit_tiles_that_see_nothing(monkeypatch):
         rows = attention.Places(*[jnp.asarray(segments)] * 4), window
         return outputs_and_gradients(lambda q, k, v: attention.blocked(q, k, v, *rows), (q, k, v), weights)
 
-    out, dq, dk, _ = run(None, (segments > 2)[..., None, None])
+    out, dq, dk, _ = run(None, (segments > 2).astype(np.float32)[..., None, None])
     assert np.isnan(out[:, :16]).all() and np.isfinite(out[:, 16:]).all()
     assert np.isfinite(dq[:, 16:]).all() and np.isfinite(dk[:, 32:]).all()
     # The same by the window: keys of two tiles before are out of sight.

@@ -18,10 +18,11 @@ from shared_data import SHARED, needs_data
 from tiny import LLAMA3_ROPE, OFF_DEFAULT, copy_folder, make_llama, make_mistral
 from transformers import AutoModelForCausalLM
 
+from jlora.errors import ModelError
 from jlora.hf.architecture import parse_config
 from jlora.hf.peft import load_adapter
 from jlora.model import attention
-from jlora.model.llama import ModelConfig, block_weights, outer_weights
+from jlora.model.llama import ModelConfig, block_weights, outer_weights, require_fits
 from jlora.model.remat import LADDER
 from jlora.model.rope import DynamicRope, LinearRope, Llama3Rope, YarnRope, rotary_table
 
@@ -178,6 +179,13 @@ def test_every_field_matters(field, start, change, with_keys):
 
 
 # Rematerialisation
+
+
+def test_an_adapter_of_another_base_is_refused(base, adapter):
+    require_fits(adapter, base.cfg)
+    for change, named in ({"num_key_value_heads": 1}, "k_proj"), ({"num_hidden_layers": 2}, "q_proj"):
+        with pytest.raises(ModelError, match=rf"adapter's {named} does not fit this base \(.* != .*\); give the base"):
+            require_fits(adapter, dataclasses.replace(base.cfg, **change))
 
 
 def test_remat_policies_agree(base, adapter):

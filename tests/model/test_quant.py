@@ -5,6 +5,7 @@ import math
 from functools import partial
 from unittest.mock import Mock
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -102,6 +103,17 @@ def test_nf4_equals_an_independent_reading_of_the_definition(shape):
     whole = np.repeat(clear.reshape(shape[0], blocks), 64, 1)
     found = np.asarray(quant.dequantize(ours, FLOAT32)).T
     np.testing.assert_allclose(found[whole], right["dequantized"][whole], rtol=1e-5, atol=1e-8)
+
+
+class Nf4(chex.TestCase):
+    @chex.variants(with_jit=True, without_jit=True)
+    def test_codes_are_the_same_compiled_and_op_by_op(self):
+        hf = coarse(128, 64)
+        ours = self.variant(partial(quant.quantize, kind="nf4", num_inputs=1))(jnp.asarray(hf.T))
+        right = reference_nf4(hf)
+        np.testing.assert_array_equal(codes_of(ours), right["codes"])
+        found = self.variant(partial(quant.dequantize, dtype=FLOAT32))(ours)
+        np.testing.assert_allclose(np.asarray(found).T, right["dequantized"], rtol=1e-5, atol=1e-8)
 
 
 @pytest.mark.parametrize("shape", [(128, 64), (1024, 576), (96, 11008), (512, 1536)])
@@ -239,9 +251,8 @@ def test_gradients_through_the_projection(kind):
     for wrap in (lambda f: f, jax.checkpoint):
         found = jax.jit(jax.grad(wrap(loss), argnums=(0, 1)))(x, lora, leaf)
         right = jax.jit(jax.grad(loss, argnums=(0, 1)))(x, lora, dense)
-        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(right), strict=True):
-            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
-            assert np.abs(b).max() > 0.01
+        chex.assert_trees_all_close(found, right, rtol=1e-5, atol=1e-6)
+        assert all(np.abs(leaf).max() > 0.01 for leaf in jax.tree.leaves(right))
 
 
 def test_bits_a_weight():

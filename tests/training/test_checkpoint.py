@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -351,11 +352,16 @@ def test_another_shape_is_refused(tmp_path):
     checkpoints = Checkpoints(tmp_path, keep=2)
     save(checkpoints, 4)
     checkpoints.wait()
-    with pytest.raises(ModelError, match="/4: the checkpoint cannot be restored"):
+    refused = "/4: the checkpoint cannot be restored "
+    with pytest.raises(ModelError, match=refused + r"\(leaves 'opt_state/.*lora_a': shapes: .* != .*\); delete"):
         checkpoints.restore(4, make_state(rank=8))
     other = make_state()
     other.trained["adapter"]["k_proj"] = other.trained["adapter"].pop("q_proj")
-    with pytest.raises(ModelError, match="/4: the checkpoint cannot be restored"):
+    with pytest.raises(ModelError, match=refused + r"\(it holds no trained/adapter/k_proj/lora_a\); delete"):
+        checkpoints.restore(4, other)
+    other = make_state()
+    other = replace(other, losses=other.losses.astype(jnp.bfloat16))
+    with pytest.raises(ModelError, match=refused + r"\(leaves 'losses': types: float32 != bfloat16\); delete"):
         checkpoints.restore(4, other)
     checkpoints.close()
 

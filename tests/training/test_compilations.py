@@ -1,11 +1,14 @@
-"""A run compiles each of its two steps once, whatever its batches, evaluations and saves."""
+"""A run traces and compiles each of its steps once, whatever its batches, evaluations, saves and samples."""
 
+import chex
 import jax
 import pytest
 from tiny import make_completions, make_llama, make_tokenizer, write_config
 
 import jlora.training.run
 from jlora.config import load_config
+from jlora.inference import generate
+from jlora.training import evaluator
 from jlora.training.run import train
 
 COMPILED = "/jax/core/compile/backend_compile_duration"  # also where the program came from a cache
@@ -25,16 +28,36 @@ def compilations():
     jax.monitoring.unregister_event_duration_listener(listen)
 
 
+@pytest.fixture
+def _traced_once(monkeypatch):
+    """Whichever step is traced a second time fails: of training, of evaluation, and both of generation."""
+    chex.clear_trace_counter()
+    make_train_step, make_eval_step = jlora.training.run.make_train_step, evaluator.make_eval_step.__wrapped__
+
+    def once(jitted, **options):
+        return jax.jit(chex.assert_max_traces(jitted.__wrapped__, n=1), **options)
+
+    static = ("kernel", "sampling", "max_new_tokens", "dtype")
+    monkeypatch.setattr(
+        jlora.training.run, "make_train_step", lambda *args: chex.assert_max_traces(make_train_step(*args), n=1)
+    )
+    monkeypatch.setattr(evaluator, "make_eval_step", lambda forward: once(make_eval_step(forward)))
+    monkeypatch.setattr(generate, "prefill", once(generate.prefill, static_argnames=static))
+    monkeypatch.setattr(generate, "decode", once(generate.decode, static_argnames=static[:2], donate_argnames="state"))
+
+
+@pytest.mark.usefixtures("_traced_once")
 def test_nothing_is_compiled_after_the_first_step(tmp_path, monkeypatch, compilations):
     make_llama(tmp_path / "base")
     make_tokenizer(tmp_path / "base")
     # 22 rows, each a packed row of its own: in an epoch the last batch of 3 holds one, and so does the last held out.
     section = {"format": "completion", "max_length": 64, "packing": False}
     data = section | {"eval": str(make_completions(tmp_path / "held.jsonl", 4))}
+    training = {"batch_size": 3, "max_steps": 10, "eval_every": 2, "save_every": 3, "samples": 2}
     cfg = load_config(
         write_config(
             *(tmp_path / "c.yaml", tmp_path / "base", make_completions(tmp_path / "rows.jsonl", 22), tmp_path / "run"),
-            **{"data": data, "training": {"batch_size": 3, "max_steps": 10, "eval_every": 2, "save_every": 3}},
+            **{"data": data, "training": training},
         )
     )
     before_each_step, put = [], jlora.training.run.put_batch

@@ -5,6 +5,7 @@ The numbers are those of the fault cases in docs/reliability.md.
 
 import json
 
+import chex
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -80,7 +81,7 @@ def test_case_6_step_of_nan_is_skipped_counted_and_named(tiny, tmp_path, monkeyp
     assert (step, rows) == (3, [f"rows.jsonl:{ORDER[2]}"]) and "not finite" in why  # whatever log_every says
     assert f"step 3: {why} (loss nan), on rows {rows[0]}; skipped (1 of at most 2)" in capsys.readouterr().err
     tensors = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
-    assert all(np.isfinite(tensor).all() for tensor in tensors.values())
+    chex.assert_tree_all_finite(tensors)
 
 
 def test_case_6_too_many_skipped_steps_end_the_run_with_the_last_checkpoint_kept(tiny, tmp_path, monkeypatch):

@@ -102,10 +102,9 @@ RULES = {
 def assert_trained(tree, expected, method: str, tolerance: float = 1e-6) -> None:
     """The trained leaves are as expected, and no other moved."""
     parts = {"lora": ("adapter", "base"), "full": ("base", "adapter")}[method]
-    for ours, theirs in zip(jax.tree.leaves(tree[parts[0]]), expected, strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=0, atol=tolerance)
+    chex.assert_trees_all_close(jax.tree.leaves(tree[parts[0]]), expected, rtol=0, atol=tolerance)
     before = params()
-    jax.tree.map(np.testing.assert_array_equal, tree[parts[1]], before[parts[1]])
+    chex.assert_trees_all_equal(tree[parts[1]], before[parts[1]])
     moved = zip(jax.tree.leaves(tree[parts[0]]), jax.tree.leaves(before[parts[0]]), strict=True)
     assert all(np.abs(a - b).max() > 1e-2 for a, b in moved)
 
@@ -160,8 +159,8 @@ def test_weight_decay_shrinks_by_rate_times_decay(name):
     """With no gradient a step multiplies by 1 - learning_rate * weight_decay, whatever the rule."""
     zero = jax.tree.map(jnp.zeros_like, params())
     tree = run(section(name=name, schedule="linear", warmup_steps=0), [zero])
-    for ours, before in zip(jax.tree.leaves(tree["adapter"]), jax.tree.leaves(params()["adapter"]), strict=True):
-        np.testing.assert_allclose(ours, before * (1 - 0.02 * 0.1), rtol=1e-6)
+    shrunk = jax.tree.map(lambda x: x * (1 - 0.02 * 0.1), params()["adapter"])
+    chex.assert_trees_all_close(tree["adapter"], shrunk, rtol=1e-6)
 
 
 # Schedules
@@ -198,8 +197,7 @@ def test_clipping_equals_torch(scale):
     after = run(cfg, [gradient])
     make = partial(torch.optim.SGD, lr=1.0)
     expected = by_torch([gradient], "lora", make, 0.7)
-    for ours, theirs in zip(jax.tree.leaves(after["adapter"]), expected, strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=3e-6)
+    chex.assert_trees_all_close(jax.tree.leaves(after["adapter"]), expected, rtol=1e-5, atol=3e-6)
     step = jax.tree.map(jnp.subtract, after["adapter"], params()["adapter"])
     norm = float(optax.tree.norm(gradient["adapter"]))
     assert float(optax.tree.norm(step)) == pytest.approx(min(norm, 0.7), rel=1e-4)

@@ -8,6 +8,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -116,7 +117,7 @@ def test_training_is_that_on_the_dequantised_base(base, tmp_path):
     stored, _ = load(base, None)
     plain, dense = (Evaluation(tmp_path / "rows.jsonl", "completion", 64)(x) for x in (stored, decoder))
     assert abs(plain - dense) > 1e-4  # quantising does change something
-    jax.tree.map(np.testing.assert_array_equal, before, jax.tree.map(np.asarray, load(base, kind)[0]))
+    chex.assert_trees_all_equal(before, jax.tree.map(np.asarray, load(base, kind)[0]))
 
 
 SHARDINGS = """

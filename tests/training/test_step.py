@@ -1,5 +1,6 @@
 """The training step: what it differentiates, what moves, and what does not change what is trained."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,10 +10,11 @@ from shared_data import needs_data
 from steps import REVIEWS, digest, largest, open_run, restore_raw, review_config, take_steps, tiny_config
 
 from jlora.data import packing
-from jlora.errors import NonFiniteError
+from jlora.errors import DataError, NonFiniteError
 from jlora.hf.peft import save_adapter
 from jlora.training import optim
 from jlora.training.checkpoint import flatten
+from jlora.training.folder import require_taken
 from jlora.training.metrics import read_metrics
 from jlora.training.run import put_batch, train
 
@@ -34,6 +36,16 @@ def test_accumulation_does_not_change_the_adapter(tiny, tmp_path, record_propert
         assert difference <= 1e-5
         np.testing.assert_allclose([x["loss"] for x in lines], [x["loss"] for x in runs[0][1]], rtol=0, atol=1e-5)
         assert [x["trained_tokens"] for x in lines] == [x["trained_tokens"] for x in runs[0][1]]
+
+
+def test_another_batch_than_the_steps_is_refused():
+    batch = {"tokens": jnp.zeros((1, 4, 8), jnp.int32), "weights": jnp.ones((1, 4, 8))}
+    compiled = jax.jit(lambda state, frozen, batch, hyper: batch).lower(0, 0, batch, 0).compile()
+    require_taken(batch, compiled, 3)
+    with pytest.raises(DataError, match=r"step 3 .* \(leaves 'tokens': shapes: \(1, 4, 9\) != \(1, 4, 8\)\)"):
+        require_taken(batch | {"tokens": jnp.zeros((1, 4, 9), jnp.int32)}, compiled, 3)
+    with pytest.raises(DataError, match=r"step 4 .* \(leaves 'weights': types: int32 != float32\)"):
+        require_taken(batch | {"weights": jnp.ones((1, 4, 8), jnp.int32)}, compiled, 4)
 
 
 def with_random_b(adapter, seed=7):
@@ -176,7 +188,7 @@ def test_every_optimizer_lowers_the_loss(tiny, tmp_path, name, learning_rate):
     run = open_run(tiny_config(tiny, tmp_path, optimizer=section, training={"batch_size": 24}))
     losses = [line["loss"] for line in take_steps(run, 4)]  # every batch holds all rows
     assert np.isfinite(losses).all() and losses[3] < losses[0] - 1e-3
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(run.state.trained))
+    chex.assert_tree_all_finite(run.state.trained)
 
 
 def test_train_on_all_counts_every_next_token(tiny, tmp_path):
@@ -226,7 +238,7 @@ def test_too_many_steps_that_are_not_finite_end_the_run(tiny, tmp_path):
     assert steps and steps[-1] < lines[-1]["step"]
     for step in steps:
         arrays = restore_raw(run_dir / "checkpoints" / str(step))
-        assert all(np.isfinite(array).all() for name, array in arrays.items() if name != "losses")
+        chex.assert_tree_all_finite({name: array for name, array in arrays.items() if name != "losses"})
         assert arrays["skipped"] <= 3
 
     # The same command meets the same end; it starts from the checkpoint.
