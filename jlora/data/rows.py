@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from jlora.data.row import MAX_ROW_BYTES, TOO_LONG, BadRow, Row
 from jlora.data.tables import read_data_set, read_parquet
@@ -127,7 +127,7 @@ def _read_csv(path: Path, name: str) -> Iterator[Row]:
             raise DataError(f"{name}:{reader.reader.line_num}: malformed CSV ({error})") from None
 
 
-def _open_text(path: Path) -> TextIO:
+def _open_text(path: Path) -> io.TextIOWrapper:
     return io.TextIOWrapper(open_theirs(path), encoding="utf-8-sig", errors="surrogateescape", newline="")
 
 
@@ -143,7 +143,7 @@ def _is_json_array(path: Path) -> bool:
 class _Window:
     """The text of a file from a place on, of which a part is in memory, and the line of that place."""
 
-    def __init__(self, stream: TextIO):
+    def __init__(self, stream: io.TextIOBase):
         self.text, self.at, self.line = "", 0, 1
         self._stream = stream
 

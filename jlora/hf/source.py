@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import ml_dtypes
 import numpy as np
@@ -55,8 +55,10 @@ class Source(Protocol):
 
     config: dict[str, Any]
 
-    @property
-    def model(self) -> ModelConfig: ...
+    if TYPE_CHECKING:  # parsed when first asked for, and so not by a look at what an object has
+
+        @property
+        def model(self) -> ModelConfig: ...
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]: ...

@@ -78,8 +78,8 @@ class Attention(chex.TestCase):
         scores = np.einsum("btnh,bsnh->bnts", q, k) * 8**-0.5 - 1e9 * unseen[:, None]
         weights = np.exp(scores - scores.max(-1, keepdims=True))
         expected = np.einsum("bnts,bsnh->btnh", weights / weights.sum(-1, keepdims=True), v)
-        rows = map(jnp.asarray, (segments, segments, positions, positions))
-        arguments = [*map(jnp.asarray, qkv), *rows]
+        places = attention.Places(*map(jnp.asarray, (segments, segments, positions, positions)))
+        arguments = [*map(jnp.asarray, qkv), places]
         for kernel in (attention.reference, attention.blocked):
             found = np.asarray(self.variant(partial(kernel, window=None))(*arguments))
             np.testing.assert_allclose(found[segments > 0], expected[segments > 0], rtol=0, atol=1e-5)
