@@ -37,13 +37,13 @@ def _traced_once(monkeypatch):
     def once(jitted, **options):
         return jax.jit(chex.assert_max_traces(jitted.__wrapped__, n=1), **options)
 
-    static = ("kernel", "sampling", "max_new_tokens", "dtype")
+    static = ("sampling", "max_new_tokens", "dtype")
     monkeypatch.setattr(
         jlora.training.run, "make_train_step", lambda *args: chex.assert_max_traces(make_train_step(*args), n=1)
     )
     monkeypatch.setattr(evaluator, "make_eval_step", lambda forward: once(make_eval_step(forward)))
     monkeypatch.setattr(generate, "prefill", once(generate.prefill, static_argnames=static))
-    monkeypatch.setattr(generate, "decode", once(generate.decode, static_argnames=static[:2], donate_argnames="state"))
+    monkeypatch.setattr(generate, "decode", once(generate.decode, static_argnames="sampling", donate_argnames="state"))
 
 
 @pytest.mark.usefixtures("_traced_once")
