@@ -81,8 +81,8 @@ def grown(adapter: Adapter, seed: int = 0) -> Adapter:
         ranks = np.array(part.ranks or (part.lora_b.shape[1],) * len(part.lora_b))
         held = np.arange(part.lora_b.shape[1])[None] < ranks[:, None]
         a, b = moved(part.lora_a, SPREAD_A), moved(part.lora_b, SPREAD)
-        a *= held.reshape(len(held), *(1 for _ in a.shape[2:]), -1)
-        b *= held.reshape(*held.shape, *(1 for _ in b.shape[2:]))
+        a = jnp.where(held.reshape(len(held), *(1 for _ in a.shape[2:]), -1), a, 0.0)
+        b = jnp.where(held.reshape(*held.shape, *(1 for _ in b.shape[2:])), b, 0.0)
         magnitude = None if part.magnitude is None else moved(part.magnitude, 0.2)
         found[name] = dataclasses.replace(part, lora_a=a, lora_b=b, magnitude=magnitude)
     return found

@@ -22,6 +22,7 @@ import torch
 from jlora.__main__ import COMMANDS
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
 torch.set_num_threads(1)
 
 

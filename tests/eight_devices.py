@@ -14,7 +14,7 @@ import json, sys
 import jax
 import numpy as np
 from jlora.config import load_config
-from jlora.train import train
+from jlora.training.run import train
 config, meshes = sys.argv[1], json.loads(sys.argv[2])
 devices = jax.devices()
 for folder, sizes in meshes.items():

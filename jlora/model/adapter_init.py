@@ -179,7 +179,7 @@ def principal(
         else:
             start, _ = jnp.linalg.qr(w @ jax.random.normal(key, (w.shape[1], rank), jnp.float32))
 
-            def iterate(_: int, q: Array) -> Array:
+            def iterate(_: Array, q: Array) -> Array:
                 return jnp.linalg.qr(w @ jnp.linalg.qr(w.T @ q)[0])[0]
 
             q = jax.lax.fori_loop(0, int(init.removeprefix("pissa_niter_")), iterate, start)

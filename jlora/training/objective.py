@@ -177,7 +177,7 @@ def _forward(chunk: int, hidden: Any, head: Any, targets: Any, weights: Any) -> 
 
 
 def _backward(chunk: int, gradients: tuple[Array | None, Array | None], scale: Array) -> tuple[Array | None, ...]:
-    to_hidden, to_head = jax.tree.map(lambda g: (g * scale).astype(g.dtype), gradients)
+    to_hidden, to_head = jax.tree.map(lambda g: (g.astype(scale.dtype) * scale).astype(g.dtype), gradients)
     return to_hidden, to_head, None, None
 
 

@@ -179,8 +179,8 @@ def fake(monkeypatch, config, capacity: float, per_row: dict[str, float], spread
         calls.append(cfg)
         shards, parts = cfg.mesh.data * cfg.mesh.fsdp, cfg.training.gradient_accumulation_steps
         rows = cfg.training.batch_size // parts // shards
-        argument = held["bytes"] * SIZES[cfg.model.quantization] / (cfg.mesh.fsdp * cfg.mesh.tensor)
-        temporaries = 1 + rows * per_row[cfg.model.remat] * cfg.data.max_length / 64 / cfg.mesh.tensor
+        argument = int(held["bytes"] * SIZES[cfg.model.quantization] / (cfg.mesh.fsdp * cfg.mesh.tensor))
+        temporaries = 1 + int(rows * per_row[cfg.model.remat] * cfg.data.max_length / 64 / cfg.mesh.tensor)
         sent = 1e9 * (cfg.mesh.fsdp - 1) * parts + 1e10 * (cfg.mesh.tensor - 1)
         tokens = cfg.training.batch_size * cfg.data.max_length
         figures = dict(temp_bytes=temporaries, sent_bytes=sent, micro_batches=parts)
@@ -192,7 +192,7 @@ def fake(monkeypatch, config, capacity: float, per_row: dict[str, float], spread
             **{"argument_bytes": argument, "temp_bytes": temporaries, "base_bytes": argument, "adapter_bytes": 0},
             **{"optimizer_bytes": 0, "batch_bytes": 0, "flops_per_step": flops, "sent_bytes_per_step": sent},
             **{"tokens_per_step": tokens, "compile_seconds": 0.0},
-            **dict.fromkeys(("attention", "offloaded_bytes", "trainable_params", "frozen_params", "naive")),
+            **{"attention": "xla", "offloaded_bytes": None, "trainable_params": 1, "frozen_params": 1, "naive": {}},
             estimate=estimate(target, flops=flops, tokens=tokens, **figures, remat=cfg.model.remat),
         )
 

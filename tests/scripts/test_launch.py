@@ -224,7 +224,7 @@ def test_tpu_vm_runs_everywhere_and_keeps_the_exit_code(tmp_path):
     assert done.stdout.startswith("error: ") and str(missing) in done.stdout
     assert "--worker=all" in (tmp_path / "calls").read_text(encoding="utf-8")
     done = run(["bash", LAUNCH / "tpu-vm.sh", "go", "pod", "zone"], tmp_path)
-    assert done.returncode == 2 and "none of install, run, stop" in done.stderr
+    assert done.returncode == 2 and "not one of install, run, stop" in done.stderr
 
 
 def test_local_gives_the_exit_code_of_its_processes(tmp_path):
