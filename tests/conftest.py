@@ -9,7 +9,10 @@ from pathlib import Path
 # Before JAX is imported, here or in a process that a test starts.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".pytest_cache" / "jax"))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+# Most programs run a few times on next to nothing: most of the suite's time went into what LLVM would make of them.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
 # As `train` sets it by starting itself again, which its tests need not do each time.
 os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -43,6 +46,18 @@ def _no_signal_handlers_left(request: pytest.FixtureRequest):
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture(scope="module")
+def optimized():
+    """Programs are compiled as they are for users, here and in processes that are started: for runs of many steps."""
+    flag = "jax_disable_most_optimizations"
+    before = jax.config.read(flag)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(flag.upper(), "0")
+        jax.config.update(flag, False)
+        yield
+        jax.config.update(flag, before)
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """What `train` puts together, to be stepped by hand."""
 
 import hashlib
-from functools import cache, partial
+from functools import cache
 from types import SimpleNamespace
 
 import jax
@@ -46,8 +46,8 @@ def open_base(path, dtype):
     return load_pretrained(open_pretrained(path, None, None), dtype, one_device_mesh())
 
 
-def open_run(cfg, num_steps=20):
-    """What `train` puts together, to be stepped by hand."""
+def open_run(cfg, num_steps=20, like=None):
+    """What `train` puts together, to be stepped by hand; with the compiled step of a run that it is `like`."""
     mesh = one_device_mesh()
     pretrained = open_base(cfg.model.path, param_dtype(cfg))
     _, forward = make_forward(cfg, pretrained.base.cfg, mesh)
@@ -64,18 +64,18 @@ def open_run(cfg, num_steps=20):
         epochs=Epochs(train_data, cfg.data, cfg.training.batch_size, cfg.training.seed),
         state=init_state(trained, cfg, mesh),
         frozen=frozen,
-        step=partial(make_train_step(cfg, forward), hyper=hyper),
+        step=like.step if like else jax.jit(make_train_step(cfg, forward)),
+        hyper=hyper,
     )
 
 
 def take_steps(run, count, same=None):
     """Take steps in place, on the run's batches or always on the `same`; returns their metrics."""
     batches = packing.batches(run.epochs, run.cfg.training.batch_size)
-    step = jax.jit(run.step, donate_argnums=0)
     lines = []
     for _ in range(count):
         batch = same or put_batch(next(batches), run.cfg.training.gradient_accumulation_steps, run.mesh)
-        run.state, metrics = step(run.state, run.frozen, batch)
+        run.state, metrics = run.step(run.state, run.frozen, batch, run.hyper)
         lines.append({name: value.item() for name, value in metrics.items()})
     return lines
 

@@ -129,7 +129,7 @@ print(json.dumps({
 
 def start(code: str, *args: str, devices: int = 8) -> subprocess.Popen:
     env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-    env["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}" if devices else ""
+    env |= {"JAX_NUM_CPU_DEVICES": str(devices)} if devices else {}
     pipe = subprocess.PIPE
     return subprocess.Popen([sys.executable, "-c", code, *args], cwd=ROOT, env=env, stdout=pipe, stderr=pipe, text=True)
 

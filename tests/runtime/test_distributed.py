@@ -69,7 +69,7 @@ class Job:
     def __init__(self, config, count, devices, *overrides, code=TRAIN, own=None, folders=None, env=None):
         job = [f"distributed.coordinator=127.0.0.1:{free_port()}", f"distributed.num_processes={count}"]
         job += [f"distributed.host_timeout={HOST_TIMEOUT}", "distributed.start_timeout=60"]
-        cpu = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
+        cpu = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), "PYTHONPATH": str(ROOT)}
         self.processes = [
             subprocess.Popen(
                 [sys.executable, "-c", code, "--config", str(config), *job, f"distributed.process_id={i}"]

@@ -20,7 +20,7 @@ from jlora.training.export import export
 from jlora.training.metrics import read_metrics
 from jlora.training.run import train
 
-pytestmark = pytest.mark.usefixtures("mesh_of_one")
+pytestmark = pytest.mark.usefixtures("optimized", "mesh_of_one")
 
 
 def examples_of_steps(cfg, pretrained, num_steps):

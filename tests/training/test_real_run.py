@@ -4,6 +4,7 @@ import json
 import warnings
 from types import SimpleNamespace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ from jlora.training.metrics import read_metrics
 from jlora.training.run import train
 from jlora.training.step import make_eval_step
 
-pytestmark = pytest.mark.usefixtures("mesh_of_one")
+pytestmark = pytest.mark.usefixtures("optimized", "mesh_of_one")
 
 
 @pytest.fixture(scope="module")
@@ -154,3 +155,16 @@ def test_init_from_goes_on_from_a_peft_adapter(reviews_run, tmp_path):
             train(review_config(tmp_path, lora=lora | {key: value}), quiet=True)
     with pytest.raises(ModelError, match="neither a PEFT adapter folder"):
         train(review_config(tmp_path, lora=lora | {"init_from": str(tmp_path)}), quiet=True)
+
+
+@needs_data
+def test_bfloat16_trains_float32_adapters(tmp_path, record_property):
+    optimizer = {"learning_rate": 5e-3, "schedule": "constant"}
+    cfg = review_config(tmp_path, model={"dtype": "bfloat16", "remat": "full"}, optimizer=optimizer)
+    run = open_run(cfg)
+    assert {leaf.dtype for leaf in jax.tree.leaves(run.pretrained.base)} == {jnp.dtype("bfloat16")}
+    losses = [line["loss"] for line in take_steps(run, 16)]
+    record_property("losses", losses)
+    assert np.mean(losses[-4:]) < np.mean(losses[:4]) - 0.2
+    leaves = [leaf for leaf in jax.tree.leaves((run.state.trained, run.state.opt_state)) if leaf.ndim]
+    assert {leaf.dtype for leaf in leaves} == {jnp.dtype("float32")}

@@ -242,7 +242,7 @@ def test_eight_adapters_take_less_time_together(tmp_path):
 def test_on_a_mesh(tiny):
     """Each adapter is that of its separate run on the same mesh."""
     config = configure(tiny, SWEEP[:2], "mesh.yaml")
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    env = os.environ | {"JAX_NUM_CPU_DEVICES": "4"}
     command = [sys.executable, ROOT / "scripts" / "sweep_side_by_side", "--config", config, "--json"]
     done = subprocess.run([*command, "mesh.fsdp=2", "mesh.tensor=2"], capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
