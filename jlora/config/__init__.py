@@ -1,7 +1,7 @@
 """The run configuration: YAML file + `dotted.key=value` overrides -> one validated `Config`."""
 
 from jlora.config.lora import ATTENTION_PROJECTIONS, MLP_PROJECTIONS, PROJECTIONS, LoraSection
-from jlora.config.mixture import Source
+from jlora.config.mixture import DataSource
 from jlora.config.reading import describe, load_config, read_yaml, read_yaml_of
 from jlora.config.reference import yaml_scalar
 from jlora.config.section import nearest

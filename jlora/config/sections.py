@@ -11,7 +11,7 @@ import yaml
 from pydantic import AfterValidator, Field, PositiveInt, field_validator, model_validator
 
 from jlora.config.lora import LoraSection
-from jlora.config.mixture import Source, check_mixture
+from jlora.config.mixture import DataSource, check_mixture
 from jlora.config.section import NonEmpty, NonNegative, Section
 
 MOST_STEPS = 2**31 - 1  # of int32, which steps are counted in
@@ -61,7 +61,7 @@ class ModelSection(Section):
 class DataSection(Section):
     """Rows, and how they become batches."""
 
-    train: NonEmpty | Annotated[list[Source], Field(min_length=1)] = Field(
+    train: NonEmpty | Annotated[list[DataSource], Field(min_length=1)] = Field(
         description="json, jsonl, parquet, csv or txt file, a folder of them, or a hub data set; or a list of such, "
         "each {path, weight}, of which an epoch has shares by weight: see docs/data.md"
     )
@@ -109,9 +109,9 @@ class DataSection(Section):
         return check_mixture(value) if isinstance(value, list) else value
 
     @property
-    def sources(self) -> list[Source]:
+    def sources(self) -> list[DataSource]:
         """The sources of `train`; one without weight where it is no mixture."""
-        return [Source(path=self.train)] if isinstance(self.train, str) else self.train
+        return [DataSource(path=self.train)] if isinstance(self.train, str) else self.train
 
     @property
     def longest(self) -> int:

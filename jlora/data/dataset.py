@@ -71,7 +71,7 @@ def lengths_of(examples: Sequence[Example]) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class Part:
+class FromSource:
     """One source of a mixture.
 
     Attributes:
@@ -107,7 +107,7 @@ class Dataset:
     dropped: Counter[str] = field(default_factory=Counter)
     places: Sequence[str] = field(default_factory=list)
     digest: str = ""
-    parts: tuple[Part, ...] = ()
+    parts: tuple[FromSource, ...] = ()
 
     @property
     def lengths(self) -> np.ndarray:

@@ -11,7 +11,7 @@ import numpy as np
 from jlora.config import Config, DataSection
 from jlora.data.dataset import Dataset, hold_out
 from jlora.data.mixture import join
-from jlora.data.prompts import Example, Layout, encode_layouts, encode_pair, lay_out
+from jlora.data.prompts import Example, RowText, encode_pair, encode_texts, lay_out
 from jlora.data.rows import BadRow, Row, read_rows
 from jlora.data.store import Keep, content_key, stamp, stored
 from jlora.data.tokens import Tokenizer
@@ -127,7 +127,7 @@ def _grouped(
     rows: Iterator[Row], tokenizer: Tokenizer, cfg: DataSection
 ) -> Iterator[list[tuple[Row, list[Example] | BadRow]]]:
     """Rows with their sequences, as many together as are tokenised at once."""
-    waiting: list[tuple[Row, Layout | list[Example] | BadRow]] = []
+    waiting: list[tuple[Row, RowText | list[Example] | BadRow]] = []
     characters = 0
     for row in rows:
         try:
@@ -136,7 +136,7 @@ def _grouped(
             waiting.append((row, bad))
         else:
             waiting.append((row, laid))
-            characters += len(laid.text) if isinstance(laid, Layout) else 0
+            characters += len(laid.text) if isinstance(laid, RowText) else 0
         if len(waiting) == AT_ONCE or characters > CHARACTERS:
             yield _encode(waiting, tokenizer)
             waiting, characters = [], 0
@@ -144,7 +144,7 @@ def _grouped(
         yield _encode(waiting, tokenizer)
 
 
-def _lay_out(row: Row, tokenizer: Tokenizer, cfg: DataSection) -> Layout | list[Example]:
+def _lay_out(row: Row, tokenizer: Tokenizer, cfg: DataSection) -> RowText | list[Example]:
     if isinstance(row.value, BadRow):
         raise row.value
     if not isinstance(row.value, dict):
@@ -155,12 +155,12 @@ def _lay_out(row: Row, tokenizer: Tokenizer, cfg: DataSection) -> Layout | list[
 
 
 def _encode(
-    waiting: list[tuple[Row, Layout | list[Example] | BadRow]], tokenizer: Tokenizer
+    waiting: list[tuple[Row, RowText | list[Example] | BadRow]], tokenizer: Tokenizer
 ) -> list[tuple[Row, list[Example] | BadRow]]:
-    encoded = iter(encode_layouts(tokenizer, [laid for _, laid in waiting if isinstance(laid, Layout)]))
+    encoded = iter(encode_texts(tokenizer, [laid for _, laid in waiting if isinstance(laid, RowText)]))
     found: list[tuple[Row, list[Example] | BadRow]] = []
     for row, laid in waiting:
-        if isinstance(laid, Layout):
+        if isinstance(laid, RowText):
             example = next(encoded)
             found.append((row, example if isinstance(example, BadRow) else [example]))
         else:

@@ -12,14 +12,14 @@ from collections import Counter
 
 import numpy as np
 
-from jlora.config import Source
-from jlora.data.dataset import Chained, Dataset, Part
+from jlora.config import DataSource
+from jlora.data.dataset import Chained, Dataset, FromSource
 
 
-def join(sources: list[Source], datasets: list[Dataset]) -> Dataset:
+def join(sources: list[DataSource], datasets: list[Dataset]) -> Dataset:
     """The rows of all sources."""
     parts = tuple(
-        Part(source.path, source.weight, len(rows.examples), rows.read, rows.truncated, dict(rows.dropped))
+        FromSource(source.path, source.weight, len(rows.examples), rows.read, rows.truncated, dict(rows.dropped))
         for source, rows in zip(sources, datasets, strict=True)
     )
     identity = [[rows.digest, source.weight] for source, rows in zip(sources, datasets, strict=True)]
@@ -34,7 +34,7 @@ def join(sources: list[Source], datasets: list[Dataset]) -> Dataset:
     )
 
 
-def drawn(parts: tuple[Part, ...], epoch: int) -> list[tuple[int, int]]:
+def drawn(parts: tuple[FromSource, ...], epoch: int) -> list[tuple[int, int]]:
     """From where to where an epoch goes in each source's endless order of rows."""
     total = sum(part.examples for part in parts)
     weights = [part.examples if part.weight is None else part.weight for part in parts]

@@ -15,7 +15,7 @@ from jlora.data.tokens import Tokenizer
 SHOWN = 2048
 SHOWN_CUT = 64
 
-Part = Literal["context", "trained", "cut", "gap"]
+Mark = Literal["context", "trained", "cut", "gap"]
 # Control characters, of which a terminal or HTML makes something else, and those that turn the direction of a text.
 _HIDDEN = (*range(32), *range(127, 160), *range(0x202A, 0x202F), *range(0x2066, 0x206A))
 _CONTROLS = {c: "\N{REPLACEMENT CHARACTER}" for c in _HIDDEN if c not in (9, 10)}
@@ -26,7 +26,7 @@ class Piece(NamedTuple):
 
     id: int
     text: str
-    part: Part
+    part: Mark
     special: bool
 
 

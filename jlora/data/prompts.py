@@ -49,7 +49,7 @@ class Example(NamedTuple):
         return [Example(self.ids[part], self.trained[part]) for part in (slice(self.second), slice(self.second, None))]
 
 
-class Layout(NamedTuple):
+class RowText(NamedTuple):
     """The text of a row, and the spans of its characters that are trained; `chat`: it comes from a chat template."""
 
     text: str
@@ -58,17 +58,17 @@ class Layout(NamedTuple):
 
 
 def encode_row(tokenizer: Tokenizer, row: dict[str, Any], *, format: str, prompt: str, train_on: str) -> Example:
-    """The tokens of a whole row, not truncated, and which of them are trained: `lay_out` and `encode_layouts` of one.
+    """The tokens of a whole row, not truncated, and which of them are trained: `lay_out` and `encode_texts` of one.
 
     Raises BadRow, and ConfigError if a chat template is needed and there is none.
     """
-    (found,) = encode_layouts(tokenizer, [lay_out(tokenizer, row, format=format, prompt=prompt, train_on=train_on)])
+    (found,) = encode_texts(tokenizer, [lay_out(tokenizer, row, format=format, prompt=prompt, train_on=train_on)])
     if isinstance(found, BadRow):
         raise found
     return found
 
 
-def lay_out(tokenizer: Tokenizer, row: dict[str, Any], *, format: str, prompt: str, train_on: str) -> Layout:
+def lay_out(tokenizer: Tokenizer, row: dict[str, Any], *, format: str, prompt: str, train_on: str) -> RowText:
     """The text of a row, before it is tokenised.
 
     `format` is any but preference; `prompt` ("stanford" or "chat") matters to alpaca rows only;
@@ -82,13 +82,13 @@ def lay_out(tokenizer: Tokenizer, row: dict[str, Any], *, format: str, prompt: s
         messages = _messages(row, format, answered=True)
         text = _render(tokenizer, messages, add_generation_prompt=False)
         spans = _assistant_spans(tokenizer, messages, text) if train_on == "response" else [(0, len(text))]
-        return Layout(text, spans, True)
+        return RowText(text, spans, True)
     head = _head(row, format)
     text = head + _response(row, format)
-    return Layout(text, [(len(head) if train_on == "response" else 0, len(text))], False)
+    return RowText(text, [(len(head) if train_on == "response" else 0, len(text))], False)
 
 
-def encode_layouts(tokenizer: Tokenizer, layouts: list[Layout]) -> list[Example | BadRow]:
+def encode_texts(tokenizer: Tokenizer, layouts: list[RowText]) -> list[Example | BadRow]:
     """The tokens of rows laid out, encoded together, which is faster than one by one."""
     ends = [{len(laid.text), *itertools.chain(*laid.spans)} for laid in layouts]
     texts = [laid.text[:end] for laid, some in zip(layouts, ends, strict=True) for end in some]

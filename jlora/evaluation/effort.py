@@ -110,7 +110,7 @@ def effort(cfg: Config, options: Options, quiet: bool) -> tuple[Record, list[Use
     plan = [(one, way, identify(cfg, options, one, way, rows)) for one in opened for way in strategies]
     order = [identity for _, _, identity in plan]
     failures: list[UserError] = []
-    with lock.held(folder):
+    with lock.locked(folder):
         results = Results(folder)
         for one in opened:
             shared = Shared(opened=one)

@@ -27,7 +27,7 @@ from jlora.data.tokens import Tokenizer
 from jlora.errors import DataError
 from jlora.inference.answers import Question
 
-Row = dict[str, Any]
+Fields = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -64,16 +64,16 @@ class Rows:
       left_out: training rows that equal a held-out row.
     """
 
-    train: list[Row]
-    heldout: list[Row]
+    train: list[Fields]
+    heldout: list[Fields]
     left_out: int
 
-    def text(self, rows: list[Row]) -> str:
+    def text(self, rows: list[Fields]) -> str:
         """Rows as JSONL."""
         return "".join(_line(row) + "\n" for row in rows)
 
 
-def _line(row: Row) -> str:
+def _line(row: Fields) -> str:
     return json.dumps(row, ensure_ascii=False, sort_keys=True, default=str)
 
 
@@ -119,13 +119,13 @@ def _usable(source: str, tokenizers: list[Tokenizer], section: DataSection) -> D
     return replace(read[0], examples=[e for e, _ in pairs], places=[p for _, p in pairs])
 
 
-def _take(source: str, chosen: Dataset, section: DataSection) -> list[Row]:
+def _take(source: str, chosen: Dataset, section: DataSection) -> list[Fields]:
     """The rows themselves, in the order of the file."""
     places = set(chosen.places)
     return [row.value for row in read_rows(source, section.split) if row.where in places]
 
 
-def _shuffled(rows: list[Row], seed: list[int]) -> list[Row]:
+def _shuffled(rows: list[Fields], seed: list[int]) -> list[Fields]:
     return [rows[i] for i in np.random.default_rng(seed).permutation(len(rows))]
 
 
@@ -146,7 +146,7 @@ class Asked:
     shots: float
 
 
-def ask(rows: list[Row], shots: list[Row], section: DataSection, tokenizer: Tokenizer, room: int | None) -> Asked:
+def ask(rows: list[Fields], shots: list[Fields], section: DataSection, tokenizer: Tokenizer, room: int | None) -> Asked:
     """Rows with worked examples before them, or bare where there are none.
 
     Args:
@@ -172,7 +172,7 @@ def ask(rows: list[Row], shots: list[Row], section: DataSection, tokenizer: Toke
 
 
 def _fitting(
-    row: Row, shots: list[Row], style: dict[str, str], tokenizer: Tokenizer, room: int | None
+    row: Fields, shots: list[Fields], style: dict[str, str], tokenizer: Tokenizer, room: int | None
 ) -> tuple[list[int], int]:
     """The prompt with as many of the examples as there is room for, and how many those are."""
     for count in range(len(shots), 0, -1):
@@ -183,7 +183,7 @@ def _fitting(
     return encode_prompt(tokenizer, row, **style), 0
 
 
-def _scored(row: Row, shots: list[Row], section: DataSection, tokenizer: Tokenizer) -> Example:
+def _scored(row: Fields, shots: list[Fields], section: DataSection, tokenizer: Tokenizer) -> Example:
     """The row's answer after its examples; of it just the tokens count that count, and fit, without them."""
     style = {"prompt": section.prompt, "train_on": "response"}
     bare = encode_row(tokenizer, row, format=section.format, **style)

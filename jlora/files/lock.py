@@ -26,7 +26,7 @@ WAIT_SECONDS = 5.0
 
 
 @contextmanager
-def held(run_dir: Path, mine: bool = True) -> Iterator[None]:
+def locked(run_dir: Path, mine: bool = True) -> Iterator[None]:
     """Hold the folder's lock, so that no other run writes there.
 
     Args:

@@ -183,7 +183,7 @@ def _pieces(source: Source, name: str, share: Share, size: int, start: int) -> I
         yield cut[rows, (left, right)]
 
 
-def _load_tensor(source: Source, name: str, entry: Entry, share: Share, leaf: "Leaf", local: Mesh) -> bool:
+def _load_tensor(source: Source, name: str, entry: Entry, share: Share, leaf: "Loaded", local: Mesh) -> bool:
     """Writes the tensor into the leaf's buffers; whether all of it that was read is finite."""
     spread = NamedSharding(local, DEVICE)
     shapes = [list(spread.shard_shape(buffer.shape)) for buffer in leaf.buffers]
@@ -226,7 +226,7 @@ def stored_digest(source: Source, name: str) -> bytes:
 
 
 @dataclass
-class Leaf:
+class Loaded:
     """One leaf of the decoder on its way to the devices.
 
     Attributes:
@@ -250,7 +250,9 @@ class Leaf:
     buffers: tuple[jax.Array, ...]
 
     @classmethod
-    def empty(cls, param: nnx.Param, name: str, shape: tuple[int, ...], mesh: Mesh, local: Mesh, where: str) -> "Leaf":
+    def empty(
+        cls, param: nnx.Param, name: str, shape: tuple[int, ...], mesh: Mesh, local: Mesh, where: str
+    ) -> "Loaded":
         """Zeros for an abstract `param` of `shape`; ConfigError where `mesh` does not divide it."""
         abstract = param.get_raw_value()
         sharding = named_sharding(mesh, param.axes)
@@ -346,13 +348,15 @@ def load_base(
     processes, process = (jax.process_count(), jax.process_index()) if mesh.is_multi_process else (1, 0)
     digests = np.zeros((len(table), 33), np.uint8)  # and a flag: refused
     failure: ModelError | None = None
-    leaves: dict[str, Leaf] = {}
+    leaves: dict[str, Loaded] = {}
     with jax.set_mesh(local), ThreadPoolExecutor(1) as hasher:
         for number, (name, entry) in enumerate(table.items()):
             if entry.leaf not in leaves:
                 owner = decoder if entry.layer is None else decoder.layers
                 shape = entry.shape if entry.layer is None else (cfg.num_hidden_layers, *entry.shape)
-                leaves[entry.leaf] = Leaf.empty(getattr(owner, entry.leaf), entry.leaf, shape, mesh, local, where)
+                leaves[entry.leaf] = Loaded.empty(
+                    getattr(owner, entry.leaf), entry.leaf, shape, mesh, local, where
+                )
             leaf = leaves[entry.leaf]
             try:
                 # Meanwhile: the file is read from disk once for both, and hashing takes as long as the rest.

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from jlora.config import ATTENTION_PROJECTIONS, PROJECTIONS, LoraSection
 from jlora.model.layers import times
 from jlora.model.precision import products_in
-from jlora.model.quant import Leaf, Quantized, dequantize, quantized_einsum
+from jlora.model.quant import Quantized, Weight, dequantize, quantized_einsum
 
 # The checkpoint name of a product with a quantised weight, for `jlora.model.remat`.
 QUANTIZED_PRODUCT = "quantized_product"
@@ -127,7 +127,7 @@ def with_scales(adapter: Adapter, scales: dict[str, Any]) -> Adapter:
 def project(
     equation: str,
     x: Float[Array, "B T *inputs"],
-    weight: Leaf,
+    weight: Weight,
     lora: Lora | None,
     dropout_key: PRNGKeyArray | None,
 ) -> Float[Array, "B T *outputs"]:
@@ -164,7 +164,7 @@ def _scaled(delta: Float[Array, "B T *outputs"], lora: Lora) -> Float[Array, "B 
 
 
 def _dense(
-    equation: str, x: Float[Array, "B T *inputs"], weight: Leaf, lora: Lora | None
+    equation: str, x: Float[Array, "B T *inputs"], weight: Weight, lora: Lora | None
 ) -> Float[Array, "B T *outputs"]:
     """x W, less the product of the initial factors: with PiSSA and OLoRA the adapter stands on W - scale * B0 A0.
 
@@ -180,7 +180,7 @@ def _dense(
     return y - _scaled(_low_rank(equation, x, a, b), lora)
 
 
-def weight_norm(weight: Leaf, lora: Lora, dtype: jnp.dtype) -> Float[Array, "*outputs"]:
+def weight_norm(weight: Weight, lora: Lora, dtype: jnp.dtype) -> Float[Array, "*outputs"]:
     """Norm over the inputs of W + scale * B A, the output dims; float32 and without gradient (arXiv:2402.09353, 4.3).
 
     From |W|^2 + 2 scale <W, B A> + scale^2 |B A|^2, by products of rank R: B A is never formed, which would take as

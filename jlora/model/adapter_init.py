@@ -21,7 +21,7 @@ from jlora.errors import ConfigError
 from jlora.model.adapter import Adapter, Lora, Saved, layer_ranks, module_path, new_lora, weight_norm
 from jlora.model.llama import Decoder, ModelConfig, block_weights, outer_weights, projection_shapes
 from jlora.model.precision import products_in
-from jlora.model.quant import Leaf, dequantize
+from jlora.model.quant import Weight, dequantize
 
 
 def check_options(cfg: LoraSection, model: ModelConfig) -> None:
@@ -120,24 +120,24 @@ def _completed(part: Lora | Saved, name: str, cfg: LoraSection, base: Decoder, s
     return _with_magnitude(leaf, part) if cfg.use_dora else part
 
 
-def _whole(leaf: Leaf) -> jax.sharding.Sharding | None:
+def _whole(leaf: Weight) -> jax.sharding.Sharding | None:
     sharding = jax.tree.leaves(leaf)[0].sharding
     if not isinstance(sharding, jax.sharding.NamedSharding):
         return None
     return jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
 
 
-def _with_magnitude(leaf: Leaf, lora: Lora) -> Lora:
+def _with_magnitude(leaf: Weight, lora: Lora) -> Lora:
     """DoRA's magnitude: the norm of what the projection starts from."""
     one_layer = partial(weight_norm, dtype=jnp.dtype("float32"))
 
-    def norms(leaf: Leaf, lora: Lora) -> Array:
+    def norms(leaf: Weight, lora: Lora) -> Array:
         return jax.lax.map(lambda at: one_layer(*at), (leaf, lora))
 
     return replace(lora, magnitude=jax.jit(norms, out_shardings=_whole(leaf))(leaf, lora))
 
 
-def _taken_from(leaf: Leaf, name: str, lora: Lora, cfg: LoraSection, num_layers: int, seed: int) -> Lora:
+def _taken_from(leaf: Weight, name: str, lora: Lora, cfg: LoraSection, num_layers: int, seed: int) -> Lora:
     """Factors taken from each layer's weight, held and trained."""
     ranks = layer_ranks(cfg, name, num_layers)
     make = jax.jit(principal, static_argnames=("init", "rank", "num_outputs"), out_shardings=_whole(leaf))
@@ -158,7 +158,7 @@ def _taken_from(leaf: Leaf, name: str, lora: Lora, cfg: LoraSection, num_layers:
 
 @products_in(jnp.dtype("float32"))
 def principal(
-    leaf: Leaf, init: str, rank: int, num_outputs: int, key: PRNGKeyArray, scale: Float[Array, ""]
+    leaf: Weight, init: str, rank: int, num_outputs: int, key: PRNGKeyArray, scale: Float[Array, ""]
 ) -> tuple[Float[Array, "*inputs R"], Float[Array, " R *outputs"]]:
     """A [*inputs, R] and B [R, *outputs] of one layer's weight, in float32, as `LoraLayer` of PEFT makes them.
 

@@ -13,7 +13,7 @@ from jlora.model.adapter import Adapter, Lora, new_lora
 COMBINATIONS = ("linear", "cat", "svd")
 
 # A [in, R], B [R, out] and what their product is multiplied by, the adapter's weight included.
-Part = tuple[np.ndarray, np.ndarray, float]
+Factors = tuple[np.ndarray, np.ndarray, float]
 
 
 def combine_adapters(
@@ -46,7 +46,7 @@ def combine_adapters(
     rank = sum(ranks) if how == "cat" else rank if how == "svd" and rank else max(ranks)
     targets = [name for name in PROJECTIONS if any(name in one for one in parts)]
     num_layers = next(iter(parts[0].values())).lora_a.shape[0]
-    found: dict[str, list[list[Part]]] = {
+    found: dict[str, list[list[Factors]]] = {
         name: [
             [_at(one[name], layer, weight) for one, weight in zip(parts, weights, strict=True) if name in one]
             for layer in range(num_layers)
@@ -75,7 +75,7 @@ def combine_adapters(
     return combined, section
 
 
-def _at(lora: Lora, layer: int, weight: float) -> Part:
+def _at(lora: Lora, layer: int, weight: float) -> Factors:
     """One layer's factors; multiplied by 0 where it has no adapter."""
     kept = lora.lora_b.shape[1] if lora.ranks is None else lora.ranks[layer]
     scale = float(lora.scale[layer])
@@ -84,7 +84,7 @@ def _at(lora: Lora, layer: int, weight: float) -> Part:
     return a.reshape(-1, rank)[:, : kept or rank], b.reshape(rank, -1)[: kept or rank], scale * weight
 
 
-def _combined(parts: list[Part], how: str, rank: int) -> tuple[np.ndarray, np.ndarray] | None:
+def _combined(parts: list[Factors], how: str, rank: int) -> tuple[np.ndarray, np.ndarray] | None:
     """The factors of one layer, of `rank` or less; None where no adapter has any."""
     if not parts:
         return None

@@ -95,7 +95,7 @@ class Quantized:
         return math.prod(self.scales.shape) // num_scales * num_inputs
 
 
-Leaf = Array | Quantized
+Weight = Array | Quantized
 
 
 def is_quantized(leaf: Any) -> bool:
@@ -189,7 +189,7 @@ def quantize_absmax(
     return by_channel(codes), second[:: math.gcd(num_blocks, SECOND_BLOCK)], offset
 
 
-def dequantize(leaf: Leaf, dtype: jnp.dtype) -> Float[Array, "*weight"]:
+def dequantize(leaf: Weight, dtype: jnp.dtype) -> Float[Array, "*weight"]:
     """One layer's weight [*inputs, *outputs] in `dtype`; the arithmetic is in float32. An array is only cast."""
     if not isinstance(leaf, Quantized):
         return leaf.astype(dtype)
@@ -303,7 +303,7 @@ def _look_up(table: np.ndarray, codes: Array) -> Array:
     return jnp.asarray(table).at[codes.astype(jnp.int32)].get(mode="promise_in_bounds")
 
 
-def in_turn(leaf: Leaf, y: Array, x: Array) -> tuple[Array, Array]:
+def in_turn(leaf: Weight, y: Array, x: Array) -> tuple[Array, Array]:
     """`y`, made with `leaf`, and `x`, to be used after it: else the compiler dequantises two weights for one input
     at once. The backward pass goes the other way. Nothing changes where the leaf is an array."""
     return jax.lax.optimization_barrier((y, x)) if isinstance(leaf, Quantized) else (y, x)

@@ -119,7 +119,7 @@ def train(cfg: Config, quiet: bool = False, shared: Shared | None = None, until:
     watch = Watch(cfg.distributed.step_timeout)  # before the processes compare anything: one that differs ends all
     main = distributed.is_main()
     quiet = quiet or not main
-    with lock.held(folder, main), jax.set_mesh(mesh):
+    with lock.locked(folder, main), jax.set_mesh(mesh):
         require_one_job(cfg, folder)
         run = open_run(cfg, folder, mesh, watch, shared or Shared(), quiet)
         finished = resume(run)

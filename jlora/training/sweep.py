@@ -85,7 +85,7 @@ def train_together(cfg: Config, quiet: bool = False) -> dict[str, Any]:
     folder = make_run_dir(cfg)
     sweep = Sweep({Path(each.output_dir).name: each for each in variants(cfg)}, quiet, Shared())
     require_own(folder, ConfigError, sweep.configs)
-    with lock.held(folder):
+    with lock.locked(folder):
         for each in sweep.configs.values():  # what is wrong with the last is told before the first is trained
             model = sweep.shared.open(each).model
             check_options(each.lora, model)

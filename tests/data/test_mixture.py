@@ -10,7 +10,7 @@ import pytest
 from data_files import RANDOM_LENGTHS, jsonl, lengths_dataset, section, write
 from tiny import make_completions, make_llama, make_tokenizer, write_config
 
-from jlora.config import Source, load_config
+from jlora.config import DataSource, load_config
 from jlora.data.checks import count_sources
 from jlora.data.dataset import hold_out
 from jlora.data.encoding import read_data
@@ -24,7 +24,7 @@ from jlora.training.run import train
 def mixture(sizes, weights):
     """Examples of several sources; no two of all sources are equal."""
     lengths = [RANDOM_LENGTHS[i % len(RANDOM_LENGTHS)] for i in range(sum(sizes))]
-    sources = [Source(path=f"{i}.jsonl", weight=weight) for i, weight in enumerate(weights)]
+    sources = [DataSource(path=f"{i}.jsonl", weight=weight) for i, weight in enumerate(weights)]
     parts = []
     for number, size in enumerate(sizes):
         parts.append(lengths_dataset(lengths[:size]))

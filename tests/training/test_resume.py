@@ -338,7 +338,7 @@ def test_a_change_that_is_allowed_is_recorded(finished, unbroken):
 def test_two_runs_in_one_folder_are_refused(finished, monkeypatch):
     config, run_dir = finished
     monkeypatch.setattr(lock, "WAIT_SECONDS", 0.0)
-    with lock.held(run_dir), pytest.raises(ConfigError, match=f"process {os.getpid()} on .* is training there"):
+    with lock.locked(run_dir), pytest.raises(ConfigError, match=f"process {os.getpid()} on .* is training there"):
         train(load_config(config), quiet=True)
     assert train(load_config(config), quiet=True)["status"] == "finished"
 
