@@ -354,9 +354,7 @@ def load_base(
             if entry.leaf not in leaves:
                 owner = decoder if entry.layer is None else decoder.layers
                 shape = entry.shape if entry.layer is None else (cfg.num_hidden_layers, *entry.shape)
-                leaves[entry.leaf] = Loaded.empty(
-                    getattr(owner, entry.leaf), entry.leaf, shape, mesh, local, where
-                )
+                leaves[entry.leaf] = Loaded.empty(getattr(owner, entry.leaf), entry.leaf, shape, mesh, local, where)
             leaf = leaves[entry.leaf]
             try:
                 # Meanwhile: the file is read from disk once for both, and hashing takes as long as the rest.
