@@ -56,6 +56,9 @@ class Parser(argparse.ArgumentParser):
         sys.exit(status)
 
     def error(self, message: str) -> NoReturn:
+        """As argparse's, in one line; config keys given as options are told how keys are written."""
+        if message.startswith("unrecognized") and (found := re.search(r" --(\w+\.[\w.]+)(?:[= ](\S+))?", message)):
+            message = f"--{found[1]}: a config key takes no dashes; write {found[1]}={found[2] or 'VALUE'}"
         self.exit(ConfigError.exit_code, f"error: {clean(redact(message))}; see {self.prog} --help\n")
 
 
@@ -149,12 +152,34 @@ def print_json(value: Any) -> None:
     print(strict_json(value), flush=True)
 
 
+def add_config_arguments(parser: Parser) -> None:
+    """The config file, by position or as `--config FILE`, and `key=value` overrides behind it; see `config_file`."""
+    parser.add_argument("--config", type="path", metavar="FILE", help="YAML file of the run; see docs/config.md")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a dotted config key")
+    parser.usage = f"{parser.prog} CONFIG [key=value ...] [options]"
+
+
+def config_file(args: argparse.Namespace) -> str:
+    """The config that a command line names; takes it off the overrides where it stands before them.
+
+    Raises:
+      ConfigError: there is none.
+    """
+    if args.config is None and args.overrides and ("=" not in args.overrides[0] or os.path.isfile(args.overrides[0])):
+        args.config = expand_home(args.overrides.pop(0))
+    if args.config is None:
+        raise ConfigError("name the run's config, a YAML file such as configs/quickstart.yaml")
+    return args.config
+
+
 def add_model_arguments(parser: argparse.ArgumentParser, format: str) -> None:
     """The arguments of every command that runs a base with an adapter; `format` is how it reads rows by itself."""
     from jlora.config.sections import Format, Quantization
 
     parser.set_defaults(own_format=format)
-    parser.add_argument("--base", type="path", required=True, help="Hugging Face folder, .gguf file or hub name")
+    parser.add_argument(
+        "--base", type="path", help="Hugging Face folder, .gguf file or hub name; default: the adapter's own"
+    )
     parser.add_argument("--adapter", type="path", help="run folder or PEFT LoRA folder")
     parser.add_argument("--tokenizer", type="path", help="another folder for the tokenizer")
     parser.add_argument("--chat-template", type="path", help="llama2, chatml or a .jinja file")

@@ -26,12 +26,7 @@ def numbers(text: str) -> list[int]:
 def make_parser() -> cli.Parser:
     """The command line."""
     parser = cli.Parser(prog="jlora effort", description="Effort against benefit of fine-tuning on your rows.")
-    parser.add_argument(
-        "--config",
-        type="path",
-        required=True,
-        help="YAML file of the fine-tuning; data.eval says what to judge by",
-    )
+    cli.add_config_arguments(parser)
     parser.add_argument(
         "--base",
         type="path",
@@ -45,7 +40,6 @@ def make_parser() -> cli.Parser:
     parser.add_argument("--max-new-tokens", type=int, default=128, help="longest answer")
     parser.add_argument("--batch-size", type=int, default=8, help="prompts answered together")
     parser.add_argument("--price", type=float, help="dollars per device-hour; without it no cost is shown")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a dotted config key")
     parser.add_argument("-q", "--quiet", action="store_true", help="no progress")
     parser.add_argument("--json", action="store_true", help="print settings and results as one JSON object")
     return parser
@@ -66,7 +60,7 @@ def main() -> None:
 
     def body() -> int:
         check_arguments(args)
-        cfg = load_config(args.config, args.overrides)
+        cfg = load_config(cli.config_file(args), args.overrides)
 
         from jlora.evaluation.effort import Options, effort
         from jlora.reports.effort import write_effort

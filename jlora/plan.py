@@ -25,7 +25,7 @@ COMPILATIONS = 16
 def make_parser() -> cli.Parser:
     """The command line."""
     parser = cli.Parser(prog="jlora plan", description="Compile a run for hardware that is not there.")
-    parser.add_argument("--config", type="path", help="YAML file of the run")
+    cli.add_config_arguments(parser)
     parser.add_argument(
         "--topology", action="append", default=[], metavar="SPEC", help=f"{KNOWN}; repeat for more; 'list' names them"
     )
@@ -42,7 +42,6 @@ def make_parser() -> cli.Parser:
     parser.add_argument(
         "--plot", type="path", metavar="FILE.png", help="memory bars of all topologies; needs jlora[plot]"
     )
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a dotted config key")
     parser.add_argument("-q", "--quiet", action="store_true", help="no table; the exit code alone")
     parser.add_argument("--json", action="store_true", help="one JSON object a topology")
     parser.add_argument("--nth", type=int, help=argparse.SUPPRESS)  # of the topologies: the one of this child
@@ -57,14 +56,15 @@ def main() -> None:
         if "list" in args.topology:
             print(KNOWN)
             return 0
-        if args.config is None or not args.topology:
-            raise ConfigError("--config and --topology are needed (--topology list names the topologies)")
+        config = cli.config_file(args)
+        if not args.topology:
+            raise ConfigError("name the hardware with --topology, such as gpu:h100-80gb:2 (--topology list names all)")
         if args.compilations < 1:
             raise ConfigError(f"--compilations must be at least 1, not {args.compilations}")
         check_numbers(args)
         if args.plot:
             require_matplotlib()
-        cfg = load_config(args.config, args.overrides)
+        cfg = load_config(config, args.overrides)
         if args.nth is not None:
             args.topology, args.plot = [args.topology[args.nth]], None
         elif len(args.topology) > 1:

@@ -11,8 +11,7 @@ from jlora.runtime import distributed, signals, streams, supervise, xla
 def main() -> None:
     """Command line."""
     parser = cli.Parser(prog="jlora train", description="Fine-tune a Llama with LoRA.")
-    parser.add_argument("--config", type="path", required=True, help="YAML file; see docs/config.md for its keys")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a dotted config key")
+    cli.add_config_arguments(parser)
     parser.add_argument("-q", "--quiet", action="store_true", help="no progress")
     parser.add_argument("--json", action="store_true", help="print the summary as JSON on stdout")
     args = parser.parse_intermixed_args()
@@ -20,7 +19,7 @@ def main() -> None:
 
     def body() -> int:
         signals.end_on_signals()
-        cfg = load_config(args.config, args.overrides)
+        cfg = load_config(cli.config_file(args), args.overrides)
         if distributed.expected(cfg.distributed):
             supervise.supervise(cfg.distributed.host_timeout)
         try:

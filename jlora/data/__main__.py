@@ -14,8 +14,7 @@ ROWS = 5
 def main() -> None:
     """Command line."""
     parser = cli.Parser(prog="jlora data", description="A run's rows as its model sees them, and checks.")
-    parser.add_argument("--config", type="path", required=True, help="YAML file; see docs/config.md for its keys")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a dotted config key")
+    cli.add_config_arguments(parser)
     parser.add_argument("--rows", type=int, default=ROWS, metavar="N", help=f"rows shown; default {ROWS}")
     parser.add_argument("--html", type="path", metavar="FILE", help="write a page that opens offline")
     parser.add_argument("-q", "--quiet", action="store_true", help="errors alone")
@@ -25,7 +24,7 @@ def main() -> None:
     def body() -> int:
         if args.rows < 0:
             raise ConfigError("--rows must be 0 or more")
-        cfg = load_config(args.config, args.overrides)
+        cfg = load_config(cli.config_file(args), args.overrides)
 
         from rich.console import Console
 

@@ -64,7 +64,7 @@ def evaluate(args: argparse.Namespace) -> None:
         models: list[tuple[str | None, Adapter]] = [(args.adapter, model.adapter)]
         if names:
             models = [(None, {}), *models, *((name, open_adapter(name, pretrained)) for name in names[1:])]
-        labels, results = short_names([name or args.base for name, _ in models]), []
+        labels, results = short_names([name or pretrained.name for name, _ in models]), []
         for label, (name, adapter) in zip(labels, models, strict=True):
             label = f"base {label}" if names and name is None else label
             result = {"model": label, "adapter": name} | evaluator.measure(pretrained.base, adapter, reference)

@@ -13,14 +13,14 @@ from pydantic import ValidationError
 
 from jlora.config import Config, describe, read_yaml
 from jlora.data.tokens import Tokenizer, from_fast, load_tokenizer, with_template
-from jlora.errors import ModelError
+from jlora.errors import ConfigError, ModelError
 from jlora.files.paths import inside, require_own
 from jlora.files.theirs import open_theirs
 from jlora.hf.architecture import parse_config
 from jlora.hf.gguf import GGUFFile
 from jlora.hf.load import load_base
 from jlora.hf.peft import CONFIG, WEIGHTS, load_adapter, read_adapter_config, scaled_to
-from jlora.hf.source import Source, open_source, resolve
+from jlora.hf.source import Source, open_source, read_json, resolve
 from jlora.model.adapter import Adapter, Lora, layer_scales
 from jlora.model.adapter_init import new_adapter
 from jlora.model.llama import Decoder, ModelConfig, place_adapter
@@ -161,6 +161,23 @@ def run_config(folder: str | Path | None) -> Config | None:
             except (OSError, ValueError) as error:
                 raise ModelError(f"{file}: not the config of a run ({' '.join(str(error).split())})") from None
     return None
+
+
+def base_of(adapter: str | None) -> str:
+    """The base that an adapter was trained on, as its run or its PEFT folder names it.
+
+    Raises:
+      ConfigError: without an adapter.
+      ModelError: it names none.
+    """
+    if adapter is None:
+        raise ConfigError("name a base with --base, or an adapter with --adapter, which knows its own")
+    run = run_config(adapter)
+    where = find_adapter(adapter) / CONFIG
+    base = run.model.path if run else read_json(where).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise ModelError(f"{where}: names no base; give it with --base")
+    return base
 
 
 def first_adapter(cfg: Config, pretrained: Pretrained, mesh: Mesh) -> Adapter:

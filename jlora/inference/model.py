@@ -2,12 +2,14 @@
 
 import argparse
 from dataclasses import dataclass
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 
 from jlora.config import DataSection
-from jlora.hf.pretrained import Pretrained, load_pretrained, open_adapter, open_pretrained, run_config
+from jlora.errors import ModelError
+from jlora.hf.pretrained import Pretrained, base_of, load_pretrained, open_adapter, open_pretrained, run_config
 from jlora.model import quant
 from jlora.model.adapter import Adapter
 from jlora.model.sharding import one_device_mesh
@@ -57,6 +59,7 @@ def open_adapted(
 
 def open_model(args: argparse.Namespace) -> tuple[Adapted, DataSection]:
     """The model that a command line names, and how its rows are read: as asked for, as the run did, or by default."""
+    base = args.base or base_of(args.adapter)
     run = run_config(args.adapter)
     chosen = {
         "format": args.format or (run.data.format if run else args.own_format),
@@ -65,4 +68,9 @@ def open_model(args: argparse.Namespace) -> tuple[Adapted, DataSection]:
     }
     section = (run.data if run else DataSection(train="-")).model_copy(update=chosen)
     given = {name: getattr(args, name) for name in ("tokenizer", "chat_template", "dtype", "quantization")}
-    return open_adapted(args.base, args.adapter, **given), section
+    try:
+        return open_adapted(base, args.adapter, **given), section
+    except ModelError as error:
+        if args.base or Path(base).exists():
+            raise
+        raise ModelError(f"{error}; if the base of {args.adapter} has moved, say where it lies with --base") from None

@@ -38,6 +38,21 @@ def test_adapter_changes_the_text(world, here):
     assert generate(here, world, *common) != generate(here, world, *common, "--adapter", world / "run")
 
 
+def test_an_adapter_knows_its_base(world, here, tmp_path):
+    """As a run folder, as its adapter/ and as a PEFT folder alone; one that has moved is asked for."""
+    common = ("--prompt", "Say blue", "--dtype", "float32", "--max-new-tokens", 8, "--format", "alpaca", "-q")
+    told = here("generate", "--base", world / "base", "--adapter", world / "run", *common)
+    shutil.copytree(world / "run" / "adapter", tmp_path / "peft")
+    for adapter in (world / "run", world / "run" / "adapter", tmp_path / "peft"):
+        assert here("generate", "--adapter", adapter, *common) == told, adapter
+    config = tmp_path / "peft" / "adapter_config.json"
+    tree = json.loads(config.read_text(encoding="utf-8"))
+    for base, words in ((str(tmp_path / "gone"), "if the base of"), (None, "names no base")):
+        config.write_text(json.dumps(tree | {"base_model_name_or_path": base}), encoding="utf-8")
+        code, _, err = here("generate", "--adapter", tmp_path / "peft", *common)
+        assert code == 4 and words in one_sentence(err) and "--base" in err
+
+
 def test_prompts_of_a_file_as_json_rows_in_order(world, here):
     lines = (world / "eval.jsonl").read_text().splitlines()
     common = ("--adapter", world / "run", "--json")

@@ -1,5 +1,6 @@
 """What the commands say of themselves, what they refuse to take, and the exit code of each kind of failure."""
 
+import importlib
 import re
 import sys
 from pathlib import Path
@@ -8,7 +9,9 @@ import pytest
 from command_line import one_sentence, shell
 
 from jlora import cli
-from jlora.errors import DataError, MemoryExceeded
+from jlora.__main__ import COMMANDS
+from jlora.errors import ConfigError, DataError, MemoryExceeded
+from jlora.runtime import xla
 
 ROOT = Path(__file__).parents[2]
 ANSWERING = [
@@ -89,7 +92,10 @@ def test_console_script_as_a_program():
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["train"], "--config"),
+        (["train"], "config"),
+        (["train", "{world}/none.yaml"], "none.yaml: cannot be read"),
+        (["train", "{world}/config.yaml", "--lora.rank", "8"], "write lora.rank=8"),
+        (["train", "{world}/config.yaml", "lora.rank=8", "--training.max_steps=3"], "write training.max_steps=3"),
         (["train", "--config", "{world}/config.yaml", "--bogus"], "--bogus"),
         (["train", "--config", "{world}/none.yaml"], "none.yaml: cannot be read"),
         (["train", "--config", "{world}"], "cannot be read"),
@@ -121,6 +127,36 @@ def test_bad_usage(world, here, arguments, words):
     code, out, err = here(*[argument.format(world=world) for argument in arguments])
     assert (code, out) == (2, "")
     assert words in one_sentence(err)
+
+
+@pytest.mark.parametrize("command", ["train", "data", "plan", "effort"])
+def test_a_config_is_named_by_position_or_by_flag(command, tmp_path, monkeypatch):
+    module = importlib.import_module(COMMANDS[command])
+    seen = []
+
+    def stop(config, overrides):
+        seen.append((config, overrides))
+        raise ConfigError("seen")
+
+    monkeypatch.setattr(module, "load_config", stop)
+    monkeypatch.setattr(xla, "use_huge_pages", lambda: None)
+    rest = ["--topology", "cpu:1"] if command == "plan" else []
+    named = tmp_path / "lr=1e-4.yaml"
+    named.write_text("", encoding="utf-8")
+    lines = (
+        ["c.yaml", "lora.rank=8", *rest],
+        [*rest, "c.yaml", "-q", "lora.rank=8"],
+        ["--config", "c.yaml", "lora.rank=8", *rest],
+        [*rest, "lora.rank=8", "--config=c.yaml"],
+        [str(named), "lora.rank=8", *rest],
+    )
+    for line in lines:
+        monkeypatch.setattr(sys, "argv", [f"jlora {command}", *line])
+        monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+        with pytest.raises(SystemExit) as end:
+            module.main()
+        assert end.value.code == 2
+    assert seen == [("c.yaml", ["lora.rank=8"])] * 4 + [(str(named), ["lora.rank=8"])]
 
 
 # Exit codes of what a test cannot bring about at will

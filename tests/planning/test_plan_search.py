@@ -164,7 +164,7 @@ def test_estimate_adds_up():
     assert quantized["memory_seconds"] == pytest.approx(2 * (3 * 2.25e10 + 1e10) / 1e11)
 
 
-# Search. What the compiler would say is a formula here: 10 held, and a share of the saved bytes.
+# Search. What the compiler would say is a formula here: 10 held, and a share of the saved bytes; sizes in KiB.
 
 
 SIZES = {None: 1.0, "int8": 0.5, "nf4": 0.25}
@@ -177,14 +177,13 @@ def weights(quantization: str | None) -> dict[str, float]:
 def fake(monkeypatch, config, capacity: float, per_row: dict[str, float], spread: float = 60.0, batch: int = 8):
     """A config and a target whose plans come from arithmetic; the calls are counted."""
     calls = []
-    held = {"bytes": spread}
 
     def plan_of(cfg, target, model, flops):
         calls.append(cfg)
         shards, parts = cfg.mesh.data * cfg.mesh.fsdp, cfg.training.gradient_accumulation_steps
         rows = cfg.training.batch_size // parts // shards
-        argument = int(held["bytes"] * SIZES[cfg.model.quantization] / (cfg.mesh.fsdp * cfg.mesh.tensor))
-        temporaries = 1 + int(rows * per_row[cfg.model.remat] * cfg.data.max_length / 64 / cfg.mesh.tensor)
+        argument = held_bytes(cfg, target, model)
+        temporaries = round(2**10 * (1 + rows * per_row[cfg.model.remat] * cfg.data.max_length / 64 / cfg.mesh.tensor))
         sent = 1e9 * (cfg.mesh.fsdp - 1) * parts + 1e10 * (cfg.mesh.tensor - 1)
         tokens = cfg.training.batch_size * cfg.data.max_length
         figures = dict(temp_bytes=temporaries, sent_bytes=sent, micro_batches=parts)
@@ -206,7 +205,7 @@ def fake(monkeypatch, config, capacity: float, per_row: dict[str, float], spread
     monkeypatch.setattr(search.Compiler, "flops", lambda self, remat: work[remat])
 
     def held_bytes(cfg, target, model):
-        return int(held["bytes"] * SIZES[cfg.model.quantization] / (cfg.mesh.fsdp * cfg.mesh.tensor))
+        return round(2**10 * spread * SIZES[cfg.model.quantization] / (cfg.mesh.fsdp * cfg.mesh.tensor))
 
     monkeypatch.setattr(search, "held_bytes", held_bytes)
 
@@ -219,7 +218,7 @@ def fake(monkeypatch, config, capacity: float, per_row: dict[str, float], spread
 
     monkeypatch.setattr(search, "guess_seconds", guess)
     cfg = load_config(config, [f"training.batch_size={batch}", "data.max_length=64"])
-    return cfg, dataclasses.replace(TARGET, capacity=capacity), calls
+    return cfg, dataclasses.replace(TARGET, capacity=2**10 * capacity), calls
 
 
 PER_ROW = {"none": 16.0, "dots": 8.0, "qkv": 6.0, "attention": 4.0, "full": 1.0, "offload": 0.75}
@@ -244,7 +243,7 @@ def test_search_says_what_is_smallest_where_nothing_fits(monkeypatch, config):
     cfg, target, _ = fake(monkeypatch, config, 8, PER_ROW)
     found = search.search(cfg, target, 1000)
     assert not found.fits
-    assert found.best.peak_bytes == 60 * SIZES["int8"] / 4 + 1 + 1 / 2  # over fsdp 2 x tensor 2
+    assert found.best.peak_bytes == 2**10 * (60 * SIZES["int8"] / 4 + 1 + 1 / 2)  # over fsdp 2 x tensor 2
     cfg, target, calls = fake(monkeypatch, config, 1, PER_ROW)
     found = search.search(cfg, target, 1000)
     assert not found.fits and len(calls) == 1  # the arguments alone are too much: one compilation says by how much
@@ -346,7 +345,7 @@ def remedy_of(monkeypatch, config, capacity, per_row, *overrides, spread=60.0):
 def test_the_cheapest_change_comes_first(monkeypatch, config, capacity, per_row, overrides):
     remedy, says = remedy_of(monkeypatch, config, capacity, per_row)
     assert [word for word in remedy.overrides if word in overrides] == overrides
-    assert remedy.peak_bytes <= capacity
+    assert remedy.peak_bytes <= 2**10 * capacity
     assert "does not fit by" in says and "temporaries (activations) take" in says and "cheapest change" in says
 
 

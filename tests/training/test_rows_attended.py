@@ -84,7 +84,8 @@ def kernels_here(monkeypatch):
 
     def ask_xla(*qkv, implementation, **how):
         assert implementation == "cudnn"
-        return ask(*qkv, **how, implementation="xla")
+        with jax.numpy_dtype_promotion("standard"):  # which JAX's own code for XLA needs in bfloat16
+            return ask(*qkv, **how, implementation="xla")
 
     interpreted = tpu._splash_rows
     monkeypatch.setattr(jax.nn, "dot_product_attention", ask_xla)
