@@ -8,7 +8,9 @@ import jlora
 from jlora import cli
 
 # Command -> the module that holds it.
-COMMANDS = {name: f"jlora.{name}" for name in ("train", "plan", "generate", "evaluate", "effort", "export", "report")}
+COMMANDS = {
+    name: f"jlora.{name}" for name in ("train", "plan", "generate", "evaluate", "effort", "export", "report", "runs")
+}
 COMMANDS |= {name: f"jlora.{name}.__main__" for name in ("data", "config")}
 PURPOSES = {
     "data": "show rows as the model sees them, and check them",
@@ -18,6 +20,7 @@ PURPOSES = {
     "evaluate": "measure loss and answers on rows, also of several adapters",
     "export": "write an adapter for PEFT, or a whole checkpoint",
     "report": "draw the page of a run, or compare runs",
+    "runs": "list runs with their figures",
     "effort": "find out whether fine-tuning pays, and how many rows it takes",
     "config": "print the config reference, or convert another tool's config",
 }

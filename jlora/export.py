@@ -12,6 +12,11 @@ from jlora.errors import ConfigError
 from jlora.runtime import streams
 
 
+def step(text: str) -> int | str:
+    """A step's number, or `best`."""
+    return text if text == "best" else int(text)
+
+
 def main() -> None:
     """Command line."""
     parser = cli.Parser(prog="jlora export", description="Export a run.")
@@ -20,10 +25,12 @@ def main() -> None:
     source.add_argument(
         "--adapters", type="path", nargs="+", metavar="FOLDER=WEIGHT", help="adapters of one base, to be made one"
     )
-    parser.add_argument("--base", type="path", help="the base of --adapters; of --run where it has moved")
+    parser.add_argument("--base", type="path", help="where the base lies, if no longer where the run had it")
     parser.add_argument("--combination", choices=("linear", "cat", "svd"), help="of --adapters (default cat)")
     parser.add_argument("--rank", type=int, help="of --combination svd; default: the adapters' largest")
-    parser.add_argument("--step", type=int, help="checkpoint; default: the newest")
+    parser.add_argument(
+        "--step", type=step, metavar="N|best", help="checkpoint, or the best by held-out loss; default: the newest"
+    )
     parser.add_argument("--out", type="path", required=True, help="new folder to write")
     parser.add_argument("--merge", action="store_true", help="a full checkpoint with the adapter merged in")
     parser.add_argument(

@@ -3,8 +3,12 @@
 If the run folder holds a checkpoint of the same run, training resumes from it. The story is `jlora.training.run`.
 """
 
+import sys
+from pathlib import Path
+
 from jlora import cli
-from jlora.config import load_config
+from jlora.config import Config, load_config
+from jlora.errors import ConfigError
 from jlora.runtime import distributed, signals, streams, supervise, xla
 
 
@@ -12,6 +16,9 @@ def main() -> None:
     """Command line."""
     parser = cli.Parser(prog="jlora train", description="Fine-tune a Llama with LoRA.")
     cli.add_config_arguments(parser)
+    parser.add_argument(
+        "--fresh", action="store_true", help="start anew: what output_dir holds moves to a folder beside it"
+    )
     parser.add_argument("-q", "--quiet", action="store_true", help="no progress")
     parser.add_argument("--json", action="store_true", help="print the summary as JSON on stdout")
     args = parser.parse_intermixed_args()
@@ -28,6 +35,8 @@ def main() -> None:
                 from jlora.training.summary import print_summary, print_sweep
                 from jlora.training.sweep import require_all, train_together
 
+                if args.fresh:
+                    begin_anew(cfg)
                 summary = train_together(cfg, args.quiet) if cfg.sweep else train(cfg, args.quiet)
         finally:
             signals.ignore_signals()
@@ -45,6 +54,17 @@ def main() -> None:
         return 0 if finished else cli.PREEMPTED
 
     cli.run(body, listen=False)
+
+
+def begin_anew(cfg: Config) -> None:
+    """Move an earlier run out of the way, and say where it is now."""
+    from jlora.training.folder import set_aside
+
+    if distributed.expected(cfg.distributed):
+        raise ConfigError("--fresh is for one process; set another output_dir for a job of several")
+    aside = set_aside(Path(cfg.output_dir))
+    if aside is not None:
+        print(f"the run that was in {cfg.output_dir} is in {aside} now; delete it when you like", file=sys.stderr)
 
 
 if __name__ == "__main__":

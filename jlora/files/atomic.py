@@ -151,7 +151,7 @@ def _refuse(path: Path, why: str) -> NoReturn:
     raise FileExistsError(errno.EEXIST, why, str(path))
 
 
-def strict_json(value: dict[str, Any]) -> str:
+def strict_json(value: Any) -> str:
     """One line of JSON; a figure that is not finite, for which JSON has no word, becomes null."""
     return json.dumps(_finite(value), ensure_ascii=False, allow_nan=False)
 

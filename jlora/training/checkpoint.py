@@ -95,6 +95,10 @@ class Checkpoints:
             )
         return 0
 
+    def best(self) -> int | None:
+        """The checkpoint with the lowest held-out loss, of equal ones the newest; None where none was evaluated."""
+        return self._best(self.steps())
+
     def require_room(self, state: Tree, saves: int) -> None:
         """Refuse a run whose checkpoints would not fit on the disk; asked by all processes, answered by the first.
 
@@ -212,6 +216,9 @@ class Checkpoints:
 
     def _kept(self, newest: int) -> set[int]:
         steps = [step for step in self.steps() if step <= newest]
+        return {*steps[-self._keep :], self._best(steps) or newest}
+
+    def _best(self, steps: list[int]) -> int | None:
         losses = {}
         for step in steps:
             try:
@@ -219,9 +226,7 @@ class Checkpoints:
             except (OSError, ValueError):  # damaged meanwhile; it goes when its turn comes
                 continue
         evaluated = [step for step, loss in losses.items() if loss is not None]
-        # Of equal ones the newest.
-        best = min(reversed(evaluated), key=lambda step: losses[step], default=newest)
-        return {*steps[-self._keep :], best}
+        return min(reversed(evaluated), key=lambda step: losses[step], default=None)
 
     def _fault(self, step: int, cached: bool = True) -> str | None:
         folder = self._folder / str(step)

@@ -4,7 +4,7 @@ import math
 import os
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from jlora.config import Config
 from jlora.errors import ConfigError, ModelError
 from jlora.files.atomic import new_folder
 from jlora.hf import verify
-from jlora.hf.pretrained import load_pretrained, open_adapter, open_pretrained, run_config
+from jlora.hf.pretrained import base_of, load_pretrained, open_adapter, open_pretrained, run_config
 from jlora.model.adapter import Adapter, layer_scales, with_scales, without_scales
 from jlora.model.adapter_init import new_adapter
 from jlora.model.adapter_merge import combine_adapters
@@ -25,9 +25,12 @@ from jlora.training.merge import merge as merge_run
 # The proof is in float32, where rounding cannot hide a mistake.
 PROOF_DTYPE = jnp.dtype("float32")
 
+# A checkpoint: a step, the one with the lowest held-out loss, or the newest.
+Step = int | Literal["best"] | None
+
 
 def restore(
-    cfg: Config, run_dir: Path, step: int | None, model: ModelConfig, base_hash: str, mesh: jax.sharding.Mesh
+    cfg: Config, run_dir: Path, step: Step, model: ModelConfig, base_hash: str, mesh: jax.sharding.Mesh
 ) -> tuple[int, Adapter, Decoder | None]:
     """Step, adapter and, of a full fine-tuning, weights of a checkpoint (the newest without `step`), on `mesh`.
 
@@ -36,6 +39,10 @@ def restore(
     """
     checkpoints = Checkpoints(run_dir / "checkpoints", cfg.training.keep_checkpoints, read_only=True)
     steps = checkpoints.steps()
+    if step == "best" and (step := checkpoints.best()) is None:
+        raise ModelError(
+            f"{run_dir}: no checkpoint has a held-out loss (data.eval, training.eval_every); leave --step best out"
+        )
     if not steps or (step is not None and step not in steps):
         wanted = "checkpoint" if step is None else f"checkpoint of step {step}"
         raise ModelError(f"{run_dir}: holds no {wanted}; it has {', '.join(map(str, steps)) or 'none'}")
@@ -67,7 +74,7 @@ def restore(
 def export(
     run_dir: Path,
     out: Path,
-    step: int | None,
+    step: Step,
     merge: bool,
     dtype: str | None,
     peft: bool,
@@ -151,8 +158,6 @@ def export_combined(
     Raises:
       ConfigError, ModelError: see `jlora.model.adapter_merge`; or no base, or a weight that is no number.
     """
-    if base is None:
-        raise ConfigError("--adapters needs --base, the base that they were trained on")
     if rank is not None and (how != "svd" or rank < 1):
         raise ConfigError(f"--rank {rank} is the rank of --combination svd, a positive number; leave it out")
     require_new_folder(out)
@@ -168,7 +173,7 @@ def export_combined(
         folders.append(folder)
     mesh = one_device_mesh()
     with jax.set_mesh(mesh):
-        pretrained = load_pretrained(open_pretrained(base, None, None), dtype, mesh)
+        pretrained = load_pretrained(open_pretrained(base or base_of(folders[0]), None, None), dtype, mesh)
         adapters = {folder: open_adapter(folder, pretrained) for folder in folders}
         adapter, section = combine_adapters(adapters, weights, how, rank)
         placed = place_adapter(adapter, pretrained.base.cfg, mesh)

@@ -1,6 +1,7 @@
 """Small steps around a run: its folder, when something is due, its batches on the devices."""
 
 import os
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from jlora.config import Config
 from jlora.data.dataset import Dataset
 from jlora.data.packing import Epochs
 from jlora.errors import ConfigError, DataError, NothingTrained
+from jlora.files import lock
 from jlora.files.paths import require_own
 from jlora.model.boundary import finding
 from jlora.model.sharding import local_rows, place_rows
@@ -41,6 +43,29 @@ def make_run_dir(cfg: Config) -> Path:
         raise ConfigError(f"output_dir {run_dir}: cannot be written to; set another")
     require_own(run_dir, ConfigError)
     return run_dir
+
+
+def set_aside(run_dir: Path) -> Path | None:
+    """Move what is in a run folder to a new folder beside it, so that a run starts anew; nothing is deleted.
+
+    Returns:
+      where it is now; None where nothing was there.
+
+    Raises:
+      ConfigError: another process is training there, or it is no run folder.
+    """
+    if not run_dir.is_dir() or not any(run_dir.iterdir()):
+        return None
+    with lock.locked(run_dir):
+        entries = [path for path in run_dir.iterdir() if path.name != lock.NAME]
+        if not any((run_dir / name).exists() for name in ("config.yaml", "effort.json")):
+            raise ConfigError(f"output_dir {run_dir}: holds files, but no run; --fresh leaves it alone; set another")
+        number = next(n for n in count(1) if not run_dir.with_name(f"{run_dir.name}.before-{n}").exists())
+        aside = run_dir.with_name(f"{run_dir.name}.before-{number}")
+        aside.mkdir()
+        for path in entries:
+            path.rename(aside / path.name)
+    return aside
 
 
 def require_trained(state: TrainState) -> None:

@@ -96,7 +96,7 @@ def check_identity(
     if refused:
         raise ModelError(
             f"{run_dir}: holds a checkpoint of another run ({'; '.join(refused)}); undo the change, set "
-            "another output_dir, or name it in resume.allow_changes"
+            "another output_dir, name it in resume.allow_changes, or start anew with --fresh"
         )
     return saved.get("history", []) + ([{"step": step, "changes": changes}] if changes else [])
 

@@ -6,7 +6,9 @@ import shutil
 import pytest
 from command_line import one_sentence
 from safetensors.numpy import load_file
-from tiny import make_llama, make_tokenizer
+from tiny import copy_folder, make_llama, make_tokenizer
+
+from jlora.files import manifest
 
 
 def test_export_of_the_adapter(world, here, tmp_path):
@@ -27,6 +29,20 @@ def test_export_of_an_earlier_step(world, here, tmp_path):
     name = "adapter_model.safetensors"
     early, final = load_file(tmp_path / "deep" / "a" / name), load_file(world / "run" / "adapter" / name)
     assert any((early[key] != final[key]).any() for key in final)
+
+
+def test_export_of_the_best_step(world, here, tmp_path):
+    """By held-out loss, not by its number; a run that has none says so."""
+    run = copy_folder(world / "run", tmp_path / "run")
+    for step, loss in ((2, 1.0), (4, 2.0)):
+        folder = run / "checkpoints" / str(step)
+        manifest.write(folder, manifest.read(folder) | {"eval_loss": loss})
+    code, out, err = here("export", "--run", run, "--out", tmp_path / "best", "--step", "best", "--json", "-q")
+    assert (code, err) == (0, "") and json.loads(out)["step"] == 2
+    for step in (2, 4):
+        manifest.write(run / "checkpoints" / str(step), {"step": step, "eval_loss": None})
+    code, _, err = here("export", "--run", run, "--out", tmp_path / "none", "--step", "best")
+    assert code == 4 and "no checkpoint has a held-out loss" in one_sentence(err)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

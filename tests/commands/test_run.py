@@ -2,7 +2,10 @@
 
 import json
 import math
+import os
 import shutil
+import time
+from pathlib import Path
 
 import pytest
 import yaml
@@ -116,3 +119,49 @@ def test_loss_that_is_not_finite(world, here, tmp_path):
     message = one_sentence(err)
     assert err.count("\n") == 1
     assert "training.max_nonfinite_steps=0" in message and "optimizer.learning_rate" in message
+
+
+def test_a_fresh_run_keeps_the_one_before_beside_it(world, here, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(world / "run", run)
+    before = {path.relative_to(run) for path in run.rglob("*")} - {Path(".lock")}
+    arguments = ("train", world / "config.yaml", f"output_dir={run}", "training.max_steps=2", "-q")
+    code, _, err = here(*arguments)
+    assert code in (2, 4) and "error: " in err
+    for number in (1, 2):
+        code, out, err = here(*arguments, "--fresh")
+        assert (code, out) == (0, "") and f"is in {run}.before-{number} now" in err
+        assert json.loads((run / "summary.json").read_text())["steps"] == 2
+    aside = tmp_path / "run.before-1"
+    assert {path.relative_to(aside) for path in aside.rglob("*")} == before
+    assert (aside / "summary.json").read_bytes() == (world / "run" / "summary.json").read_bytes()
+
+
+def test_fresh_moves_nothing_but_a_run(world, here, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "letter.txt").write_text("dear", encoding="utf-8")
+    arguments = ("train", world / "config.yaml", f"output_dir={tmp_path}/mine", "--fresh", "-q")
+    code, _, err = here(*arguments)
+    assert code == 2 and "holds files, but no run" in one_sentence(err)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine"]
+
+
+def test_runs_are_listed_the_newest_first(world, here, tmp_path):
+    for name, age in (("old", 100), ("sweep/new", 0)):
+        shutil.copytree(world / "run", tmp_path / name)
+        changed = time.time() - age
+        os.utime(tmp_path / name / "metrics.jsonl", (changed, changed))
+    (tmp_path / "sweep" / "new" / "summary.json").write_text("[" * 10_000, encoding="utf-8")
+    (tmp_path / "link").symlink_to(world / "run")
+    code, out, err = here("runs", tmp_path, "--json")
+    listed = json.loads(out)
+    assert (code, err) == (0, "") and [run["run"] for run in listed] == [f"{tmp_path}/sweep/new", f"{tmp_path}/old"]
+    summary = json.loads((world / "run" / "summary.json").read_text())
+    assert [run["status"] for run in listed] == ["unfinished", "finished"]
+    for key in ("steps", "eval_loss", "eval_loss_before", "train_loss"):
+        assert listed[0][key] == listed[1][key] == summary[key], key
+    assert (listed[1]["method"], listed[1]["wall_seconds"]) == ("lora", summary["wall_seconds"])
+    code, out, _ = here("runs", tmp_path)
+    assert code == 0 and out.index("sweep/new") < out.index(f"{tmp_path}/old") and f"{summary['eval_loss']:.4f}" in out
+    assert here("runs", tmp_path / "none")[0] == 2
+    assert here("runs", world / "base")[:2] == (0, f"no run in {world}/base\n")

@@ -31,7 +31,7 @@ pytestmark = needs_smollm2
 def pretrained():
     mesh = one_device_mesh()
     with jax.set_mesh(mesh):
-        yield load_pretrained(open_pretrained(str(SMOLLM2), None, None), jax.numpy.float32, mesh)
+        yield load_pretrained(open_pretrained(str(SMOLLM2), None, None), jax.numpy.dtype("float32"), mesh)
 
 
 @pytest.fixture(scope="module")

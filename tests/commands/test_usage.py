@@ -19,7 +19,7 @@ ANSWERING = [
     *("--prompt-style", "--max-new-tokens", "--batch-size", "-q", "--json"),
 ]
 FLAGS = {
-    "train": ["--config", "-q", "--json"],
+    "train": ["--config", "--fresh", "-q", "--json"],
     "generate": [*ANSWERING, "--prompt", "--prompts", "--chat", "--temperature", "--top-p", "--seed"],
     "evaluate": [
         *(*ANSWERING, "--data", "--max-length", "--train-on", "--on-bad-row", "--generate", "--compare", "--html"),
@@ -33,6 +33,7 @@ FLAGS = {
         *("--cost", "--verify", "-q", "--json"),
     ],
     "report": ["--out"],
+    "runs": ["--json"],
     "config": ["--schema", "--from", "--devices", "--out", "--json"],
 }
 

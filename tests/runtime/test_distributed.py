@@ -290,9 +290,11 @@ def test_a_stopped_child_is_ended():
     child.send_signal(signal.SIGSTOP)
     threading.Timer(0.3, child.send_signal, (signal.SIGCONT,)).start()
     assert supervise._wait_for(child.pid, 5.0) == (0, False)
+    child.wait()  # so that it knows of its end, too
     child = subprocess.Popen(["sleep", "100"])
     child.send_signal(signal.SIGSTOP)
     assert supervise._wait_for(child.pid, 0.5) == (-signal.SIGKILL, True)
+    child.wait()
     assert time.monotonic() - started < 10
 
 
