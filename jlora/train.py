@@ -32,7 +32,7 @@ def main() -> None:
         try:
             with signals.listening():
                 from jlora.training.run import train
-                from jlora.training.summary import print_summary, print_sweep
+                from jlora.training.summary import print_summary, print_sweep, warn_of_result
                 from jlora.training.sweep import require_all, train_together
 
                 if args.fresh:
@@ -42,6 +42,8 @@ def main() -> None:
             signals.ignore_signals()
         finished = summary["status"] == "finished"
         if distributed.is_main():
+            if finished and not args.quiet and not cfg.sweep:
+                warn_of_result(summary)
             with streams.told(result=args.json and finished):
                 if args.json:
                     cli.print_json(summary)

@@ -153,14 +153,29 @@ class TrainingSection(Section):
     gradient_accumulation_steps: PositiveInt = Field(
         1, description="parts that a batch is split into to save memory; the result is the same"
     )
-    epochs: Annotated[int, Field(gt=0, le=10**6)] = Field(1, description="passes over the data; max_steps overrides it")
+    epochs: Annotated[int, Field(gt=0, le=10**6)] | Annotated[float, Field(gt=0, le=10**6)] = Field(
+        1, description="passes over the data, such as 3 or 0.5; max_steps overrides it"
+    )
     max_steps: Annotated[int, Field(gt=0, le=MOST_STEPS)] | None = Field(
         None, description="optimizer steps; the data repeat, reshuffled"
     )
     seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(0, description="adapter init, dropout and row order")
     log_every: PositiveInt = Field(1, description="steps between lines of metrics.jsonl")
     eval_every: PositiveInt | None = Field(None, description="steps between evaluations; null: start and end only")
+    evals_per_epoch: PositiveInt | None = Field(None, description="evaluations an epoch, instead of eval_every")
     save_every: PositiveInt | None = Field(None, description="steps between checkpoints; null: at the end only")
+    saves_per_epoch: PositiveInt | None = Field(None, description="checkpoints an epoch, instead of save_every")
+    early_stopping_patience: PositiveInt | None = Field(
+        None, description="evaluations in a row without a lower held-out loss, after which training stops; null: never"
+    )
+    early_stopping_min_delta: NonNegative = Field(
+        0.0, description="nats by which a held-out loss must be lower than the lowest before to count"
+    )
+    export: Literal["last", "best"] | None = Field(
+        None,
+        description="the adapter that a finished run leaves: its last step's, or the evaluated step's with the lowest "
+        "held-out loss; null: best with early_stopping_patience, else last",
+    )
     keep_checkpoints: PositiveInt = Field(2, description="newest checkpoints kept, beside the best by held-out loss")
     max_nonfinite_steps: Annotated[int, Field(ge=0)] = Field(
         10,
@@ -182,6 +197,24 @@ class TrainingSection(Section):
     )
     wandb: str | None = Field(None, description="Weights & Biases project to log to; needs the wandb package")
 
+    @property
+    def exports_best(self) -> bool:
+        """Whether a run's adapter is that of the lowest held-out loss."""
+        return self.export == "best" or (self.export is None and self.early_stopping_patience is not None)
+
+    @model_validator(mode="after")
+    def _one_measure(self) -> "TrainingSection":
+        for every, per_epoch in (("eval_every", "evals_per_epoch"), ("save_every", "saves_per_epoch")):
+            if getattr(self, every) is not None and getattr(self, per_epoch) is not None:
+                raise ValueError(f"{every} and {per_epoch} say the same twice; set one of them")
+        evaluates = self.eval_every is not None or self.evals_per_epoch is not None
+        if self.exports_best and not evaluates:
+            key = "export=best" if self.export == "best" else "early_stopping_patience"
+            raise ValueError(f"{key} goes by the held-out loss on the way; set evals_per_epoch or eval_every")
+        if self.early_stopping_min_delta and self.early_stopping_patience is None:
+            raise ValueError("early_stopping_min_delta goes with early_stopping_patience; set that, too")
+        return self
+
     @model_validator(mode="after")
     def _whole_microbatches(self) -> "TrainingSection":
         if self.batch_size % self.gradient_accumulation_steps:
@@ -202,15 +235,29 @@ class OptimizerSection(Section):
     b2: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(0.999, description="second-moment decay (adamw, lion)")
     eps: Annotated[float, Field(gt=0.0)] = Field(1e-8, description="added to AdamW's denominator")
     schedule: Literal["cosine", "linear", "constant"] = Field(
-        "cosine", description="decay from the peak to zero over the steps after warm-up, or none"
+        "cosine", description="decay from the peak over the steps after warm-up, or none"
     )
     warmup_steps: Annotated[int, Field(ge=0, le=MOST_STEPS)] = Field(0, description="steps of linear warm-up from zero")
+    warmup_ratio: Annotated[float, Field(gt=0.0, lt=1.0)] | None = Field(
+        None, description="share of all steps that warm up, rounded up, instead of warmup_steps"
+    )
+    min_learning_rate_ratio: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
+        0.0, description="share of the peak at which cosine and linear end"
+    )
     loraplus_lr_ratio: Annotated[float, Field(ge=1.0)] | None = Field(
         None, description="LoRA+: the learning rate of B is so many times that of A (arXiv:2402.12354)"
     )
     max_grad_norm: Annotated[float, Field(gt=0.0)] | None = Field(
         1.0, description="gradients are scaled down to this global norm; null: never"
     )
+
+    @model_validator(mode="after")
+    def _one_schedule(self) -> "OptimizerSection":
+        if self.warmup_steps and self.warmup_ratio is not None:
+            raise ValueError("warmup_steps and warmup_ratio say the same twice; set one of them")
+        if self.min_learning_rate_ratio and self.schedule == "constant":
+            raise ValueError("min_learning_rate_ratio is where a schedule ends; set schedule=cosine or linear")
+        return self
 
 
 class ResumeSection(Section):
@@ -308,6 +355,13 @@ class Config(Section):
             raise ValueError(f"objective.name={self.objective.name} is for adapters; set method=lora")
         if wanted and self.data.train_on != "response":
             raise ValueError(f"objective.name={self.objective.name} counts answers alone; set data.train_on=response")
+        return self
+
+    @model_validator(mode="after")
+    def _best_by_held_out_rows(self) -> "Config":
+        if self.training.exports_best and self.data.eval is None:
+            key = "early_stopping_patience" if self.training.early_stopping_patience else "export=best"
+            raise ValueError(f"training.{key} goes by the held-out loss; set data.eval, such as 0.1")
         return self
 
     @model_validator(mode="after")

@@ -4,11 +4,12 @@ Owns packing and order. Knows nothing of files, formats or devices.
 """
 
 import bisect
+import math
 import threading
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import NamedTuple, TypedDict
 
 import grain
 import numpy as np
@@ -91,6 +92,14 @@ def pack(lengths: Sequence[int] | np.ndarray, order: np.ndarray, max_length: int
     return Packed(order[np.argsort(row_of, kind="stable")], starts)
 
 
+class Origin(NamedTuple):
+    """Where batches begin: before batch number `batch`, at row `row` of epoch `epoch`."""
+
+    batch: int = 0
+    epoch: int = 0
+    row: int = 0
+
+
 class Epochs:
     """Packed rows of epoch after epoch, each epoch in an order of its own, by random access.
 
@@ -98,9 +107,15 @@ class Epochs:
     is filled with empty ones, so that every batch has the same shape and no example is dropped.
     """
 
-    def __init__(self, dataset: Dataset, cfg: DataSection, batch_size: int, seed: int | None):
-        """Args: seed: None keeps file order, for evaluation."""
+    def __init__(
+        self, dataset: Dataset, cfg: DataSection, batch_size: int, seed: int | None, origin: Origin | None = None
+    ):
+        """Args:
+        seed: None keeps file order, for evaluation.
+        origin: where this batch size, and these rows, begin: a run may change them on the way.
+        """
         self._dataset, self._cfg, self._batch_size, self._seed = dataset, cfg, batch_size, seed
+        self.origin = origin or Origin()
         self._lengths = dataset.lengths
         self._starts = [0]
         self._kept: dict[int, Packed] = {}
@@ -125,20 +140,38 @@ class Epochs:
             del self._kept[next(iter(self._kept))]
         return rows
 
-    def num_batches(self, epochs: int) -> int:
-        """Batches in the first `epochs` epochs."""
-        self.rows(epochs - 1)
-        return self._starts[epochs] // self._batch_size
+    @property
+    def steps_in_epoch(self) -> int:
+        """Batches of the first epoch; the others have as many, give or take how rows pack."""
+        return len(self.rows(0)) // self._batch_size
+
+    def num_batches(self, epochs: float) -> int:
+        """Batches in the first `epochs` epochs, those before the origin included; a part of one is rounded up."""
+        whole = math.ceil(epochs)
+        self.rows(whole - 1)
+        end = self._starts[whole - 1] + (epochs - (whole - 1)) * (self._starts[whole] - self._starts[whole - 1])
+        left = (end - self.first_row(self.origin.batch)) / self._batch_size
+        return self.origin.batch + max(0, math.ceil(round(left, 6)))
+
+    def first_row(self, batch: int) -> int:
+        """The row that a batch begins with, counted from the first of epoch 0; of the origin's batch and later ones."""
+        self.rows(self.origin.epoch)
+        return self._starts[self.origin.epoch] + self.origin.row + (batch - self.origin.batch) * self._batch_size
+
+    def place(self, batch: int) -> Origin:
+        """A batch as an origin, for another batch size."""
+        row = self.first_row(batch)
+        epoch = self._epoch_of(row)
+        return Origin(batch, epoch, row - self._starts[epoch])
 
     def epoch_at(self, batch: int) -> float:
         """How many epochs the first `batch` batches are."""
-        row = batch * self._batch_size
-        epoch = self._epoch_of(row)
-        return epoch + (row - self._starts[epoch]) / (self._starts[epoch + 1] - self._starts[epoch])
+        _, epoch, row = self.place(batch)
+        return epoch + row / (self._starts[epoch + 1] - self._starts[epoch])
 
     def tokens_at(self, batch: int) -> int:
-        """How many tokens the first `batch` batches hold, padding left out."""
-        total, rows_left, epoch = 0, batch * self._batch_size, 0
+        """How many tokens the rows before a batch hold, from the first of epoch 0 on, padding left out."""
+        total, rows_left, epoch = 0, self.first_row(batch), 0
         while rows_left > 0:
             rows = self.rows(epoch)
             members = rows.members[: rows.starts[min(rows_left, len(rows))]]
@@ -148,12 +181,12 @@ class Epochs:
 
     def tokens_in(self, batch: int) -> int:
         """How many tokens one batch holds, padding left out."""
-        rows = range(batch * self._batch_size, (batch + 1) * self._batch_size)
+        rows = range(self.first_row(batch), self.first_row(batch + 1))
         return sum(int(self._lengths[i]) for row in rows for i in self._members(row))
 
     def places_in(self, batch: int) -> list[str]:
         """Where the rows of the data stand that are in one batch."""
-        rows = range(batch * self._batch_size, (batch + 1) * self._batch_size)
+        rows = range(self.first_row(batch), self.first_row(batch + 1))
         return [self._dataset.places[i] for row in rows for i in self._members(row)]
 
     def __len__(self) -> int:
@@ -196,7 +229,7 @@ def pack_row(examples: list[Example], length: int) -> Batch:
 
 @dataclass(frozen=True)
 class _Rows:
-    """The rows of each batch that this process needs, one after another."""
+    """The rows of each batch that this process needs, one after another, from the origin on."""
 
     epochs: Epochs
     batch_size: int
@@ -207,13 +240,14 @@ class _Rows:
 
     def __getitem__(self, index: int) -> Batch:
         batch, row = divmod(index, len(self.rows))
-        return self.epochs[batch * self.batch_size + int(self.rows[row])]
+        return self.epochs[self.epochs.first_row(self.epochs.origin.batch + batch) + int(self.rows[row])]
 
 
 def batches(
     epochs: Epochs, batch_size: int, rows: np.ndarray | None = None, last: int | None = None
 ) -> grain.DatasetIterator:
-    """Iterator over batches [B T]; `get_state` and `set_state` save and restore its position, counted in batches.
+    """Iterator over batches [B T]; `get_state` and `set_state` save and restore its position, counted in batches from
+    the origin on.
 
     Args:
       rows: which rows of a batch are made, ascending; None makes all. The others belong to other processes.

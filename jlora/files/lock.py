@@ -10,8 +10,9 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 from filelock import lock_descriptor
@@ -26,23 +27,26 @@ WAIT_SECONDS = 5.0
 
 
 @contextmanager
-def locked(run_dir: Path, mine: bool = True) -> Iterator[None]:
+def locked(run_dir: Path, mine: bool = True) -> Iterator[Callable[[], None]]:
     """Hold the folder's lock, so that no other run writes there.
 
     Args:
       mine: False holds nothing; of the processes of one job only the first locks.
 
+    Yields:
+      what to call before writing there later: it raises ConfigError where the folder is gone, or another one by now.
+
     Raises:
       ConfigError: naming the process that holds it.
     """
     if not mine:
-        yield
+        yield lambda: None
         return
     descriptor = open_own(run_dir / NAME, os.O_RDWR | os.O_CREAT)
     try:
         _take(descriptor, run_dir)
         try:
-            yield
+            yield partial(_require_there, descriptor, run_dir)
         finally:
             _note(descriptor, "")
     finally:
@@ -61,6 +65,16 @@ def waited_for(path: Path) -> Iterator[bool]:
         yield alone
     finally:
         os.close(descriptor)
+
+
+def _require_there(descriptor: int, run_dir: Path) -> None:
+    with suppress(OSError):
+        if os.path.samestat(os.fstat(descriptor), os.stat(run_dir / NAME)):
+            return
+    raise ConfigError(
+        f"output_dir {run_dir}: was removed or replaced while a run was at work there, so nothing more is saved; "
+        "run the same command again to start anew"
+    )
 
 
 def _take(descriptor: int, run_dir: Path) -> None:

@@ -168,15 +168,19 @@ class Checkpoints:
         """The identity of the run that wrote a checkpoint."""
         return self._restore(step, {}, identity=ocp.args.JsonRestore())["identity"]
 
-    def restore(self, step: int, like: Tree) -> tuple[Tree, dict[str, Any]]:
-        """The state, in the structure, dtypes and placement of `like`, and the position of the data.
+    def position(self, step: int) -> dict[str, Any]:
+        """Where a checkpoint stands in its run's rows."""
+        return self._restore(step, {}, data=ocp.args.JsonRestore())["data"]
+
+    def restore(self, step: int, like: Tree) -> Tree:
+        """The state, in the structure, dtypes and placement of `like`.
 
         Raises:
           ModelError: the checkpoint is damaged or belongs to another shape.
         """
         abstract = flatten(jax.tree.map(ocp.utils.to_shape_dtype_struct, like))
-        found = self._restore(step, abstract, state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore())
-        return jax.tree.unflatten(jax.tree.structure(like), [found["state"][name] for name in abstract]), found["data"]
+        found = self._restore(step, abstract, state=ocp.args.StandardRestore(abstract))["state"]
+        return jax.tree.unflatten(jax.tree.structure(like), [found[name] for name in abstract])
 
     def restore_trained(self, step: int, like: Tree) -> Tree:
         """The trained leaves alone, without the optimizer's, in the structure and placement of `like`.

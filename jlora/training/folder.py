@@ -11,7 +11,7 @@ import numpy as np
 
 from jlora.config import Config
 from jlora.data.dataset import Dataset
-from jlora.data.packing import Epochs
+from jlora.data.packing import Epochs, Origin
 from jlora.errors import ConfigError, DataError, NothingTrained
 from jlora.files import lock
 from jlora.files.paths import require_own
@@ -28,6 +28,11 @@ def due(every: int | None, step: int) -> bool:
 def saves_left(every: int | None, start: int, num_steps: int) -> int:
     """Checkpoints that a run is still to write."""
     return 0 if start == num_steps else 1 + ((num_steps - 1) // every - start // every if every else 0)
+
+
+def steps_between(every: int | None, per_epoch: int | None, epoch_steps: int) -> int | None:
+    """Steps from one evaluation, or checkpoint, to the next: as asked for in steps, or by the epoch; None for never."""
+    return every if per_epoch is None else max(1, round(epoch_steps / per_epoch))
 
 
 def make_run_dir(cfg: Config) -> Path:
@@ -84,9 +89,9 @@ def require_trained(state: TrainState) -> None:
     )
 
 
-def plan_steps(cfg: Config, train_data: Dataset) -> tuple[Epochs, int]:
+def plan_steps(cfg: Config, train_data: Dataset, origin: Origin | None = None) -> tuple[Epochs, int]:
     """The order of a run's rows, and the steps that it takes to its end."""
-    epochs = Epochs(train_data, cfg.data, cfg.training.batch_size, cfg.training.seed)
+    epochs = Epochs(train_data, cfg.data, cfg.training.batch_size, cfg.training.seed, origin)
     return epochs, cfg.training.max_steps or epochs.num_batches(cfg.training.epochs)
 
 

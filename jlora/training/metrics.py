@@ -193,11 +193,11 @@ class StepMeter:
         progress: ProgressLine,
         epochs: Epochs,
         cfg: TrainingSection,
-        start: int,
+        tokens_before: int,
         num_steps: int,
     ):
         self.tokens = 0  # not padding, since this process started
-        self.tokens_before = epochs.tokens_at(start)
+        self.tokens_before = tokens_before
         self._log, self._progress, self._epochs, self._cfg, self._num_steps = log, progress, epochs, cfg, num_steps
         self.loss = math.nan  # of the last step settled
         self._pending: tuple[int, dict[str, jax.Array], int] | None = None

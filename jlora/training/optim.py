@@ -4,6 +4,7 @@
 differentiated, so it has no gradient and no optimizer state. Knows nothing of losses.
 """
 
+import math
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -64,24 +65,26 @@ def _adapter_roles(name: str, part: Any) -> Any:
 def hyperparameters(cfg: OptimizerSection, num_steps: int) -> dict[str, Float[Array, ""]]:
     """What the step takes as arguments, so that another value needs no other program; float32 scalars.
 
-    Of the schedule, "schedule" is its place in `SCHEDULES`, "learning_rate" its peak, "warmup_steps" and "decay_steps"
-    its lengths.
+    Of the schedule, "schedule" is its place in `SCHEDULES`, "learning_rate" its peak, "least" the share of it at the
+    end, "warmup_steps" and "decay_steps" its lengths.
     """
+    warmup = cfg.warmup_steps if cfg.warmup_ratio is None else math.ceil(cfg.warmup_ratio * num_steps)
     values = {
         "schedule": SCHEDULES.index(cfg.schedule),
         "learning_rate": cfg.learning_rate,
-        "warmup_steps": cfg.warmup_steps,
-        "decay_steps": max(1, num_steps - cfg.warmup_steps),
+        "least": cfg.min_learning_rate_ratio,
+        "warmup_steps": warmup,
+        "decay_steps": max(1, num_steps - warmup),
         "weight_decay": cfg.weight_decay,
     }
     return {name: jnp.float32(float(value)) for name, value in values.items()}
 
 
 def learning_rate(hyper: dict[str, Float[Array, ""]], step: Array) -> Float[Array, ""]:
-    """Linear warm-up from zero, then the decay to zero at the last step; step 0 takes the first value.
+    """Linear warm-up from zero, then the decay to its least at the last step; step 0 takes the first value.
 
-    As `get_cosine_schedule_with_warmup` and its kin of transformers. Not optax's schedules, whose lengths are constants
-    of the program.
+    As `get_cosine_with_min_lr_schedule_with_warmup` and its kin of transformers. Not optax's schedules, whose lengths
+    are constants of the program.
 
     Args:
       hyper: as `hyperparameters` gives it. step: updates made before; int32.
@@ -89,7 +92,7 @@ def learning_rate(hyper: dict[str, Float[Array, ""]], step: Array) -> Float[Arra
     warmup, count = hyper["warmup_steps"], step.astype(jnp.float32)
     left = 1.0 - jnp.clip((count - warmup) / hyper["decay_steps"], 0.0, 1.0)
     decays = jnp.stack([0.5 * (1.0 - jnp.cos(jnp.pi * left)), left, jnp.ones_like(left)])
-    decay = decays[hyper["schedule"].astype(jnp.int32)]
+    decay = hyper["least"] + (1.0 - hyper["least"]) * decays[hyper["schedule"].astype(jnp.int32)]
     return hyper["learning_rate"] * jnp.where(count < warmup, count / jnp.maximum(warmup, 1.0), decay)
 
 

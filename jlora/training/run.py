@@ -4,99 +4,45 @@ If the run folder holds a checkpoint of the same run, training resumes from it. 
 over `train`, which hand what runs have in common from one to the next (`Shared`).
 """
 
-import datetime
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
 
 from jlora.config import Config
-from jlora.data import packing
-from jlora.data.dataset import Dataset
-from jlora.data.packing import Epochs
-from jlora.errors import ConfigError, DataError, ModelError, NonFiniteError
+from jlora.errors import NonFiniteError
 from jlora.files import lock
 from jlora.files.atomic import write_json, write_text
-from jlora.hf.pretrained import Pretrained, first_adapter, make_reference, warn_of_length
-from jlora.hf.source import base_fingerprint
 from jlora.hf.verify import export_adapter
-from jlora.model.adapter_init import check_options
-from jlora.model.divisibility import check_batch_split, check_divides
+from jlora.model.divisibility import check_batch_split
 from jlora.model.sharding import make_mesh
 from jlora.reports.run import write_report
 from jlora.runtime import distributed, signals
 from jlora.runtime.watch import Watch
-from jlora.training import optim
 from jlora.training.auto_remat import compile_fastest
 from jlora.training.checkpoint import Checkpoints
 from jlora.training.evaluator import Evaluator, describe_figures
 from jlora.training.folder import (
-    batch_rows,
     due,
     make_run_dir,
-    plan_steps,
     put_batch,
     require_taken,
     require_trained,
-    saves_left,
 )
-from jlora.training.identity import check_identity, require_one_job, run_identity
+from jlora.training.identity import require_one_job
 from jlora.training.metrics import MetricsLog, ProgressLine, StepMeter, require_wandb
+from jlora.training.opening import Run, announce, open_run, resume
 from jlora.training.samples import Samples
 from jlora.training.shared import Shared
 from jlora.training.step import (
-    Forward,
-    TrainState,
     count_parameters,
     count_trained,
-    init_state,
-    make_forward,
     make_train_step,
 )
-from jlora.training.summary import finished_summary, measured, rows_of
-
-
-@dataclass
-class Run:
-    """A run from its opening to its end.
-
-    Attributes:
-      state, frozen, hyper: the arguments of the step beside the batch.
-      start, step: steps done when this process took the run up, and now.
-      compiled: the step, once it is.
-    """
-
-    cfg: Config
-    folder: Path
-    mesh: jax.sharding.Mesh
-    shared: Shared
-    watch: Watch
-    kernel: str
-    forward: Forward
-    pretrained: Pretrained
-    train_data: Dataset
-    eval_data: Dataset | None
-    epochs: Epochs
-    num_steps: int
-    state: TrainState
-    frozen: dict[str, Any]
-    hyper: dict[str, jax.Array]
-    identity: dict[str, Any]
-    checkpoints: Checkpoints
-    batches: Any
-    remat: str
-    start: int = 0
-    step: int = 0
-    compiled: Any = None
-
-    @property
-    def params(self) -> dict[str, Any]:
-        """{"adapter", "base"} and, of an objective on pairs, "reference", as they are now."""
-        return optim.join(self.state.trained, self.frozen)
+from jlora.training.summary import measured, rows_of
 
 
 def train(cfg: Config, quiet: bool = False, shared: Shared | None = None, until: int | None = None) -> dict[str, Any]:
@@ -119,9 +65,10 @@ def train(cfg: Config, quiet: bool = False, shared: Shared | None = None, until:
     watch = Watch(cfg.distributed.step_timeout)  # before the processes compare anything: one that differs ends all
     main = distributed.is_main()
     quiet = quiet or not main
-    with lock.locked(folder, main), jax.set_mesh(mesh):
+    with lock.locked(folder, main) as require_there, jax.set_mesh(mesh):
         require_one_job(cfg, folder)
         run = open_run(cfg, folder, mesh, watch, shared or Shared(), quiet)
+        run.require_there = require_there
         finished = resume(run)
         if finished is not None:
             if not quiet:
@@ -137,90 +84,6 @@ def train(cfg: Config, quiet: bool = False, shared: Shared | None = None, until:
     return summary
 
 
-def open_run(cfg: Config, folder: Path, mesh: jax.sharding.Mesh, watch: Watch, shared: Shared, quiet: bool) -> Run:
-    """The base, the rows, and what is trained of the whole, before the first step.
-
-    Raises:
-      ConfigError, DataError, ModelError: what does not fit together, before anything large is read where it can be.
-    """
-    opened = shared.open(cfg)
-    check_divides(opened.model, mesh, cfg)
-    if cfg.method == "lora":
-        check_options(cfg.lora, opened.model)
-        optim.check_rule(cfg, opened.model.num_hidden_layers)
-    kernel, forward = make_forward(cfg, opened.model, mesh)
-    if not quiet:
-        warn_of_length(opened.source, f"data.max_length={cfg.data.max_length}", cfg.data.max_length)
-    if not quiet and opened.tokenizer.writes_day and cfg.data.date is None:
-        today = datetime.date.today()
-        print(
-            "warning: the chat template writes the day into every row, so this run does not resume tomorrow, when "
-            f"its rows are others; set data.date={today}",
-            file=sys.stderr,
-        )
-    loaded = {"base": base_fingerprint(opened.source), "tokenizer": opened.tokenizer.digest}
-    distributed.require_agreement("base", ModelError, loaded)
-    train_data, eval_data = shared.read(cfg)
-    digests = {"data": train_data.digest, "eval": eval_data.digest if eval_data else None}
-    distributed.require_agreement("data", DataError, digests)
-    pretrained = shared.load(cfg, mesh)
-    epochs, num_steps = plan_steps(cfg, train_data)
-    params = {"adapter": first_adapter(cfg, pretrained, mesh), "base": pretrained.base}
-    if (reference := make_reference(cfg, pretrained, mesh)) is not None:
-        params["reference"] = reference
-    trained, frozen = optim.split(params, cfg.method)
-    return Run(
-        cfg=cfg,
-        folder=folder,
-        mesh=mesh,
-        shared=shared,
-        watch=watch,
-        kernel=kernel,
-        forward=forward,
-        pretrained=pretrained,
-        train_data=train_data,
-        eval_data=eval_data,
-        epochs=epochs,
-        num_steps=num_steps,
-        state=init_state(trained, cfg, mesh),
-        frozen=frozen,
-        hyper=optim.hyperparameters(cfg.optimizer, num_steps),
-        identity=run_identity(cfg, pretrained, train_data, eval_data),
-        checkpoints=Checkpoints(folder / "checkpoints", cfg.training.keep_checkpoints),
-        batches=packing.batches(epochs, cfg.training.batch_size, batch_rows(cfg, mesh)),
-        remat=cfg.model.remat,
-    )
-
-
-def resume(run: Run) -> dict[str, Any] | None:
-    """Bring a run to where an earlier start left off; returns the summary of one that is finished.
-
-    Raises:
-      ConfigError, ModelError: the checkpoint is another run's, or beyond the steps that are asked for.
-    """
-    cfg, num_steps = run.cfg, run.num_steps
-    start = distributed.from_first(f"newest checkpoint of {run.folder}", run.checkpoints.newest_whole)
-    if start:
-        saved = run.checkpoints.identity(start)
-        history = check_identity(run.folder, start, saved, run.identity, cfg.resume.allow_changes)
-        run.identity["history"] = history
-        if start > num_steps:
-            raise ConfigError(
-                f"{run.folder}: is at step {start} already, past the {num_steps} asked for; raise training.max_steps "
-                "or training.epochs"
-            )
-        if run.remat == "auto":
-            run.remat = saved.get("remat", run.remat)
-        done = finished_summary(run.folder) if start == num_steps else None
-        if done is not None:
-            return done
-        run.state, position = run.checkpoints.restore(start, run.state)
-        run.batches.set_state(position)
-    run.start = run.step = start
-    run.checkpoints.require_room(run.state, saves_left(cfg.training.save_every, start, num_steps))
-    return None
-
-
 def loop(run: Run, until: int | None, quiet: bool) -> StepMeter:
     """Take steps to the end, or until told to stop; evaluates, saves and logs on the way.
 
@@ -230,7 +93,7 @@ def loop(run: Run, until: int | None, quiet: bool) -> StepMeter:
     cfg, num_steps = run.cfg, run.num_steps
     log = MetricsLog(run.folder, run.start, cfg.training.wandb, cfg.model_dump(), distributed.is_main())
     progress = ProgressLine(num_steps, run.start, quiet)
-    meter = StepMeter(log, progress, run.epochs, cfg.training, run.start, num_steps)
+    meter = StepMeter(log, progress, run.epochs, cfg.training, run.tokens, num_steps)
     announce(run, progress)
     evaluate = partial(held_out_loss, run, make_evaluator(run), log, progress, meter)
     samples = make_samples(run, progress)
@@ -241,7 +104,7 @@ def loop(run: Run, until: int | None, quiet: bool) -> StepMeter:
             if samples is not None:
                 samples.take("before", run.params)
         end, stopped = min(num_steps, until or num_steps), False
-        while run.step < end and not stopped:
+        while run.step < end and not stopped and not run.stopping.over:
             # While the step before still runs: its figures are waited for only after this one is under way.
             batch = put_batch(next(run.batches), cfg.training.gradient_accumulation_steps, run.mesh)
             if run.compiled is None:
@@ -254,11 +117,16 @@ def loop(run: Run, until: int | None, quiet: bool) -> StepMeter:
             meter.took(run.step, metrics, run.epochs.tokens_in(run.step - 1))
             run.watch.beat(run.step)
             run.checkpoints.check()
-            last, stopped = run.step == end, stop_after(run.step)
-            eval_loss = evaluate() if last or due(cfg.training.eval_every, run.step) else None
-            if last or stopped or due(cfg.training.save_every, run.step):
+            last, stopped, lowest = run.step == end, stop_after(run.step), False
+            eval_loss = evaluate() if last or due(run.eval_every, run.step) else None
+            if eval_loss is not None and due(run.eval_every, run.step):
+                lowest = run.stopping.saw(eval_loss)
+            wanted = due(run.save_every, run.step) or (lowest and cfg.training.exports_best)
+            if last or stopped or run.stopping.over or wanted:
                 meter.settle()  # a run past its limit of non-finite steps ends here, unsaved
-                run.checkpoints.save(run.step, run.state, run.batches.get_state(), run.identity, eval_loss)
+                run.require_there()
+                tokens = run.tokens + meter.tokens
+                run.checkpoints.save(run.step, run.state, run.position(tokens), run.identity, eval_loss)
         meter.settle()
         run.checkpoints.wait()
     except NonFiniteError as error:
@@ -271,16 +139,33 @@ def loop(run: Run, until: int | None, quiet: bool) -> StepMeter:
             log.close()
         finally:  # a full disk takes no log, and what is being saved is to be told, too
             run.checkpoints.close()
-    if run.step == num_steps:
+    if run.finished:
+        if run.step < num_steps:
+            progress.say(f"stopped early at step {run.step}: the held-out loss falls no more")
         require_trained(run.state)
+        choose_weights(run)
         if samples is not None:
             samples.take("after", run.params)
     return meter
 
 
+def choose_weights(run: Run) -> None:
+    """Take the trained weights of the lowest held-out loss instead of the last step's, where the config says so."""
+    run.exported = run.step
+    if not run.cfg.training.exports_best or run.cfg.method == "full":
+        return
+    saved = Checkpoints(run.folder / "checkpoints", run.cfg.training.keep_checkpoints, read_only=True)
+    best = distributed.from_first("best checkpoint", lambda: saved.best() or run.step)
+    if best != run.step:
+        run.state = replace(run.state, trained=saved.restore_trained(best, run.state.trained))
+        run.exported = best
+    saved.close()
+
+
 def finish(run: Run, meter: StepMeter, began: float) -> dict[str, Any]:
     """Export the adapter of a run that came to its end, and write what every run leaves; returns its summary."""
-    cfg, finished = run.cfg, run.step == run.num_steps
+    run.require_there()
+    cfg, finished = run.cfg, run.finished
     exported = finished and cfg.method == "lora"
     if exported:
         where = (cfg.lora, run.pretrained, run.forward.dtype, run.mesh)
@@ -288,6 +173,8 @@ def finish(run: Run, meter: StepMeter, began: float) -> dict[str, Any]:
     summary = {
         "status": "finished" if finished else "preempted",
         "steps": run.step,
+        "stopped_early": finished and run.step < run.num_steps,
+        "exported_step": run.exported if exported else None,
         "epochs": run.epochs.epoch_at(run.step),
         "skipped_steps": int(run.state.skipped),
         "rows": rows_of(run.train_data, run.eval_data),
@@ -356,16 +243,3 @@ def make_samples(run: Run, progress: ProgressLine) -> Samples | None:
     if not count or run.mesh.size > 1:
         return None
     return Samples(run.folder, run.eval_data or run.train_data, count, run.pretrained, run.forward.dtype)
-
-
-def announce(run: Run, progress: ProgressLine) -> None:
-    """What is about to happen, in three lines."""
-    cfg, rows = run.cfg, run.train_data
-    dropped = f", dropped {dict(rows.dropped)}" if rows.dropped else ""
-    cut = f", {rows.truncated} cut at {cfg.data.max_length} tokens" if rows.truncated else ""
-    held = f" in {cfg.model.quantization}" if cfg.model.quantization else ""
-    total, trained = count_parameters(run.pretrained.base), count_trained(run.state.trained)
-    progress.say(f"base {cfg.model.path}{held}: {total:,} parameters, {trained:,} trained; attention {run.kernel}")
-    sources = ", ".join(source.path for source in cfg.data.sources)
-    progress.say(f"data {sources}: {len(rows.examples)} sequences of {rows.read} rows{dropped}{cut}")
-    progress.say(f"{run.num_steps} steps" + (f", resumed from step {run.start}" if run.start else ""))

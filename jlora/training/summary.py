@@ -10,6 +10,7 @@ import jax
 
 from jlora.data.checks import count_sources
 from jlora.data.dataset import Dataset
+from jlora.files.text import counted
 from jlora.reports.run_files import parse, read_text
 from jlora.training.auto_remat import peak_bytes
 from jlora.training.metrics import StepMeter, read_metrics
@@ -56,15 +57,21 @@ def finished_summary(run_dir: Path) -> dict[str, Any] | None:
     return summary | {"adapter": str(run_dir / "adapter")} if present else None
 
 
-def final_losses(run_dir: Path) -> dict[str, float | None]:
-    """Last training loss, first and last held-out loss, from the log."""
+def final_losses(run_dir: Path) -> dict[str, Any]:
+    """Last training loss; first, last and lowest held-out loss, and the step of the lowest; from the log."""
     lines = read_metrics(run_dir / "metrics.jsonl")
     train_losses = [line["loss"] for line in lines if "loss" in line]
     eval_losses = [line["eval_loss"] for line in lines if "eval_loss" in line]
+    trained = [
+        (line["eval_loss"], -line["step"]) for line in lines if line.get("eval_loss") is not None and line["step"]
+    ]
+    lowest, step = min(trained, default=(None, None))
     return {
         "train_loss": train_losses[-1] if train_losses else None,
         "eval_loss_before": eval_losses[0] if eval_losses else None,
         "eval_loss": eval_losses[-1] if eval_losses else None,
+        "lowest_eval_loss": lowest,
+        "lowest_eval_step": None if step is None else -step,
     }
 
 
@@ -96,11 +103,36 @@ def print_summary(summary: dict[str, Any], output_dir: str) -> None:
     before, after = summary["eval_loss_before"], summary["eval_loss"]
     if before is not None and after is not None:
         print(f"held-out loss {before:.4f} -> {after:.4f} ({(after - before) / before:+.1%})")
-    rate, memory = summary["tokens_per_second"], summary["peak_memory_bytes"]
+    rate, memory, steps = summary["tokens_per_second"], summary["peak_memory_bytes"], summary["steps"]
     speed = f"{rate:,.0f} tokens/s, " if rate else ""
-    print(f"{summary['steps']} steps, {speed}peak host memory {memory['host'] / 2**30:.2f} GiB")
-    print(f"adapter: {summary['adapter']}" if summary["adapter"] else f"checkpoint: {output_dir}/checkpoints")
+    early = " (stopped early)" if summary.get("stopped_early") else ""
+    print(f"{counted(steps, 'step')}{early}, {speed}peak host memory {memory['host'] / 2**30:.2f} GiB")
+    which = ""
+    if summary.get("exported_step") not in (None, steps):
+        which = f" (of step {summary['exported_step']}: held-out loss {summary['lowest_eval_loss']:.4f})"
+    print(f"adapter: {summary['adapter']}{which}" if summary["adapter"] else f"checkpoint: {output_dir}/checkpoints")
     print(f"report: {output_dir}/report.html")
+
+
+def warn_of_result(summary: dict[str, Any]) -> None:
+    """Say on stderr where training made the held-out loss worse than it was, or than it had been on the way."""
+    before, after, lowest = (summary.get(key) for key in ("eval_loss_before", "eval_loss", "lowest_eval_loss"))
+    if before is None or after is None or lowest is None:
+        return
+    step, steps = summary["lowest_eval_step"], summary["steps"]
+    left = lowest if summary.get("exported_step") == step else after
+    if left > before:
+        print(
+            f"warning: training raised the held-out loss from {before:.4f} to {left:.4f}: the base alone is better on "
+            "these rows; lower optimizer.learning_rate or training.epochs",
+            file=sys.stderr,
+        )
+    elif left > lowest:
+        print(
+            f"warning: the held-out loss was lower before the end: {lowest:.4f} at step {step}, {after:.4f} at step "
+            f"{steps}, whose weights are kept; train less, or set training.export=best",
+            file=sys.stderr,
+        )
 
 
 def print_sweep(summary: dict[str, Any]) -> None:

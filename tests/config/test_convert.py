@@ -77,14 +77,15 @@ EXPECTED: dict[str, tuple[int, dict[str, object], list[str]]] = {
         {
             "model": {"remat": "offload"},
             "data": {"format": "messages", "chat_template": "chatml", "packing": True},
-            "training": {"epochs": 3, "batch_size": 4},
+            "training": {"epochs": 2.5, "batch_size": 4},
+            "optimizer": {"warmup_steps": 0, "warmup_ratio": 0.03},
         },
-        ["datasets.roles_to_train", "num_epochs", "special_tokens", "warmup_ratio"],
+        ["datasets.roles_to_train"],
     ),
     "axolotl_int8_sharegpt": (
         1,
         {"model": {"quantization": "int8"}, "data": {"format": "sharegpt", "split": "train", "train_on": "response"}},
-        ["early_stopping_patience", "load_in_8bit", "warmup_ratio"],
+        ["early_stopping_patience", "load_in_8bit"],
     ),
     "axolotl_loraplus_neftune": (
         1,
@@ -93,7 +94,7 @@ EXPECTED: dict[str, tuple[int, dict[str, object], list[str]]] = {
             "optimizer": {"loraplus_lr_ratio": 16.0},
             "training": {"neftune_noise_alpha": 5.0},
         },
-        ["warmup_ratio"],
+        [],
     ),
     "axolotl_dpo": (
         1,
@@ -101,29 +102,31 @@ EXPECTED: dict[str, tuple[int, dict[str, object], list[str]]] = {
             "objective": {"name": "dpo", "beta": 0.2, "label_smoothing": 0.1},
             "data": {"format": "preference", "max_length": 4096},
         },
-        ["datasets.type", "warmup_ratio"],
+        ["datasets.type"],
     ),
     "axolotl_orpo_two_sources": (
         1,
         {"objective": {"name": "orpo", "beta": 0.1}, "data": {"train": BOTH, "format": "preference"}},
-        ["warmup_ratio"],
+        [],
     ),
     "axolotl_own_columns_fp16": (
         1,
         {
             "lora": {"target_modules": ["q_proj", "v_proj"]},
             "training": {"batch_size": 16, "gradient_accumulation_steps": 16},
-            "optimizer": {"name": "lion", "schedule": "cosine"},
+            "optimizer": {"name": "lion", "schedule": "cosine", "min_learning_rate_ratio": 0.1},
         },
         [
-            *("cosine_min_lr_ratio", "datasets.type", "fp16", "lora_target_modules", "lr_scheduler", "plugins"),
-            *("tokens", "warmup_ratio"),
+            *("datasets.type", "fp16", "lora_target_modules", "lr_scheduler", "plugins", "tokens"),
         ],
     ),
     "axolotl_full_fine_tuning": (
         1,
-        {"method": "full", "model": {"dtype": "float32", "quantization": None}, "optimizer": {"name": "adafactor"}},
-        ["warmup_ratio"],
+        {
+            **{"method": "full", "model": {"dtype": "float32", "quantization": None}},
+            **{"optimizer": {"name": "adafactor"}, "training": {"evals_per_epoch": 2, "saves_per_epoch": 1}},
+        },
+        [],
     ),
     "torchtune_llama2_7b": (
         2,

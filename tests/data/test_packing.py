@@ -1,6 +1,7 @@
 """Examples to batches: nothing lost, nothing doubled, the same order again from any position."""
 
 import json
+import math
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -119,6 +120,9 @@ def test_last_batch_is_filled_with_empty_rows(batch_size):
     assert sum(empty) < batch_size and empty == sorted(empty)
     assert one.num_batches(1) == len(rows) // batch_size
     assert one.num_batches(3) == sum(len(one.rows(epoch)) for epoch in range(3)) // batch_size
+    for whole, part in ((0, 0.5), (1, 0.25), (2, 0.999), (1, 0.1)):  # rounded up
+        before, after = (one.num_batches(n) if n else 0 for n in (whole, whole + 1))
+        assert one.num_batches(whole + part) == before + math.ceil(part * (after - before)), (whole, part)
 
 
 def test_batches_have_one_shape_and_hold_every_token_once_an_epoch():

@@ -64,10 +64,10 @@ def test_round_trip_is_bitwise(tmp_path):
     checkpoints.close()
     again = Checkpoints(tmp_path / "c", keep=2)
     assert again.steps() == [5]
-    restored, data = again.restore(5, make_state(seed=1))
+    restored = again.restore(5, make_state(seed=1))
     assert_bitwise(restored, state)
     assert isinstance(restored, TrainState) and restored.step == state.step
-    assert data == {"next": [1, "two"]} and again.identity(5) == IDENTITY
+    assert again.position(5) == {"next": [1, "two"]} and again.identity(5) == IDENTITY
     again.close()
 
 
@@ -129,7 +129,7 @@ def test_saves_are_never_left_out(tmp_path):
     checkpoints.wait()
     assert checkpoints.steps() == steps
     for step in steps:
-        assert_bitwise(checkpoints.restore(step, make_state())[0], make_state(seed=step))
+        assert_bitwise(checkpoints.restore(step, make_state()), make_state(seed=step))
     checkpoints.close()
 
 
@@ -169,7 +169,7 @@ def test_debris_of_a_killed_save_is_cleaned(copy):
     assert checkpoints.steps() == [4, 8] and checkpoints.newest_whole() == 8
     save(checkpoints, 12, seed=12)
     checkpoints.wait()
-    assert_bitwise(checkpoints.restore(12, make_state())[0], make_state(seed=12))
+    assert_bitwise(checkpoints.restore(12, make_state()), make_state(seed=12))
     checkpoints.close()
 
 
@@ -234,7 +234,7 @@ def test_a_damaged_checkpoint_goes_to_quarantine_and_the_one_before_is_taken(cop
         assert "SHA-256 differs" in line and "step 4 is taken" in line
         where = copy.parent / "quarantine" / ("8.1" if again else "8")
         assert where.is_dir() and str(where) in line
-        assert_bitwise(checkpoints.restore(4, make_state(seed=1))[0], make_state())
+        assert_bitwise(checkpoints.restore(4, make_state(seed=1)), make_state())
         save(checkpoints, 8, seed=8)
         checkpoints.close()
         assert checkpoints.steps() == [4, 8]

@@ -1,5 +1,6 @@
 """Optimizers, schedules and clipping against PyTorch and transformers; labels and what they keep away."""
 
+import math
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -14,7 +15,9 @@ import torch
 from transformers import (
     get_constant_schedule_with_warmup,
     get_cosine_schedule_with_warmup,
+    get_cosine_with_min_lr_schedule_with_warmup,
     get_linear_schedule_with_warmup,
+    get_polynomial_decay_schedule_with_warmup,
 )
 
 from jlora.config import OptimizerSection
@@ -179,6 +182,30 @@ def test_schedules_equal_transformers(name, warmup, steps):
     schedule = partial(learning_rate, hyperparameters(cfg, steps))
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.02)
     theirs = THEIRS[name](optimizer, warmup, steps)
+    for step in range(steps):
+        assert float(schedule(jnp.int32(step))) == pytest.approx(theirs.get_last_lr()[0], abs=1e-8, rel=1e-5), step
+        optimizer.step()
+        theirs.step()
+
+
+ENDS = {
+    "cosine": lambda optimizer, warmup, steps, least: get_cosine_with_min_lr_schedule_with_warmup(
+        optimizer, warmup, steps, min_lr_rate=least
+    ),
+    "linear": lambda optimizer, warmup, steps, least: get_polynomial_decay_schedule_with_warmup(
+        optimizer, warmup, steps, lr_end=0.02 * least, power=1.0
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ENDS)
+@pytest.mark.parametrize(("warmup", "ratio"), [(0, None), (5, None), (0, 0.25), (0, 0.01)])
+def test_schedules_that_end_above_zero_equal_transformers(name, warmup, ratio):
+    steps, least = 17, 0.15
+    cfg = section(schedule=name, warmup_steps=warmup, warmup_ratio=ratio, min_learning_rate_ratio=least)
+    schedule = partial(learning_rate, hyperparameters(cfg, steps))
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.02)
+    theirs = ENDS[name](optimizer, math.ceil(steps * ratio) if ratio else warmup, steps, least)
     for step in range(steps):
         assert float(schedule(jnp.int32(step))) == pytest.approx(theirs.get_last_lr()[0], abs=1e-8, rel=1e-5), step
         optimizer.step()

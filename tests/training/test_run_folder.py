@@ -8,9 +8,11 @@ import shutil
 import sys
 
 import pytest
+from command_line import sentence_of
 from safetensors.numpy import load_file
 from tiny import make_completions, make_llama, make_tokenizer, write_config
 
+import jlora.training.run
 from jlora.config import load_config
 from jlora.errors import ConfigError, ModelError
 from jlora.files.paths import RUN_FILES, RUN_FOLDERS, short_names
@@ -276,3 +278,26 @@ def test_a_page_replaces_a_page_and_nothing_else(run_dir, tmp_path, command):
 )
 def test_names_are_short_and_none_is_anothers(paths, names):
     assert short_names(paths) == names
+
+
+@pytest.mark.parametrize("another", [False, True], ids=["removed", "replaced"])
+def test_a_run_folder_that_goes_while_it_trains_ends_the_run(world, tmp_path, monkeypatch, another):
+    """With one sentence, at the next save; nothing is made there again, nor written into another run's."""
+    config = load_config(world / "c.yaml", [f"output_dir={tmp_path}/run", "training.save_every=null"])
+    put, batches = jlora.training.run.put_batch, []
+
+    def remove(*args):
+        batches.append(args)
+        if len(batches) == 2:
+            (tmp_path / "run").rename(tmp_path / "elsewhere")
+            if another:
+                shutil.copytree(world / "run", tmp_path / "run")
+        return put(*args)
+
+    monkeypatch.setattr(jlora.training.run, "put_batch", remove)
+    message = sentence_of(ConfigError, train, config, quiet=True)
+    assert f"output_dir {tmp_path}/run: was removed or replaced" in message
+    assert (tmp_path / "run").exists() == another
+    if another:
+        names = {path.relative_to(world / "run") for path in (world / "run").rglob("*")}
+        assert {path.relative_to(tmp_path / "run") for path in (tmp_path / "run").rglob("*")} == names

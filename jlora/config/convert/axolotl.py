@@ -1,6 +1,5 @@
 """An Axolotl configuration as a jlora one. Keys as documented in Axolotl's config reference (0.13, 2026-07)."""
 
-import math
 from typing import Any
 
 from jlora.config.convert.rules import Conversion, Differs, Table, To, Without, is_set, one_of
@@ -18,8 +17,8 @@ SHARING = "devices share the work by mesh, without a file of its own"
 RESTARTS = "a jlora run goes on by itself from output_dir's last checkpoint"
 HUB = "jlora uploads nothing; the adapter lies in output_dir/adapter"
 LOGS = "metrics.jsonl and TensorBoard are always written; for Weights & Biases set training.wandb"
-EVALS = "counts by the epoch, jlora by steps: set training.eval_every"
-SAVES = "counts by the epoch, jlora by steps: set training.save_every"
+EVALS = "set training.evals_per_epoch or eval_every"
+SAVES = "set training.saves_per_epoch or save_every"
 
 
 def _optimizer(value: Any) -> str:
@@ -120,10 +119,14 @@ TABLE: Table = {
     "peft_init_lora_weights": To("lora.init_lora_weights", _initial),
     "loraplus_lr_ratio": To("optimizer.loraplus_lr_ratio", float),
     "neftune_noise_alpha": To("training.neftune_noise_alpha", float),
-    "num_epochs": To("training.epochs", lambda value: _whole_epochs(float(value))),
+    "num_epochs": To("training.epochs", lambda value: int(value) if float(value).is_integer() else float(value)),
     "max_steps": To("training.max_steps", lambda value: int(value) if int(value) > 0 else None),
     "seed": To("training.seed", int),
     "logging_steps": To("training.log_every", _steps),
+    "evals_per_epoch": To("training.evals_per_epoch", int),
+    "saves_per_epoch": To("training.saves_per_epoch", int),
+    "early_stopping_patience": To("training.early_stopping_patience", int),
+    "load_best_model_at_end": To("training.export", lambda value: "best" if value else "last"),
     "eval_steps": To("training.eval_every", _steps),
     "save_steps": To("training.save_every", _steps),
     "save_total_limit": To("training.keep_checkpoints", int),
@@ -142,6 +145,7 @@ TABLE: Table = {
         ),
     ),
     "warmup_steps": To("optimizer.warmup_steps", int),
+    "cosine_min_lr_ratio": To("optimizer.min_learning_rate_ratio", float),
     "gradient_checkpointing": To("model.remat", _remat),
     "tensor_parallel_size": To("mesh.tensor", int),
     "dp_replicate_size": To("mesh.data", int),
@@ -160,14 +164,11 @@ TABLE: Table = {
         key: Without("result", "there is one learning rate, and LoRA+'s for B")
         for key in ("lr_groups", "embedding_lr", "embedding_lr_scale", "loraplus_lr_embedding")
     },
-    "cosine_min_lr_ratio": Without("result", "the cosine ends at zero"),
     "cosine_constant_lr_ratio": Without("result", "the cosine goes on to the last step"),
     "lr_scheduler_kwargs": Without("result", "a schedule has optimizer.warmup_steps alone"),
     "optim_args": Without("result", "set optimizer.b1, b2 and eps"),
     "relora": Without("result", "an adapter is not merged in mid-course", (False,)),
     "loftq": Without("result", "A and B do not start from the base's rounding error"),
-    "early_stopping_patience": Without("result", "a run goes to its end; the best checkpoint by held-out loss stays"),
-    "load_best_model_at_end": Without("result", "export the best by --step N", (False,)),
     "unfrozen_parameters": Without("result", "the base stays frozen; see lora.modules_to_save and method: full"),
     "lora_fan_in_fan_out": Without("result", "is for other architectures", (False,)),
     "shuffle_merged_datasets": Without("result", "rows are always shuffled", (True,)),
@@ -201,8 +202,8 @@ TABLE: Table = {
         key: Without("cost", "a sequence stays on one device", (1,))
         for key in ("sequence_parallel_degree", "context_parallel_size")
     },
-    **{key: Without("cost", EVALS, ("no", "steps")) for key in ("evals_per_epoch", "eval_strategy")},
-    **{key: Without("cost", SAVES, ("no", "steps")) for key in ("saves_per_epoch", "save_strategy")},
+    "eval_strategy": Without("cost", EVALS, ("no", "steps")),
+    "save_strategy": Without("cost", SAVES, ("no", "steps")),
     # Neither.
     **{
         key: Without("aside", LOGS)
@@ -245,12 +246,6 @@ JOINT = (
 DEFAULTS = {"sequence_len": 512, "sample_packing": False, "gradient_checkpointing": False, "seed": 42}
 
 
-def _whole_epochs(value: float) -> int:
-    if value != int(value):
-        raise Differs("whole epochs alone, rounded up; set training.max_steps for a part", instead=math.ceil(value))
-    return int(value)
-
-
 def is_ours(tree: dict[str, Any]) -> bool:
     """Whether a file looks like one of Axolotl's."""
     return "base_model" in tree
@@ -264,6 +259,8 @@ def convert(tree: dict[str, Any], devices: int) -> Conversion:
     """
     out = Conversion()
     given = {key: value for key, value in tree.items() if is_set(value)}
+    if isinstance(given.get("special_tokens"), dict) and set(given["special_tokens"]) == {"pad_token"}:
+        del given["special_tokens"]  # padding is masked, whatever its token
     for key, value in (DEFAULTS | given).items():
         if key in TABLE:
             out.apply(key, value, TABLE[key])
@@ -274,6 +271,7 @@ def convert(tree: dict[str, Any], devices: int) -> Conversion:
     _precision(given, out)
     _warmup(given, out)
     _datasets(given, out)
+    _evaluation(given, out)
     _objective(given, out)
     for plugin in given.get("plugins", []):
         speed = "liger" in plugin or "cut_cross" in plugin
@@ -321,9 +319,22 @@ def _warmup(given: dict[str, Any], out: Conversion) -> None:
         most = steps if "warmup_ratio" in given else 100
         out.set("optimizer.warmup_steps", min(int(ratio * steps), most))
     elif ratio:
-        which = "is a share of all steps" if "warmup_ratio" in given else "Axolotl warms up for 3 % of all steps"
-        why = f"{which}, which are not known before the rows are read: set optimizer.warmup_steps"
-        out.note("warmup_ratio", given.get("warmup_ratio"), "result", why)
+        out.set("optimizer.warmup_ratio", ratio)
+
+
+def _evaluation(given: dict[str, Any], out: Conversion) -> None:
+    """What goes by held-out rows; Axolotl evaluates and saves after each epoch where nothing is said."""
+    if out.get("data.eval") is None:
+        for key, ours in (("early_stopping_patience", "early_stopping_patience"), ("load_best_model_at_end", "export")):
+            if given.get(key):
+                out.note(key, given[key], "result", "goes by held-out rows, and there are none: set data.eval")
+                out.set(f"training.{ours}", None)
+    elif not {"eval_steps", "evals_per_epoch", "eval_strategy"} & given.keys():
+        out.set("training.evals_per_epoch", 1)
+    if not {"save_steps", "saves_per_epoch", "save_strategy"} & given.keys():
+        out.set("training.saves_per_epoch", 1)
+    if out.get("optimizer.schedule") == "constant" and "cosine_min_lr_ratio" in given:
+        out.set("optimizer.min_learning_rate_ratio", 0.0)
 
 
 def _datasets(given: dict[str, Any], out: Conversion) -> None:

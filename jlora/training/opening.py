@@ -1,0 +1,227 @@
+"""A run before its first step: what it holds, what its config opens, and where an earlier start left off."""
+
+import datetime
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jlora.config import Config
+from jlora.data import packing
+from jlora.data.dataset import Dataset
+from jlora.data.packing import Epochs, Origin
+from jlora.errors import ConfigError, DataError, ModelError
+from jlora.files.text import counted
+from jlora.hf.pretrained import Pretrained, first_adapter, make_reference, warn_of_length
+from jlora.hf.source import base_fingerprint
+from jlora.model.adapter_init import check_options
+from jlora.model.divisibility import check_divides
+from jlora.runtime import distributed
+from jlora.runtime.watch import Watch
+from jlora.training import optim
+from jlora.training.checkpoint import Checkpoints
+from jlora.training.folder import batch_rows, plan_steps, saves_left, steps_between
+from jlora.training.identity import check_identity, run_identity
+from jlora.training.metrics import ProgressLine
+from jlora.training.shared import Shared
+from jlora.training.step import Forward, TrainState, count_parameters, count_trained, init_state, make_forward
+from jlora.training.stopping import Stopping
+from jlora.training.summary import finished_summary
+
+
+@dataclass
+class Run:
+    """A run from its opening to its end.
+
+    Attributes:
+      state, frozen, hyper: the arguments of the step beside the batch.
+      start, step: steps done when this process took the run up, and now; `tokens` those of the steps before.
+      compiled: the step, once it is.
+      exported: the step whose weights a finished run leaves.
+      require_there: raises ConfigError where the run folder is gone; see `jlora.files.lock`.
+    """
+
+    cfg: Config
+    folder: Path
+    mesh: jax.sharding.Mesh
+    shared: Shared
+    watch: Watch
+    kernel: str
+    forward: Forward
+    pretrained: Pretrained
+    train_data: Dataset
+    eval_data: Dataset | None
+    epochs: Epochs
+    num_steps: int
+    state: TrainState
+    frozen: dict[str, Any]
+    hyper: dict[str, jax.Array]
+    identity: dict[str, Any]
+    checkpoints: Checkpoints
+    batches: Any
+    stopping: Stopping
+    remat: str
+    start: int = 0
+    step: int = 0
+    tokens: int = 0
+    compiled: Any = None
+    exported: int | None = None
+    require_there: Callable[[], None] = lambda: None
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """{"adapter", "base"} and, of an objective on pairs, "reference", as they are now."""
+        return optim.join(self.state.trained, self.frozen)
+
+    @property
+    def finished(self) -> bool:
+        """Whether no step is left to take."""
+        return self.step == self.num_steps or self.stopping.over
+
+    @property
+    def eval_every(self) -> int | None:
+        """Steps between evaluations."""
+        training = self.cfg.training
+        return steps_between(training.eval_every, training.evals_per_epoch, self.epochs.steps_in_epoch)
+
+    @property
+    def save_every(self) -> int | None:
+        """Steps between checkpoints."""
+        training = self.cfg.training
+        return steps_between(training.save_every, training.saves_per_epoch, self.epochs.steps_in_epoch)
+
+    def position(self, tokens: int) -> dict[str, Any]:
+        """What a checkpoint says of the rows and evaluations so far, as JSON; see `take_up_rows`."""
+        return {
+            "batches": self.batches.get_state(),
+            "origin": self.epochs.origin,
+            "next": self.epochs.place(self.step),
+            "tokens": tokens,
+            "stopping": self.stopping.get_state(),
+        }
+
+
+def open_run(cfg: Config, folder: Path, mesh: jax.sharding.Mesh, watch: Watch, shared: Shared, quiet: bool) -> Run:
+    """The base, the rows, and what is trained of the whole, before the first step.
+
+    Raises:
+      ConfigError, DataError, ModelError: what does not fit together, before anything large is read where it can be.
+    """
+    opened = shared.open(cfg)
+    check_divides(opened.model, mesh, cfg)
+    if cfg.method == "lora":
+        check_options(cfg.lora, opened.model)
+        optim.check_rule(cfg, opened.model.num_hidden_layers)
+    kernel, forward = make_forward(cfg, opened.model, mesh)
+    if not quiet:
+        warn_of_length(opened.source, f"data.max_length={cfg.data.max_length}", cfg.data.max_length)
+    if not quiet and opened.tokenizer.writes_day and cfg.data.date is None:
+        today = datetime.date.today()
+        print(
+            "warning: the chat template writes the day into every row, so this run does not resume tomorrow, when "
+            f"its rows are others; set data.date={today}",
+            file=sys.stderr,
+        )
+    loaded = {"base": base_fingerprint(opened.source), "tokenizer": opened.tokenizer.digest}
+    distributed.require_agreement("base", ModelError, loaded)
+    train_data, eval_data = shared.read(cfg)
+    digests = {"data": train_data.digest, "eval": eval_data.digest if eval_data else None}
+    distributed.require_agreement("data", DataError, digests)
+    pretrained = shared.load(cfg, mesh)
+    epochs, num_steps = plan_steps(cfg, train_data)
+    params = {"adapter": first_adapter(cfg, pretrained, mesh), "base": pretrained.base}
+    if (reference := make_reference(cfg, pretrained, mesh)) is not None:
+        params["reference"] = reference
+    trained, frozen = optim.split(params, cfg.method)
+    return Run(
+        cfg=cfg,
+        folder=folder,
+        mesh=mesh,
+        shared=shared,
+        watch=watch,
+        kernel=kernel,
+        forward=forward,
+        pretrained=pretrained,
+        train_data=train_data,
+        eval_data=eval_data,
+        epochs=epochs,
+        num_steps=num_steps,
+        state=init_state(trained, cfg, mesh),
+        frozen=frozen,
+        hyper=optim.hyperparameters(cfg.optimizer, num_steps),
+        identity=run_identity(cfg, pretrained, train_data, eval_data),
+        checkpoints=Checkpoints(folder / "checkpoints", cfg.training.keep_checkpoints),
+        batches=packing.batches(epochs, cfg.training.batch_size, batch_rows(cfg, mesh)),
+        stopping=Stopping(cfg.training.early_stopping_patience, cfg.training.early_stopping_min_delta),
+        remat=cfg.model.remat,
+    )
+
+
+def resume(run: Run) -> dict[str, Any] | None:
+    """Bring a run to where an earlier start left off; returns the summary of one that is finished.
+
+    Raises:
+      ConfigError, ModelError: the checkpoint is another run's, or beyond the steps that are asked for.
+    """
+    cfg = run.cfg
+    start = distributed.from_first(f"newest checkpoint of {run.folder}", run.checkpoints.newest_whole)
+    if start:
+        saved = run.checkpoints.identity(start)
+        history = check_identity(run.folder, start, saved, run.identity, cfg.resume.allow_changes)
+        run.identity["history"] = history
+        take_up_rows(run, start, changed=len(history) > len(saved.get("history", [])))
+        if start > run.num_steps:
+            raise ConfigError(
+                f"{run.folder}: is at step {start} already, past the {run.num_steps} asked for; raise "
+                "training.max_steps or training.epochs"
+            )
+        if run.remat == "auto":
+            run.remat = saved.get("remat", run.remat)
+        run.start = run.step = start
+        done = finished_summary(run.folder) if run.finished else None
+        if done is not None:
+            return done
+        run.state = run.checkpoints.restore(start, run.state)
+    saves = saves_left(run.save_every, start, run.num_steps)
+    if cfg.training.exports_best:
+        saves += saves_left(run.eval_every, start, run.num_steps)
+    run.checkpoints.require_room(run.state, saves)
+    return None
+
+
+def take_up_rows(run: Run, start: int, changed: bool) -> None:
+    """Go on behind the last row that the steps before `start` took, and with the tokens and evaluations counted then.
+
+    Args:
+      changed: the config, or the rows, are not what they were, so that batches are counted anew from here.
+    """
+    cfg, position = run.cfg, run.checkpoints.position(start)
+    if "next" not in position:  # a checkpoint of earlier versions, which counted batches alone
+        run.batches.set_state(position)
+        run.tokens = run.epochs.tokens_at(start)
+        return
+    origin = Origin(*position["next" if changed else "origin"])
+    if origin != run.epochs.origin:
+        run.epochs, run.num_steps = plan_steps(cfg, run.train_data, origin)
+        run.hyper = optim.hyperparameters(cfg.optimizer, run.num_steps)
+        run.batches = packing.batches(run.epochs, cfg.training.batch_size, batch_rows(cfg, run.mesh))
+    if not changed:
+        run.batches.set_state(position["batches"])
+    run.tokens = position["tokens"]
+    run.stopping.set_state(position["stopping"])
+
+
+def announce(run: Run, progress: ProgressLine) -> None:
+    """What is about to happen, in three lines."""
+    cfg, rows = run.cfg, run.train_data
+    dropped = f", dropped {dict(rows.dropped)}" if rows.dropped else ""
+    cut = f", {rows.truncated} cut at {cfg.data.max_length} tokens" if rows.truncated else ""
+    held = f" in {cfg.model.quantization}" if cfg.model.quantization else ""
+    total, trained = count_parameters(run.pretrained.base), count_trained(run.state.trained)
+    progress.say(f"base {cfg.model.path}{held}: {total:,} parameters, {trained:,} trained; attention {run.kernel}")
+    sources = ", ".join(source.path for source in cfg.data.sources)
+    progress.say(f"data {sources}: {len(rows.examples)} sequences of {rows.read} rows{dropped}{cut}")
+    progress.say(counted(run.num_steps, "step") + (f", resumed from step {run.start}" if run.start else ""))
