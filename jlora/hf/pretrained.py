@@ -95,6 +95,15 @@ def warn_of_length(source: Source, what: str, length: int) -> None:
         print(f"warning: {what} is beyond the base's {limit} positions", file=sys.stderr)
 
 
+def warn_of_dropout(source: Source) -> None:
+    """Say on stderr that the config drops attention at random in training, which jlora does not."""
+    if dropout := source.config.get("attention_dropout"):
+        print(
+            f"warning: attention_dropout={dropout} of the base's config.json is not applied; lora.dropout is",
+            file=sys.stderr,
+        )
+
+
 def open_tokenizer(path: str, chat_template: str | None) -> Tokenizer:
     """The tokenizer of a folder, a hub repository or a GGUF file.
 

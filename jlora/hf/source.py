@@ -40,6 +40,14 @@ MAX_HEADER_BYTES = 16 * 2**20
 # Weights of a tied head that are compared with the embedding's at once.
 COMPARED_WEIGHTS = 2**20
 
+# What the names of the body's tensors begin with.
+BODY = "model."
+# How the names of what earlier versions stored beside the weights end: it is computed, and not read.
+BUFFERS = (
+    *("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached", "rope.freqs"),
+    *("self_attn.masked_bias", "self_attn.bias"),
+)
+
 # How much of each tensor `base_fingerprint` looks at.
 NUM_SAMPLES, SAMPLE_BYTES = 8, 4096
 
@@ -115,6 +123,7 @@ class SafetensorsFolder:
         self._places: dict[str, tuple[Path, int]] = {}
         for file in files:
             self._read_header(inside(folder, file))
+        self._name_as_a_whole_model()
         if self._has_other_head():
             self.config = self.config | {"tie_word_embeddings": False}
             print(
@@ -140,6 +149,15 @@ class SafetensorsFolder:
                 f"{self.folder}: config.json names its weights (transformers_weights={file!r}); rename the file to "
                 "model.safetensors, and take the key out"
             )
+
+    def _name_as_a_whole_model(self) -> None:
+        """A decoder without its head, such as `LlamaModel` writes, lacks the first part of its tensors' names."""
+        if "embed_tokens.weight" in self.shapes and not any(name.startswith(BODY) for name in self.shapes):
+            whole = {name: name if name == OUTER["lm_head"] else BODY + name for name in self.shapes}
+            self.shapes = {whole[name]: shape for name, shape in self.shapes.items()}
+            self.dtypes = {whole[name]: dtype for name, dtype in self.dtypes.items()}
+            self.sizes = {whole[name]: size for name, size in self.sizes.items()}
+            self._places = {whole[name]: place for name, place in self._places.items()}
 
     def _has_other_head(self) -> bool:
         """Whether a head is stored beside the embedding that it is said to be, in values that differ as float32."""
@@ -278,9 +296,7 @@ def check_names(cfg: ModelConfig, shapes: dict[str, tuple[int, ...]], where: str
     # A tied head may be stored too; it is the embedding once more (see `SafetensorsFolder`), or misshapen.
     twice = {OUTER["lm_head"]: table[OUTER["embed_tokens"]]} if cfg.tie_word_embeddings else {}
     missing = [name for name in table if name not in shapes]
-    extra = [
-        name for name in shapes if name not in table and name not in twice and not name.endswith("rotary_emb.inv_freq")
-    ]
+    extra = [name for name in shapes if name not in table and name not in twice and not name.endswith(BUFFERS)]
     wrong = [
         f"{name} {list(shapes[name])} instead of {list(entry.hf_shape)}"
         for name, entry in (table | twice).items()

@@ -21,7 +21,7 @@ from jlora.data.packing import Epochs
 from jlora.errors import ConfigError, DataError, ModelError, NonFiniteError
 from jlora.files import lock
 from jlora.files.atomic import write_json, write_text
-from jlora.hf.pretrained import Pretrained, first_adapter, make_reference, warn_of_length
+from jlora.hf.pretrained import Pretrained, first_adapter, make_reference, warn_of_dropout, warn_of_length
 from jlora.hf.source import base_fingerprint
 from jlora.hf.verify import export_adapter
 from jlora.model.adapter_init import check_options
@@ -151,6 +151,7 @@ def open_run(cfg: Config, folder: Path, mesh: jax.sharding.Mesh, watch: Watch, s
     kernel, forward = make_forward(cfg, opened.model, mesh)
     if not quiet:
         warn_of_length(opened.source, f"data.max_length={cfg.data.max_length}", cfg.data.max_length)
+        warn_of_dropout(opened.source)
     if not quiet and opened.tokenizer.writes_day and cfg.data.date is None:
         today = datetime.date.today()
         print(
