@@ -3,7 +3,7 @@
 import hashlib
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -74,18 +74,19 @@ def open_pretrained(path: str, tokenizer_path: str | None, chat_template: str | 
     """Open base and tokenizer.
 
     Raises:
-      ModelError: see `jlora.hf.source`; or the tokenizer has ids beyond the embedding, or far too few.
+      ModelError: see `jlora.hf.source`; or the tokenizer's vocabulary is larger than the embedding, or far smaller.
+        Tokens that were added to it may be beyond; a text that has one is refused where it is encoded.
     """
     local = resolve(path)
     source = open_source(local, path)
     tokenizer = open_tokenizer(tokenizer_path or str(local), chat_template)
     vocab_size = source.model.vocab_size
-    if not SMALLEST_VOCAB_SHARE * vocab_size <= tokenizer.vocab_size <= vocab_size:
+    if tokenizer.vocab_size < SMALLEST_VOCAB_SHARE * vocab_size or tokenizer.own_size > vocab_size:
         raise ModelError(
             f"{tokenizer_path or path}: the tokenizer has {tokenizer.vocab_size} tokens, but the model "
             f"{path} has {vocab_size}; give the tokenizer that belongs to the model (model.tokenizer)"
         )
-    return Opened(path, local, source, tokenizer)
+    return Opened(path, local, source, replace(tokenizer, limit=vocab_size))
 
 
 def warn_of_length(source: Source, what: str, length: int) -> None:
