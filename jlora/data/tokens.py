@@ -184,7 +184,7 @@ class Tokenizer:
 
 
 def load_tokenizer(path: str | Path, chat_template: str | None) -> Tokenizer:
-    """Load a tokenizer from an HF folder, a `.gguf` file or the name of a hub repository.
+    """Load a tokenizer from an HF folder or the name of a hub repository.
 
     A folder's `tokenizer.json` is taken as it stands, whatever class the folder names; with only a
     `tokenizer.model`, text is tokenised by sentencepiece itself. Code in a repository is never run.
@@ -231,7 +231,7 @@ def _folder(path: str | Path) -> Path:
     if Path(path).is_dir():
         return Path(path)
     if Path(path).exists() or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(path)):
-        raise ModelError(f"tokenizer {path} is not a folder, a .gguf file or a hub name")
+        raise ModelError(f"tokenizer {path} is not a folder, a GGUF file or a hub name")
     import huggingface_hub
 
     try:

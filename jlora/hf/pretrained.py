@@ -20,9 +20,10 @@ from jlora.files.theirs import open_theirs
 from jlora.hf.adapter_config import CONFIG
 from jlora.hf.architecture import parse_config
 from jlora.hf.gguf import GGUFFile
+from jlora.hf.gguf_header import is_gguf
 from jlora.hf.load import load_base
 from jlora.hf.peft import WEIGHTS, load_adapter, read_options, scaled_to
-from jlora.hf.source import Source, open_source, resolve
+from jlora.hf.source import Source, gguf_in, open_source, resolve
 from jlora.model.adapter import Adapter, Lora, layer_scales
 from jlora.model.adapter_init import new_adapter
 from jlora.model.llama import Decoder, ModelConfig, place_adapter
@@ -111,9 +112,12 @@ def open_tokenizer(path: str, chat_template: str | None) -> Tokenizer:
     Raises:
       ModelError, ConfigError: see `jlora.data.tokens.load_tokenizer`.
     """
-    if Path(path).suffix != ".gguf":
+    local = Path(path)
+    if local.is_dir() and not any((local / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
+        local = gguf_in(local) or local
+    if local.suffix.lower() != ".gguf" and not is_gguf(local):
         return load_tokenizer(path, chat_template)
-    hf = GGUFFile(Path(path)).tokenizer()
+    hf = GGUFFile(local).tokenizer()
     return with_template(from_fast(hf, hf.backend_tokenizer.to_str().encode(), (), path), chat_template, path)
 
 

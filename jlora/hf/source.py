@@ -23,8 +23,11 @@ from jlora.files.paths import inside
 from jlora.files.theirs import MAX_JSON, open_theirs, read_theirs
 from jlora.hf.architecture import parse_config
 from jlora.hf.gguf import GGUFFile
+from jlora.hf.gguf_header import is_gguf
 from jlora.hf.names import OUTER, Entry, name_table
 from jlora.model.llama import ModelConfig
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 # The stored types that are read, by safetensors' names.
 FLOATS: dict[str, np.dtype] = {
@@ -106,9 +109,9 @@ class SafetensorsFolder:
         self.folder, self._name = folder, name
         self.config = read_json(inside(folder, "config.json"))
         self._require_one_model()
-        index = inside(folder, "model.safetensors.index.json")
-        if inside(folder, "model.safetensors").is_file():
-            files = ["model.safetensors"]
+        index = inside(folder, INDEX)
+        if inside(folder, SINGLE).is_file():
+            files = [SINGLE]
         elif index.is_file():
             weight_map = read_json(index).get("weight_map")
             if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
@@ -262,8 +265,16 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def resolve(path: str) -> Path:
-    """The local path of a base; a hub name is downloaded (safetensors, JSON and tokenizer files only)."""
+    """The local path of a base; a hub name is downloaded (safetensors, JSON and tokenizer files only).
+
+    A folder without safetensors stands for the GGUF file in it.
+
+    Raises:
+      ModelError: there is none, or the folder has several such files.
+    """
     local = Path(path)
+    if local.is_dir() and not any((local / name).exists() for name in (SINGLE, INDEX)):
+        return gguf_in(local) or local
     if local.exists():
         return local
     if path.count("/") != 1 or path.startswith((".", "/", "~")):
@@ -279,8 +290,24 @@ def resolve(path: str) -> Path:
         raise ModelError(f"{path}: no such folder, and the hub did not deliver it ({reason})") from None
 
 
+def gguf_in(folder: Path) -> Path | None:
+    """The GGUF file of a folder, by its first bytes; None where there is none.
+
+    Raises:
+      ModelError: there are several.
+    """
+    try:
+        found = sorted(file.name for file in folder.iterdir() if is_gguf(file))
+    except OSError as error:
+        raise ModelError(f"{folder}: cannot be looked into ({error.strerror}); check its permissions") from None
+    if len(found) > 1:
+        named = ", ".join(found[:3]) + (", ..." if len(found) > 3 else "")
+        raise ModelError(f"{folder}: holds {len(found)} GGUF files ({named}); give the path of one of them")
+    return inside(folder, found[0]) if found else None
+
+
 def open_source(path: Path, name: str | None = None) -> Source:
-    """The base at `path`, a folder or a .gguf file, by the name that the user has for it; reads headers, no weights."""
+    """The base at `path`, a folder or a GGUF file, by the name that the user has for it; reads headers, no weights."""
     return GGUFFile(path) if path.is_file() else SafetensorsFolder(path, name or str(path))
 
 
