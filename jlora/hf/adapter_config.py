@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from jlora.config import ATTENTION_PROJECTIONS, PROJECTIONS, LoraSection, describe
 from jlora.errors import ModelError
 from jlora.files.paths import inside
-from jlora.files.sandbox import SECONDS, confined
+from jlora.files.sandbox import SECONDS, timed
 from jlora.hf.source import read_json
 from jlora.model.adapter import layer_scales, module_path
 from jlora.model.llama import ModelConfig
@@ -79,12 +79,12 @@ def read_adapter_config(folder: Path, model: ModelConfig) -> AdapterSection:
     if raw.get("ensure_weight_tying") and raw.get("modules_to_save"):
         raise ModelError(f"{where}: ensure_weight_tying with modules_to_save is not supported, nothing is loaded")
     try:
-        with confined():  # patterns are somebody else's program
+        with timed():  # patterns are somebody else's program
             modules = _adapted(raw, model, where)
             section = _section(raw, modules, model, where)
             for name in section.targets:
                 layer_scales(section, name, model.num_hidden_layers)
-    except (TimeoutError, MemoryError):
+    except TimeoutError:
         raise ModelError(
             f"{where}: matching its patterns with the base's modules takes more than {SECONDS} seconds; write "
             "target_modules as a list of names"
