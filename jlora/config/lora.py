@@ -81,9 +81,9 @@ class LoraSection(Section):
                 raise ValueError(f"the pattern '{pattern}' is not a regular expression ({error})") from None
         return self
 
-    def transforms(self, layer: int) -> bool:
-        """Whether a layer gets an adapter."""
-        return self.layers_to_transform is None or layer in self.layers_to_transform
+    def transforms(self, projection: str, layer: int) -> bool:
+        """Whether a projection of a layer gets an adapter."""
+        return projection in self.targets and (self.layers_to_transform is None or layer in self.layers_to_transform)
 
     @property
     def takes_from_base(self) -> bool:

@@ -103,6 +103,9 @@ def encode_texts(tokenizer: Tokenizer, layouts: list[RowText]) -> list[Example |
         if not laid.chat and ids[-1] != tokenizer.eos_id:
             ids.append(tokenizer.eos_id)
             trained[-1] = True
+        if beyond := tokenizer.beyond(ids):
+            found.append(BadRow("no_embedding", beyond))
+            continue
         trained = trained[: len(ids)]
         trained[0] = False
         example = Example(np.asarray(ids, dtype=np.int32), trained)
@@ -246,7 +249,10 @@ def shots_separator(shots: list[dict[str, Any]], *, format: str, prompt: str) ->
 
 
 def _encode(tokenizer: Tokenizer, text: str, chat: bool) -> list[int]:
-    return _begun(tokenizer, tokenizer.encode(text), chat)
+    ids = _begun(tokenizer, tokenizer.encode(text), chat)
+    if beyond := tokenizer.beyond(ids):
+        raise BadRow("no_embedding", beyond)
+    return ids
 
 
 def _begun(tokenizer: Tokenizer, ids: list[int], chat: bool) -> list[int]:

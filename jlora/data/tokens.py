@@ -9,22 +9,21 @@ import json
 import re
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jlora.errors import ConfigError, DataError, ModelError, UserError
+from jlora.data.backends import Fast, SentencePiece, named
+from jlora.errors import ConfigError, DataError, ModelError
 from jlora.files import native
 from jlora.files.paths import inside
 from jlora.files.sandbox import BYTES, SECONDS, confined, panics, tried
 from jlora.files.theirs import MAX_JSON, MAX_TEMPLATE, read_theirs, text_of_theirs
 
 if TYPE_CHECKING:
-    from sentencepiece import SentencePieceProcessor
     from tokenizers import Tokenizer as FastTokenizer
     from transformers import PreTrainedTokenizerFast
 
@@ -56,6 +55,10 @@ _CUT = "\N{REPLACEMENT CHARACTER}"  # what a part of a character decodes to
 # Characters of one conversation's text.
 MAX_TEXT = 16 * 2**20
 
+# What switches off the space that a SentencePiece model puts before a text: `normalizer_spec.add_dummy_prefix` of its
+# protobuf, whose last value counts.
+NO_SPACE = bytes([0x1A, 2, 0x18, 0])
+
 _FILES = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json", "chat_template.jinja",
@@ -63,70 +66,6 @@ _FILES = (
 
 # Of each tokenizer.json that was tried in a process of its own, the SHA-256.
 _survived: set[str] = set()
-
-
-@contextmanager
-def _named(what: str) -> Iterator[None]:
-    """The `tokenizers` library raises bare Exception, and panics."""
-    try:
-        with panics():
-            yield
-    except UserError:
-        raise
-    except Exception as error:
-        raise ModelError(
-            f"the tokenizer {what} ({' '.join(str(error).split())}); get its files again, or set another"
-        ) from error
-
-
-@dataclass(frozen=True)
-class _Fast:
-    """A tokenizer of the `tokenizers` library."""
-
-    tokenizer: "FastTokenizer"
-
-    def encode(self, text: str) -> list[int]:
-        with _named("fails on a text"):
-            return self.tokenizer.encode(text, add_special_tokens=False).ids
-
-    def encode_all(self, texts: list[str]) -> list[list[int]]:
-        with _named("fails on a text"):
-            found = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)  # on all cores, without offsets
-        return [encoding.ids for encoding in found]
-
-    def decode(self, ids: list[int]) -> str:
-        with _named("fails on tokens"):
-            return self.tokenizer.decode(ids, skip_special_tokens=True)
-
-    def specials(self) -> dict[int, str]:
-        return {i: token.content for i, token in self.tokenizer.get_added_tokens_decoder().items() if token.special}
-
-
-@dataclass(frozen=True)
-class _SentencePiece:
-    """A SentencePiece model, with the strings that stand for one token each split out of the text first."""
-
-    processor: "SentencePieceProcessor"
-    added: dict[str, int]
-
-    def encode(self, text: str) -> list[int]:
-        # Longest first, because an alternation takes the first match and the longest one is wanted.
-        pattern = "|".join(map(re.escape, sorted(self.added, key=len, reverse=True)))
-        ids: list[int] = []
-        for chunk in re.split(f"({pattern})", text):
-            ids += [self.added[chunk]] if chunk in self.added else self.processor.encode(chunk)
-        return ids
-
-    def encode_all(self, texts: list[str]) -> list[list[int]]:
-        return [self.encode(text) for text in texts]
-
-    def decode(self, ids: list[int]) -> str:
-        # A model may have more embeddings than there are pieces; an id without a piece decodes to nothing.
-        skipped, size = set(self.added.values()), self.processor.vocab_size()
-        return self.processor.decode([i for i in ids if i < size and i not in skipped])
-
-    def specials(self) -> dict[int, str]:
-        return {i: content for content, i in self.added.items()}
 
 
 _STRFTIME = re.compile(r"""strftime_now\(\s*(?P<quote>['"])(?P<format>[^'"]*)(?P=quote)\s*\)""")
@@ -137,6 +76,7 @@ class Tokenizer:
     """One tokenizer, whichever library is behind it. It has no padding token: masks say what is padding."""
 
     vocab_size: int  # largest token id + 1
+    own_size: int  # the same of the vocabulary itself, without tokens that were added to it
     bos_id: int | None
     eos_id: int
     add_bos: bool  # the tokenizer's own convention for plain text
@@ -145,8 +85,9 @@ class Tokenizer:
     chat_template: str | None
     files: tuple[Path, ...]  # what makes a folder this tokenizer; empty if it came from a GGUF file
     vocabulary_hash: str
-    backend: _Fast | _SentencePiece = field(repr=False)
+    backend: Fast | SentencePiece = field(repr=False)
     day: datetime.date | None = None  # that a chat template writes; None: today
+    limit: int | None = None  # number of ids that the model has an embedding for; None: of all
 
     @property
     def writes_day(self) -> bool:
@@ -156,12 +97,24 @@ class Tokenizer:
     @property
     def digest(self) -> str:
         """SHA-256 over everything that decides which ids a row becomes."""
-        rest = [self.vocabulary_hash, self.bos_id, self.eos_id, self.add_bos, self.chat_template]
+        rest: list[Any] = [self.vocabulary_hash, self.bos_id, self.eos_id, self.add_bos, self.chat_template]
+        if self.limit is not None and self.limit < self.vocab_size:  # decides which rows are refused
+            rest.append(self.limit)
         return hashlib.sha256(json.dumps(rest).encode()).hexdigest()
 
     def on(self, day: str) -> "Tokenizer":
         """The same, whose chat template writes a day such as 2026-11-28 instead of today's."""
         return replace(self, day=datetime.date.fromisoformat(day))
+
+    def beyond(self, ids: Sequence[int]) -> str | None:
+        """What is wrong with ids that the model has no embedding for, as a clause; None where it has one for all."""
+        if self.limit is None or max(ids, default=0) < self.limit:
+            return None
+        token = max(ids)
+        return (
+            f"the token {self.backend.name(token)!r} (id {token}) has no row in the model's embedding of {self.limit}; "
+            "take it out of the text, or use a model that was resized for it"
+        )
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text` without BOS or EOS; special tokens written out in it are recognised."""
@@ -231,7 +184,7 @@ class Tokenizer:
 
 
 def load_tokenizer(path: str | Path, chat_template: str | None) -> Tokenizer:
-    """Load a tokenizer from an HF folder, a `.gguf` file or the name of a hub repository.
+    """Load a tokenizer from an HF folder or the name of a hub repository.
 
     A folder's `tokenizer.json` is taken as it stands, whatever class the folder names; with only a
     `tokenizer.model`, text is tokenised by sentencepiece itself. Code in a repository is never run.
@@ -278,7 +231,7 @@ def _folder(path: str | Path) -> Path:
     if Path(path).is_dir():
         return Path(path)
     if Path(path).exists() or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(path)):
-        raise ModelError(f"tokenizer {path} is not a folder, a .gguf file or a hub name")
+        raise ModelError(f"tokenizer {path} is not a folder, a GGUF file or a hub name")
     import huggingface_hub
 
     try:
@@ -325,16 +278,18 @@ def from_fast(hf: "PreTrainedTokenizerFast", content: bytes, files: tuple[Path, 
     _make_certain(fast, where)
     fast.no_truncation()  # a tokenizer.json may carry both; here a row is encoded whole
     fast.no_padding()
-    with _named(f"of {where} cannot be used"):
+    with named(f"of {where} cannot be used"):
         add_bos = hf.bos_token_id is not None and hf("x").input_ids[:1] == [hf.bos_token_id]
-        vocab_size = max(fast.get_vocab(with_added_tokens=True).values()) + 1
+        every = set(fast.get_vocab(with_added_tokens=True).values())
+        own = every - fast.get_added_tokens_decoder().keys()
     added = sorted((i, token.content) for i, token in fast.get_added_tokens_decoder().items())
     return Tokenizer(
-        vocab_size=vocab_size,
+        vocab_size=max(every) + 1,
+        own_size=max(own, default=-1) + 1,
         bos_id=hf.bos_token_id, eos_id=hf.eos_token_id, add_bos=add_bos,
         bos_token=hf.bos_token, eos_token=hf.eos_token, chat_template=template, files=files,
         vocabulary_hash=hashlib.sha256(content + json.dumps(added).encode()).hexdigest(),
-        backend=_Fast(fast),
+        backend=Fast(fast),
     )  # fmt: skip
 
 
@@ -351,6 +306,7 @@ def _from_sentencepiece(folder: Path, files: tuple[Path, ...]) -> Tokenizer:
     content = read_theirs(folder / "tokenizer.model", MAX_JSON)
     try:
         processor = SentencePieceProcessor(model_proto=content)
+        bare = SentencePieceProcessor(model_proto=content + NO_SPACE)
     except RuntimeError as error:
         raise ModelError(f"{folder / 'tokenizer.model'} is not a SentencePiece model") from error
     config = _read_json(folder / "special_tokens_map.json") | _read_json(folder / "tokenizer_config.json")
@@ -375,12 +331,20 @@ def _from_sentencepiece(folder: Path, files: tuple[Path, ...]) -> Tokenizer:
     bos, eos = tokens.get("bos_token"), tokens.get("eos_token")
     if eos is None or eos not in added:
         raise ModelError(f"the tokenizer of {folder} names no eos_token that has an id")
+    # transformers 5 takes a Llama tokenizer that does not say so for one that is not legacy.
+    legacy = config.get("legacy", not str(config.get("tokenizer_class")).startswith("LlamaTokenizer"))
+    at_start = config.get("add_prefix_space") is not False
+    within = at_start and bool(legacy)
+    decides: list[Any] = sorted(added.items())
+    if not within:
+        decides += [at_start, within]
     return Tokenizer(
         vocab_size=max(processor.vocab_size() - 1, *added.values()) + 1,
+        own_size=processor.vocab_size(),
         bos_id=added.get(bos or ""), eos_id=added[eos], add_bos=bos in added and config.get("add_bos_token", True),
         bos_token=bos, eos_token=eos, chat_template=template, files=files,
-        vocabulary_hash=hashlib.sha256(content + json.dumps(sorted(added.items())).encode()).hexdigest(),
-        backend=_SentencePiece(processor, added),
+        vocabulary_hash=hashlib.sha256(content + json.dumps(decides).encode()).hexdigest(),
+        backend=SentencePiece(processor if at_start else bare, processor if within else bare, added),
     )  # fmt: skip
 
 

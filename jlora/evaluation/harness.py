@@ -11,7 +11,7 @@ import numpy as np
 
 from jlora.data.packing import Batch, pack_row
 from jlora.data.prompts import Example
-from jlora.errors import ConfigError
+from jlora.errors import ConfigError, DataError
 from jlora.inference.answers import answer, batches_of_like
 from jlora.inference.model import open_adapted
 from jlora.model import attention
@@ -79,6 +79,8 @@ class JloraLM(LM or object):  # type: ignore[misc]
         self.tokenizer = pretrained.tokenizer
         # What stands before a text that has nothing before it.
         self._first = [self.tokenizer.eos_id if self.tokenizer.bos_id is None else self.tokenizer.bos_id]
+        if beyond := self.tokenizer.beyond(self._first):
+            raise DataError(f"what stands before each text of a task: {beyond}")
         self._steps: dict[int, Callable[..., Any]] = {}
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
@@ -151,12 +153,18 @@ class JloraLM(LM or object):  # type: ignore[misc]
         return f"jlora-{self.tokenizer.digest}"
 
     def _encode(self, text: str) -> list[int]:
-        ids = self.tokenizer.encode(text)
+        ids = self._ids(text)
         has_bos = ids[:1] == [self.tokenizer.bos_id]
         return [*self._first, *ids] if self.tokenizer.add_bos and not has_bos else ids
 
-    def _without_bos(self, text: str) -> list[int]:
+    def _ids(self, text: str) -> list[int]:
         ids = self.tokenizer.encode(text)
+        if beyond := self.tokenizer.beyond(ids):
+            raise DataError(f"a text of the task: {beyond}")
+        return ids
+
+    def _without_bos(self, text: str) -> list[int]:
+        ids = self._ids(text)
         return ids[ids[:1] == [self.tokenizer.bos_id] :]
 
     def _score(self, parts: list[tuple[list[int], int]]) -> list[tuple[float, bool]]:

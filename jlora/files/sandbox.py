@@ -57,8 +57,19 @@ def confined() -> Iterator[None]:
     Raises:
       TimeoutError, MemoryError: the block took more.
     """
+    with _bounded_memory(), timed():
+        yield
+
+
+@contextmanager
+def timed() -> Iterator[None]:
+    """Run the block in at most SECONDS, whatever memory it and other threads take.
+
+    Raises:
+      TimeoutError: the block took more.
+    """
     try:
-        with _bounded_memory(), _bounded_time():
+        with _bounded_time():
             yield
     except _TimeUp:
         raise TimeoutError from None

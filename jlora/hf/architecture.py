@@ -49,20 +49,24 @@ FAMILIES = {
 }
 
 # Fields that change the numerics, with the values that jlora computes. What transformers' class does not read
-# cannot change its numerics and is not looked at.
+# cannot change its numerics and is not looked at; of rotary settings it is named, as transformers names it.
 ONLY_SUPPORTED: dict[str, tuple[Any, ...]] = {
     "model_type": tuple(FAMILIES),
     "hidden_act": ("silu", "swish", None),
-    "attention_dropout": (0, None),
     "partial_rotary_factor": (1, None),
     "quantization_config": (None,),
-    "auto_map": (None,),
 }
-ROPE_FIELDS = {
-    *("rope_theta", "rope_type", "type", "factor"),
-    *("low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+# What each type of rotary settings reads, beside `rope_theta`.
+ROPE_FIELDS: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": (
+        *("factor", "original_max_position_embeddings", "attention_factor"),
+        *("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
+    ),
 }
-YARN_FIELDS = {"attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"}
 
 
 def parse_config(raw: dict[str, Any], where: str) -> ModelConfig:
@@ -75,6 +79,7 @@ def parse_config(raw: dict[str, Any], where: str) -> ModelConfig:
       ModelError: an architecture or a field that changes the numerics and is not supported, by name.
     """
     family = _family(raw, where)
+    _check_ignored(raw, family, where)
     for field, allowed in ONLY_SUPPORTED.items():
         if raw.get(field) not in allowed and (field in raw or None not in allowed):
             raise ModelError(f"{where}: {field}={raw.get(field)!r} changes the numerics and is not supported")
@@ -112,21 +117,40 @@ def parse_config(raw: dict[str, Any], where: str) -> ModelConfig:
     )
 
 
+def _check_ignored(raw: dict[str, Any], family: Family, where: str) -> None:
+    """What is read by none of the functions that compute, and may be there all the same."""
+    if raw.get("auto_map") is not None:
+        print(
+            f"warning: {where}: auto_map names code of the model's own, which is not run; it is computed as "
+            f"{family.architecture} of transformers is",
+            file=sys.stderr,
+        )
+    dropout = raw.get("attention_dropout")
+    number = isinstance(dropout, int | float) and not isinstance(dropout, bool)
+    if dropout is not None and not (number and 0 <= dropout < 1):
+        raise ModelError(f"{where}: attention_dropout must be a number from 0 to 1, not {dropout!r}")
+
+
 def _family(raw: dict[str, Any], where: str) -> Family:
-    """The family of `model_type`, which must be that of `architectures` too."""
-    known = {family.architecture: name for name, family in FAMILIES.items()}
+    """The family of `model_type`, which must be that of `architectures` too, in any letters; or of its body alone."""
+    known: dict[str, str] = {}
+    for name, family in FAMILIES.items():
+        body = family.architecture.removesuffix("ForCausalLM") + "Model"
+        known |= {family.architecture.lower(): name, body.lower(): name}
     architectures = raw.get("architectures")
     if not architectures:
         return FAMILIES.get(str(raw.get("model_type")), FAMILIES["llama"])  # an unknown type is refused later
-    if not isinstance(architectures, list) or len(architectures) != 1 or str(architectures[0]) not in known:
+    if not isinstance(architectures, list) or len(architectures) != 1 or str(architectures[0]).lower() not in known:
         named = ", ".join(map(str, architectures)) if isinstance(architectures, list) else repr(architectures)
-        raise ModelError(f"{where}: architecture {named} is not supported, only {' and '.join(known)}")
-    if raw.get("model_type") != known[architectures[0]]:
+        supported = " and ".join(family.architecture for family in FAMILIES.values())
+        raise ModelError(f"{where}: architecture {named} is not supported, only {supported}")
+    model_type = known[str(architectures[0]).lower()]
+    if raw.get("model_type") != model_type:
         raise ModelError(
             f"{where}: model_type={raw.get('model_type')!r} is not supported for {architectures[0]}, "
-            f"only {known[architectures[0]]!r}"
+            f"only {model_type!r}"
         )
-    return FAMILIES[known[architectures[0]]]
+    return FAMILIES[model_type]
 
 
 def _window(raw: dict[str, Any], family: Family, where: str) -> int | None:
@@ -170,9 +194,17 @@ def _rope(raw: dict[str, Any], max_positions: int, where: str) -> tuple[float, R
     thetas = (scaling.get("rope_theta"), raw.get("rope_theta"), 10000.0)
     theta = _real(next(value for value in thetas if value is not None), "rope_theta", where)
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
-    read = ROPE_FIELDS | (YARN_FIELDS if kind == "yarn" else set())
-    if unknown := sorted(set(scaling) - read):
-        raise ModelError(f"{where}: rope_scaling.{unknown[0]} changes the numerics and is not supported")
+    if not isinstance(kind, str) or kind not in ROPE_FIELDS:
+        known = "linear, dynamic, llama3 and yarn"
+        raise ModelError(f"{where}: rope_scaling of type {kind!r} is not supported; {known} are")
+    unread = sorted({*scaling} - {"rope_theta", "rope_type", "type", "partial_rotary_factor", *ROPE_FIELDS[kind]})
+    nested = [key for key in unread if isinstance(scaling[key], dict)]  # settings of a kind of layers
+    nested += ["partial_rotary_factor"] if scaling.get("partial_rotary_factor") not in (1, None) else []
+    if nested:
+        raise ModelError(f"{where}: rope_scaling.{nested[0]} changes the numerics and is not supported")
+    if unread := [key for key in unread if key != "original_max_position_embeddings"]:
+        named = ", ".join(f"rope_scaling.{key}" for key in unread)
+        print(f"warning: {where}: {named}: not read for the type {kind}, as in transformers", file=sys.stderr)
 
     def real(field: str, fallback: float | None = None) -> float:
         value = scaling.get(field)
@@ -207,7 +239,7 @@ def _rope(raw: dict[str, Any], max_positions: int, where: str) -> tuple[float, R
                 truncate=truncate,
                 original_max_position_embeddings=original(),
             )
-    raise ModelError(f"{where}: rope_scaling of type '{kind}' is not supported; linear, dynamic, llama3 and yarn are")
+    raise AssertionError(kind)
 
 
 def _yarn_attention_factor(scaling: dict[str, Any], factor: float, real: Any) -> float:

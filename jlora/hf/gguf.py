@@ -23,7 +23,7 @@ from tokenizers.models import BPE
 from jlora.errors import ModelError
 from jlora.files.sandbox import panics
 from jlora.files.theirs import open_theirs
-from jlora.hf.gguf_header import CONVERT, Header, read_header, shown
+from jlora.hf.gguf_header import CONVERT, MAGIC, Header, read_header, shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -260,10 +260,10 @@ class GGUFFile:
     def _open(self) -> Header:
         try:
             with open_theirs(self.path) as file:
-                magic = file.read(4)
+                magic = file.read(len(MAGIC))
         except OSError as error:
             raise self._error(f"cannot be opened ({error.strerror})", "check the path") from error
-        if magic != b"GGUF":
+        if magic != MAGIC:
             raise self._error("is not a GGUF file", "give a GGUF file or a Hugging Face folder")
         try:
             return read_header(self.path)

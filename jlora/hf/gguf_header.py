@@ -17,6 +17,7 @@ from jlora.files.theirs import open_theirs
 CONVERT = "convert the model to GGUF again"
 _KINDS = {str: "text", bool: "truth value", int: "whole number", float: "finite number"}
 
+MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 MAX_DIMS = 4
 ALIGNMENT = 32  # where general.alignment is not there
@@ -46,6 +47,15 @@ class StoredTensor(NamedTuple):
     def row_bytes(self) -> int:
         """Bytes of the last dim."""
         return self.size // max(1, math.prod(self.shape[:-1]))
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether a file is one of GGUF, whatever its name."""
+    try:
+        with open_theirs(path) as file:
+            return file.read(len(MAGIC)) == MAGIC
+    except OSError:
+        return False
 
 
 @dataclass(frozen=True)

@@ -5,42 +5,32 @@ PEFT keeps A as [R, in] and B as [out, R], one pair a layer.
 
 import json
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from pydantic import ValidationError
 from safetensors.numpy import save
 
-from jlora.config import PROJECTIONS, LoraSection, describe
+from jlora.config import PROJECTIONS, LoraSection
 from jlora.errors import ModelError
 from jlora.files.atomic import write_json
 from jlora.files.paths import inside
+from jlora.hf.adapter_config import CONFIG, AdapterSection, read_adapter_config
 from jlora.hf.names import OUTER
-from jlora.hf.source import open_safetensors, read_floats, read_json
+from jlora.hf.source import Source, open_safetensors, read_floats
 from jlora.model.adapter import Adapter, Lora, Saved, layer_ranks, module_path, new_lora, scaling
 from jlora.model.adapter_init import saved_weights
 from jlora.model.llama import ModelConfig, projection_shapes
 
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+WEIGHTS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
+# PEFT's names of what is trained in full, the head last.
+TABLES = {leaf: f"base_model.model.{OUTER[leaf]}" for leaf in ("embed_tokens", "lm_head")}
 
-# Initialisations that leave the base as it is; others (pissa, olora, corda, loftq, ...) take their share
-# out of the base's weights, so that the adapter means nothing without those.
-INITS_OF_ADAPTER_ALONE = (True, False, None, "gaussian", "eva", "orthogonal")
-
-# Keys of PEFT's LoraConfig that jlora reads, or that say nothing about the adapter's maths.
-READ = (
-    *("peft_type", "init_lora_weights", "r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "use_dora"),
-    *("rank_pattern", "alpha_pattern", "layers_to_transform", "layers_pattern", "modules_to_save", "bias"),
-)
-SILENT = (
-    *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
-    *("megatron_core", "qalora_group_size", "exclude_modules"),
-    *("eva_config", "corda_config", "loftq_config", "lora_ga_config", "runtime_config"),
-)
+# Weights of an embedding that are compared with the base's at once.
+COMPARED_WEIGHTS = 2**20
 
 
 def tensor_name(projection: str, layer: int, factor: str) -> str:
@@ -66,83 +56,115 @@ def tensor_shapes(section: LoraSection, cfg: ModelConfig) -> dict[str, tuple[int
                     shapes[tensor_name(name, layer, "lora_magnitude_vector")] = (width_out,)
     for name, shape in saved_weights(section, cfg).items():
         if name in OUTER:
-            shapes[f"base_model.model.{OUTER[name]}"] = shape
+            shapes[TABLES[name]] = shape
             continue
         projection = name.removesuffix("_bias")
         for layer in range(cfg.num_hidden_layers):
-            adapted = projection in section.targets and section.transforms(layer)
-            shapes[bias_name(projection, layer, adapted)] = (math.prod(shape[1:]),)
+            name = bias_name(projection, layer, section.transforms(projection, layer))
+            shapes[name] = (math.prod(shape[1:]),)
     return shapes
 
 
-def read_adapter_config(folder: Path) -> LoraSection:
-    """The adapter's options as a config section.
+@dataclass(frozen=True)
+class _Opened:
+    """An adapter folder whose tensors are known by name and shape.
+
+    Attributes:
+      section: its options, with the tables of `tables` in `modules_to_save`.
+      tables: embed_tokens, lm_head -> the name of the tensor that stands for it.
+      trained_on: SHA-256 of its base, if it says so.
+    """
+
+    section: AdapterSection
+    where: Path
+    shapes: dict[str, tuple[int, ...]]
+    tables: dict[str, str]
+    trained_on: str | None
+
+
+def _open(folder: Path, cfg: ModelConfig, source: Source | None) -> _Opened:
+    section = read_adapter_config(folder, cfg)
+    where = inside(folder, WEIGHTS)
+    if not where.is_file() and inside(folder, PICKLE).is_file():
+        raise ModelError(
+            f"{folder}: holds {PICKLE}, a pickle, which may run code and is not read; convert it to {WEIGHTS} "
+            "(docs/migration.md has the lines)"
+        )
+    with open_safetensors(where) as file:
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+        trained_on = (file.metadata() or {}).get("jlora_base_sha256")
+        # PEFT writes the tables too where it takes the vocabulary to have changed, and loads them in the base's place.
+        beside = [leaf for leaf in TABLES if leaf not in section.modules_to_save and TABLES[leaf] in shapes]
+        changed = [leaf for leaf in beside if source is None or not _as_in_base(file, leaf, source)]
+    tables: dict[str, str] = {leaf: TABLES[leaf] for leaf in section.modules_to_save}
+    if changed and cfg.tie_word_embeddings:  # one weight, of which PEFT loads the head last
+        tables |= dict.fromkeys((leaf for leaf in TABLES if leaf not in tables), TABLES[beside[-1]])
+    else:
+        tables |= {leaf: TABLES[leaf] for leaf in changed}
+    for leaf in changed:
+        rows, wanted = shapes[TABLES[leaf]][:1], cfg.vocab_size
+        if rows != (wanted,):
+            raise ModelError(
+                f"{where}: holds {TABLES[leaf]} of {list(shapes[TABLES[leaf]])}, but the base has {wanted} rows: the "
+                "adapter was trained on a base whose vocabulary was resized; give that one, or merge it in PEFT"
+            )
+    section = section.model_copy(update={"modules_to_save": [leaf for leaf in TABLES if leaf in tables]})
+    return _Opened(section, where, shapes, tables, trained_on)
+
+
+def _as_in_base(file: Any, leaf: str, source: Source) -> bool:
+    """Whether a table beside the adapter is the base's own, as float32; read in blocks of rows."""
+    name = OUTER[leaf] if OUTER[leaf] in source.shapes else OUTER["embed_tokens"]
+    table = file.get_slice(TABLES[leaf])
+    if tuple(table.get_shape()) != source.shapes[name]:
+        return False
+    height, width = source.shapes[name]
+    step = max(1, COMPARED_WEIGHTS // width)
+    for start in range(0, height, step):
+        stop = min(start + step, height)
+        theirs = source.part(name, (start, stop), (0, width)).astype(np.float32)
+        if not np.array_equal(table[start:stop].astype(np.float32), theirs):
+            return False
+    return True
+
+
+def read_options(folder: Path, cfg: ModelConfig, source: Source | None = None) -> AdapterSection:
+    """The adapter's options; an embedding or head that it holds beside counts as one of its `modules_to_save`.
+
+    Args:
+      source: the base, whose own table beside an adapter counts for nothing.
 
     Raises:
-      ModelError: not a LoRA adapter, or an option that jlora does not compute, by name.
+      ModelError: see `jlora.hf.adapter_config.read_adapter_config`; or no tensors that can be read.
     """
-    where = inside(folder, CONFIG)
-    raw = read_json(where)
-    if raw.get("peft_type") != "LORA":
-        raise ModelError(f"{where}: peft_type is {raw.get('peft_type')!r}; only LORA adapters are read")
-    if raw.get("init_lora_weights") not in INITS_OF_ADAPTER_ALONE:
-        raise ModelError(
-            f"{where}: init_lora_weights={raw['init_lora_weights']!r} changed the base's weights too; convert the "
-            "adapter to plain LoRA (path_initial_model_for_weight_conversion of PEFT's save_pretrained)"
-        )
-    for key, value in raw.items():
-        neutral = value in (None, False, "none") or value == {} or value == []
-        if key not in READ and key not in SILENT and not neutral:
-            raise ModelError(f"{where}: option {key}={value!r} is not supported, so the adapter is not loaded")
-    layers = raw.get("layers_to_transform")
-    if layers not in (None, []) and raw.get("layers_pattern") not in (None, "", [], "layers", ["layers"]):
-        raise ModelError(f"{where}: layers_pattern={raw['layers_pattern']!r} is not where this model's layers are")
-    try:
-        targets = raw["target_modules"]
-        if not isinstance(targets, str | list):
-            raise TypeError(f"target_modules is {targets!r}, not a list of names")
-        named = [targets] if isinstance(targets, str) else [str(t).rpartition(".")[2] for t in targets]
-        return LoraSection(
-            rank=raw["r"],
-            alpha=raw["lora_alpha"],
-            dropout=raw.get("lora_dropout") or 0.0,
-            target_modules=sorted(set(named)),
-            use_rslora=bool(raw.get("use_rslora")),
-            use_dora=bool(raw.get("use_dora")),
-            rank_pattern=raw.get("rank_pattern") or {},
-            alpha_pattern=raw.get("alpha_pattern") or {},
-            layers_to_transform=[layers] if isinstance(layers, int) else layers or None,
-            modules_to_save=[str(name).rpartition(".")[2] for name in raw.get("modules_to_save") or ()],  # type: ignore[misc]
-            bias=raw.get("bias") or "none",
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        reason = describe(error) if isinstance(error, ValidationError) else repr(error)
-        raise ModelError(f"{where}: not a usable LoRA configuration ({reason})") from None
+    return _open(folder, cfg, source).section
 
 
-def load_adapter(folder: Path, cfg: ModelConfig, base_hash: str, dropout: float) -> Adapter:
+def load_adapter(
+    folder: Path, cfg: ModelConfig, base_hash: str, dropout: float, source: Source | None = None
+) -> Adapter:
     """Read a PEFT folder for a base of shape `cfg`.
 
     Args:
       base_hash: SHA-256 of the base it will work on; compared where the adapter says its own.
       dropout: dropout probability of the result (PEFT's value is a training setting).
+      source: see `read_options`.
 
     Raises:
       ModelError: no adapter, missing, extra, misshapen or non-finite tensors, or another base.
     """
-    section = read_adapter_config(folder)
-    where = inside(folder, WEIGHTS)
-    with open_safetensors(where) as file:
-        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
-        trained_on = (file.metadata() or {}).get("jlora_base_sha256")
+    opened = _open(folder, cfg, source)
+    section, where, shapes, trained_on = opened.section, opened.where, opened.shapes, opened.trained_on
     if trained_on is not None and trained_on != base_hash:
         raise ModelError(
             f"{where}: was trained on another base (tensors {trained_on[:12]}..., this base "
             f"{base_hash[:12]}...); give the base it belongs to"
         )
     wanted = tensor_shapes(section, cfg)
+    for leaf, name in opened.tables.items():
+        wanted[name] = wanted.pop(TABLES[leaf]) if name != TABLES[leaf] else wanted[name]
     problems = [f"{name} is missing" for name in wanted if name not in shapes]
-    problems += [f"{name} is not known" for name in shapes if name not in wanted]
+    problems += [f"{name} is not known" for name in shapes if name not in wanted and name not in TABLES.values()]
     problems += [
         f"{name} is {list(shapes[name])} instead of {list(shape)}"
         for name, shape in wanted.items()
@@ -190,10 +212,10 @@ def load_adapter(folder: Path, cfg: ModelConfig, base_hash: str, dropout: float)
         adapter[name] = replace(lora, magnitude=magnitude)
     for name, shape in saved_weights(section, cfg).items():
         if name in OUTER:
-            weight = tensors[f"base_model.model.{OUTER[name]}"].astype(np.float32)
+            weight = tensors[opened.tables[name]].astype(np.float32)
         else:
             projection = name.removesuffix("_bias")
-            adapted = [projection in section.targets and section.transforms(layer) for layer in range(num_layers)]
+            adapted = [section.transforms(projection, layer) for layer in range(num_layers)]
             weight = stack((math.prod(shape[1:]),), [bias_name(projection, i, own) for i, own in enumerate(adapted)])
         adapter[name] = Saved(jnp.asarray(weight.reshape(shape)))
     return adapter
@@ -274,7 +296,7 @@ def exported_tensors(folder: Path, adapter: Adapter) -> dict[str, np.ndarray]:
         if isinstance(part, Saved):
             weight = host(name, part.weight)
             if name in OUTER:
-                tensors[f"base_model.model.{OUTER[name]}"] = weight
+                tensors[TABLES[name]] = weight
                 continue
             projection = name.removesuffix("_bias")
             adapted = layers_adapted(adapter, projection, len(weight))

@@ -3,24 +3,27 @@
 import hashlib
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from pydantic import ValidationError
 
-from jlora.config import Config, describe, read_yaml
+from jlora.config import Config, LoraSection, describe, read_yaml
 from jlora.data.tokens import Tokenizer, from_fast, load_tokenizer, with_template
 from jlora.errors import ConfigError, ModelError
 from jlora.files.paths import inside, require_own
 from jlora.files.theirs import open_theirs
+from jlora.hf.adapter_config import CONFIG
 from jlora.hf.architecture import parse_config
 from jlora.hf.gguf import GGUFFile
+from jlora.hf.gguf_header import is_gguf
 from jlora.hf.load import load_base
-from jlora.hf.peft import CONFIG, WEIGHTS, load_adapter, read_adapter_config, scaled_to
-from jlora.hf.source import Source, open_source, read_json, resolve
+from jlora.hf.peft import WEIGHTS, load_adapter, read_options, scaled_to
+from jlora.hf.source import Source, gguf_in, open_source, read_json, resolve
 from jlora.model.adapter import Adapter, Lora, layer_scales
 from jlora.model.adapter_init import new_adapter
 from jlora.model.llama import Decoder, ModelConfig, place_adapter
@@ -30,7 +33,10 @@ SMALLEST_VOCAB_SHARE = 0.75
 
 
 # Options that an adapter to start from must have as the config says.
-COMPARED = ("use_rslora", "use_dora", "rank_pattern", "layers_to_transform", "modules_to_save", "bias")
+COMPARED = (
+    *("rank", "alpha", "targets", "use_rslora", "use_dora", "rank_pattern"),
+    *("layers_to_transform", "modules_to_save", "bias"),
+)
 
 
 @dataclass(frozen=True)
@@ -69,18 +75,19 @@ def open_pretrained(path: str, tokenizer_path: str | None, chat_template: str | 
     """Open base and tokenizer.
 
     Raises:
-      ModelError: see `jlora.hf.source`; or the tokenizer has ids beyond the embedding, or far too few.
+      ModelError: see `jlora.hf.source`; or the tokenizer's vocabulary is larger than the embedding, or far smaller.
+        Tokens that were added to it may be beyond; a text that has one is refused where it is encoded.
     """
     local = resolve(path)
     source = open_source(local, path)
     tokenizer = open_tokenizer(tokenizer_path or str(local), chat_template)
     vocab_size = source.model.vocab_size
-    if not SMALLEST_VOCAB_SHARE * vocab_size <= tokenizer.vocab_size <= vocab_size:
+    if tokenizer.vocab_size < SMALLEST_VOCAB_SHARE * vocab_size or tokenizer.own_size > vocab_size:
         raise ModelError(
             f"{tokenizer_path or path}: the tokenizer has {tokenizer.vocab_size} tokens, but the model "
             f"{path} has {vocab_size}; give the tokenizer that belongs to the model (model.tokenizer)"
         )
-    return Opened(path, local, source, tokenizer)
+    return Opened(path, local, source, replace(tokenizer, limit=vocab_size))
 
 
 def warn_of_length(source: Source, what: str, length: int) -> None:
@@ -90,15 +97,27 @@ def warn_of_length(source: Source, what: str, length: int) -> None:
         print(f"warning: {what} is beyond the base's {limit} positions", file=sys.stderr)
 
 
+def warn_of_dropout(source: Source) -> None:
+    """Say on stderr that the config drops attention at random in training, which jlora does not."""
+    if dropout := source.config.get("attention_dropout"):
+        print(
+            f"warning: attention_dropout={dropout} of the base's config.json is not applied; lora.dropout is",
+            file=sys.stderr,
+        )
+
+
 def open_tokenizer(path: str, chat_template: str | None) -> Tokenizer:
     """The tokenizer of a folder, a hub repository or a GGUF file.
 
     Raises:
       ModelError, ConfigError: see `jlora.data.tokens.load_tokenizer`.
     """
-    if Path(path).suffix != ".gguf":
+    local = Path(path)
+    if local.is_dir() and not any((local / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
+        local = gguf_in(local) or local
+    if local.suffix.lower() != ".gguf" and not is_gguf(local):
         return load_tokenizer(path, chat_template)
-    hf = GGUFFile(Path(path)).tokenizer()
+    hf = GGUFFile(local).tokenizer()
     return with_template(from_fast(hf, hf.backend_tokenizer.to_str().encode(), (), path), chat_template, path)
 
 
@@ -139,7 +158,7 @@ def open_adapter(folder: str | None, pretrained: Pretrained) -> Adapter:
     """The adapter for inference; empty without a folder."""
     if folder is None:
         return {}
-    return load_adapter(find_adapter(folder), pretrained.base.cfg, pretrained.base_hash, dropout=0.0)
+    return load_adapter(find_adapter(folder), pretrained.base.cfg, pretrained.base_hash, 0.0, pretrained.source)
 
 
 def run_config(folder: str | Path | None) -> Config | None:
@@ -192,26 +211,36 @@ def first_adapter(cfg: Config, pretrained: Pretrained, mesh: Mesh) -> Adapter:
     if cfg.lora.init_from is None:
         return place_adapter(new_adapter(cfg.lora, model, cfg.training.seed, pretrained.base), model, mesh)
     folder = find_adapter(cfg.lora.init_from)
-    theirs = read_adapter_config(folder)
-    for key, ours in (
-        ("rank", cfg.lora.rank),
-        ("alpha", cfg.lora.alpha),
-        ("targets", cfg.lora.targets),
-        *((key, getattr(cfg.lora, key)) for key in COMPARED),
-    ):
-        if getattr(theirs, key) != ours:
+    theirs = read_options(folder, model, pretrained.source)
+    num_layers = model.num_hidden_layers
+    if any(theirs.layers(name) != theirs.layers(theirs.targets[0]) for name in theirs.targets):
+        on = "; ".join(f"{name} on {', '.join(map(str, theirs.layers(name)))}" for name in theirs.targets)
+        raise ModelError(
+            f"{folder}: the adapter's projections are on different layers ({on}), which a config cannot say; "
+            "start from another adapter, or merge this one into its base"
+        )
+    for key in COMPARED:
+        found, ours = (_compared(section, key, num_layers) for section in (theirs, cfg.lora))
+        if found != ours:
             name = "target_modules" if key == "targets" else key
-            value = json.dumps(getattr(theirs, key))
+            value = json.dumps(found)
             raise ModelError(
                 f"{folder}: the adapter has {name}={value}, the config {json.dumps(ours)}; set lora.{name}={value}"
             )
-    adapter = load_adapter(folder, model, pretrained.base_hash, cfg.lora.dropout)
-    layers = model.num_hidden_layers  # what alphas differ in is made up for by B
-    scaled = {
-        name: scaled_to(part, layer_scales(cfg.lora, name, layers)) if isinstance(part, Lora) else part
+    adapter = load_adapter(folder, model, pretrained.base_hash, cfg.lora.dropout, pretrained.source)
+    scaled = {  # what alphas differ in is made up for by B
+        name: scaled_to(part, layer_scales(cfg.lora, name, num_layers)) if isinstance(part, Lora) else part
         for name, part in adapter.items()
     }
     return place_adapter(scaled, model, mesh)
+
+
+def _compared(section: LoraSection, key: str, num_layers: int) -> Any:
+    """An option in the one form that means it."""
+    value = getattr(section, key)
+    if key == "layers_to_transform" and value is not None:
+        return None if {*range(num_layers)} <= {*value} else sorted(set(value))
+    return sorted(value) if key == "modules_to_save" else value
 
 
 def make_reference(cfg: Config, pretrained: Pretrained, mesh: Mesh) -> Adapter | None:

@@ -23,8 +23,11 @@ from jlora.files.paths import inside
 from jlora.files.theirs import MAX_JSON, open_theirs, read_theirs
 from jlora.hf.architecture import parse_config
 from jlora.hf.gguf import GGUFFile
+from jlora.hf.gguf_header import is_gguf
 from jlora.hf.names import OUTER, Entry, name_table
 from jlora.model.llama import ModelConfig
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 # The stored types that are read, by safetensors' names.
 FLOATS: dict[str, np.dtype] = {
@@ -39,6 +42,14 @@ MAX_HEADER_BYTES = 16 * 2**20
 
 # Weights of a tied head that are compared with the embedding's at once.
 COMPARED_WEIGHTS = 2**20
+
+# What the names of the body's tensors begin with.
+BODY = "model."
+# How the names of what earlier versions stored beside the weights end: it is computed, and not read.
+BUFFERS = (
+    *("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached", "rope.freqs"),
+    *("self_attn.masked_bias", "self_attn.bias"),
+)
 
 # How much of each tensor `base_fingerprint` looks at.
 NUM_SAMPLES, SAMPLE_BYTES = 8, 4096
@@ -98,9 +109,9 @@ class SafetensorsFolder:
         self.folder, self._name = folder, name
         self.config = read_json(inside(folder, "config.json"))
         self._require_one_model()
-        index = inside(folder, "model.safetensors.index.json")
-        if inside(folder, "model.safetensors").is_file():
-            files = ["model.safetensors"]
+        index = inside(folder, INDEX)
+        if inside(folder, SINGLE).is_file():
+            files = [SINGLE]
         elif index.is_file():
             weight_map = read_json(index).get("weight_map")
             if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
@@ -115,6 +126,7 @@ class SafetensorsFolder:
         self._places: dict[str, tuple[Path, int]] = {}
         for file in files:
             self._read_header(inside(folder, file))
+        self._name_as_a_whole_model()
         if self._has_other_head():
             self.config = self.config | {"tie_word_embeddings": False}
             print(
@@ -140,6 +152,15 @@ class SafetensorsFolder:
                 f"{self.folder}: config.json names its weights (transformers_weights={file!r}); rename the file to "
                 "model.safetensors, and take the key out"
             )
+
+    def _name_as_a_whole_model(self) -> None:
+        """A decoder without its head, such as `LlamaModel` writes, lacks the first part of its tensors' names."""
+        if "embed_tokens.weight" in self.shapes and not any(name.startswith(BODY) for name in self.shapes):
+            whole = {name: name if name == OUTER["lm_head"] else BODY + name for name in self.shapes}
+            self.shapes = {whole[name]: shape for name, shape in self.shapes.items()}
+            self.dtypes = {whole[name]: dtype for name, dtype in self.dtypes.items()}
+            self.sizes = {whole[name]: size for name, size in self.sizes.items()}
+            self._places = {whole[name]: place for name, place in self._places.items()}
 
     def _has_other_head(self) -> bool:
         """Whether a head is stored beside the embedding that it is said to be, in values that differ as float32."""
@@ -244,8 +265,16 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def resolve(path: str) -> Path:
-    """The local path of a base; a hub name is downloaded (safetensors, JSON and tokenizer files only)."""
+    """The local path of a base; a hub name is downloaded (safetensors, JSON and tokenizer files only).
+
+    A folder without safetensors stands for the GGUF file in it.
+
+    Raises:
+      ModelError: there is none, or the folder has several such files.
+    """
     local = Path(path)
+    if local.is_dir() and not any((local / name).exists() for name in (SINGLE, INDEX)):
+        return gguf_in(local) or local
     if local.exists():
         return local
     if path.count("/") != 1 or path.startswith((".", "/", "~")):
@@ -261,8 +290,24 @@ def resolve(path: str) -> Path:
         raise ModelError(f"{path}: no such folder, and the hub did not deliver it ({reason})") from None
 
 
+def gguf_in(folder: Path) -> Path | None:
+    """The GGUF file of a folder, by its first bytes; None where there is none.
+
+    Raises:
+      ModelError: there are several.
+    """
+    try:
+        found = sorted(file.name for file in folder.iterdir() if is_gguf(file))
+    except OSError as error:
+        raise ModelError(f"{folder}: cannot be looked into ({error.strerror}); check its permissions") from None
+    if len(found) > 1:
+        named = ", ".join(found[:3]) + (", ..." if len(found) > 3 else "")
+        raise ModelError(f"{folder}: holds {len(found)} GGUF files ({named}); give the path of one of them")
+    return inside(folder, found[0]) if found else None
+
+
 def open_source(path: Path, name: str | None = None) -> Source:
-    """The base at `path`, a folder or a .gguf file, by the name that the user has for it; reads headers, no weights."""
+    """The base at `path`, a folder or a GGUF file, by the name that the user has for it; reads headers, no weights."""
     return GGUFFile(path) if path.is_file() else SafetensorsFolder(path, name or str(path))
 
 
@@ -278,9 +323,7 @@ def check_names(cfg: ModelConfig, shapes: dict[str, tuple[int, ...]], where: str
     # A tied head may be stored too; it is the embedding once more (see `SafetensorsFolder`), or misshapen.
     twice = {OUTER["lm_head"]: table[OUTER["embed_tokens"]]} if cfg.tie_word_embeddings else {}
     missing = [name for name in table if name not in shapes]
-    extra = [
-        name for name in shapes if name not in table and name not in twice and not name.endswith("rotary_emb.inv_freq")
-    ]
+    extra = [name for name in shapes if name not in table and name not in twice and not name.endswith(BUFFERS)]
     wrong = [
         f"{name} {list(shapes[name])} instead of {list(entry.hf_shape)}"
         for name, entry in (table | twice).items()

@@ -15,8 +15,9 @@ from jax.sharding import Mesh
 from jlora.config import LoraSection
 from jlora.errors import ConfigError, ModelError
 from jlora.files.atomic import beside, new_folder
+from jlora.hf.adapter_config import CONFIG
 from jlora.hf.names import BLOCK, OUTER, name_table
-from jlora.hf.peft import CONFIG, WEIGHTS, load_adapter, save_adapter
+from jlora.hf.peft import WEIGHTS, load_adapter, save_adapter
 from jlora.hf.pretrained import Pretrained
 from jlora.hf.weights import Merged, Weights, at_layer, blocks, leaf
 from jlora.model import attention

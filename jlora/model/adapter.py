@@ -90,7 +90,9 @@ def scaling(cfg: LoraSection, alpha: float, rank: int) -> float:
 def layer_ranks(cfg: LoraSection, projection: str, num_layers: int) -> tuple[int, ...]:
     """The rank of each layer's adapter; 0 where it has none."""
     return tuple(
-        int(_by_pattern(dict(cfg.rank_pattern), projection, layer, cfg.rank)) if cfg.transforms(layer) else 0
+        int(_by_pattern(dict(cfg.rank_pattern), projection, layer, cfg.rank))
+        if cfg.transforms(projection, layer)
+        else 0
         for layer in range(num_layers)
     )
 

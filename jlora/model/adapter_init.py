@@ -35,7 +35,9 @@ def check_options(cfg: LoraSection, model: ModelConfig) -> None:
         raise ConfigError(
             f"lora.layers_to_transform names layer {missing[0]}, but the model has {num_layers}, 0 to {num_layers - 1}"
         )
-    paths = [module_path(name, layer) for name in cfg.targets for layer in range(num_layers) if cfg.transforms(layer)]
+    paths = [
+        module_path(name, layer) for name in cfg.targets for layer in range(num_layers) if cfg.transforms(name, layer)
+    ]
     for key, patterns in (("rank_pattern", cfg.rank_pattern), ("alpha_pattern", cfg.alpha_pattern)):
         for pattern in patterns:
             if not any(re.match(rf"(.*\.)?({pattern})$", path) for path in paths):

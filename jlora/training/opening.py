@@ -15,7 +15,7 @@ from jlora.data.dataset import Dataset
 from jlora.data.packing import Epochs, Origin
 from jlora.errors import ConfigError, DataError, ModelError
 from jlora.files.text import counted
-from jlora.hf.pretrained import Pretrained, first_adapter, make_reference, warn_of_length
+from jlora.hf.pretrained import Pretrained, first_adapter, make_reference, warn_of_dropout, warn_of_length
 from jlora.hf.source import base_fingerprint
 from jlora.model.adapter_init import check_options
 from jlora.model.divisibility import check_divides
@@ -118,6 +118,7 @@ def open_run(cfg: Config, folder: Path, mesh: jax.sharding.Mesh, watch: Watch, s
     kernel, forward = make_forward(cfg, opened.model, mesh)
     if not quiet:
         warn_of_length(opened.source, f"data.max_length={cfg.data.max_length}", cfg.data.max_length)
+        warn_of_dropout(opened.source)
     if not quiet and opened.tokenizer.writes_day and cfg.data.date is None:
         today = datetime.date.today()
         print(

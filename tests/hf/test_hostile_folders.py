@@ -146,7 +146,7 @@ def test_case_28_config_of_a_base_that_is_broken_is_refused(smallest_base, tmp_p
     [
         ("num_hidden_layers", 10**9), ("num_hidden_layers", 10**400), ("rms_norm_eps", 10**400), ("hidden_size", True),
         ("architectures", [[]]), ("architectures", [{}]), ("model_type", []), ("rope_scaling", {"rope_type": [1]}),
-        ("vocab_size", -1), ("auto_map", {"AutoModel": "evil.Model"}),
+        ("vocab_size", -1), ("attention_dropout", [0.1]), ("rope_scaling", {"rope_type": "linear", "factor": {}}),
     ],
 )  # fmt: skip
 def test_case_28_config_of_a_base_with_a_crafted_value_is_refused(smallest_base, key, value):

@@ -11,8 +11,9 @@ from safetensors.numpy import load_file
 from tiny import OFF_DEFAULT, make_llama
 
 from jlora.config import LoraSection
+from jlora.hf.adapter_config import read_adapter_config
 from jlora.hf.architecture import parse_config
-from jlora.hf.peft import load_adapter, read_adapter_config, save_adapter, scaled_to, tensor_name
+from jlora.hf.peft import load_adapter, save_adapter, scaled_to, tensor_name
 from jlora.hf.source import open_source
 from jlora.model.adapter import Lora, layer_ranks, layer_scales
 from jlora.model.adapter_init import new_adapter
@@ -52,7 +53,7 @@ def test_a_reader_that_knows_one_scale_has_the_adapter_right(model, name, tmp_pa
         load_file(tmp_path / "adapter_model.safetensors"),
     )
     one = config["lora_alpha"] / (math.sqrt(config["r"]) if config["use_rslora"] else config["r"])
-    read = read_adapter_config(tmp_path)
+    read = read_adapter_config(tmp_path, model)
     for projection in section.targets:
         scales = layer_scales(section, projection, model.num_hidden_layers)
         peft = layer_scales(read, projection, model.num_hidden_layers)

@@ -27,8 +27,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from jlora.config import LoraSection
 from jlora.errors import ConfigError, ModelError
 from jlora.hf import verify, weights
+from jlora.hf.adapter_config import CONFIG
 from jlora.hf.merged import save_checkpoint, untied
-from jlora.hf.peft import CONFIG, load_adapter, save_adapter
+from jlora.hf.peft import load_adapter, save_adapter
 from jlora.hf.source import open_source
 from jlora.hf.weights import Merged, Stored
 from jlora.model import attention
@@ -254,7 +255,6 @@ def test_options_that_do_not_fit_the_model(options, says, opened):
         ("modules_to_save", ["norm"]),
         ("bias", "some"),
         ("rank_pattern", {"q_proj": -1}),
-        ("ensure_weight_tying", True),
         ("a_key_of_next_year", 3),
     ],
 )
