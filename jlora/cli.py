@@ -21,6 +21,7 @@ from jlora.runtime import distributed, signals, streams, supervise, xla
 
 # Before transformers is imported: it reports at every start that PyTorch is not there, which it need not be.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # and each warning comes twice
 
 PREEMPTED = Stopped.exit_code
 # What is wrong with the user's disk, not with us.
