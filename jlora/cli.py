@@ -81,11 +81,11 @@ def run(command: Callable[[], int | None], listen: bool = True) -> None:
     logging.getLogger("tensorboardX").setLevel(logging.ERROR)  # it warns of every loss that is not finite
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # what else fails once Orbax has met a damaged file
     sys.unraisablehook, sys.excepthook = _unraisable, _uncaught
-    xla.prepare()
     if not sys.warnoptions:
         warnings.simplefilter("ignore")  # of libraries to their callers
     code, sentence = 0, ""
     try:
+        xla.prepare()
         signals.interrupt_on_signal()
         with signals.listening() if listen else nullcontext():
             code = command() or 0
