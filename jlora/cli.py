@@ -21,6 +21,7 @@ from jlora.runtime import distributed, signals, streams, supervise, xla
 
 # Before transformers is imported: it reports at every start that PyTorch is not there, which it need not be.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # and each warning comes twice
 
 PREEMPTED = Stopped.exit_code
 # What is wrong with the user's disk, not with us.
@@ -80,11 +81,11 @@ def run(command: Callable[[], int | None], listen: bool = True) -> None:
     logging.getLogger("tensorboardX").setLevel(logging.ERROR)  # it warns of every loss that is not finite
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # what else fails once Orbax has met a damaged file
     sys.unraisablehook, sys.excepthook = _unraisable, _uncaught
-    xla.prepare()
     if not sys.warnoptions:
         warnings.simplefilter("ignore")  # of libraries to their callers
     code, sentence = 0, ""
     try:
+        xla.prepare()
         signals.interrupt_on_signal()
         with signals.listening() if listen else nullcontext():
             code = command() or 0

@@ -27,6 +27,8 @@ from jlora.__main__ import COMMANDS
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 torch.set_num_threads(1)
+# JAX would make it as umask says, and the commands refuse one that others may write to.
+os.makedirs(os.environ["JAX_COMPILATION_CACHE_DIR"], 0o700, exist_ok=True)
 
 
 LONG = {"test_distributed", "test_llama", "test_quant", "test_resume", "test_step", "test_signals"}

@@ -13,7 +13,7 @@ from jlora.data.dataset import Dataset, hold_out
 from jlora.data.mixture import join
 from jlora.data.prompts import Example, RowText, encode_pair, encode_texts, lay_out
 from jlora.data.rows import BadRow, Row, read_rows
-from jlora.data.store import Keep, content_key, stamp, stored
+from jlora.data.store import Keep, content_key, digested, stamp, stored
 from jlora.data.tokens import Tokenizer
 from jlora.errors import DataError
 
@@ -45,7 +45,7 @@ def tokenize(source: str, tokenizer: Tokenizer, cfg: DataSection) -> Dataset:
                 raise DataError(f"{source}: changed while it was read; start again once it is whole")
             return facts
 
-        return stored(Path(cfg.cache_dir), content_key(source, tokenizer, cfg), make)
+        return stored(Path(cfg.cache_dir), content_key(source, tokenizer, cfg), tokenizer.vocab_size, make)
     size = sum(size for _, size, _ in stamp(source))
     if size > LARGE:
         print(
@@ -87,7 +87,7 @@ def _read_all(source: str, tokenizer: Tokenizer, cfg: DataSection, keep: Keep) -
             examples += some
             places += [row.where] * len(some)
             for example in some:
-                digest.update(example.ids.tobytes() + example.trained.tobytes() + b"|")
+                digest.update(digested(example.ids, example.trained))
         if examples and not (first_bad and cfg.on_bad_row == "error"):  # else the rest is read for its bad rows alone
             keep(examples, places)
         empty = empty and not examples

@@ -28,6 +28,7 @@ from jlora.data.tokens import Tokenizer
 from jlora.errors import ConfigError, DataError
 from jlora.files import lock, manifest
 from jlora.files.atomic import leftovers, new_folder
+from jlora.files.private import private, shared
 from jlora.files.theirs import open_theirs
 
 # Raised with every change of what rows become, or of how it is written down.
@@ -39,6 +40,8 @@ FILES = ("tokens", "lengths", "places", "place_lengths", "seconds")
 LIBRARIES = ("tokenizers", "sentencepiece", "jinja2")
 # Examples read before the pages that hold them are given back, which else would count as memory of this process.
 READS = 1024
+# Tokens of an entry that are looked at together.
+AT_ONCE = 2**20
 
 Keep = Callable[[list[Example], list[str]], None]  # examples and where they stand
 
@@ -151,23 +154,23 @@ def stamp(source: str) -> list[tuple[str, int, int]]:
     return [(str(path), status.st_size, status.st_mtime_ns) for path, status in found]
 
 
-def stored(cache: Path, key: str, make: Callable[[Keep], Dataset]) -> Dataset:
+def stored(cache: Path, key: str, vocab_size: int, make: Callable[[Keep], Dataset]) -> Dataset:
     """The entry of a key, made where it is not there or not whole.
 
     Args:
       make: hands over all examples, and returns the rest of the dataset. What it raises leaves no entry.
 
     Raises:
-      ConfigError: `cache` cannot be made or written to.
+      ConfigError: `cache` cannot be made or written to, or others may write there.
     """
     folder = cache / key
     with ExitStack() as stack:
         try:
-            cache.mkdir(parents=True, exist_ok=True)
+            private(cache, "data.cache_dir", "what lies there is trained on")
             alone = stack.enter_context(lock.waited_for(cache / f"{key}.lock"))
         except OSError as error:
             raise ConfigError(f"data.cache_dir {cache}: cannot be written to ({error.strerror}); set another") from None
-        wrong = manifest.fault(folder) if folder.exists() else "missing"
+        wrong = _fault(folder, vocab_size) if folder.exists() else "missing"
         if wrong != "missing" and wrong is not None:
             print(f"warning: {folder}: {wrong}; the rows are tokenised again", file=sys.stderr)
         if wrong is not None:
@@ -179,6 +182,50 @@ def stored(cache: Path, key: str, make: Callable[[Keep], Dataset]) -> Dataset:
         )  # fmt: skip
 
 
+def _fault(folder: Path, vocab_size: int) -> str | None:
+    """Why an entry is not read; its arrays count, whatever it says of them."""
+    wrong = manifest.fault(folder) or shared(folder)
+    if wrong is not None:
+        return wrong
+    lengths, place_lengths = (np.fromfile(folder / name, np.int32) for name in ("lengths", "place_lengths"))
+    seconds = np.fromfile(folder / "seconds", np.int32) if (folder / "seconds").is_file() else None
+    fits = (
+        len(lengths) == len(place_lengths) and len(lengths) > 0 and lengths.min() > 0 and place_lengths.min() >= 0
+        and 4 * int(lengths.sum(dtype=np.int64)) == (folder / "tokens").stat().st_size
+        and int(place_lengths.sum(dtype=np.int64)) == (folder / "places").stat().st_size
+        and (seconds is None or len(seconds) == len(lengths) and ((seconds > 0) & (seconds < lengths)).all())
+    )  # fmt: skip
+    if not fits:
+        return "its arrays do not fit each other"
+    largest, digest = _measure(folder / "tokens", lengths)
+    if largest >= vocab_size:
+        return f"holds the token {largest}, of a vocabulary of {vocab_size}"
+    return None if digest == manifest.read(folder).get("digest") else "holds other tokens than it says"
+
+
+def _measure(tokens: Path, lengths: np.ndarray) -> tuple[int, str]:
+    """The largest token, and the digest of all examples, of which some are in memory at once."""
+    digest, largest = hashlib.sha256(), 0
+    ends = np.cumsum(lengths, dtype=np.int64)
+    first = start = 0
+    with open_theirs(tokens) as stream:
+        while first < len(ends):
+            last = max(first + 1, int(np.searchsorted(ends, start + AT_ONCE, "right")))
+            written = np.fromfile(stream, np.int32, int(ends[last - 1]) - start)
+            trained = written >= 0
+            ids = np.where(trained, written, ~written)
+            largest = max(largest, int(ids.max()))
+            for end, length in zip((ends[first:last] - start).tolist(), lengths[first:last].tolist(), strict=True):
+                digest.update(digested(ids[end - length : end], trained[end - length : end]))
+            first, start = last, int(ends[last - 1])
+    return largest, digest.hexdigest()
+
+
+def digested(ids: np.ndarray, trained: np.ndarray) -> bytes:
+    """What of an example goes into the digest of a dataset. Args: both [n], int32 and bool."""
+    return ids.tobytes() + trained.tobytes() + b"|"
+
+
 def _make(folder: Path, make: Callable[[Keep], Dataset], alone: bool, replaced: tuple[str, ...] = ()) -> None:
     """Args: replaced: the files of an entry that is not whole and gives way; of none, another's is taken."""
     if alone:  # so what others have begun of this entry, they were killed over
@@ -186,6 +233,7 @@ def _make(folder: Path, make: Callable[[Keep], Dataset], alone: bool, replaced: 
             shutil.rmtree(left, ignore_errors=True)
     try:
         with new_folder(folder, ours=replaced) as partial:
+            partial.chmod(0o700)
             with ExitStack() as opened:
                 files: dict[str, IO[bytes]] = {name: opened.enter_context(open(partial / name, "wb")) for name in FILES}
                 rest = make(lambda examples, places: _write(files, examples, places))

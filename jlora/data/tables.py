@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from jlora.data.row import MAX_ROW_BYTES, TOO_LONG, BadRow
 from jlora.errors import DataError
-from jlora.files import native
+from jlora.files import hub, native
 from jlora.files.paths import inside
 from jlora.files.sandbox import tried
 from jlora.files.theirs import MAX_JSON, open_theirs, read_theirs
@@ -120,6 +120,7 @@ def _load(source: str, split: str) -> "datasets.Dataset":
     folder = Path(source)
     try:
         if not folder.is_dir():
+            hub.require_data_set(source, "file or folder", DataError)
             return datasets.load_dataset(source, split=split)
         if (folder / "dataset_dict.json").is_file():
             if split not in _json(folder, "dataset_dict.json")["splits"]:

@@ -18,7 +18,7 @@ import numpy as np
 
 from jlora.data.backends import Fast, SentencePiece, named
 from jlora.errors import ConfigError, DataError, ModelError
-from jlora.files import native
+from jlora.files import hub, native
 from jlora.files.paths import inside
 from jlora.files.sandbox import BYTES, SECONDS, confined, panics, tried
 from jlora.files.theirs import MAX_JSON, MAX_TEMPLATE, read_theirs, text_of_theirs
@@ -230,14 +230,9 @@ def _folder(path: str | Path) -> Path:
     """The local folder of `path`; of a hub repository, the tokenizer's files alone are downloaded."""
     if Path(path).is_dir():
         return Path(path)
-    if Path(path).exists() or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(path)):
-        raise ModelError(f"tokenizer {path} is not a folder, a GGUF file or a hub name")
-    import huggingface_hub
-
-    try:
-        return Path(huggingface_hub.snapshot_download(str(path), allow_patterns=list(_FILES)))
-    except Exception as error:  # the hub client and the network library below it share no base class
-        raise ModelError(f"tokenizer {path} is not a folder, and the hub gave none ({type(error).__name__})") from error
+    if Path(path).exists():
+        raise ModelError(f"tokenizer {path} is neither a folder nor a GGUF file; set the folder that it lies in")
+    return hub.download(str(path), list(_FILES), "folder with a tokenizer", ModelError)
 
 
 def _from_json(folder: Path, files: tuple[Path, ...], where: str | Path) -> Tokenizer:

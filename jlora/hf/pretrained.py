@@ -23,7 +23,7 @@ from jlora.hf.gguf import GGUFFile
 from jlora.hf.gguf_header import is_gguf
 from jlora.hf.load import load_base
 from jlora.hf.peft import WEIGHTS, load_adapter, read_options, scaled_to
-from jlora.hf.source import Source, gguf_in, open_source, read_json, resolve
+from jlora.hf.source import Source, gguf_in, open_source, read_config, read_json, resolve
 from jlora.model.adapter import Adapter, Lora, layer_scales
 from jlora.model.adapter_init import new_adapter
 from jlora.model.llama import Decoder, ModelConfig, place_adapter
@@ -80,14 +80,29 @@ def open_pretrained(path: str, tokenizer_path: str | None, chat_template: str | 
     """
     local = resolve(path)
     source = open_source(local, path)
-    tokenizer = open_tokenizer(tokenizer_path or str(local), chat_template)
-    vocab_size = source.model.vocab_size
+    tokenizer = _fitting_tokenizer(path, tokenizer_path or str(local), chat_template, source.model.vocab_size)
+    return Opened(path, local, source, tokenizer)
+
+
+def tokenizer_of(path: str, tokenizer_path: str | None, chat_template: str | None) -> tuple[Tokenizer, dict[str, Any]]:
+    """The tokenizer of a base, and the base's config; no weights are downloaded for it, nor need there be any.
+
+    Raises:
+      ModelError: as `open_pretrained`.
+    """
+    local = resolve(path, weights=False)
+    config, model = read_config(local, path)
+    return _fitting_tokenizer(path, tokenizer_path or str(local), chat_template, model.vocab_size), config
+
+
+def _fitting_tokenizer(path: str, tokenizer_path: str, chat_template: str | None, vocab_size: int) -> Tokenizer:
+    tokenizer = open_tokenizer(tokenizer_path, chat_template)
     if tokenizer.vocab_size < SMALLEST_VOCAB_SHARE * vocab_size or tokenizer.own_size > vocab_size:
         raise ModelError(
-            f"{tokenizer_path or path}: the tokenizer has {tokenizer.vocab_size} tokens, but the model "
+            f"{tokenizer_path}: the tokenizer has {tokenizer.vocab_size} tokens, but the model "
             f"{path} has {vocab_size}; give the tokenizer that belongs to the model (model.tokenizer)"
         )
-    return Opened(path, local, source, replace(tokenizer, limit=vocab_size))
+    return replace(tokenizer, limit=vocab_size)
 
 
 def warn_of_length(source: Source, what: str, length: int) -> None:
@@ -264,13 +279,14 @@ SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention
 def model_shape(path: str) -> ModelConfig:
     """Shape of a named size, or of the base at `path`; no weight is read."""
     if path not in SHAPES:
-        return open_source(resolve(path), path).model
+        local = resolve(path, weights=False)
+        return open_source(local, path).model if Path(path).exists() else read_config(local, path)[1]
     rest = {"model_type": "llama", "vocab_size": 32000, "rms_norm_eps": 1e-5}
     return parse_config(dict(zip(SIZES, SHAPES[path], strict=True)) | rest, path)
 
 
-def stop_tokens(pretrained: Pretrained | Opened) -> list[int]:
+def stop_tokens(tokenizer: Tokenizer, config: dict[str, Any]) -> list[int]:
     """Ids that end a text: the tokenizer's EOS and what the model's own config names."""
-    configured = pretrained.source.config.get("eos_token_id")
+    configured = config.get("eos_token_id")
     ids = configured if isinstance(configured, list) else [configured]
-    return sorted({pretrained.tokenizer.eos_id, *(i for i in ids if isinstance(i, int))})
+    return sorted({tokenizer.eos_id, *(i for i in ids if isinstance(i, int))})

@@ -19,6 +19,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from jlora.errors import ModelError
+from jlora.files import hub
 from jlora.files.paths import inside
 from jlora.files.theirs import MAX_JSON, open_theirs, read_theirs
 from jlora.hf.architecture import parse_config
@@ -50,6 +51,8 @@ BUFFERS = (
     *("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached", "rope.freqs"),
     *("self_attn.masked_bias", "self_attn.bias"),
 )
+# Of a base on the hub, all but its weights.
+SMALL_FILES = ["*.json", "tokenizer.model", "*.jinja"]
 
 # How much of each tensor `base_fingerprint` looks at.
 NUM_SAMPLES, SAMPLE_BYTES = 8, 4096
@@ -264,30 +267,37 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def resolve(path: str) -> Path:
-    """The local path of a base; a hub name is downloaded (safetensors, JSON and tokenizer files only).
+def resolve(path: str, weights: bool = True) -> Path:
+    """The local path of a base; one of the hub is downloaded, its weights only once its config is of a kind we read.
 
     A folder without safetensors stands for the GGUF file in it.
 
+    Args:
+      weights: False leaves them where they are.
+
     Raises:
-      ModelError: there is none, or the folder has several such files.
+      ModelError: it is neither here nor on the hub, its config is refused, or the folder has several GGUF files.
     """
     local = Path(path)
     if local.is_dir() and not any((local / name).exists() for name in (SINGLE, INDEX)):
         return gguf_in(local) or local
     if local.exists():
         return local
-    if path.count("/") != 1 or path.startswith((".", "/", "~")):
-        raise ModelError(f"{path}: no such folder or GGUF file, and not a hub name (OWNER/NAME); check the path")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    what = "folder or GGUF file"
+    folder = hub.download(path, SMALL_FILES, what, ModelError)
+    if weights:
+        read_config(folder, path)
+        folder = hub.download(path, ["*.safetensors"], what, ModelError, revision=folder.name)
+    return folder
 
-    wanted = ["*.safetensors", "*.json", "tokenizer.model", "*.jinja"]
-    try:
-        return Path(snapshot_download(path, allow_patterns=wanted))
-    except (RepositoryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(f"{path}: no such folder, and the hub did not deliver it ({reason})") from None
+
+def read_config(path: Path, name: str) -> tuple[dict[str, Any], ModelConfig]:
+    """What the config of a folder or GGUF file says, as config.json has it and as a model's shape; needs no weights."""
+    if path.is_file():
+        source = GGUFFile(path)
+        return source.config, source.model
+    config = read_json(inside(path, "config.json"))
+    return config, parse_config(config, name)
 
 
 def gguf_in(folder: Path) -> Path | None:

@@ -156,7 +156,7 @@ def generate(
     Args:
       width: tokens that each prompt is padded to, where it is not to follow from the longest; each is compiled for.
     """
-    base, stops = model.pretrained.base, stop_tokens(model.pretrained)
+    base, stops = model.pretrained.base, stop_tokens(model.pretrained.tokenizer, model.pretrained.source.config)
     width = width or -(-max(map(len, prompts)) // LENGTH_STEP) * LENGTH_STEP
     tokens = np.zeros((len(prompts), width), np.int32)
     for row, ids in enumerate(prompts):

@@ -7,7 +7,7 @@ from typing import Any
 from jlora.config import Config
 from jlora.data import encoding
 from jlora.data.checks import count_batches
-from jlora.hf.pretrained import SHAPES, open_pretrained
+from jlora.hf.pretrained import SHAPES, tokenizer_of
 from jlora.planning.compiled import Plan
 from jlora.planning.topology import Target
 
@@ -18,8 +18,8 @@ def count_data(cfg: Config) -> dict[str, int] | None:
         return None
     if not all(Path(source.path).exists() for source in cfg.data.sources):
         return None
-    opened = open_pretrained(cfg.model.path, cfg.model.tokenizer, cfg.data.chat_template)
-    return count_batches(encoding.read_train(cfg.data, opened.tokenizer), cfg)
+    tokenizer, _ = tokenizer_of(cfg.model.path, cfg.model.tokenizer, cfg.data.chat_template)
+    return count_batches(encoding.read_train(cfg.data, tokenizer), cfg)
 
 
 def time_and_cost(plan: Plan, cfg: Config, target: Target, args: argparse.Namespace) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from jlora.data.encoding import read_data
 from jlora.data.preview import Shown, show_rows
 from jlora.data.tokens import Tokenizer
 from jlora.errors import ConfigError, DataError
-from jlora.hf.pretrained import SHAPES, open_pretrained, open_tokenizer, stop_tokens
+from jlora.hf.pretrained import SHAPES, open_tokenizer, stop_tokens, tokenizer_of
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,8 @@ def look(cfg: Config, num_rows: int) -> Seen:
 def _tokenizer(cfg: Config) -> tuple[Tokenizer, list[int]]:
     """The run's tokenizer, and the ids at which generation stops."""
     if cfg.model.path not in SHAPES:
-        opened = open_pretrained(cfg.model.path, cfg.model.tokenizer, cfg.data.chat_template)
-        return opened.tokenizer, stop_tokens(opened)
+        tokenizer, config = tokenizer_of(cfg.model.path, cfg.model.tokenizer, cfg.data.chat_template)
+        return tokenizer, stop_tokens(tokenizer, config)
     if cfg.model.tokenizer is None:
         raise ConfigError(f"model.path={cfg.model.path} is a shape alone; set model.tokenizer to see the data")
     tokenizer = open_tokenizer(cfg.model.tokenizer, cfg.data.chat_template)

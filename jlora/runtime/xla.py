@@ -10,9 +10,12 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
+from jlora.files.private import private
+
 # JAX's default, three quarters of a GPU, is less than a run that fits may need.
 GPU_MEMORY_FRACTION = 0.95
 # XLA knows the flags of GPUs on every platform, and there alone they do something. CPUs and TPUs get none.
+OFF = ("0", "false", "f", "no", "n", "off")  # as JAX reads it
 FLAGS = {
     # Collectives start early, so that weights travel while the GPU computes.
     "--xla_gpu_enable_latency_hiding_scheduler": "true",
@@ -20,7 +23,11 @@ FLAGS = {
 
 
 def prepare() -> None:
-    """Set up the process; before JAX is imported."""
+    """Set up the process; before JAX is imported.
+
+    Raises:
+      ConfigError: others may write where compiled programs are read from.
+    """
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(GPU_MEMORY_FRACTION))
     given = os.environ.get("XLA_FLAGS", "").strip()
     if not given or given.startswith("-"):  # else it names a file of flags
@@ -28,6 +35,11 @@ def prepare() -> None:
         os.environ["XLA_FLAGS"] = " ".join([*ours, given]).strip()
     with suppress(RuntimeError):  # no home folder: every program is compiled anew
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_folder()))
+    name = "JAX_COMPILATION_CACHE_DIR"
+    folder, enabled = os.environ.get(name), os.environ.get("JAX_ENABLE_COMPILATION_CACHE", "true")
+    if folder and "://" not in folder and enabled.lower() not in OFF:  # what is in a bucket has no owner to look at
+        with suppress(OSError):  # cannot be made: JAX says so, and compiles anew
+            private(Path(folder), name, "what lies there is run as your own code")
 
 
 # XLA on CPUs asks for a step's temporaries anew each step; in pages of 4 KiB their first touch is a tenth of the step.

@@ -8,12 +8,15 @@ import subprocess
 import sys
 
 import pytest
+from command_line import one_sentence
 
+from jlora.errors import ConfigError
 from jlora.runtime import xla
 from jlora.runtime.xla import FLAGS
 
 SHOW = """
 import json, os
+from jlora.errors import ConfigError
 from jlora.runtime import xla
 xla.prepare()
 import jax
@@ -40,9 +43,10 @@ def test_defaults_are_set_and_xla_knows_the_flags(tmp_path):
 
 
 def test_the_environment_wins(tmp_path):
-    ours = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.5", "JAX_COMPILATION_CACHE_DIR": "elsewhere"}
+    elsewhere = str(tmp_path / "elsewhere")
+    ours = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.5", "JAX_COMPILATION_CACHE_DIR": elsewhere}
     count = "--xla_force_host_platform_device_count=2"
-    assert prepared(XLA_FLAGS=count, **ours) == [f"{FLAG}=true {count}", "0.5", "elsewhere", 2]
+    assert prepared(XLA_FLAGS=count, **ours) == [f"{FLAG}=true {count}", "0.5", elsewhere, 2]
     assert prepared(XLA_FLAGS=f"{FLAG}=false {count}")[0] == f"{FLAG}=false {count}"
     (tmp_path / "flags").write_text(count)
     assert prepared(XLA_FLAGS=str(tmp_path / "flags"))[0::3] == [str(tmp_path / "flags"), 2]
@@ -61,6 +65,7 @@ def test_without_a_home_folder_nothing_is_cached(monkeypatch):
 
 HUGE = """
 import ctypes, os, sys
+from jlora.errors import ConfigError
 from jlora.runtime import xla
 xla.use_huge_pages()
 libc = ctypes.CDLL("libc.so.6")
@@ -92,3 +97,37 @@ def test_a_process_starts_again_with_huge_pages():
     assert started(JAX_PLATFORMS="cpu", GLIBC_TUNABLES="glibc.malloc.hugetlb=0")[1] == "glibc.malloc.hugetlb=0"
     if any(map(importlib.util.find_spec, xla.ACCELERATORS)):
         assert started()[1] == "--config"
+
+
+@pytest.mark.parametrize("name", ["JAX_COMPILATION_CACHE_DIR", "XDG_CACHE_HOME"])
+def test_programs_are_read_from_no_folder_that_others_may_write_to(tmp_path, here, monkeypatch, name):
+    """JAX runs what it finds there."""
+    folder = tmp_path if name.startswith("JAX") else tmp_path / "jlora" / "jax"
+    folder.mkdir(parents=True, exist_ok=True)
+    folder.chmod(0o777)
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    monkeypatch.setenv(name, str(tmp_path))
+    code, _, err = here("runs", tmp_path)
+    message = one_sentence(err)
+    assert code == 2 and f"JAX_COMPILATION_CACHE_DIR {folder}: may be written to by others" in message
+    monkeypatch.setenv("JAX_ENABLE_COMPILATION_CACHE", "false")
+    xla.prepare()
+    monkeypatch.delenv("JAX_ENABLE_COMPILATION_CACHE")
+    folder.chmod(0o755)
+    xla.prepare()
+    monkeypatch.setattr(os, "geteuid", lambda: folder.stat().st_uid + 1)
+    with pytest.raises(ConfigError, match="belongs to another user"):
+        xla.prepare()
+
+
+def test_new_folder_of_programs_is_its_owners_alone(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "new"))
+    before = os.umask(0)
+    try:
+        xla.prepare()
+    finally:
+        os.umask(before)
+    assert (tmp_path / "new").stat().st_mode & 0o777 == 0o700
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "gs://bucket/programs")
+    xla.prepare()
+    assert not (tmp_path / "gs:").exists() and not os.path.exists("gs:")
