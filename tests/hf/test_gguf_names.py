@@ -62,7 +62,7 @@ def test_other_files_are_refused_by_name(tmp_path):
     (tmp_path / "model").write_bytes(b"GGML and more")
     with pytest.raises(ModelError, match=r"model.*is not a GGUF file"):
         open_pretrained(str(tmp_path / "model"), None, None)
-    with pytest.raises(ModelError, match="is not a folder, a GGUF file or a hub name"):
+    with pytest.raises(ModelError, match="is neither a folder nor a GGUF file"):
         open_tokenizer(str(tmp_path / "model"), None)
     with pytest.raises(ModelError, match=r"missing.gguf.*cannot be opened"):
         open_tokenizer(str(tmp_path / "missing.gguf"), None)
