@@ -14,7 +14,7 @@ from typing import NamedTuple, TypedDict
 import grain
 import numpy as np
 
-from jlora.config import DataSection
+from jlora.config import Config, DataSection
 from jlora.data.dataset import Dataset, View
 from jlora.data.mixture import epoch_order
 from jlora.data.prompts import Example
@@ -203,6 +203,12 @@ class Epochs:
         while self._starts[-1] <= row:
             self.rows(len(self._starts) - 1)
         return bisect.bisect_right(self._starts, row) - 1
+
+
+def plan_steps(cfg: Config, train_data: Dataset, origin: Origin | None = None) -> tuple[Epochs, int]:
+    """The order of a run's rows, and the steps that it takes to its end."""
+    epochs = Epochs(train_data, cfg.data, cfg.training.batch_size, cfg.training.seed, origin)
+    return epochs, cfg.training.max_steps or epochs.num_batches(cfg.training.epochs)
 
 
 def pack_row(examples: list[Example], length: int) -> Batch:
