@@ -34,6 +34,7 @@ FLAGS = {
     ],
     "report": ["--out"],
     "runs": ["--json"],
+    "init": ["--data", "--model", "--eval", "--out", "-q"],
     "config": ["--schema", "--from", "--devices", "--out", "--json"],
 }
 
