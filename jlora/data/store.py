@@ -190,7 +190,7 @@ def _fault(folder: Path, vocab_size: int) -> str | None:
     lengths, place_lengths = (np.fromfile(folder / name, np.int32) for name in ("lengths", "place_lengths"))
     seconds = np.fromfile(folder / "seconds", np.int32) if (folder / "seconds").is_file() else None
     fits = (
-        len(lengths) == len(place_lengths) and len(lengths) > 0 and lengths.min() > 0 and place_lengths.min() >= 0
+        len(lengths) == len(place_lengths) and len(lengths) > 0 and np.min(lengths) > 0 and np.min(place_lengths) >= 0
         and 4 * int(lengths.sum(dtype=np.int64)) == (folder / "tokens").stat().st_size
         and int(place_lengths.sum(dtype=np.int64)) == (folder / "places").stat().st_size
         and (seconds is None or len(seconds) == len(lengths) and ((seconds > 0) & (seconds < lengths)).all())

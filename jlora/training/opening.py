@@ -26,7 +26,7 @@ from jlora.training import optim
 from jlora.training.checkpoint import Checkpoints
 from jlora.training.folder import batch_rows, saves_left, steps_between
 from jlora.training.identity import check_identity, run_identity
-from jlora.training.metrics import ProgressLine
+from jlora.training.progress import ProgressLine
 from jlora.training.shared import Shared
 from jlora.training.step import Forward, TrainState, count_parameters, count_trained, init_state, make_forward
 from jlora.training.stopping import Stopping
