@@ -34,9 +34,7 @@ class MetricsLog:
         self._main = main
         if not main:
             return
-        self._wandb = (
-            _start_wandb(wandb_project, run_dir, config) if wandb_project else None
-        )  # or refused, first of all
+        self._wandb = _start_wandb(wandb_project, run_dir, config) if wandb_project else None
         self._path = run_dir / "metrics.jsonl"
         kept = [line for line in read_metrics(self._path) if line["step"] <= resume_step] if resume_step else []
         write_text(self._path, "".join(json.dumps(line) + "\n" for line in kept))

@@ -32,7 +32,7 @@ def run(now, total, step_seconds, evaluation, every, start=0):
     for step in range(start + 1, total + 1):
         now[0] += step_seconds
         line.update(step, figures(step, total))
-        if evaluation and (step % every == 0 or step == total):
+        if evaluation and (step == total or (every and step % every == 0)):
             now[0] += evaluation
             line.evaluated(evaluation, evaluation)
     return [(at, text) for at, text in shown.values()], now[0]
