@@ -46,7 +46,11 @@ def make_parser() -> cli.Parser:
 
 
 def check_arguments(args: argparse.Namespace) -> None:
-    """Raises: ConfigError: a number out of its range."""
+    """Refuse numbers out of their range.
+
+    Raises:
+      ConfigError: naming the flag.
+    """
     if min(args.heldout, args.max_new_tokens, args.batch_size) < 1:
         raise ConfigError("--heldout, --max-new-tokens and --batch-size must be at least 1")
     if args.price is not None and not 0 <= args.price < float("inf"):

@@ -36,7 +36,11 @@ def make_parser() -> cli.Parser:
 
 
 def check_arguments(args: argparse.Namespace) -> None:
-    """Raises: ConfigError: arguments that do not go together."""
+    """Refuse arguments that do not go together.
+
+    Raises:
+      ConfigError: naming them.
+    """
     if args.batch_size < 1 or not (args.max_length is None or args.max_length >= 2):
         raise ConfigError("--max-length must be at least 2 and --batch-size at least 1")
     if args.max_new_tokens < 1 or (args.generate is not None and args.generate < 1):

@@ -86,7 +86,11 @@ def main() -> None:
 
 
 def check_numbers(args: argparse.Namespace) -> None:
-    """Raises: ConfigError: a figure that time and cost cannot be computed from."""
+    """Refuse figures that time and cost cannot be computed from.
+
+    Raises:
+      ConfigError: naming the flag.
+    """
     for flag in ("--tokens", "--tokens-per-second", "--price"):
         value = getattr(args, flag[2:].replace("-", "_"))
         if value is not None and not 0 < value < math.inf:

@@ -110,9 +110,11 @@ class Epochs:
     def __init__(
         self, dataset: Dataset, cfg: DataSection, batch_size: int, seed: int | None, origin: Origin | None = None
     ):
-        """Args:
-        seed: None keeps file order, for evaluation.
-        origin: where this batch size, and these rows, begin: a run may change them on the way.
+        """Epochs of a data set's rows.
+
+        Args:
+          seed: None keeps file order, for evaluation.
+          origin: where this batch size, and these rows, begin: a run may change them on the way.
         """
         self._dataset, self._cfg, self._batch_size, self._seed = dataset, cfg, batch_size, seed
         self.origin = origin or Origin()

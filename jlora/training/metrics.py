@@ -30,7 +30,12 @@ class MetricsLog:
     """Appends one JSON object a logged step, and mirrors its numbers to TensorBoard and W&B."""
 
     def __init__(self, run_dir: Path, resume_step: int, wandb_project: str | None, config: dict[str, Any], main: bool):
-        """Args: resume_step: lines of later steps, written before a crash, are dropped. main: False writes nothing."""
+        """Open the log, or go on with it.
+
+        Args:
+          resume_step: lines of later steps, written before a crash, are dropped.
+          main: False writes nothing.
+        """
         self._main = main
         if not main:
             return

@@ -23,9 +23,11 @@ class ProgressLine:
     """
 
     def __init__(self, total: int, start: int, quiet: bool, eval_every: int | None = None):
-        """Args:
-        total, start: steps of the run, and those done before.
-        eval_every: steps between evaluations; there is one at the end, too, if there is any.
+        """Begin before the first step.
+
+        Args:
+          total, start: steps of the run, and those done before.
+          eval_every: steps between evaluations; there is one at the end, too, if there is any.
         """
         self._total, self._quiet, self._eval_every = total, quiet, eval_every
         self._last, self._opened = -math.inf, time.monotonic()
