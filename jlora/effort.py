@@ -25,7 +25,14 @@ def numbers(text: str) -> list[int]:
 
 def make_parser() -> cli.Parser:
     """The command line."""
-    parser = cli.Parser(prog="jlora effort", description="Effort against benefit of fine-tuning on your rows.")
+    parser = cli.Parser(
+        prog="jlora effort",
+        description="Effort against benefit of fine-tuning on your rows.",
+        examples=(
+            "jlora effort run.yaml --rows 10,100,1000",
+            "jlora effort run.yaml --base base-a --base base-b --price 2.5",
+        ),
+    )
     cli.add_config_arguments(parser)
     parser.add_argument(
         "--base",

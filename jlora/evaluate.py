@@ -13,7 +13,14 @@ from jlora.errors import ConfigError
 
 def make_parser() -> cli.Parser:
     """The command line."""
-    parser = cli.Parser(prog="jlora evaluate", description="Loss, perplexity and scored answers on rows.")
+    parser = cli.Parser(
+        prog="jlora evaluate",
+        description="Loss, perplexity and scored answers on rows.",
+        examples=(
+            "jlora evaluate --adapter runs/mine --data heldout.jsonl",
+            "jlora evaluate --compare runs/a runs/b --data heldout.jsonl --generate 50 --html answers.html",
+        ),
+    )
     cli.add_model_arguments(parser, DataSection.model_fields["format"].default)
     parser.add_argument("--data", type="path", required=True, help="rows: a file, folder or hub data set")
     parser.add_argument("--max-length", type=int, help="tokens in a row of a batch; default: as the run did")

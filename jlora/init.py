@@ -11,7 +11,14 @@ from jlora.files.atomic import write_text
 
 def main() -> None:
     """Command line."""
-    parser = cli.Parser(prog="jlora init", description="Look at your rows, and write a config to train on them.")
+    parser = cli.Parser(
+        prog="jlora init",
+        description="Look at your rows, and write a config to train on them.",
+        examples=(
+            "jlora init --data rows.jsonl --model meta-llama/Llama-2-7b-hf",
+            "jlora init --data rows.csv --model base/ --out run.yaml",
+        ),
+    )
     parser.add_argument("--data", type="path", metavar="ROWS", help="file, folder or hub data set; asked for without")
     parser.add_argument("--model", type="path", metavar="BASE", help="Hugging Face folder, .gguf file or hub name")
     parser.add_argument("--eval", type="path", metavar="ROWS", help="held-out rows; default: a share of --data")
