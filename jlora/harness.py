@@ -1,6 +1,6 @@
 """`python -m jlora.harness`: the command line of EleutherAI's lm-evaluation-harness, with the model `jlora`.
 
-`python -m jlora.harness --model jlora --model_args base=BASE,adapter=RUN --tasks ...`. Needs the extra `harness`.
+`python -P -m jlora.harness --model jlora --model_args base=BASE,adapter=RUN --tasks ...`. Needs the extra `harness`.
 """
 
 from jlora import cli

@@ -96,6 +96,8 @@ def commands():
         for block in re.findall(r"^ *```bash\n(.*?)^ *```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE):
             for line in re.sub(r"\\\n\s*", " ", block).splitlines():
                 words = shlex.split(line, comments=True)
+                if words[:2] == ["python", "-P"]:
+                    del words[1]
                 if words[:1] == ["jlora"] and words[1] in MODULES:
                     words = ["python", "-m", f"jlora.{words[1]}", *words[2:]]
                 if words and words[0] not in ("for", "done", "do"):
@@ -287,11 +289,11 @@ def test_notebook_runs_on_the_tiny_model(world, tmp_path, monkeypatch, capfd):
     scope: dict[str, object] = {"__name__": "__main__"}
 
     def shell(line):
-        *_, module = words = shlex.split(line)[:3]
-        assert words[:2] == ["python", "-m"], line
-        monkeypatch.setattr(sys, "argv", [module, *shlex.split(line)[3:]])
+        program, command, *arguments = shlex.split(line)
+        assert program == "jlora", line
+        monkeypatch.setattr(sys, "argv", [f"jlora.{command}", *arguments])
         with pytest.raises(SystemExit) as exit:
-            importlib.import_module(MODULES.get(module.removeprefix("jlora."), module)).main()
+            importlib.import_module(MODULES.get(command, f"jlora.{command}")).main()
         assert not exit.value.code, capfd.readouterr().err
 
     for cell in notebook["cells"]:

@@ -131,9 +131,8 @@ def _load(source: str, split: str) -> "datasets.Dataset":
     except DataError:
         raise
     except Exception as error:  # datasets raises dozens of types for a name it cannot load
-        raise DataError(
-            f"{source}: no such file, and not a data set that can be loaded ({_line(error)[:200]})"
-        ) from None
+        what = "damaged, or not a data set" if folder.is_dir() else "no such file, and not a data set"
+        raise DataError(f"{source}: {what} that can be loaded ({_line(error)[:200]})") from None
 
 
 def _try(folder: Path) -> None:

@@ -92,9 +92,20 @@ def _read(folder: Path) -> dict[str, Any]:
     except RecursionError:
         raise ValueError(NAME) from None
     # Written again from what it says, it is the same text, or a bit of it has changed.
-    if not isinstance(tree, dict) or "content" not in tree or _render(tree["content"]).encode() != text:
+    content: Any = tree.get("content") if isinstance(tree, dict) else None
+    if not _has_form(content) or _render(content).encode() != text:
         raise ValueError(NAME)
-    return tree["content"]
+    return content
+
+
+def _has_form(content: Any) -> bool:
+    """Whether a value is what `write` has rendered."""
+    if not isinstance(content, dict) or not all(isinstance(content.get(key), dict) for key in ("facts", "files")):
+        return False
+    return all(
+        isinstance(entry, dict) and isinstance(entry.get("bytes"), int) and isinstance(entry.get("sha256"), str)
+        for entry in content["files"].values()
+    )
 
 
 def _files(folder: Path) -> dict[str, Path]:

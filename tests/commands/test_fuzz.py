@@ -3,18 +3,13 @@
 Each target calls what the commands call. A hundred inputs each, always the same ones, by default; the campaign of
 ten thousand each, in four parts with a seed each, is
 
-    [JLORA_FUZZ_SEED=N] pytest tests/commands/test_fuzz.py -m slow
+    [JLORA_FUZZ_SEED=N] [JLORA_FUZZ_COUNT=N] pytest tests/commands/test_fuzz.py -m slow
 
 and prints a line for each part.
 """
 
 import json
-import os
 import re
-import resource
-import signal
-import time
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -23,100 +18,26 @@ import pytest
 import yaml
 from gguf_files import SPM
 from gguf_files import write as write_gguf
-from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
+from made_up import EVIL_BYTES, FEW, MANY, PARTS, SEED, campaign, changed, damaged, peak, values, words
+from report_pages import SUMMARY, make_run
 from tiny import make_llama, make_tokenizer
 
 from jlora.config import Config, DataSection, LoraSection, load_config
 from jlora.data.encoding import tokenize
 from jlora.data.tokens import CHAT_TEMPLATES, load_tokenizer
-from jlora.errors import ConfigError, DataError, ModelError, UserError
+from jlora.errors import ConfigError, DataError, ModelError
+from jlora.files import manifest
 from jlora.hf.architecture import parse_config
 from jlora.hf.peft import load_adapter, save_adapter
-from jlora.hf.pretrained import find_adapter, open_tokenizer
+from jlora.hf.pretrained import find_adapter, open_tokenizer, run_config
 from jlora.hf.source import base_fingerprint, check_names, open_source
 from jlora.model.adapter_init import new_adapter
-
-FEW, MANY, PARTS = 100, 10_000, 4
-SEED = int(os.environ.get("JLORA_FUZZ_SEED", "0"))
-# Of processor time for one input, and of memory for all: far more than they take, far less than a bomb.
-MOST_SECONDS, MOST_MEBIBYTES = 10.0, 512
-
-# What parsers are known to stumble over.
-EVIL_NUMBERS = [0, -1, 1, 2**31, 2**63, 2**64, -(2**63), 10**400, 1e308, -0.0, 1e-320, float("nan"), float("inf")]
-EVIL_TEXTS = [
-    "",
-    " ",
-    "\0",
-    "\ud800",
-    "\udcff",
-    "﻿",
-    "../x",
-    "/etc/passwd",
-    "{{ 1/0 }}",
-    "<s>",
-    "</s>",
-    "é" * 40,
-    "a" * 300,
-]
-EVIL_BYTES = [
-    *(b"\0", b"\xff", b"\xc3(", b"\xef\xbb\xbf", b"\xff\xfe", b"\n", b"\r", b'"', b"'", b"\\", b"\\ud800", b"\\u0000"),
-    *(b"[", b"]", b"{", b"}", b",", b":", b"[" * 3000, b'{"a":' * 3000, b"7" * 5000, b"NaN", b"-Infinity", b"1e999"),
-    *(b"null", b"true", b"&a ", b"*a", b"!!python/name:os.system ", b"!!int ", b"? ", b"- ", b"<<: ", b"2020-99-99"),
-    *(b"\t", b"---\n", b"...", b"|", b">", b"%", b"@", b"`", b"0b", b"0x", b"1:99", b"=", b"~"),
-]
-
-
-def words(*known: str) -> st.SearchStrategy[str]:
-    return st.sampled_from([*known, *EVIL_TEXTS]) | st.text(st.characters(exclude_categories=[]), max_size=12)
-
-
-def values(*known: str) -> st.SearchStrategy:
-    """JSON, most of it not what is expected."""
-    leaves = st.none() | st.booleans() | st.integers() | st.floats() | st.sampled_from(EVIL_NUMBERS) | words(*known)
-    return st.recursive(
-        leaves,
-        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(words(*known), inner, max_size=3),
-        max_leaves=6,
-    )
-
-
-@st.composite
-def damaged(draw, content: bytes) -> bytes:
-    """Bytes with a few of them replaced, left out, said twice, or strange ones put in."""
-    for _ in range(draw(st.sampled_from([0, 0, 0, 0, 1, 1, 2]))):
-        at = draw(st.integers(0, len(content)))
-        to = min(len(content), at + draw(st.integers(0, 8)))
-        new = draw(st.sampled_from(EVIL_BYTES) | st.binary(max_size=4) | st.just(content[at : at + 40] * 2))
-        content = content[:at] + new + content[to:]
-    return content[: draw(st.integers(0, len(content)))] if draw(st.integers(0, 29)) == 0 else content
-
-
-@st.composite
-def changed(draw, tree):
-    """A tree of JSON with a few values replaced, added or left out, at any depth."""
-    tree = json.loads(json.dumps(tree))
-    for _ in range(draw(st.sampled_from([0, 1, 1, 1, 2]))):
-        inner = tree
-        while True:
-            keys = list(inner) if isinstance(inner, dict) else list(range(len(inner)))
-            key = draw(st.sampled_from(keys)) if keys else "new"
-            below = inner[key] if keys else None
-            if isinstance(below, dict | list) and below and draw(st.booleans()):
-                inner = below
-                continue
-            break
-        match draw(st.sampled_from(["replace", "replace", "remove", "add"])):
-            case "replace" if keys:
-                inner[key] = draw(values(*map(str, keys)))
-            case "remove" if keys:
-                del inner[key]
-            case _ if isinstance(inner, dict):
-                inner[draw(words("r", "dtype", "shape", "data", "model", "bias"))] = draw(values())
-            case _:
-                inner.append(draw(values()))
-    return tree
-
+from jlora.reports.listing import described
+from jlora.reports.page import write_page
+from jlora.reports.run import write_report
+from jlora.reports.runs import compare
+from jlora.training.checkpoint import Checkpoints
 
 # The targets: a strategy of inputs, and what a command does with one; the second returns nothing or raises.
 
@@ -275,23 +196,63 @@ def ggufs(base: Path, folder: Path):
     write_gguf(folder / "good.gguf", tokenizer=SPM)
     content = (folder / "good.gguf").read_bytes()
     end = content.index(b"output_norm.weight") + 2000  # behind it there is little but data
-
-    @st.composite
-    def inputs(draw):
-        return draw(damaged(content[:end])) + content[end:]
+    head, data = content[:end], content[end:]
 
     def use(drawn):
-        (folder / "bad.gguf").write_bytes(drawn)
+        (folder / "bad.gguf").write_bytes(drawn + data)  # here, since hypothesis holds on to all that was drawn
         source = open_source(folder / "bad.gguf")
         check_names(source.model, source.shapes, "bad.gguf")
         base_fingerprint(source)
         open_tokenizer(str(folder / "bad.gguf"), None).encode("hello é")
 
+    return damaged(head), use, ModelError
+
+
+def runs(base: Path, folder: Path):
+    """Run folders, for all that reads them but a run that goes on; the facts of a right manifest are believed."""
+    run, kept = make_run(folder / "run", 1.0, 8), folder / "run" / "checkpoints"
+    config = {"model": {"path": "base"}, "data": {"train": "rows.jsonl"}, "output_dir": "run"}
+    (run / "config.yaml").write_text(Config.model_validate(config).dump_yaml(), encoding="utf-8")
+    (run / "samples.json").write_text(json.dumps({"samples": SUMMARY["samples"]}), encoding="utf-8")
+    for step in (1, 2):
+        (kept / str(step) / "state").mkdir(parents=True)
+        (kept / str(step) / "state" / "a").write_bytes(b"array")
+        manifest.write(kept / str(step), {"step": step, "eval_loss": 1.0 / step})
+    checkpoints = Checkpoints(kept, 1, read_only=True)
+    names = ("config.yaml", "metrics.jsonl", "summary.json", "samples.json", "checkpoints/2/manifest.json")
+    good = {name: (run / name).read_bytes() for name in names}
+    tree = {
+        "config.yaml": yaml.safe_load(good["config.yaml"]),
+        "metrics.jsonl": json.loads(good["metrics.jsonl"].splitlines()[3]),
+        **{name: json.loads(good[name]) for name in names[2:]},
+    }
+
+    @st.composite
+    def inputs(draw):
+        name = draw(st.sampled_from(names))
+        written = json.dumps(draw(changed(tree[name]))).encode("utf-8", "surrogatepass")
+        if name == names[-1] and draw(st.booleans()):  # of right form, and with a digest that is right
+            content = json.loads(good[name])["content"]
+            content["files"] = draw(changed(content["files"]) | values(*content["files"]))
+            written = manifest._render(content).encode("utf-8", "surrogatepass")
+        if name == "metrics.jsonl":
+            written = good[name] + written + b"\n"
+        return name, draw(damaged(written))
+
+    def use(drawn):
+        for name, content in (good | dict([drawn])).items():
+            (run / name).write_bytes(content)
+        described(run)
+        write_page(folder / "report.html", compare([run, run]))
+        write_report(run, folder / "report.html")
+        assert checkpoints.newest_whole() in (1, 2) and checkpoints.best() in (1, 2)
+        assert run_config(run) is not None
+
     return inputs(), use, ModelError
 
 
 TARGETS: dict[str, Callable] = {
-    "rows": rows, "configs": configs, "headers": headers, "adapters": adapters, "ggufs": ggufs,
+    "rows": rows, "configs": configs, "headers": headers, "adapters": adapters, "ggufs": ggufs, "runs": runs,
 }  # fmt: skip
 
 
@@ -304,66 +265,15 @@ def base(tmp_path_factory):
     return folder
 
 
-def peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-
-
-def hang(*_):
-    raise AssertionError("an input took a minute")
-
-
-def campaign(name: str, base: Path, folder: Path, count: int, number: int = 0) -> str:
-    """Use so many inputs, the same ones for a number; returns the line of figures."""
-    inputs, use, error = TARGETS[name](base, folder)
-    codes: Counter[int] = Counter()
-    longest = 0.0
-
-    @settings(
-        max_examples=count, database=None, deadline=None, suppress_health_check=list(HealthCheck),
-        phases=[Phase.generate, Phase.shrink],
-    )  # fmt: skip
-    @seed(number)
-    @given(inputs)
-    def one(drawn):
-        nonlocal longest
-        began = time.process_time()
-        signal.alarm(60)
-        try:
-            use(drawn)
-            codes[0] += 1
-        except UserError as told:
-            assert isinstance(told, error | ConfigError)
-            assert "\n" not in " ".join(str(told).splitlines()) and len(str(told)) < 5000
-            codes[told.exit_code] += 1
-        finally:
-            signal.alarm(0)
-        longest = max(longest, time.process_time() - began)
-        assert longest < MOST_SECONDS
-
-    before = signal.signal(signal.SIGALRM, hang)
-    start = peak()
-    try:
-        one()
-    finally:
-        signal.signal(signal.SIGALRM, before)
-    grown = peak() - start
-    assert grown < MOST_MEBIBYTES
-    # A few may be alike by chance: what is drawn for a seed depends on the modules that happen to be loaded.
-    assert count == FEW or codes[0] and codes[error.exit_code], "all alike: the inputs say nothing"
-    ends = ", ".join(f"exit {code}: {number}" for code, number in sorted(codes.items()))
-    figures = f"0 tracebacks, 0 hangs, longest {longest:.2f} s, +{grown} MiB"
-    return f"{name}, seed {number}: {codes.total()} inputs ({ends}), {figures}"
-
-
 @pytest.mark.parametrize("name", TARGETS)
 def test_made_up_input_ends_well_or_in_one_sentence(name, base, tmp_path):
-    campaign(name, base, tmp_path, FEW)
+    campaign(name, TARGETS[name](base, tmp_path), FEW)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("part", range(PARTS))
 @pytest.mark.parametrize("name", TARGETS)
 def test_campaign(name, part, base, tmp_path, capsys):
-    line = campaign(name, base, tmp_path, MANY // PARTS, SEED * PARTS + part)
+    line = campaign(name, TARGETS[name](base, tmp_path), MANY // PARTS, SEED * PARTS + part)
     with capsys.disabled():
         print(f"\n{line}, peak {peak()} MiB")

@@ -107,7 +107,7 @@ def test_files_of_record_batches_are_tried_once_in_a_process(saved, monkeypatch)
 @pytest.mark.parametrize("content", [b"", b"[]", b"{", b'{"_data_files": 5}', b'{"_data_files": [{}]}', b"[" * 100_000])
 def test_damaged_state_of_a_data_set_is_one_sentence(saved, content):
     write(saved[0] / "state.json", content)
-    sentence_of(DataError, rows_of, saved[0])
+    assert "saved: damaged, or not a data set that can be loaded" in sentence_of(DataError, rows_of, saved[0])
 
 
 def test_parquet_names_that_are_not_utf8(tmp_path):

@@ -1,5 +1,7 @@
 """A pipe or device where a file is meant is not waited for, and a file without end not read, wherever others' are."""
 
+import hashlib
+import json
 import os
 
 import pytest
@@ -71,6 +73,20 @@ def test_manifest_that_is_no_file_is_damaged(no_file, tmp_path):
     assert manifest.fault(tmp_path) is None
     no_file(tmp_path / manifest.NAME)
     assert manifest.fault(tmp_path) == "manifest.json is damaged"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [None, [], {}, {"facts": {}}, {"facts": {}, "files": []}, {"facts": 1, "files": {}}]
+    + [{"facts": {}, "files": {"a": entry}} for entry in (None, [], {"bytes": 1}, {"bytes": "1", "sha256": "0"})],
+)
+def test_manifest_of_another_form_is_damaged_however_right_its_digest(tmp_path, content):
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    text = json.dumps({"content": content, "sha256": digest}, indent=1, sort_keys=True)
+    (tmp_path / manifest.NAME).write_text(text + "\n", encoding="utf-8")
+    assert manifest.fault(tmp_path) == "manifest.json is damaged"
+    with pytest.raises(ValueError, match=manifest.NAME):
+        manifest.read(tmp_path)
 
 
 def test_manifest_nested_too_deep_is_damaged(tmp_path):
