@@ -6,3 +6,18 @@ H head dim, F mlp, V vocab, L layers, R rank.
 """
 
 __version__ = "0.1.0"
+
+_API = ("Run", "finetune", "open_run", "plan_for")
+
+
+def __getattr__(name: str) -> object:
+    """The Python API, loaded when it is first asked for: `import jlora` alone imports nothing."""
+    if name not in _API:
+        raise AttributeError(f"module 'jlora' has no attribute '{name}'")
+    from jlora import api
+
+    return getattr(api, name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_API]

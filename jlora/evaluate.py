@@ -67,7 +67,9 @@ def main() -> None:
 
         from jlora.evaluation.measure import evaluate
 
-        evaluate(args)
+        found = evaluate(args)
+        if args.json:
+            cli.print_json(found)
 
     cli.run(body)
 

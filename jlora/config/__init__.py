@@ -2,7 +2,7 @@
 
 from jlora.config.lora import ATTENTION_PROJECTIONS, MLP_PROJECTIONS, PROJECTIONS, LoraSection
 from jlora.config.mixture import DataSource
-from jlora.config.reading import describe, load_config, read_yaml, read_yaml_of
+from jlora.config.reading import config_of, describe, load_config, read_yaml, read_yaml_of
 from jlora.config.reference import yaml_scalar
 from jlora.config.section import nearest
 from jlora.config.sections import (

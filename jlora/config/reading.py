@@ -1,5 +1,6 @@
 """YAML file + `dotted.key=value` overrides -> one validated `Config`, and what is wrong in one sentence."""
 
+import copy
 import re
 from collections import Counter
 from pathlib import Path
@@ -33,14 +34,41 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         raise ConfigError(f"{path}: must hold keys such as model and data, not {type(tree).__name__}")
     for override in overrides:
         _apply_override(tree, override)
+    return validated(tree, str(path))
+
+
+def config_of(config: str | Path | dict[str, Any], overrides: dict[str, Any]) -> Config:
+    """The config of a Python program: a YAML file or a tree of keys, and dotted keys with values in place of its own.
+
+    Raises:
+      ConfigError: as `load_config`.
+    """
+    where = "the config" if isinstance(config, dict) else str(config)
+    tree = copy.deepcopy(config) if isinstance(config, dict) else read_yaml_of("config", Path(config))
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{where}: must hold keys such as model and data, not {type(tree).__name__}")
+    for key, value in overrides.items():
+        try:
+            assign(tree, key, value)
+        except ValueError as error:
+            raise ConfigError(f"{_shown(key)}: {error}") from None
+    return validated(tree, where)
+
+
+def validated(tree: dict[str, Any], where: str) -> Config:
+    """A tree of keys as a config.
+
+    Raises:
+      ConfigError: naming `where`, the key, and what it should be.
+    """
     try:
         cfg = Config.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(f"{path}: {describe(error)}") from None
+        raise ConfigError(f"{where}: {describe(error)}") from None
     try:
         variants(cfg)
     except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from None
+        raise ConfigError(f"{where}: {error}") from None
     return cfg
 
 

@@ -12,7 +12,6 @@ from jlora.config import DataSection, ObjectiveSection
 from jlora.data import encoding
 from jlora.errors import ConfigError
 from jlora.evaluation.scores import answer_and_score, describe_scores, require_scores
-from jlora.files.atomic import strict_json
 from jlora.files.paths import short_names
 from jlora.hf.pretrained import make_reference, open_adapter, run_config, warn_of_length
 from jlora.inference.answers import Question, read_questions
@@ -25,8 +24,8 @@ from jlora.training.evaluator import Evaluator, describe_figures
 from jlora.training.step import Forward
 
 
-def evaluate(args: argparse.Namespace) -> None:
-    """Measure, and print as the command line asks for.
+def evaluate(args: argparse.Namespace) -> dict[str, Any]:
+    """Measure, and tell people unless the command line asks for JSON, which is returned.
 
     Raises:
       UserError: of base, adapters and rows, as where they are read; or pairs without a run on pairs.
@@ -78,9 +77,8 @@ def evaluate(args: argparse.Namespace) -> None:
                 print_result(result, alone=not names)
     if args.html:
         write_comparison(Path(args.html), f"Answers to {Path(args.data).name}", results, questions)
-    if args.json:
-        counts = {"truncated": dataset.truncated, "dropped": dict(dataset.dropped)}
-        print(strict_json({"models": results} | counts if names else results[0] | counts))
+    counts = {"truncated": dataset.truncated, "dropped": dict(dataset.dropped)}
+    return {"models": results} | counts if names else results[0] | counts
 
 
 def warn_of_formats(args: argparse.Namespace, section: DataSection) -> None:

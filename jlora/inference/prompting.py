@@ -32,11 +32,16 @@ def read_prompts(args: argparse.Namespace, format: str) -> list[Row]:
         if not rows:
             raise DataError(f"{args.prompts}: holds no prompt")
         return rows
+    return [Row("--prompt", row_of(args.prompt, format))]
+
+
+def row_of(prompt: str, format: str) -> dict[str, Any]:
+    """A text as a row without an answer; of alpaca it is the instruction."""
     if format == "sharegpt":
-        return [Row("--prompt", {"conversations": [{"from": "human", "value": args.prompt}]})]
+        return {"conversations": [{"from": "human", "value": prompt}]}
     if format == "messages":
-        return [Row("--prompt", {"messages": [{"role": "user", "content": args.prompt}]})]
-    return [Row("--prompt", {{"alpaca": "instruction", "text": "text"}.get(format, "prompt"): args.prompt})]
+        return {"messages": [{"role": "user", "content": prompt}]}
+    return {{"alpaca": "instruction", "text": "text"}.get(format, "prompt"): prompt}
 
 
 def prompted(args: argparse.Namespace) -> None:

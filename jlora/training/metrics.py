@@ -7,7 +7,7 @@ import os
 import secrets
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -146,10 +146,12 @@ class StepMeter:
         cfg: TrainingSection,
         tokens_before: int,
         num_steps: int,
+        on_step: Callable[[int, dict[str, Any]], None] = lambda step, line: None,
     ):
         self.tokens = 0  # not padding, since this process started
         self.tokens_before = tokens_before
         self._log, self._progress, self._epochs, self._cfg, self._num_steps = log, progress, epochs, cfg, num_steps
+        self._on_step = on_step
         self.loss = math.nan  # of the last step settled
         self._pending: tuple[int, dict[str, jax.Array], int] | None = None
         self._logged_tokens = 0
@@ -187,8 +189,10 @@ class StepMeter:
             line = {"step": step, "epoch": self._epochs.epoch_at(step), **values}
             if skip:
                 line |= {"skipped": skip, "rows": rows}
-            self._log.write(line | {"tokens": total, "tokens_per_second": rate} | memory_now())
-            self._progress.update(step, line | {"tokens_per_second": rate})
+            line |= {"tokens": total, "tokens_per_second": rate} | memory_now()
+            self._log.write(line)
+            self._progress.update(step, line)
+            self._on_step(step, line)
         if not skip:
             return
         more = f" and {len(rows) - NAMED_ROWS} more" if len(rows) > NAMED_ROWS else ""

@@ -23,6 +23,7 @@ from jlora.model.divisibility import check_divides
 from jlora.runtime import distributed
 from jlora.runtime.watch import Watch
 from jlora.training import optim
+from jlora.training.callbacks import Callbacks
 from jlora.training.checkpoint import Checkpoints
 from jlora.training.folder import batch_rows, saves_left, steps_between
 from jlora.training.identity import check_identity, run_identity
@@ -71,6 +72,7 @@ class Run:
     compiled: Any = None
     exported: int | None = None
     require_there: Callable[[], None] = lambda: None
+    callbacks: Callbacks = Callbacks()
 
     @property
     def params(self) -> dict[str, Any]:

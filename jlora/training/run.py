@@ -23,6 +23,7 @@ from jlora.reports.run import write_report
 from jlora.runtime import distributed, signals
 from jlora.runtime.watch import Watch
 from jlora.training.auto_remat import compile_fastest
+from jlora.training.callbacks import Callbacks
 from jlora.training.checkpoint import Checkpoints
 from jlora.training.evaluator import Evaluator, describe_figures
 from jlora.training.folder import (
@@ -46,12 +47,19 @@ from jlora.training.step import (
 from jlora.training.summary import measured, rows_of
 
 
-def train(cfg: Config, quiet: bool = False, shared: Shared | None = None, until: int | None = None) -> dict[str, Any]:
+def train(
+    cfg: Config,
+    quiet: bool = False,
+    shared: Shared | None = None,
+    until: int | None = None,
+    callbacks: Callbacks | None = None,
+) -> dict[str, Any]:
     """Run a config to its end, or on from its last checkpoint; returns the summary.
 
     Args:
       shared: what an earlier run of this process has left for this one.
       until: a step to stop after, evaluated and saved, as a signal would stop it; for `jlora.training.sweep`.
+      callbacks: of a Python program.
 
     Raises:
       UserError: see `jlora.errors`; what was saved before stays whole.
@@ -69,7 +77,7 @@ def train(cfg: Config, quiet: bool = False, shared: Shared | None = None, until:
     with lock.locked(folder, main) as require_there, jax.set_mesh(mesh):
         require_one_job(cfg, folder)
         run = open_run(cfg, folder, mesh, watch, shared or Shared(), quiet)
-        run.require_there = require_there
+        run.require_there, run.callbacks = require_there, callbacks or run.callbacks
         finished = resume(run)
         if finished is not None:
             if not quiet:
@@ -94,7 +102,7 @@ def loop(run: Run, until: int | None, quiet: bool) -> StepMeter:
     cfg, num_steps = run.cfg, run.num_steps
     log = MetricsLog(run.folder, run.start, cfg.training.wandb, cfg.model_dump(), distributed.is_main())
     progress = ProgressLine(num_steps, run.start, quiet, run.eval_every)
-    meter = StepMeter(log, progress, run.epochs, cfg.training, run.tokens, num_steps)
+    meter = StepMeter(log, progress, run.epochs, cfg.training, run.tokens, num_steps, run.callbacks.on_step)
     announce(run, progress)
     evaluate = partial(held_out_loss, run, make_evaluator(run), log, progress, meter)
     samples = make_samples(run, progress)
@@ -128,6 +136,7 @@ def loop(run: Run, until: int | None, quiet: bool) -> StepMeter:
                 run.require_there()
                 tokens = run.tokens + meter.tokens
                 run.checkpoints.save(run.step, run.state, run.position(tokens), run.identity, eval_loss)
+                run.callbacks.on_save(run.step, run.folder / "checkpoints" / str(run.step))
         meter.settle()
         run.checkpoints.wait()
     except NonFiniteError as error:
@@ -241,7 +250,8 @@ def held_out_loss(
     lasted, count = marks[-1] - marks[0], len(marks) - 1
     after_first = (marks[-1] - marks[1]) / (count - 1) * count if count > 1 else lasted  # the first may compile
     progress.evaluated(lasted, after_first)
-    log.write({"step": run.step, **{f"eval_{name}": value for name, value in figures.items()}})
+    more = run.callbacks.on_eval(run.step, figures) or {}
+    log.write({"step": run.step, **{f"eval_{name}": value for name, value in (figures | more).items()}})
     progress.say(f"step {run.step}: held-out {describe_figures(figures)}")
     return figures["loss"]
 
