@@ -12,6 +12,7 @@ import re
 import shutil
 import sys
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -230,18 +231,16 @@ class Checkpoints:
     def _best(self, steps: list[int]) -> int | None:
         losses = {}
         for step in steps:
-            try:
-                losses[step] = manifest.read(self._folder / str(step))["eval_loss"]
-            except (OSError, ValueError):  # damaged meanwhile; it goes when its turn comes
-                continue
-        evaluated = [step for step, loss in losses.items() if loss is not None]
+            with suppress(OSError, ValueError):  # damaged meanwhile; it goes when its turn comes
+                losses[step] = manifest.read(self._folder / str(step)).get("eval_loss")
+        evaluated = [step for step, loss in losses.items() if isinstance(loss, int | float)]
         return min(reversed(evaluated), key=lambda step: losses[step], default=None)
 
     def _fault(self, step: int, cached: bool = True) -> str | None:
         folder = self._folder / str(step)
         found = manifest.fault(folder, cached)
-        if found is None and manifest.read(folder)["step"] != step:
-            found = f"it is that of step {manifest.read(folder)['step']}"
+        if found is None and (written := manifest.read(folder).get("step")) != step:
+            found = f"it is that of step {written}"
         return found
 
     def _quarantine(self, step: int) -> Path:

@@ -251,6 +251,16 @@ def test_one_whose_manifest_is_not_its_own_is_damaged(copy):
     reader.close()
 
 
+@pytest.mark.parametrize("facts", [{}, {"step": "8"}, {"step": 8, "eval_loss": "low"}, {"eval_loss": [1.0]}])
+def test_facts_of_another_kind_are_not_believed(copy, facts):
+    """Under a manifest that is right to the bit."""
+    manifest.write(copy / "4", {"step": 4, "eval_loss": 2.5})
+    manifest.write(copy / "8", facts)
+    reader = Checkpoints(copy, keep=2, read_only=True)
+    assert reader.newest_whole() == (8 if facts.get("step") == 8 else 4) and reader.best() == 4
+    reader.close()
+
+
 def test_none_whole_is_refused_and_nothing_moves(copy):
     (copy / "4" / "_CHECKPOINT_METADATA").unlink()
     shutil.rmtree(copy / "8")
