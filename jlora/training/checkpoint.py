@@ -229,12 +229,13 @@ class Checkpoints:
         return {*steps[-self._keep :], self._best(steps) or newest}
 
     def _best(self, steps: list[int]) -> int | None:
-        losses = {}
+        losses: dict[int, float] = {}
         for step in steps:
             with suppress(OSError, ValueError):  # damaged meanwhile; it goes when its turn comes
-                losses[step] = manifest.read(self._folder / str(step)).get("eval_loss")
-        evaluated = [step for step, loss in losses.items() if isinstance(loss, int | float)]
-        return min(reversed(evaluated), key=lambda step: losses[step], default=None)
+                loss = manifest.read(self._folder / str(step)).get("eval_loss")
+                if isinstance(loss, int | float):
+                    losses[step] = loss
+        return min(reversed(losses), key=lambda step: losses[step], default=None)
 
     def _fault(self, step: int, cached: bool = True) -> str | None:
         folder = self._folder / str(step)
