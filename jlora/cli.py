@@ -37,7 +37,15 @@ OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "Out of memory")
 class Parser(argparse.ArgumentParser):
     """Bad usage is one line on stderr, like every other error; options are written out. Parsing comes first of all."""
 
-    def __init__(self, **settings: Any):
+    def __init__(self, examples: tuple[str, ...] = (), **settings: Any):
+        """As argparse's.
+
+        Args:
+          examples: whole command lines, which the help ends with.
+        """
+        if examples:
+            settings["epilog"] = "examples:\n" + "\n".join(f"  {line}" for line in examples)
+            settings["formatter_class"] = argparse.RawDescriptionHelpFormatter
         super().__init__(**{"allow_abbrev": False} | settings)
         self.register("type", "path", _path)
 

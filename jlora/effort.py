@@ -25,7 +25,14 @@ def numbers(text: str) -> list[int]:
 
 def make_parser() -> cli.Parser:
     """The command line."""
-    parser = cli.Parser(prog="jlora effort", description="Effort against benefit of fine-tuning on your rows.")
+    parser = cli.Parser(
+        prog="jlora effort",
+        description="Effort against benefit of fine-tuning on your rows.",
+        examples=(
+            "jlora effort run.yaml --rows 10,100,1000",
+            "jlora effort run.yaml --base base-a --base base-b --price 2.5",
+        ),
+    )
     cli.add_config_arguments(parser)
     parser.add_argument(
         "--base",
@@ -46,7 +53,11 @@ def make_parser() -> cli.Parser:
 
 
 def check_arguments(args: argparse.Namespace) -> None:
-    """Raises: ConfigError: a number out of its range."""
+    """Refuse numbers out of their range.
+
+    Raises:
+      ConfigError: naming the flag.
+    """
     if min(args.heldout, args.max_new_tokens, args.batch_size) < 1:
         raise ConfigError("--heldout, --max-new-tokens and --batch-size must be at least 1")
     if args.price is not None and not 0 <= args.price < float("inf"):

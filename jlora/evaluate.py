@@ -13,7 +13,14 @@ from jlora.errors import ConfigError
 
 def make_parser() -> cli.Parser:
     """The command line."""
-    parser = cli.Parser(prog="jlora evaluate", description="Loss, perplexity and scored answers on rows.")
+    parser = cli.Parser(
+        prog="jlora evaluate",
+        description="Loss, perplexity and scored answers on rows.",
+        examples=(
+            "jlora evaluate --adapter runs/mine --data heldout.jsonl",
+            "jlora evaluate --compare runs/a runs/b --data heldout.jsonl --generate 50 --html answers.html",
+        ),
+    )
     cli.add_model_arguments(parser, DataSection.model_fields["format"].default)
     parser.add_argument("--data", type="path", required=True, help="rows: a file, folder or hub data set")
     parser.add_argument("--max-length", type=int, help="tokens in a row of a batch; default: as the run did")
@@ -36,7 +43,11 @@ def make_parser() -> cli.Parser:
 
 
 def check_arguments(args: argparse.Namespace) -> None:
-    """Raises: ConfigError: arguments that do not go together."""
+    """Refuse arguments that do not go together.
+
+    Raises:
+      ConfigError: naming them.
+    """
     if args.batch_size < 1 or not (args.max_length is None or args.max_length >= 2):
         raise ConfigError("--max-length must be at least 2 and --batch-size at least 1")
     if args.max_new_tokens < 1 or (args.generate is not None and args.generate < 1):

@@ -19,7 +19,14 @@ def step(text: str) -> int | str:
 
 def main() -> None:
     """Command line."""
-    parser = cli.Parser(prog="jlora export", description="Export a run.")
+    parser = cli.Parser(
+        prog="jlora export",
+        description="Export a run.",
+        examples=(
+            "jlora export --run runs/mine --out adapter --step best",
+            "jlora export --run runs/mine --out merged --merge --dtype bfloat16",
+        ),
+    )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--run", type="path", help="run folder")
     source.add_argument(

@@ -9,7 +9,14 @@ from jlora.errors import ConfigError, DataError
 
 def main() -> None:
     """Command line."""
-    parser = cli.Parser(prog="jlora generate", description="Generate text.")
+    parser = cli.Parser(
+        prog="jlora generate",
+        description="Generate text.",
+        examples=(
+            'jlora generate --adapter runs/mine --prompt "Write a review of a kettle."',
+            "jlora generate --base meta-llama/Llama-2-7b-chat-hf --chat",
+        ),
+    )
     cli.add_model_arguments(parser, "completion")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt", help="text, or the instruction where the format is alpaca")

@@ -24,7 +24,14 @@ COMPILATIONS = 16
 
 def make_parser() -> cli.Parser:
     """The command line."""
-    parser = cli.Parser(prog="jlora plan", description="Compile a run for hardware that is not there.")
+    parser = cli.Parser(
+        prog="jlora plan",
+        description="Compile a run for hardware that is not there.",
+        examples=(
+            "jlora plan run.yaml --topology gpu:h100-80gb:2 --price 2.5",
+            "jlora plan run.yaml --topology tpu:v5e:2x4 --search",
+        ),
+    )
     cli.add_config_arguments(parser)
     parser.add_argument(
         "--topology", action="append", default=[], metavar="SPEC", help=f"{KNOWN}; repeat for more; 'list' names them"
@@ -86,7 +93,11 @@ def main() -> None:
 
 
 def check_numbers(args: argparse.Namespace) -> None:
-    """Raises: ConfigError: a figure that time and cost cannot be computed from."""
+    """Refuse figures that time and cost cannot be computed from.
+
+    Raises:
+      ConfigError: naming the flag.
+    """
     for flag in ("--tokens", "--tokens-per-second", "--price"):
         value = getattr(args, flag[2:].replace("-", "_"))
         if value is not None and not 0 < value < math.inf:

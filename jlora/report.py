@@ -17,7 +17,11 @@ from jlora.runtime import streams
 
 def main() -> None:
     """Command line."""
-    parser = cli.Parser(prog="jlora report", description="Write a run's report, or compare runs in one page.")
+    parser = cli.Parser(
+        prog="jlora report",
+        description="Write a run's report, or compare runs in one page.",
+        examples=("jlora report runs/mine", "jlora report runs/a runs/b --out compared.html"),
+    )
     parser.add_argument("runs", type="path", nargs="+", metavar="RUN", help="run folder")
     parser.add_argument(
         "--out", type="path", metavar="FILE", help="HTML file; default for one run: its own report.html"

@@ -12,7 +12,11 @@ DEPTH = 2
 
 def main() -> None:
     """Command line."""
-    parser = cli.Parser(prog="jlora runs", description="List run folders with their figures, the newest first.")
+    parser = cli.Parser(
+        prog="jlora runs",
+        description="List run folders with their figures, the newest first.",
+        examples=("jlora runs", "jlora runs runs/sweep --json"),
+    )
     parser.add_argument("folders", type="path", nargs="*", metavar="FOLDER", help="where to look; default: runs")
     parser.add_argument("--json", action="store_true", help="one JSON array")
     args = parser.parse_args()

@@ -14,7 +14,11 @@ from jlora.runtime import distributed, signals, streams, supervise, xla
 
 def main() -> None:
     """Command line."""
-    parser = cli.Parser(prog="jlora train", description="Fine-tune a Llama with LoRA.")
+    parser = cli.Parser(
+        prog="jlora train",
+        description="Fine-tune a Llama with LoRA.",
+        examples=("jlora train configs/quickstart.yaml", "jlora train run.yaml lora.rank=8 output_dir=runs/r8"),
+    )
     cli.add_config_arguments(parser)
     parser.add_argument(
         "--fresh", action="store_true", help="start anew: what output_dir holds moves to a folder beside it"

@@ -15,6 +15,7 @@ def main() -> None:
     parser = cli.Parser(
         prog="jlora config",
         description="Print the configuration reference as Markdown, its JSON schema, or another tool's file converted.",
+        examples=("jlora config --from axolotl.yaml --out run.yaml", "jlora config --schema --out jlora.schema.json"),
     )
     parser.add_argument("--schema", action="store_true", help="print the JSON schema, for editors")
     parser.add_argument(

@@ -13,7 +13,11 @@ ROWS = 5
 
 def main() -> None:
     """Command line."""
-    parser = cli.Parser(prog="jlora data", description="A run's rows as its model sees them, and checks.")
+    parser = cli.Parser(
+        prog="jlora data",
+        description="A run's rows as its model sees them, and checks.",
+        examples=("jlora data run.yaml", "jlora data run.yaml --rows 20 --html rows.html"),
+    )
     cli.add_config_arguments(parser)
     parser.add_argument("--rows", type=int, default=ROWS, metavar="N", help=f"rows shown; default {ROWS}")
     parser.add_argument("--html", type="path", metavar="FILE", help="write a page that opens offline")

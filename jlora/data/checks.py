@@ -13,8 +13,11 @@ from jlora.config import Config
 from jlora.data.dataset import Dataset
 from jlora.data.mixture import drawn
 from jlora.data.packing import Epochs
+from jlora.files.text import counted
 
 MAX_BINS = 20
+# Fewer optimizer steps are hardly a training.
+FEW_STEPS = 10
 
 
 @dataclass(frozen=True)
@@ -163,6 +166,58 @@ def check(dataset: Dataset, found: Scan, cfg: Config, name: str) -> list[Check]:
         "duplicates", "warning", len(copies),
         f"{_of(len(copies), total)} are exact copies of an earlier one, the first at {_place(dataset, copies)}",
     )  # fmt: skip
+    return checks
+
+
+def check_run(cfg: Config, num_steps: int, positions: Any) -> list[Check]:
+    """What of a run's own settings trains less, or shows less, than its owner may think; warnings alone.
+
+    Args:
+      num_steps: optimizer steps to its end.
+      positions: the base's `max_position_embeddings`, if it says so.
+    """
+    checks: list[Check] = []
+    training, warmup = cfg.training, cfg.optimizer.warmup_steps
+    if num_steps < FEW_STEPS:
+        more = "raise training.max_steps" if training.max_steps else "raise training.epochs"
+        checks.append(
+            Check(
+                "few_steps",
+                "warning",
+                num_steps,
+                f"the run is over after {counted(num_steps, 'optimizer step')} of {training.batch_size} rows each, "
+                f"which hardly changes a model; {more}, or lower training.batch_size or data.max_length",
+            )  # fmt: skip
+        )
+    if warmup >= num_steps:
+        checks.append(
+            Check(
+                "all_warmup",
+                "warning",
+                warmup,
+                f"optimizer.warmup_steps={warmup} of {counted(num_steps, 'step')}: the learning rate never reaches its "
+                "peak; lower it, or set optimizer.warmup_ratio=0.03 instead",
+            )  # fmt: skip
+        )
+    if cfg.data.eval is None:
+        checks.append(
+            Check(
+                "no_held_out",
+                "warning",
+                1,
+                "no rows are held out, so nothing shows whether training helps or overfits; set data.eval to a file, "
+                "or to a share of the rows such as 0.1",
+            )  # fmt: skip
+        )
+    if isinstance(positions, int) and cfg.data.max_length > positions:
+        checks.append(
+            Check(
+                "positions",
+                "warning",
+                cfg.data.max_length,
+                f"data.max_length={cfg.data.max_length} is beyond the base's {positions} positions",
+            )  # fmt: skip
+        )
     return checks
 
 

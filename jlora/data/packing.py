@@ -14,7 +14,7 @@ from typing import NamedTuple, TypedDict
 import grain
 import numpy as np
 
-from jlora.config import DataSection
+from jlora.config import Config, DataSection
 from jlora.data.dataset import Dataset, View
 from jlora.data.mixture import epoch_order
 from jlora.data.prompts import Example
@@ -110,9 +110,11 @@ class Epochs:
     def __init__(
         self, dataset: Dataset, cfg: DataSection, batch_size: int, seed: int | None, origin: Origin | None = None
     ):
-        """Args:
-        seed: None keeps file order, for evaluation.
-        origin: where this batch size, and these rows, begin: a run may change them on the way.
+        """Epochs of a data set's rows.
+
+        Args:
+          seed: None keeps file order, for evaluation.
+          origin: where this batch size, and these rows, begin: a run may change them on the way.
         """
         self._dataset, self._cfg, self._batch_size, self._seed = dataset, cfg, batch_size, seed
         self.origin = origin or Origin()
@@ -203,6 +205,12 @@ class Epochs:
         while self._starts[-1] <= row:
             self.rows(len(self._starts) - 1)
         return bisect.bisect_right(self._starts, row) - 1
+
+
+def plan_steps(cfg: Config, train_data: Dataset, origin: Origin | None = None) -> tuple[Epochs, int]:
+    """The order of a run's rows, and the steps that it takes to its end."""
+    epochs = Epochs(train_data, cfg.data, cfg.training.batch_size, cfg.training.seed, origin)
+    return epochs, cfg.training.max_steps or epochs.num_batches(cfg.training.epochs)
 
 
 def pack_row(examples: list[Example], length: int) -> Batch:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jlora.data.formats import columns_of, format_of
 from jlora.data.rows import BadRow
 from jlora.data.tokens import Tokenizer
 from jlora.errors import DataError
@@ -271,12 +272,20 @@ def _get(row: Any, name: str, kind: type) -> Any:
     """A field of a row, or of a message in it."""
     value = row.get(name) if isinstance(row, dict) else None
     if value is None:
-        raise BadRow("missing_field", f'the field "{name}" is missing')
+        raise BadRow("missing_field", f'the field "{name}" is missing{_instead(row)}')
     if not isinstance(value, kind):
         raise BadRow("wrong_type", f'the field "{name}" is {type(value).__name__}, not {kind.__name__}')
     if isinstance(value, str) and re.search("[\ud800-\udfff]", value):
         raise BadRow("not_unicode", f'the field "{name}" holds half of a surrogate pair')
     return value
+
+
+def _instead(row: Any) -> str:
+    """What a row has in place of the field that it lacks."""
+    if not isinstance(row, dict) or "role" in row or "from" in row:  # a turn
+        return ""
+    other = format_of(row)
+    return f" (it has {columns_of(row)}{f'; data.format={other} reads such rows' if other else ''})"
 
 
 def _instruction(row: dict[str, Any]) -> tuple[str, str]:

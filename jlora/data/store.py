@@ -190,7 +190,7 @@ def _fault(folder: Path, vocab_size: int) -> str | None:
     lengths, place_lengths = (np.fromfile(folder / name, np.int32) for name in ("lengths", "place_lengths"))
     seconds = np.fromfile(folder / "seconds", np.int32) if (folder / "seconds").is_file() else None
     fits = (
-        len(lengths) == len(place_lengths) and len(lengths) > 0 and lengths.min() > 0 and place_lengths.min() >= 0
+        len(lengths) == len(place_lengths) and len(lengths) > 0 and np.min(lengths) > 0 and np.min(place_lengths) >= 0
         and 4 * int(lengths.sum(dtype=np.int64)) == (folder / "tokens").stat().st_size
         and int(place_lengths.sum(dtype=np.int64)) == (folder / "places").stat().st_size
         and (seconds is None or len(seconds) == len(lengths) and ((seconds > 0) & (seconds < lengths)).all())
@@ -222,12 +222,16 @@ def _measure(tokens: Path, lengths: np.ndarray) -> tuple[int, str]:
 
 
 def digested(ids: np.ndarray, trained: np.ndarray) -> bytes:
-    """What of an example goes into the digest of a dataset. Args: both [n], int32 and bool."""
+    """What of an example, ids int32 [n] and trained bool [n], goes into the digest of a dataset."""
     return ids.tobytes() + trained.tobytes() + b"|"
 
 
 def _make(folder: Path, make: Callable[[Keep], Dataset], alone: bool, replaced: tuple[str, ...] = ()) -> None:
-    """Args: replaced: the files of an entry that is not whole and gives way; of none, another's is taken."""
+    """Make an entry under another name, and give it its own once it is whole.
+
+    Args:
+      replaced: the files of an entry that is not whole and gives way; of none, another's is taken.
+    """
     if alone:  # so what others have begun of this entry, they were killed over
         for left in leftovers(folder):
             shutil.rmtree(left, ignore_errors=True)

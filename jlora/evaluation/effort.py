@@ -159,7 +159,11 @@ def is_trained(record: Record | None) -> bool:
 
 
 def check(cfg: Config) -> None:
-    """Raises: ConfigError: a config, or a machine, that no such report can be made of."""
+    """Refuse what no such report can be made of.
+
+    Raises:
+      ConfigError: a config, or a machine.
+    """
     require_scores()
     require_matplotlib("the effort report")
     if cfg.data.eval is None:

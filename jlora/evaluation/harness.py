@@ -29,7 +29,11 @@ DEFAULT_LENGTH, DEFAULT_NEW_TOKENS = 2048, 256
 
 
 def require_harness() -> None:
-    """Raises: ConfigError: lm_eval is not installed."""
+    """Refuse to go on without the harness.
+
+    Raises:
+      ConfigError: lm_eval is not installed.
+    """
     if LM is None:
         raise ConfigError("the harness needs lm_eval, which is not installed; pip install 'jlora[harness]'")
 

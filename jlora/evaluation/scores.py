@@ -26,7 +26,11 @@ class _Words:
 
 
 def require_scores() -> None:
-    """Raises: ConfigError: a library that scores is not installed."""
+    """Refuse to go on without the libraries that score.
+
+    Raises:
+      ConfigError: one is not installed.
+    """
     missing = [name for name in ("rouge_score", "sacrebleu") if importlib.util.find_spec(name) is None]
     if missing:
         names = " and ".join(name.replace("_", "-") for name in missing)

@@ -108,7 +108,11 @@ class SafetensorsFolder:
     """
 
     def __init__(self, folder: Path, name: str):
-        """Args: name: what messages about its config call it."""
+        """Read the headers of a folder.
+
+        Args:
+          name: what messages about its config call it.
+        """
         self.folder, self._name = folder, name
         self.config = read_json(inside(folder, "config.json"))
         self._require_one_model()

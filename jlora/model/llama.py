@@ -210,7 +210,11 @@ class Decoder(nnx.Module):
     lm_head: nnx.Param  # absent where the embedding is tied
 
     def __init__(self, cfg: ModelConfig, fill: Callable[[Weight], Array]):
-        """Args: fill makes each weight, stacked over layers, from its shape and logical axes."""
+        """A decoder of the shape of `cfg`.
+
+        Args:
+          fill: makes each weight, stacked over layers, from its shape and logical axes.
+        """
         self.cfg = cfg
         self.layers = Block(cfg, fill)
         for name, weight in outer_weights(cfg).items():

@@ -79,7 +79,7 @@ class Chart:
 
 
 def thinned(points: list[Point], limit: int = 600) -> list[Point]:
-    """At most ``limit`` points: each bucket keeps its extremes and one gap, so that no spike is lost."""
+    """At most `limit` points: each bucket keeps its extremes and one gap, so that no spike is lost."""
     kept, buckets = [], limit // 3
     for b in range(buckets if len(points) > limit else 0):
         chunk = points[b * len(points) // buckets : (b + 1) * len(points) // buckets]
@@ -150,7 +150,7 @@ def chart(
 
 
 def _tick_step(span: float) -> float:
-    """The round step (1, 2 or 5 times a power of ten) that cuts ``span`` into at most five parts."""
+    """The round step (1, 2 or 5 times a power of ten) that cuts `span` into at most five parts."""
     magnitude = 10.0 ** math.floor(math.log10(span / 5))
     return next((m * magnitude for m in (1, 2, 5) if m * magnitude >= span / 5.005), 10 * magnitude)
 

@@ -8,14 +8,14 @@ Style = Callable[[float], str]
 
 
 def drawable(value: object) -> float | None:
-    """``value`` as a float that can be drawn, or None (absent, not a number, not finite, absurdly large)."""
+    """`value` as a float that can be drawn, or None (absent, not a number, not finite, absurdly large)."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e100:
         return None  # past 1e100 axis arithmetic could overflow; such a value is as good as infinite
     return float(value) if abs(value) > 1e-100 else 0.0
 
 
 def mapping(value: object) -> dict[str, Any]:
-    """``value`` if it is a mapping, else an empty one."""
+    """`value` if it is a mapping, else an empty one."""
     return value if isinstance(value, dict) else {}
 
 

@@ -17,7 +17,11 @@ INK, GREY = "#222222", "#666666"
 
 
 def require_matplotlib(what: str = "--plot") -> None:
-    """Raises: ConfigError: matplotlib is not installed."""
+    """Refuse to draw without matplotlib.
+
+    Raises:
+      ConfigError: it is not installed.
+    """
     if importlib.util.find_spec("matplotlib") is None:
         raise ConfigError(f"{what} needs matplotlib, which is not installed; pip install 'jlora[plot]'")
 

@@ -4,8 +4,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from jlora.config import Config
-from jlora.data.checks import Check, check, check_overlap, count_batches, describe, scan
+from jlora.data.checks import Check, check, check_overlap, check_run, count_batches, describe, scan
 from jlora.data.encoding import read_data
+from jlora.data.packing import plan_steps
 from jlora.data.preview import Shown, show_rows
 from jlora.data.tokens import Tokenizer
 from jlora.errors import ConfigError, DataError
@@ -35,7 +36,7 @@ def look(cfg: Config, num_rows: int) -> Seen:
     Raises:
       UserError: as `train`; but rows that cannot be used, and would end it, are an error among the checks.
     """
-    tokenizer, stops = _tokenizer(cfg)
+    tokenizer, stops, positions = _tokenizer(cfg)
     checks: list[Check] = []
     try:
         train_data, eval_data = read_data(cfg, tokenizer)
@@ -57,18 +58,21 @@ def look(cfg: Config, num_rows: int) -> Seen:
     report["train"]["batches"] = count_batches(train_data, cfg)
     if eval_data is not None:
         checks += check_overlap(scanned["train"], eval_data, scanned["eval"])
+    _, num_steps = plan_steps(cfg, train_data)
+    report["steps"] = num_steps
+    checks += check_run(cfg, num_steps, positions)
     report["checks"] = [asdict(found) for found in checks]
     each = -(-num_rows // len(cfg.data.sources))  # the first rows of every source
     rows = [row for source in cfg.data.sources for row in show_rows(source.path, each, tokenizer, cfg.data)]
     return Seen(report, rows[:num_rows])
 
 
-def _tokenizer(cfg: Config) -> tuple[Tokenizer, list[int]]:
-    """The run's tokenizer, and the ids at which generation stops."""
+def _tokenizer(cfg: Config) -> tuple[Tokenizer, list[int], Any]:
+    """The run's tokenizer, the ids at which generation stops, and the base's positions, if it says them."""
     if cfg.model.path not in SHAPES:
         tokenizer, config = tokenizer_of(cfg.model.path, cfg.model.tokenizer, cfg.data.chat_template)
-        return tokenizer, stop_tokens(tokenizer, config)
+        return tokenizer, stop_tokens(tokenizer, config), config.get("max_position_embeddings")
     if cfg.model.tokenizer is None:
         raise ConfigError(f"model.path={cfg.model.path} is a shape alone; set model.tokenizer to see the data")
     tokenizer = open_tokenizer(cfg.model.tokenizer, cfg.data.chat_template)
-    return tokenizer, [tokenizer.eos_id]
+    return tokenizer, [tokenizer.eos_id], None

@@ -16,7 +16,7 @@ STATUS = {
 
 
 def write_report(run_dir: Path, out: Path | None = None) -> Path:
-    """Write ``run_dir/report.html``, or `out`, from the run's metrics, summary and configuration; return its path.
+    """Write `run_dir/report.html`, or `out`, from the run's metrics, summary and configuration; return its path.
 
     Each input may be missing or partial, so a run that is still going, or that crashed, has a page too.
     """

@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.text import Text
 
 from jlora.data.preview import Shown
-from jlora.files.text import clean
+from jlora.files.text import clean, counted
 
 STYLES = {"context": "", "trained": "bold green", "cut": "strike red", "gap": "italic dim"}
 # Where there is no colour, what is trained and what is cut off stands in brackets.
@@ -26,6 +26,9 @@ def print_report(report: dict[str, Any], rows: list[Shown], console: Console) ->
     for found in report["checks"]:
         if found["level"] == "warning":
             say(f"warning: {found['sentence']}")
+    errors, warnings = (sum(found["level"] == level for found in report["checks"]) for level in ("error", "warning"))
+    verdict = "would train wrongly" if errors else counted(warnings, "warning") if warnings else "nothing found wrong"
+    say(f"{counted(report['steps'], 'optimizer step')}; {verdict}")
     if rows:
         plain = console.color_system is None
         legend = Text("\nthe first rows: ")
@@ -61,6 +64,8 @@ def _print_set(name: str, found: dict[str, Any], say: Any) -> None:
     most = max(count for *_, count in found["histogram"])
     last = f"{found['histogram'][-1][1] - 1:,}"
     for low, high, count in found["histogram"]:
+        if not count:
+            continue
         bar = "█" * -(-count * BAR // most)
         say(f"  {low:>{len(last)},} to {high - 1:>{len(last)},} tokens {bar} {count:,}")
 

@@ -17,7 +17,11 @@ class Watch(threading.Thread):
     """Ends this process when another has failed, or when no step is finished any more; idle in a job of one."""
 
     def __init__(self, step_timeout: int):
-        """Args: step_timeout: seconds from one `beat` to the next that are too many; none before the first."""
+        """Begin to watch at the first beat.
+
+        Args:
+          step_timeout: seconds from one `beat` to the next that are too many; none before the first.
+        """
         super().__init__(name="watch", daemon=True)
         self._step_timeout, self._step, self._beat = step_timeout, 0, math.inf
         if several():

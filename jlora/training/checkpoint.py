@@ -37,7 +37,12 @@ class Checkpoints:
     """The checkpoints of one run folder. Saves in the background; a failed save surfaces at the next call."""
 
     def __init__(self, folder: Path, keep: int, read_only: bool = False):
-        """Args: keep: newest checkpoints kept, beside the one with the lowest held-out loss."""
+        """Open a run's checkpoints, and clean up what a killed process left.
+
+        Args:
+          keep: newest checkpoints kept, beside the one with the lowest held-out loss.
+          read_only: True neither cleans nor moves anything.
+        """
         self._folder, self._keep, self._read_only = folder.absolute(), keep, read_only
         self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler("state", "data", "identity"))
         self._background = ThreadPoolExecutor(1, "commit")

@@ -133,7 +133,8 @@ def export(
 def require_new_folder(out: Path) -> None:
     """Something can be written to `--out`, and nothing lies there.
 
-    Raises: ConfigError: or it is where a disk is mounted, whose folder can get nothing else's name.
+    Raises:
+      ConfigError: or it is where a disk is mounted, whose folder can get nothing else's name.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"--out {out}: exists and is not an empty folder; name a new one")

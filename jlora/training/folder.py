@@ -10,8 +10,6 @@ import jax
 import numpy as np
 
 from jlora.config import Config
-from jlora.data.dataset import Dataset
-from jlora.data.packing import Epochs, Origin
 from jlora.errors import ConfigError, DataError, NothingTrained
 from jlora.files import lock
 from jlora.files.paths import require_own
@@ -87,12 +85,6 @@ def require_trained(state: TrainState) -> None:
         "too small to change a weight, so no adapter is written; look at metrics.jsonl, at "
         "optimizer.learning_rate, warmup_steps and max_grad_norm, and at the rows"
     )
-
-
-def plan_steps(cfg: Config, train_data: Dataset, origin: Origin | None = None) -> tuple[Epochs, int]:
-    """The order of a run's rows, and the steps that it takes to its end."""
-    epochs = Epochs(train_data, cfg.data, cfg.training.batch_size, cfg.training.seed, origin)
-    return epochs, cfg.training.max_steps or epochs.num_batches(cfg.training.epochs)
 
 
 def batch_rows(cfg: Config, mesh: jax.sharding.Mesh) -> np.ndarray:

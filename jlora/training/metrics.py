@@ -13,18 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from jlora.config import TrainingSection
 from jlora.data.packing import Epochs
 from jlora.errors import ConfigError, NonFiniteError
 from jlora.files.atomic import open_own, strict_json, write_text
-from jlora.files.text import clean
 from jlora.reports.run_files import read_records, read_text
-
-# Lines of a log file come this often where no terminal shows a bar.
-PLAIN_LINE_SECONDS = 10.0
+from jlora.training.progress import ProgressLine
 
 # What a step was skipped for, by its metric `skip`; and how many of its rows a sentence names.
 SKIPS = (None, "the loss, the gradients or the update are not finite", "the loss is a spike")
@@ -35,10 +30,16 @@ class MetricsLog:
     """Appends one JSON object a logged step, and mirrors its numbers to TensorBoard and W&B."""
 
     def __init__(self, run_dir: Path, resume_step: int, wandb_project: str | None, config: dict[str, Any], main: bool):
-        """Args: resume_step: lines of later steps, written before a crash, are dropped. main: False writes nothing."""
+        """Open the log, or go on with it.
+
+        Args:
+          resume_step: lines of later steps, written before a crash, are dropped.
+          main: False writes nothing.
+        """
         self._main = main
         if not main:
             return
+        self._wandb = _start_wandb(wandb_project, run_dir, config) if wandb_project else None
         self._path = run_dir / "metrics.jsonl"
         kept = [line for line in read_metrics(self._path) if line["step"] <= resume_step] if resume_step else []
         write_text(self._path, "".join(json.dumps(line) + "\n" for line in kept))
@@ -49,7 +50,6 @@ class MetricsLog:
         suffix = f".{secrets.token_hex(4)}"
         folder = str(run_dir / "tensorboard")
         self._tensorboard = SummaryWriter(folder, purge_step=resume_step + 1, filename_suffix=suffix)
-        self._wandb = _start_wandb(wandb_project, run_dir, config) if wandb_project else None
 
     def write(self, line: dict[str, Any]) -> None:
         """Log one object; `step` is its x value."""
@@ -131,55 +131,6 @@ def memory_now() -> dict[str, int]:
     return held if in_use is None else held | {"device_bytes": in_use}
 
 
-class ProgressLine:
-    """A bar with loss, tokens/s and time left on a terminal; a plain line now and then in a log file."""
-
-    def __init__(self, total: int, start: int, quiet: bool):
-        self._total, self._quiet, self._last = total, quiet, -math.inf
-        self._bar: Progress | None = None
-        self._first: tuple[int, float] | None = None  # the step after which the clock of what is left begins, and when
-        if sys.stderr.isatty() and not quiet:
-            self._bar = Progress(
-                TextColumn("step {task.completed}/{task.total}"),
-                BarColumn(),
-                TextColumn("{task.fields[text]}"),
-                TextColumn("time left"),
-                TimeRemainingColumn(),
-                console=Console(stderr=True),
-            )
-            self._task = self._bar.add_task("train", total=total, completed=start, text="")
-            self._bar.start()
-
-    def update(self, step: int, loss: float, tokens_per_second: float) -> None:
-        """Show a step's figures."""
-        text, now = f"loss {loss:.4f}  {tokens_per_second:,.0f} tokens/s", time.monotonic()
-        first, began = self._first = self._first or (step, now)  # compilation is over by then
-        if self._bar is not None:
-            self._bar.update(self._task, completed=step, text=text)
-            return
-        if not self._quiet and (now - self._last >= PLAIN_LINE_SECONDS or step == self._total):
-            self._last = now
-            if step > first:
-                minutes, seconds = divmod(round((now - began) / (step - first) * (self._total - step)), 60)
-                text += f"  time left {minutes}:{seconds:02}"
-            self.say(f"step {step}/{self._total}  {text}")
-
-    def say(self, text: str) -> None:
-        """A line of its own, above the bar."""
-        if self._quiet:
-            return
-        text = clean(text)
-        if self._bar is not None:
-            self._bar.console.print(text, highlight=False, markup=False)
-        else:
-            print(text, file=sys.stderr, flush=True)
-
-    def close(self) -> None:
-        """Leave the terminal as it was."""
-        if self._bar is not None:
-            self._bar.stop()
-
-
 class StepMeter:
     """Counts tokens and time, and turns what a step returns into a logged line.
 
@@ -237,7 +188,7 @@ class StepMeter:
             if skip:
                 line |= {"skipped": skip, "rows": rows}
             self._log.write(line | {"tokens": total, "tokens_per_second": rate} | memory_now())
-            self._progress.update(step, self.loss, rate)
+            self._progress.update(step, line | {"tokens_per_second": rate})
         if not skip:
             return
         more = f" and {len(rows) - NAMED_ROWS} more" if len(rows) > NAMED_ROWS else ""

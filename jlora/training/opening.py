@@ -11,11 +11,12 @@ import jax
 
 from jlora.config import Config
 from jlora.data import packing
+from jlora.data.checks import check_run
 from jlora.data.dataset import Dataset
-from jlora.data.packing import Epochs, Origin
+from jlora.data.packing import Epochs, Origin, plan_steps
 from jlora.errors import ConfigError, DataError, ModelError
 from jlora.files.text import counted
-from jlora.hf.pretrained import Pretrained, first_adapter, make_reference, warn_of_dropout, warn_of_length
+from jlora.hf.pretrained import Pretrained, first_adapter, make_reference, warn_of_dropout
 from jlora.hf.source import base_fingerprint
 from jlora.model.adapter_init import check_options
 from jlora.model.divisibility import check_divides
@@ -23,9 +24,9 @@ from jlora.runtime import distributed
 from jlora.runtime.watch import Watch
 from jlora.training import optim
 from jlora.training.checkpoint import Checkpoints
-from jlora.training.folder import batch_rows, plan_steps, saves_left, steps_between
+from jlora.training.folder import batch_rows, saves_left, steps_between
 from jlora.training.identity import check_identity, run_identity
-from jlora.training.metrics import ProgressLine
+from jlora.training.progress import ProgressLine
 from jlora.training.shared import Shared
 from jlora.training.step import Forward, TrainState, count_parameters, count_trained, init_state, make_forward
 from jlora.training.stopping import Stopping
@@ -117,7 +118,6 @@ def open_run(cfg: Config, folder: Path, mesh: jax.sharding.Mesh, watch: Watch, s
         optim.check_rule(cfg, opened.model.num_hidden_layers)
     kernel, forward = make_forward(cfg, opened.model, mesh)
     if not quiet:
-        warn_of_length(opened.source, f"data.max_length={cfg.data.max_length}", cfg.data.max_length)
         warn_of_dropout(opened.source)
     if not quiet and opened.tokenizer.writes_day and cfg.data.date is None:
         today = datetime.date.today()
@@ -133,6 +133,10 @@ def open_run(cfg: Config, folder: Path, mesh: jax.sharding.Mesh, watch: Watch, s
     distributed.require_agreement("data", DataError, digests)
     pretrained = shared.load(cfg, mesh)
     epochs, num_steps = plan_steps(cfg, train_data)
+    if not quiet:
+        for found in check_run(cfg, num_steps, opened.source.config.get("max_position_embeddings")):
+            print(f"warning: {found.sentence}", file=sys.stderr)
+        warn_of_cpu(cfg, mesh)
     params = {"adapter": first_adapter(cfg, pretrained, mesh), "base": pretrained.base}
     if (reference := make_reference(cfg, pretrained, mesh)) is not None:
         params["reference"] = reference
@@ -159,6 +163,15 @@ def open_run(cfg: Config, folder: Path, mesh: jax.sharding.Mesh, watch: Watch, s
         stopping=Stopping(cfg.training.early_stopping_patience, cfg.training.early_stopping_min_delta),
         remat=cfg.model.remat,
     )
+
+
+def warn_of_cpu(cfg: Config, mesh: jax.sharding.Mesh) -> None:
+    """Say what a CPU pays for and gains nothing by: it computes in float32, and has memory."""
+    slow = [] if cfg.model.dtype == "float32" else [("model.dtype", "float32")]
+    slow += [] if cfg.model.remat == "none" else [("model.remat", "none")]
+    if slow and mesh.devices.flat[0].platform == "cpu":
+        better = " and ".join(f"{key}={value}" for key, value in slow)
+        print(f"note: this trains on a CPU, where {better} is faster, if the memory allows it", file=sys.stderr)
 
 
 def resume(run: Run) -> dict[str, Any] | None:

@@ -97,7 +97,11 @@ def learning_rate(hyper: dict[str, Float[Array, ""]], step: Array) -> Float[Arra
 
 
 def check_rule(cfg: Config, num_layers: int) -> None:
-    """Raises: ConfigError: a rule that takes the size of a weight, of adapters whose weights are padded with zeros."""
+    """Refuse a rule that takes the size of a weight, for adapters whose weights are padded with zeros.
+
+    Raises:
+      ConfigError: naming the keys.
+    """
     unlike = any(len({*layer_ranks(cfg.lora, name, num_layers)} - {0}) > 1 for name in cfg.lora.targets)
     if cfg.method == "lora" and cfg.optimizer.name == "adafactor" and unlike:
         raise ConfigError(

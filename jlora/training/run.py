@@ -33,8 +33,9 @@ from jlora.training.folder import (
     require_trained,
 )
 from jlora.training.identity import require_one_job
-from jlora.training.metrics import MetricsLog, ProgressLine, StepMeter, require_wandb
+from jlora.training.metrics import MetricsLog, StepMeter, require_wandb
 from jlora.training.opening import Run, announce, open_run, resume
+from jlora.training.progress import ProgressLine
 from jlora.training.samples import Samples
 from jlora.training.shared import Shared
 from jlora.training.step import (
@@ -92,7 +93,7 @@ def loop(run: Run, until: int | None, quiet: bool) -> StepMeter:
     """
     cfg, num_steps = run.cfg, run.num_steps
     log = MetricsLog(run.folder, run.start, cfg.training.wandb, cfg.model_dump(), distributed.is_main())
-    progress = ProgressLine(num_steps, run.start, quiet)
+    progress = ProgressLine(num_steps, run.start, quiet, run.eval_every)
     meter = StepMeter(log, progress, run.epochs, cfg.training, run.tokens, num_steps)
     announce(run, progress)
     evaluate = partial(held_out_loss, run, make_evaluator(run), log, progress, meter)
@@ -226,10 +227,20 @@ def held_out_loss(
     """Held-out loss of the current state, logged; None without held-out rows."""
     if evaluator is None:
         return None
+    if run.step == 0:
+        progress.say("measuring the held-out loss of the base")
+    marks = [time.monotonic()]
+
+    def on_batch() -> None:
+        run.watch.beat(run.step)
+        marks.append(time.monotonic())
+
     with meter.paused():
         now = run.params
-        parts = now["base"], now["adapter"], now.get("reference")
-        figures = evaluator.measure(*parts, lambda: run.watch.beat(run.step))
+        figures = evaluator.measure(now["base"], now["adapter"], now.get("reference"), on_batch)
+    lasted, count = marks[-1] - marks[0], len(marks) - 1
+    after_first = (marks[-1] - marks[1]) / (count - 1) * count if count > 1 else lasted  # the first may compile
+    progress.evaluated(lasted, after_first)
     log.write({"step": run.step, **{f"eval_{name}": value for name, value in figures.items()}})
     progress.say(f"step {run.step}: held-out {describe_figures(figures)}")
     return figures["loss"]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from jlora.config import Config, variants
+from jlora.data.packing import plan_steps
 from jlora.errors import ConfigError, NonFiniteError, NothingTrained
 from jlora.files import lock
 from jlora.files.atomic import write_json, write_text
@@ -18,7 +19,7 @@ from jlora.files.paths import require_own
 from jlora.model.adapter_init import check_options
 from jlora.runtime import distributed, signals
 from jlora.training import optim
-from jlora.training.folder import make_run_dir, plan_steps
+from jlora.training.folder import make_run_dir
 from jlora.training.metrics import read_metrics
 from jlora.training.run import train
 from jlora.training.shared import Shared

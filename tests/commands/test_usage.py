@@ -2,6 +2,7 @@
 
 import importlib
 import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 from command_line import one_sentence, shell
 
 from jlora import cli
-from jlora.__main__ import COMMANDS
+from jlora.__main__ import COMMANDS, PURPOSES
 from jlora.errors import ConfigError, DataError, MemoryExceeded
 from jlora.runtime import xla
 
@@ -34,6 +35,7 @@ FLAGS = {
     ],
     "report": ["--out"],
     "runs": ["--json"],
+    "init": ["--data", "--model", "--eval", "--out", "-q"],
     "config": ["--schema", "--from", "--devices", "--out", "--json"],
 }
 
@@ -47,6 +49,24 @@ def test_help_lists_every_flag(here, command):
     assert (code, err) == (0, "")
     for flag in FLAGS[command]:
         assert f" {flag}" in out, flag
+
+
+@pytest.mark.parametrize("command", PURPOSES)
+def test_examples_of_the_help_are_command_lines(command, monkeypatch, capsys):
+    """Two each, and what they name is known: all but what is done with it."""
+    module = importlib.import_module(COMMANDS[command])
+    monkeypatch.setattr(xla, "use_huge_pages", lambda: None)
+    monkeypatch.setattr(cli, "run", lambda body, **_: None)
+    monkeypatch.setattr(sys, "argv", [f"jlora {command}", "--help"])
+    with pytest.raises(SystemExit):
+        module.main()
+    examples = capsys.readouterr().out.split("examples:\n")[1].splitlines()
+    assert len(examples) == 2
+    for example in examples:
+        words = shlex.split(example)
+        assert words[:2] == ["jlora", command]
+        monkeypatch.setattr(sys, "argv", [f"jlora {command}", *words[2:]])
+        module.main()
 
 
 def test_no_option_is_abbreviated(capsys):

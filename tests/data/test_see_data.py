@@ -11,8 +11,9 @@ from tiny import make_llama, make_rows, make_tokenizer, write_config
 
 from jlora.__main__ import main
 from jlora.config import load_config
-from jlora.data.checks import histogram
+from jlora.data.checks import check_run, histogram
 from jlora.data.encoding import read_data
+from jlora.data.packing import plan_steps
 from jlora.data.preview import SHOWN, SHOWN_CUT, show_rows
 from jlora.data.tokens import load_tokenizer
 from jlora.errors import DataError
@@ -54,8 +55,31 @@ def look_at(path, rows=5):
     return look(load_config(path), rows)
 
 
+# What the config of these tests is warned of, whatever its rows.
+OF_RUN = {"few_steps", "no_held_out"}
+
+
 def levels(seen):
-    return {found["name"]: found["level"] for found in seen.report["checks"]}
+    return {found["name"]: found["level"] for found in seen.report["checks"] if found["name"] not in OF_RUN}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "positions", "expected"),
+    [
+        ([], None, {"few_steps": "raise training.epochs", "no_held_out": "data.eval"}),
+        (["data.eval=0.5", "training.max_steps=9"], 32, {"few_steps": "raise training.max_steps"}),
+        (["data.eval=0.5", "training.max_steps=10"], 31, {"positions": "the base's 31 positions"}),
+        (["data.eval=0.5", "training.epochs=30", "optimizer.warmup_steps=30"], 32, {"all_warmup": "warmup_ratio"}),
+        (["data.eval=0.5", "training.epochs=30", "optimizer.warmup_steps=29"], 32, {}),
+    ],
+)
+def test_a_run_that_trains_or_shows_less_than_it_seems(config, overrides, positions, expected):
+    cfg = load_config(config(GOOD), ["training.max_steps=null", *overrides, "data.packing=false"])
+    dataset = read_data(cfg, load_tokenizer(cfg.model.path, None))[0]
+    found = check_run(cfg, plan_steps(cfg, dataset)[1], positions)
+    assert {check.name: check.level for check in found} == dict.fromkeys(expected, "warning")
+    for check in found:
+        assert expected[check.name] in check.sentence
 
 
 def test_figures_are_those_of_the_batches(config, base, tmp_path):
@@ -143,12 +167,12 @@ def test_chat_template_that_ends_no_turn(config, tmp_path):
     seen = look_at(config(rows, format="sharegpt", max_length=64, chat_template=str(template)))
     assert levels(seen) == {"end_never_trained": "error"} and "chat template ends no turn" in seen.errors[0]
     template.write_text(ENDLESS.replace("\n{%", "{{ eos_token }}\n{%"))
-    assert not look_at(config(rows, format="sharegpt", max_length=64, chat_template=str(template))).report["checks"]
+    assert not levels(look_at(config(rows, format="sharegpt", max_length=64, chat_template=str(template))))
 
 
 def test_good_rows_pass_and_no_usable_row_fails(config):
     seen = look_at(config(GOOD, eval=[{"prompt": "q", "completion": "r"}]))
-    assert seen.report["checks"] == [] and len(seen.rows) == 5
+    assert levels(seen) == {} and len(seen.rows) == 5
     with pytest.raises(DataError, match="no usable row"):
         look_at(config([{"prompt": "a" * 50, "completion": "b"}]))
 

@@ -7,8 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from jlora.errors import ConfigError
-from jlora.training import metrics
-from jlora.training.metrics import MetricsLog, ProgressLine, require_wandb
+from jlora.training.metrics import MetricsLog, require_wandb
 
 
 class Refused(Exception):
@@ -66,17 +65,3 @@ def test_what_it_refuses_is_one_sentence(wandb, tmp_path):
         start(tmp_path / "run", project="bad")
     assert "training.wandb=bad: Weights & Biases refuses the run (cannot contain" in str(refused.value)
     assert "\n" not in str(refused.value)
-
-
-def test_time_left_is_that_of_steps(monkeypatch, capsys):
-    """Not of the compilation before the first; and 101 seconds are 1:41."""
-    now = [0.0]
-    monkeypatch.setattr(metrics.time, "monotonic", lambda: now[0])
-    line = ProgressLine(total=103, start=0, quiet=False)
-    for step, at in ((1, 90.0), (2, 100.5), (52, 151.0)):
-        now[0] = at
-        line.update(step, 1.0, 10.0)
-    first, second, third = capsys.readouterr().err.splitlines()
-    assert "time left" not in first
-    assert second.endswith(f"time left {int(10.5 * 101) // 60}:{round(10.5 * 101) % 60:02}")
-    assert third.endswith("time left 1:01")  # 61 s for 51 steps so far, and 51 to go

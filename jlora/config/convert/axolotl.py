@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from jlora.config.convert.axolotl_rows import TEMPLATE, datasets
 from jlora.config.convert.rules import Conversion, Differs, Table, To, Without, is_set, one_of
 from jlora.config.lora import PROJECTIONS
 
@@ -14,7 +15,7 @@ ADAMW_SMALL = (
 )
 SPEED = "is how Axolotl computes the same; jlora chooses its own (model.attention, docs/performance.md)"
 SHARING = "devices share the work by mesh, without a file of its own"
-RESTARTS = "a jlora run goes on by itself from output_dir's last checkpoint"
+RESTARTS = "a jlora run resumes by itself from output_dir's last checkpoint"
 HUB = "jlora uploads nothing; the adapter lies in output_dir/adapter"
 LOGS = "metrics.jsonl and TensorBoard are always written; for Weights & Biases set training.wandb"
 EVALS = "set training.evals_per_epoch or eval_every"
@@ -76,14 +77,6 @@ def _steps(value: Any) -> int:
     return int(value)
 
 
-def _template(value: Any) -> str | None:
-    if str(value) == "chatml":
-        return "chatml"
-    if str(value) == "tokenizer_default":
-        return None
-    raise Differs("the tokenizer's own chat template is taken; give a .jinja file as data.chat_template for another")
-
-
 def _template_file(value: Any) -> str:
     if str(value).endswith((".jinja", ".jinja2")) and "\n" not in str(value):
         return str(value)
@@ -103,7 +96,7 @@ TABLE: Table = {
     "sample_packing": To("data.packing", bool),
     "train_on_inputs": To("data.train_on", lambda value: "all" if value else "response"),
     "val_set_size": To("data.eval", _held_out),
-    "chat_template": To("data.chat_template", _template),
+    "chat_template": TEMPLATE,
     "chat_template_jinja": To("data.chat_template", _template_file),
     "lora_r": To("lora.rank", int),
     "lora_alpha": To("lora.alpha", float),
@@ -270,7 +263,7 @@ def convert(tree: dict[str, Any], devices: int) -> Conversion:
     _batch(given, devices, out)
     _precision(given, out)
     _warmup(given, out)
-    _datasets(given, out)
+    datasets(given, out)
     _evaluation(given, out)
     _objective(given, out)
     for plugin in given.get("plugins", []):
@@ -335,70 +328,6 @@ def _evaluation(given: dict[str, Any], out: Conversion) -> None:
         out.set("training.saves_per_epoch", 1)
     if out.get("optimizer.schedule") == "constant" and "cosine_min_lr_ratio" in given:
         out.set("optimizer.min_learning_rate_ratio", 0.0)
-
-
-def _datasets(given: dict[str, Any], out: Conversion) -> None:
-    sets = given.get("datasets") or []
-    if isinstance(sets, dict):
-        sets = [sets]
-    held = given.get("test_datasets")
-    if isinstance(held, list) and len(held) == 1:
-        out.notes = [note for note in out.notes if note.key != "test_datasets"]
-        out.set("data.eval", _source(held[0]))
-    if not sets:
-        return  # told of at the end
-    first = sets[0]
-    alike = [one for one in sets if one.get("type") == first.get("type")]
-    out.set("data.train", [{"path": _source(one)} for one in alike] if len(alike) > 1 else _source(first))
-    for other in sets:
-        if other not in alike:
-            out.note("datasets", other.get("path"), "result", "the sources of a mixture have one format")
-    if first.get("split"):
-        out.set("data.split", str(first["split"]))
-    kind = first.get("type")
-    known = {"path", "data_files", "ds_type", "split", "type", "chat_template", "field", "name", "field_messages"}
-    if isinstance(kind, str):
-        _row_format(kind, first, given, out)
-    else:
-        out.note("datasets.type", kind, "result", "a format of your own: write rows of a format of data.format")
-    for key in sorted(set(first) - known):
-        if is_set(first[key]) and first[key] is not False:
-            out.note(f"datasets.{key}", first[key], "result", "rows are read as data.format says, nothing beside it")
-    if is_set(first.get("name")):
-        out.note("datasets.name", first["name"], "result", "a data set's subset cannot be named; download it as files")
-
-
-def _source(first: dict[str, Any]) -> str:
-    files = first.get("data_files")
-    files = files[0] if isinstance(files, list) and files else files
-    return str(files or first.get("path") or "")
-
-
-def _row_format(kind: str, first: dict[str, Any], given: dict[str, Any], out: Conversion) -> None:
-    base = kind.split(".")[0].split(":")[0]
-    if given.get("rl"):
-        out.set("data.format", "preference")
-        out.set("data.max_length", 2 * out.get("data.max_length"))  # here a pair's two sequences share a row
-        if first.get("type") not in ("chat_template.default", "chat_template.argilla_chat"):
-            out.note("datasets.type", kind, "result", "rows need prompt, chosen and rejected, strings or messages")
-    elif base == "alpaca":
-        out.set("data.format", "alpaca")
-        if kind != "alpaca":
-            out.note("datasets.type", kind, "result", "rows of instruction, input and output in Stanford's prompt")
-    elif base in ("completion", "pretrain"):
-        out.set("data.format", "text")
-        if first.get("field", "text") != "text":
-            out.note("datasets.field", first["field"], "result", "the column is called text: rename it")
-    elif base in ("chat_template", "sharegpt"):
-        column = first.get("field_messages", "conversations" if base == "sharegpt" else "messages")
-        out.set("data.format", "sharegpt" if column == "conversations" else "messages")
-        if column not in ("messages", "conversations"):
-            out.note("datasets.field_messages", column, "result", "rows need messages, a list of role and content")
-        if is_set(first.get("chat_template")):
-            out.apply("chat_template", first["chat_template"], TABLE["chat_template"])
-    else:
-        out.set("data.format", "completion")
-        out.note("datasets.type", kind, "result", "write rows of prompt and completion, or of another data.format")
 
 
 def _objective(given: dict[str, Any], out: Conversion) -> None:

@@ -1,0 +1,148 @@
+"""A config for somebody's rows: what they are, how long, how many, and what follows for the run."""
+
+import itertools
+from typing import Any
+
+import jax
+
+from jlora.config import Config
+from jlora.config.reference import yaml_scalar
+from jlora.data.formats import COLUMNS, columns_of, format_of
+from jlora.data.rows import BadRow, read_rows
+from jlora.data.tokens import Tokenizer
+from jlora.errors import DataError
+from jlora.hf.pretrained import tokenizer_of
+from jlora.reports.rows import Seen, look
+
+# Rows that are looked at for their format; the first of a large file stand for it.
+LOOKED_AT = 1000
+# Tokens of a row of a batch: at least so many, for rows to be packed into, and not more unless asked for.
+LENGTHS = (512, 1024, 2048, 4096)
+# A run should take so many steps an epoch, for its schedule and its evaluations to mean something.
+STEPS = 20
+BATCHES = (16, 8, 4, 2, 1)
+# Rows held out: a tenth, and of many no more than so many.
+MOST_HELD_OUT = 500
+
+
+def propose(data: str, model: str, held_out: str | None, name: str) -> tuple[str, Seen]:
+    """The config as commented YAML, and what its rows look like in it.
+
+    Args:
+      held_out: held-out rows; None holds some of `data` out.
+      name: of the run.
+
+    Raises:
+      DataError: the rows are of no known format, or of several.
+      ModelError: see `jlora.hf.pretrained.tokenizer_of`.
+    """
+    format = rows_format(data)
+    tokenizer, config = tokenizer_of(model, None, None)
+    positions = config.get("max_position_embeddings") or LENGTHS[-1]
+    tree: dict[str, Any] = {
+        "model": {"path": model},
+        "data": {"train": data, "eval": held_out, "format": format, "prompt": _prompt(format, tokenizer)},
+        "objective": {"name": "dpo" if format == "preference" else "sft"},
+        "output_dir": f"runs/{name}",
+    }
+    tree["data"]["max_length"] = min(positions, LENGTHS[-1])
+    seen = look(Config.model_validate(tree), 0)
+    rows = seen.report["train"]
+    longest = rows["lengths"]["max"]
+    tree["data"]["max_length"] = min(positions, next((n for n in LENGTHS if n >= longest), LENGTHS[-1]))
+    if held_out is None:
+        share = min(0.1, MOST_HELD_OUT / max(rows["rows"], 1))
+        tree["data"]["eval"] = round(share, 3) or None
+    tree["training"] = {"epochs": 3 if rows["rows"] < 5000 else 2 if rows["rows"] < 20_000 else 1}
+    packed = rows["tokens"] / tree["data"]["max_length"]
+    tree["training"]["batch_size"] = next((size for size in BATCHES if packed / size >= STEPS), BATCHES[-1])
+    seen = look(Config.model_validate(tree), 0)
+    return written(tree, seen.report), seen
+
+
+def rows_format(data: str) -> str:
+    """The format of the first rows.
+
+    Raises:
+      DataError: naming the columns, where they are of none, or the first row that is of another than those before.
+    """
+    format = None
+    for row in itertools.islice(read_rows(data, "train"), LOOKED_AT):
+        if isinstance(row.value, BadRow) or not isinstance(row.value, dict):
+            continue  # told by the check of all rows
+        found = format_of(row.value)
+        if found is None:
+            known = "; ".join(f"{name}: {', '.join(columns)}" for name, columns in COLUMNS.items())
+            raise DataError(
+                f"{row.where}: has the columns {columns_of(row.value)}, which are those of no format ({known}); "
+                "rename them"
+            )
+        if format not in (None, found):
+            raise DataError(f"{row.where}: is of format {found}, the rows before it of {format}; part them into files")
+        format = found
+    if format is None:
+        raise DataError(f"{data}: none of the first rows is a JSON object with columns; see docs/data.md")
+    return format
+
+
+def _prompt(format: str, tokenizer: Tokenizer) -> str:
+    return "chat" if format == "alpaca" and tokenizer.chat_template else "stanford"
+
+
+def written(tree: dict[str, Any], report: dict[str, Any]) -> str:
+    """The config as YAML, with a reason beside each line that was chosen."""
+    cpu = jax.default_backend() == "cpu"
+    data, training, rows = tree["data"], tree["training"], report["train"]
+    lengths = rows["lengths"]
+    batches = rows["batches"]["packed"]
+    lines: list[tuple[str, Any, str]] = [
+        ("model:", None, ""),
+        ("  path:", tree["model"]["path"], ""),
+        ("  dtype:", "float32" if cpu else "bfloat16", "this machine has no accelerator" if cpu else ""),
+        ("  remat:", "none" if cpu else "auto", "" if cpu else "the fastest that fits the device's memory"),
+        ("lora:", None, ""),
+        ("  rank:", 16, "8 to 64; more for more rows, or for what the base has never seen"),
+        ("  alpha:", 32, "twice the rank is usual"),
+        ("  target_modules:", "all-linear", "attention alone: [q_proj, k_proj, v_proj, o_proj]"),
+        ("data:", None, ""),
+        ("  train:", data["train"], f"{rows['rows']:,} rows"),
+        ("  eval:", data["eval"], "held out, to see whether training helps" if data["eval"] else "too few rows"),
+        ("  format:", data["format"], f"by the columns {', '.join(COLUMNS[data['format']])}"),
+    ]
+    if data["format"] == "alpaca":
+        why = "the tokenizer's own chat template" if data["prompt"] == "chat" else "it has no chat template"
+        lines.append(("  prompt:", data["prompt"], why))
+    lines += [
+        (
+            "  max_length:",
+            data["max_length"],
+            f"rows have {lengths['min']:,} to {lengths['max']:,} tokens, half of them at most {lengths['median']:,}",
+        ),
+        ("training:", None, ""),
+        ("  epochs:", training["epochs"], f"{report['steps']:,} optimizer steps in all"),
+        ("  batch_size:", training["batch_size"], f"{batches:,} steps an epoch; several rows are packed into one"),
+        ("  gradient_accumulation_steps:", 1, "raise it, to a divisor of batch_size, if memory runs out"),
+    ]
+    if data["eval"]:
+        lines += [
+            ("  evals_per_epoch:", 2, ""),
+            ("  export:", "best", "the adapter with the lowest held-out loss; last: that of the last step"),
+        ]
+    if tree["objective"]["name"] != "sft":
+        lines += [("objective:", None, ""), ("  name:", "dpo", "or ipo, hinge, orpo")]
+    rate = 5e-6 if tree["objective"]["name"] == "dpo" else 2e-4
+    lines += [
+        ("optimizer:", None, ""),
+        ("  learning_rate:", rate, "if the loss jumps, a third of it; if it hardly falls, three times as much"),
+        ("  warmup_ratio:", 0.03, ""),
+        ("output_dir:", tree["output_dir"], "checkpoints, logs, report.html and adapter/"),
+    ]
+    text = ""
+    for key, value, why in lines:
+        line = key if value is None and key != "  eval:" else f"{key} {_scalar(value)}"
+        text += f"{line:<35} # {why}\n" if why else f"{line}\n"
+    return text
+
+
+def _scalar(value: Any) -> str:
+    return f"{value:.1e}" if isinstance(value, float) and value < 1e-3 else yaml_scalar(value)

@@ -1,0 +1,98 @@
+"""`jlora init`: the config that it writes for rows, and what it says of rows that no config fits."""
+
+import json
+
+import pytest
+import yaml
+from command_line import one_sentence
+
+from jlora.config import load_config
+from jlora.data.formats import COLUMNS, columns_of, format_of
+
+ROWS = {
+    "alpaca": {"instruction": "Say blue.", "output": "blue."},
+    "completion": {"prompt": "a:", "completion": " bcd"},
+    "text": {"text": "abc abc"},
+    "messages": {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]},
+    "sharegpt": {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]},
+    "preference": {"prompt": "a:", "chosen": " b", "rejected": " c"},
+}
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def many(format, mark):
+    """80 rows that differ in their last column."""
+    last, value = list(ROWS[format].items())[-1]
+    return [ROWS[format] | {last: f"{value} {n}{mark[:1]}"} for n in range(80)]
+
+
+@pytest.mark.parametrize("format", ROWS)
+def test_a_row_is_of_the_format_that_reads_it(format):
+    assert format_of(ROWS[format]) == format and set(COLUMNS[format]) <= ROWS[format].keys()
+    assert format_of(ROWS[format] | {"id": 7, "input": ""}) == format
+
+
+def test_a_row_of_no_format():
+    assert format_of({"question": "a", "answer": "b", "output": None}) is None
+    assert columns_of({str(n): n for n in range(9)}) == "0, 1, 2, 3, 4, 5, 6, 7, ..." and columns_of({}) == "no column"
+
+
+@pytest.mark.parametrize("format", ["alpaca", "completion", "text", "preference"])
+def test_the_config_trains_as_it_stands(world, here, tmp_path, monkeypatch, format):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "mine.jsonl", many(format, ""))
+    code, out, err = here("init", "--data", "mine.jsonl", "--model", world / "base")
+    assert (code, err) == (0, "") and "80 rows" in out and "jlora train mine.yaml" in out
+    cfg = load_config("mine.yaml")
+    assert (cfg.data.format, cfg.data.eval, cfg.output_dir) == (format, 0.1, "runs/mine")
+    assert cfg.objective.name == ("dpo" if format == "preference" else "sft")
+    assert cfg.data.max_length == 512  # the base's positions
+    assert cfg.training.exports_best and cfg.model.dtype == "float32"
+    code, out, err = here("data", "mine.yaml", "--json", "--rows", 0)
+    assert code == 0 and json.loads(out)["ok"]
+    code, out, err = here("train", "mine.yaml", "-q", "training.max_steps=2", "training.evals_per_epoch=9")
+    assert (code, err) == (0, "")
+    assert yaml.safe_load((tmp_path / "mine.yaml").read_text())["training"]["epochs"] == 3
+
+
+def test_held_out_rows_of_ones_own_and_a_name(world, here, tmp_path):
+    out = tmp_path / "run.yaml"
+    rows, held_out = (write(tmp_path / name, many("completion", name)) for name in ("rows.jsonl", "others.jsonl"))
+    arguments = ("--data", rows, "--model", world / "base", "--eval", held_out, "--out", out)
+    assert here("init", *arguments, "-q") == (0, "", "")
+    assert load_config(out).data.eval == str(held_out)
+    before = out.read_bytes()
+    code, _, err = here("init", *arguments)
+    assert code == 2 and "is there already" in one_sentence(err) and out.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("rows", "code", "words"),
+    [
+        ([{"question": "a", "answer": "b"}], 3, "has the columns question, answer"),
+        ([ROWS["alpaca"], ROWS["text"]], 3, ":2: is of format text, the rows before it of alpaca"),
+        ([[1, 2], "text"], 3, "none of the first rows"),
+        ([ROWS["messages"]] * 3, 2, "chat template"),
+    ],
+)
+def test_rows_that_no_config_fits(world, here, tmp_path, rows, code, words):
+    path = write(tmp_path / "rows.jsonl", rows)
+    given = here("init", "--data", path, "--model", world / "base", "--out", tmp_path / "out.yaml")
+    assert given[0] == code and words in one_sentence(given[2])
+    assert not (tmp_path / "out.yaml").exists()
+
+
+def test_what_is_missing_is_asked_for_on_a_terminal_alone(here):
+    code, _, err = here("init")
+    assert code == 2 and "--data is missing" in one_sentence(err)
+
+
+def test_a_missing_field_names_those_there_are(world, here, tmp_path):
+    write(tmp_path / "rows.jsonl", [ROWS["completion"]])
+    code, _, err = here("train", world / "config.yaml", f"data.train={tmp_path}/rows.jsonl", f"output_dir={tmp_path}/r")
+    assert code == 3
+    assert '"instruction" is missing (it has prompt, completion; data.format=completion reads' in one_sentence(err)
