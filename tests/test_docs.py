@@ -35,7 +35,7 @@ ROOT = Path(__file__).parent.parent
 REPOSITORY = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["urls"]["Repository"]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 # Programs of others, which a machine that runs the tests need not have.
-FOREIGN = ("git", "vllm", "kubectl", "llama.cpp/build/bin/llama-quantize", "llama.cpp/build/bin/llama-cli", "pip")
+FOREIGN = ("git", "vllm", "kubectl", "llama.cpp/build/bin/llama-quantize", "llama.cpp/build/bin/llama-cli", "pip", "ollama")
 # Commands whose first argument is a config.
 CONFIGURED = ("jlora.train", "jlora.data", "jlora.plan", "jlora.effort")
 PEER = ROOT / "tests" / "config" / "configs_of_peers" / "axolotl_alpaca_qlora_7b.yaml"
