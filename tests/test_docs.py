@@ -35,7 +35,15 @@ ROOT = Path(__file__).parent.parent
 REPOSITORY = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["urls"]["Repository"]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 # Programs of others, which a machine that runs the tests need not have.
-FOREIGN = ("git", "vllm", "kubectl", "llama.cpp/build/bin/llama-quantize", "llama.cpp/build/bin/llama-cli", "pip", "ollama")
+FOREIGN = (
+    "git",
+    "vllm",
+    "kubectl",
+    "llama.cpp/build/bin/llama-quantize",
+    "llama.cpp/build/bin/llama-cli",
+    "pip",
+    "ollama",
+)
 # Commands whose first argument is a config.
 CONFIGURED = ("jlora.train", "jlora.data", "jlora.plan", "jlora.effort")
 PEER = ROOT / "tests" / "config" / "configs_of_peers" / "axolotl_alpaca_qlora_7b.yaml"
@@ -100,8 +108,9 @@ def test_links_lead_somewhere(page):
         found = (page.parent / path).resolve() if path else page
         assert found.exists() and found.is_relative_to(ROOT), target
         if anchor:
-            headings = re.findall(r"^#+ (.*)$", found.read_text(encoding="utf-8"), re.MULTILINE)
-            assert anchor in [slug(heading) for heading in headings], target
+            there = found.read_text(encoding="utf-8")
+            headings = [slug(heading) for heading in re.findall(r"^#+ (.*)$", there, re.MULTILINE)]
+            assert anchor in {*headings, *re.findall(r'<a id="([^"]+)">', there)}, target
 
 
 def commands():
