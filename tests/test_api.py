@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -146,3 +147,23 @@ assert "jax" not in sys.modules
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.prose
+def test_the_snippets_of_the_page_run(world, tmp_path, monkeypatch):
+    """On a tiny base, for hardware that is here."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").mkdir()
+    for name in ("quickstart", "llama2_70b_2xh100"):
+        text = (world / "c.yaml").read_text(encoding="utf-8").replace(str(world / "run"), str(tmp_path / "run"))
+        (tmp_path / "configs" / f"{name}.yaml").write_text(text, encoding="utf-8")
+    page = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
+    snippets = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(snippets) == 3
+    names = {}
+    for snippet in snippets:
+        snippet = snippet.replace("gpu:h100-80gb:2", "cpu:1").replace(
+            '"training.max_steps": 20', '"training.max_steps": 4'
+        )
+        exec(compile(snippet, "docs/python.md", "exec"), names)
+    assert names["run"].summary["steps"] == 4 and names["plan"]["fits"]

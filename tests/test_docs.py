@@ -32,9 +32,20 @@ from jlora.training.run import train
 pytestmark = pytest.mark.prose
 
 ROOT = Path(__file__).parent.parent
+REPOSITORY = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["urls"]["Repository"]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 # Programs of others, which a machine that runs the tests need not have.
-FOREIGN = ("git", "vllm", "kubectl", "llama.cpp/build/bin/llama-quantize", "llama.cpp/build/bin/llama-cli", "pip")
+FOREIGN = (
+    "git",
+    "vllm",
+    "kubectl",
+    "llama.cpp/build/bin/llama-quantize",
+    "llama.cpp/build/bin/llama-cli",
+    "pip",
+    "ollama",
+)
+# Commands whose first argument is a config.
+CONFIGURED = ("jlora.train", "jlora.data", "jlora.plan", "jlora.effort")
 PEER = ROOT / "tests" / "config" / "configs_of_peers" / "axolotl_alpaca_qlora_7b.yaml"
 
 
@@ -70,6 +81,14 @@ def test_a_link_or_an_anchor_to_nowhere_fails_the_build(tmp_path):
     assert done.returncode != 0 and "nowhere" in done.stderr and "none.md" in done.stderr
 
 
+def test_one_address_of_the_repository():
+    """Of a fork, `[project.urls]` and what CONTRIBUTING says to run change all of them."""
+    texts = [*PAGES, ROOT / "mkdocs.yml", ROOT / "docs" / "quickstart.ipynb", ROOT / "pyproject.toml"]
+    url = r"https://(?:github\.com|colab\.research\.google\.com/github)/([\w.-]+/jlora)\b"
+    names = {name for path in texts for name in re.findall(url, path.read_text(encoding="utf-8"))}
+    assert names == {REPOSITORY.removeprefix("https://github.com/")}
+
+
 def slug(heading):
     """The anchor of a heading, as GitHub makes it."""
     return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
@@ -79,14 +98,19 @@ def slug(heading):
 def test_links_lead_somewhere(page):
     text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        own = re.match(rf"{REPOSITORY}/(?:blob|raw)/main/(.*)", target)
+        if page.name == "README.md":
+            assert own or target.startswith("https://"), f"{target} is dead on PyPI"
+            target = own[1] if own else target
         if re.match(r"https?://", target):
             continue
         path, _, anchor = target.partition("#")
         found = (page.parent / path).resolve() if path else page
         assert found.exists() and found.is_relative_to(ROOT), target
         if anchor:
-            headings = re.findall(r"^#+ (.*)$", found.read_text(encoding="utf-8"), re.MULTILINE)
-            assert anchor in [slug(heading) for heading in headings], target
+            there = found.read_text(encoding="utf-8")
+            headings = [slug(heading) for heading in re.findall(r"^#+ (.*)$", there, re.MULTILINE)]
+            assert anchor in {*headings, *re.findall(r'<a id="([^"]+)">', there)}, target
 
 
 def commands():
@@ -130,8 +154,9 @@ def test_every_other_command_is_known():
             if config != "C":
                 load_config(ROOT / config, [word for word in words if re.match(r"[a-z_]+(\.\w+)*=", word)])
         elif words[0] == "pip":
-            for extra in re.findall(r"\.\[(\w+)\]", " ".join(words)):
-                assert extra in extras, words
+            for found in re.findall(r"\.\[([\w,]+)\]", " ".join(words)):
+                assert set(found.split(",")) <= extras.keys(), words
+            assert not any(word.startswith("jlora") for word in words), "an index may hold another package of that name"
         else:
             known = words[0] in FOREIGN or words[:3] == ["python3", "-m", "venv"]
             assert known or words[:2] == ["python", "llama.cpp/convert_hf_to_gguf.py"], (page, words)
@@ -174,9 +199,10 @@ def parse(module, arguments, monkeypatch, capfd):
 @pytest.mark.parametrize(("page", "words"), OURS, ids=[f"{page}-{i}" for i, (page, _) in enumerate(OURS)])
 def test_command_is_as_the_parser_has_it(page, words, monkeypatch, capfd, world):
     module, arguments = words[2], [word.replace("$remat", "full") for word in words[3:]]
+    assert "--config" not in arguments, "pages name the config first"
     parse(module, arguments, monkeypatch, capfd)
-    if "--config" in arguments:
-        config = ROOT / arguments[arguments.index("--config") + 1]
+    if module in CONFIGURED and not arguments[0].startswith("-"):
+        config = ROOT / arguments[0]
         overrides = [word for word in arguments if re.match(r"[a-z_]+(\.\w+)*=", word)]
         load_config(config if config.is_file() else world / "config.yaml", overrides)
 
@@ -211,7 +237,7 @@ def on_tiny_inputs(words, world):
     if module in ("jlora.plan", "jlora.effort", "jlora.harness") or any(word.startswith(taken) for word in words):
         return None
     if module in ("jlora.train", "jlora.data"):
-        kept = [w for w in arguments[2:] if not w.startswith(("data.train=", "data.max_length=", "output_dir="))]
+        kept = [w for w in arguments[1:] if not w.startswith(("data.train=", "data.max_length=", "output_dir="))]
         return ["--config", str(world / "config.yaml"), *kept, *(["-q"] if module == "jlora.train" else [])]
     files = {"--base": "base", "--adapter": "run", "--run": "run", "--data": "few.jsonl", "--prompts": "few.jsonl"}
     out: list[str] = []
@@ -291,9 +317,9 @@ def test_notebook_runs_on_the_tiny_model(world, tmp_path, monkeypatch, capfd):
     def shell(line):
         program, command, *arguments = shlex.split(line)
         assert program == "jlora", line
-        monkeypatch.setattr(sys, "argv", [f"jlora.{command}", *arguments])
+        monkeypatch.setattr(sys, "argv", [command, *arguments])
         with pytest.raises(SystemExit) as exit:
-            importlib.import_module(MODULES.get(command, f"jlora.{command}")).main()
+            importlib.import_module(MODULES[command]).main()
         assert not exit.value.code, capfd.readouterr().err
 
     for cell in notebook["cells"]:

@@ -1,6 +1,7 @@
 """The configuration as documentation: a table a section, made from the models."""
 
 import json
+import re
 from typing import Any, get_args
 
 import yaml
@@ -14,7 +15,11 @@ def reference() -> str:
     lines = [
         "# Configuration reference",
         "",
-        "Made by `jlora config`. Any key can be overridden on the command line as `dotted.key=value`.",
+        "Every key of a run, with its default. Set it in the YAML file, or on the command line as `dotted.key=value`. Each",
+        "key has an anchor, such as `config.md#lora.rank`. Configs to copy: [Cookbook](cookbook.md). Which rank, rate and",
+        "epochs: [Your own data](your-data.md#rank-rate-epochs). Words: [Glossary](glossary.md).",
+        "",
+        "`jlora config` prints this page. YAML anchors and merge keys (`&`, `*`, `<<`) are refused; write the value itself.",
         "",
         "An editor with a YAML language server checks and completes a config whose first line is",
         "",
@@ -26,17 +31,19 @@ def reference() -> str:
     ]
     top = {name: field for name, field in Config.model_fields.items() if name not in SECTIONS}
     for name, fields in {"Top level": top, **{name: each.model_fields for name, each in SECTIONS.items()}}.items():
-        lines += ["", f"## {name}", "", *_table(fields)]
+        lines += ["", f"## {name}", "", *_table("" if name == "Top level" else f"{name}.", fields)]
     return "\n".join(lines) + "\n"
 
 
-def _table(fields: Any) -> list[str]:
+def _table(prefix: str, fields: Any) -> list[str]:
     rows = ["| key | default | meaning |", "| --- | --- | --- |"]
     for name, field in fields.items():
         default = "required" if field.is_required() else f"`{yaml_scalar(field.default)}`"
         choices = [f"`{choice}`" for choice in get_args(field.annotation) if isinstance(choice, str)]
         meaning = field.description + (f" ({', '.join(choices)})" if choices and len(choices) > 1 else "")
-        rows.append(f"| `{name}` | {default} | {meaning} |")
+        meaning = re.sub(r"\bdocs/(\w+)\.md", r"[\1.md](\1.md)", meaning)
+        anchor = f"{prefix}{name}"
+        rows.append(f'| <a id="{anchor}"></a>[`{name}`](#{anchor}) | {default} | {meaning} |')
     return rows
 
 
