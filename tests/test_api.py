@@ -162,8 +162,6 @@ def test_the_snippets_of_the_page_run(world, tmp_path, monkeypatch):
     assert len(snippets) == 3
     names = {}
     for snippet in snippets:
-        snippet = snippet.replace("gpu:h100-80gb:2", "cpu:1").replace(
-            '"training.max_steps": 20', '"training.max_steps": 4'
-        )
-        exec(compile(snippet, "docs/python.md", "exec"), names)
+        tiny = snippet.replace("gpu:h100-80gb:2", "cpu:1").replace('max_steps": 20', 'max_steps": 4')
+        exec(compile(tiny, "docs/python.md", "exec"), names)
     assert names["run"].summary["steps"] == 4 and names["plan"]["fits"]
