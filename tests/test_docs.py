@@ -233,7 +233,7 @@ def test_script_is_called_as_its_parser_has_it(words, monkeypatch):
 def on_tiny_inputs(words, world):
     """The arguments with everything real replaced, or None for what is only parsed."""
     module, arguments = words[2], words[3:]
-    # The last three are commands whose own tests run them: a training for each point of a curve; another program's tasks.
+    # Their own tests run them: a config, a training for each point of a curve, another program's tasks.
     taken = ("distributed.", "objective.", "data.format=")
     if module in ("jlora.plan", "jlora.init", "jlora.effort", "jlora.harness") or any(
         word.startswith(taken) for word in words
