@@ -66,7 +66,7 @@ def test_site_builds_without_a_warning(tmp_path):
     done = build_site(ROOT, tmp_path / "site")
     assert done.returncode == 0 and "WARNING" not in done.stderr, done.stderr
     nav = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
-    assert [page.name for page in PAGES if page.parent.name == "docs" and f" {page.name}" not in nav] == []
+    assert [page.name for page in PAGES if page.parent == ROOT / "docs" and f" {page.name}" not in nav] == []
     home = (tmp_path / "site" / "index.html").read_text(encoding="utf-8")
     assert not re.findall(r'(?:src|href)="https?://(?!squidfunk|www.mkdocs)[^"]*\.(?:js|css|woff2?)"', home)
 
