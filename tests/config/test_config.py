@@ -247,10 +247,10 @@ def test_every_field_has_a_description(name, section):
 def test_reference_page_is_current():
     page = (ROOT / "docs" / "config.md").read_text(encoding="utf-8")
     assert page == reference(), "run: python -m jlora.config > docs/config.md"
-    for _, section in sections():
+    for prefix, section in sections():
         for key, field in section.model_fields.items():
             if (key + ".", field.annotation) not in sections():
-                assert re.search(rf"^\| `{key}` \|", page, re.MULTILINE), key
+                assert f'| <a id="{prefix}{key}"></a>[`{key}`](#{prefix}{key}) |' in page, key
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
