@@ -1,7 +1,6 @@
 """The configuration: what is refused, with which words, and that every default stands once."""
 
 import pwd
-import re
 from pathlib import Path
 
 import pytest
