@@ -145,20 +145,18 @@ class Epochs:
     @property
     def steps_in_epoch(self) -> int:
         """Batches of the first epoch; the others have as many, give or take how rows pack."""
-        return len(self.rows(0)) // self._batch_size
+        return self._start(1) // self._batch_size
 
     def num_batches(self, epochs: float) -> int:
         """Batches in the first `epochs` epochs, those before the origin included; a part of one is rounded up."""
-        whole = math.ceil(epochs)
-        self.rows(whole - 1)
-        end = self._starts[whole - 1] + (epochs - (whole - 1)) * (self._starts[whole] - self._starts[whole - 1])
+        before = math.ceil(epochs) - 1
+        end = self._start(before) + (epochs - before) * (self._start(before + 1) - self._start(before))
         left = (end - self.first_row(self.origin.batch)) / self._batch_size
         return self.origin.batch + max(0, math.ceil(round(left, 6)))
 
     def first_row(self, batch: int) -> int:
         """The row that a batch begins with, counted from the first of epoch 0; of the origin's batch and later ones."""
-        self.rows(self.origin.epoch)
-        return self._starts[self.origin.epoch] + self.origin.row + (batch - self.origin.batch) * self._batch_size
+        return self._start(self.origin.epoch) + self.origin.row + (batch - self.origin.batch) * self._batch_size
 
     def place(self, batch: int) -> Origin:
         """A batch as an origin, for another batch size."""
@@ -200,6 +198,12 @@ class Epochs:
     def _members(self, index: int) -> list[int]:
         epoch = self._epoch_of(index)
         return self.rows(epoch).one(index - self._starts[epoch])
+
+    def _start(self, epoch: int) -> int:
+        """The rows of all epochs before; one that was counted is not packed again, whether it is kept or not."""
+        if len(self._starts) <= epoch:
+            self.rows(epoch - 1)
+        return self._starts[epoch]
 
     def _epoch_of(self, row: int) -> int:
         while self._starts[-1] <= row:

@@ -106,6 +106,19 @@ def test_epochs_may_be_asked_by_many_threads_at_once(monkeypatch):
     assert one.num_batches(4) == epochs().num_batches(4) and len(last) == 4 * one.num_batches(4)
 
 
+def test_a_step_packs_no_epoch_again_that_is_kept_no_more(monkeypatch):
+    """Large epochs are forgotten; where a batch begins, and how far a run is, asks for none of them."""
+    packed, pack = [], packing.pack
+    monkeypatch.setattr(packing, "pack", lambda *given: packed.append(given) or pack(*given))
+    monkeypatch.setattr(packing, "KEPT", 1)
+    one = epochs()
+    per_epoch = one.steps_in_epoch
+    for batch in range(5 * per_epoch):
+        assert one.steps_in_epoch == per_epoch and one.first_row(batch) == 4 * batch
+        assert one.epoch_at(batch) >= 0.0 and one.tokens_in(batch) > 0
+    assert len(packed) <= 6
+
+
 def test_order_of_evaluation_is_the_file_order():
     assert epochs([5] * 6, packing=False, batch_size=2, seed=None).rows(0) == [[i] for i in range(6)]
     assert epochs([5] * 6, packing=False, batch_size=2, seed=None).rows(1) == [[i] for i in range(6)]
