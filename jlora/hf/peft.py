@@ -20,7 +20,7 @@ from jlora.files.atomic import write_json
 from jlora.files.paths import inside
 from jlora.hf.adapter_config import CONFIG, AdapterSection, read_adapter_config
 from jlora.hf.names import OUTER
-from jlora.hf.source import Source, open_safetensors, read_floats
+from jlora.hf.source import Source, open_safetensors, read_floats, same_tables
 from jlora.model.adapter import Adapter, Lora, Saved, layer_ranks, module_path, new_lora, scaling
 from jlora.model.adapter_init import saved_weights
 from jlora.model.llama import ModelConfig, projection_shapes
@@ -28,9 +28,6 @@ from jlora.model.llama import ModelConfig, projection_shapes
 WEIGHTS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
 # PEFT's names of what is trained in full, the head last.
 TABLES = {leaf: f"base_model.model.{OUTER[leaf]}" for leaf in ("embed_tokens", "lm_head")}
-
-# Weights of an embedding that are compared with the base's at once.
-COMPARED_WEIGHTS = 2**20
 
 
 def tensor_name(projection: str, layer: int, factor: str) -> str:
@@ -118,14 +115,12 @@ def _as_in_base(file: Any, leaf: str, source: Source) -> bool:
     table = file.get_slice(TABLES[leaf])
     if tuple(table.get_shape()) != source.shapes[name]:
         return False
-    height, width = source.shapes[name]
-    step = max(1, COMPARED_WEIGHTS // width)
-    for start in range(0, height, step):
-        stop = min(start + step, height)
-        theirs = source.part(name, (start, stop), (0, width)).astype(np.float32)
-        if not np.array_equal(table[start:stop].astype(np.float32), theirs):
-            return False
-    return True
+    width = source.shapes[name][1]
+    return same_tables(
+        source.shapes[name],
+        lambda start, stop: table[start:stop],
+        lambda start, stop: source.part(name, (start, stop), (0, width)),
+    )
 
 
 def read_options(folder: Path, cfg: ModelConfig, source: Source | None = None) -> AdapterSection:

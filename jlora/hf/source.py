@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -41,7 +41,7 @@ FLOATS: dict[str, np.dtype] = {
 # The largest that is read: of real models a safetensors header is below 1 MB.
 MAX_HEADER_BYTES = 16 * 2**20
 
-# Weights of a tied head that are compared with the embedding's at once.
+# Weights of two tables that are compared at once.
 COMPARED_WEIGHTS = 2**20
 
 # What the names of the body's tensors begin with.
@@ -175,14 +175,9 @@ class SafetensorsFolder:
         shapes = [self.shapes.get(name, ()) for name in names]
         if self.config.get("tie_word_embeddings") is not True or len(shapes[0]) != 2 or shapes[0] != shapes[1]:
             return False
-        height, width = shapes[0]
-        step = max(1, COMPARED_WEIGHTS // max(1, width))
-        for start in range(0, height, step):
-            rows = start, min(start + step, height)
-            head, table = (self.part(name, rows, (0, width)).astype(np.float32) for name in names)
-            if not np.array_equal(head, table):
-                return True
-        return False
+        width = shapes[0][1]
+        head, table = (lambda start, stop, name=name: self.part(name, (start, stop), (0, width)) for name in names)
+        return not same_tables(shapes[0], head, table)
 
     def _read_header(self, path: Path) -> None:
         with open_safetensors(path), open_theirs(path) as file:  # the first refuses offsets that do not fit
@@ -302,6 +297,23 @@ def read_config(path: Path, name: str) -> tuple[dict[str, Any], ModelConfig]:
         return source.config, source.model
     config = read_json(inside(path, "config.json"))
     return config, parse_config(config, name)
+
+
+def same_tables(
+    shape: tuple[int, ...], first: Callable[[int, int], np.ndarray], second: Callable[[int, int], np.ndarray]
+) -> bool:
+    """Whether two tables [rows, width] hold the same numbers as float32; some rows of each are in memory at once.
+
+    Args:
+      first, second: (start, stop) -> those rows.
+    """
+    height, width = shape
+    step = max(1, COMPARED_WEIGHTS // max(1, width))
+    for start in range(0, height, step):
+        ours, theirs = (read(start, min(start + step, height)).astype(np.float32) for read in (first, second))
+        if not np.array_equal(ours, theirs):
+            return False
+    return True
 
 
 def gguf_in(folder: Path) -> Path | None:
