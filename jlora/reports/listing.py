@@ -8,7 +8,6 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from jlora.config.reading import parse_yaml
 from jlora.files.text import clean
 from jlora.reports.figures import compact, duration, loss, mapping, shown
 from jlora.reports.run_files import read_run
@@ -19,10 +18,7 @@ HEADS = ("run", "status", "steps", "held-out loss", "train loss", "base", "metho
 def described(folder: Path) -> dict[str, Any]:
     """A run as its files tell it; None where they do not say."""
     run = read_run(folder)
-    try:
-        config = mapping(parse_yaml(run.config))
-    except ValueError:
-        config = {}
+    config = run.keys()
     section = {name: mapping(config.get(name)) for name in ("model", "lora", "optimizer")}
     before, after = run.held_out()
     return {

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jlora.config.reading import parse_yaml
 from jlora.files.theirs import MAX_LOG, text_of_theirs
 from jlora.reports.charts import Point
 from jlora.reports.figures import drawable, mapping
@@ -46,6 +47,13 @@ class RunFiles:
     def steps(self) -> list[float]:
         """The steps of all records."""
         return [drawable(record["step"]) or 0.0 for record in self.records]
+
+    def keys(self) -> dict[str, Any]:
+        """The config's keys, nested; empty where it is no YAML of keys."""
+        try:
+            return mapping(parse_yaml(self.config))
+        except ValueError:
+            return {}
 
     def num_steps(self) -> Any:
         """How many steps were made."""

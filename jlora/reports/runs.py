@@ -6,10 +6,9 @@ from typing import Any
 
 from jlora.config import yaml_scalar
 from jlora.config.keys import dotted
-from jlora.config.reading import parse_yaml
 from jlora.files.paths import short_names
 from jlora.reports.charts import Chart, Line, chart, smoothed, thinned
-from jlora.reports.figures import compact, drawable, duration, loss, mapping, memory, perplexity, shown
+from jlora.reports.figures import compact, drawable, duration, loss, memory, perplexity, shown
 from jlora.reports.page import render
 from jlora.reports.run_files import RunFiles, read_run
 
@@ -78,12 +77,7 @@ def _charts(runs: list[RunFiles]) -> list[Chart]:
 
 
 def _differences(runs: list[RunFiles]) -> list[list[str]]:
-    configs = []
-    for run in runs:
-        try:
-            configs.append(dotted(mapping(parse_yaml(run.config))))
-        except ValueError:
-            configs.append({})
+    configs = [dotted(run.keys()) for run in runs]
     keys = dict.fromkeys(key for config in configs for key in config if key != "output_dir")
     rows = [[key, *(yaml_scalar(config[key]) if key in config else "–" for config in configs)] for key in keys]
     return [row for row in rows if len({*row[1:]}) > 1]
