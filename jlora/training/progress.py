@@ -46,7 +46,9 @@ class ProgressLine:
         first, began = self._first = self._first or (step, now)  # compilation is over by then
         short = f"epoch {figures['epoch']:.2f}  loss {figures['loss']:.4f}"
         speed = f"{figures['tokens_per_second']:,.0f} tokens/s"
-        clocks = clock(now - self._opened) + (f", {clock(self._left(step, now))} left" if step > first else "")
+        clocks = clock(now - self._opened) + (
+            f", {clock(self._left((now - began) / (step - first)))} left" if step > first else ""
+        )
         more = f"lr {figures['learning_rate']:.1e}  grad {figures['grad_norm']:.2g}"
         line = f"step {step}/{self._total}  {short}  {more}  {speed}  {clocks}"
         if self._bar is not None:
@@ -68,14 +70,10 @@ class ProgressLine:
         if self._first is not None:
             self._first = self._first[0], self._first[1] + seconds
 
-    def _left(self, step: int, now: float) -> float:
-        first, began = self._first or (step, now)
-        steps = (now - began) / (step - first) * (self._total - step)
-        if not self._evaluation:
-            return steps
+    def _left(self, seconds_per_step: float) -> float:
         every = self._eval_every or self._total
         evaluations = self._total // every - self._evaluated // every + (self._total % every > 0)
-        return steps + self._evaluation * evaluations
+        return seconds_per_step * (self._total - self._step) + self._evaluation * evaluations
 
     def say(self, text: str) -> None:
         """A line of its own, above the bar."""
