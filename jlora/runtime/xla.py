@@ -14,8 +14,9 @@ from jlora.files.private import private
 
 # JAX's default, three quarters of a GPU, is less than a run that fits may need.
 GPU_MEMORY_FRACTION = 0.95
+# How a setting of JAX's is switched off.
+OFF = ("0", "false", "f", "no", "n", "off")
 # XLA knows the flags of GPUs on every platform, and there alone they do something. CPUs and TPUs get none.
-OFF = ("0", "false", "f", "no", "n", "off")  # as JAX reads it
 FLAGS = {
     # Collectives start early, so that weights travel while the GPU computes.
     "--xla_gpu_enable_latency_hiding_scheduler": "true",

@@ -24,12 +24,12 @@ def datasets(given: dict[str, Any], out: Conversion) -> None:
     held = given.get("test_datasets")
     if isinstance(held, list) and len(held) == 1:
         out.notes = [note for note in out.notes if note.key != "test_datasets"]
-        out.set("data.eval", source(held[0]))
+        out.set("data.eval", _source(held[0]))
     if not sets:
         return  # told of at the end
     first = sets[0]
     alike = [one for one in sets if one.get("type") == first.get("type")]
-    out.set("data.train", [{"path": source(one)} for one in alike] if len(alike) > 1 else source(first))
+    out.set("data.train", [{"path": _source(one)} for one in alike] if len(alike) > 1 else _source(first))
     for other in sets:
         if other not in alike:
             out.note("datasets", other.get("path"), "result", "the sources of a mixture have one format")
@@ -48,8 +48,7 @@ def datasets(given: dict[str, Any], out: Conversion) -> None:
         out.note("datasets.name", first["name"], "result", "a data set's subset cannot be named; download it as files")
 
 
-def source(first: dict[str, Any]) -> str:
-    """Where the rows of one of Axolotl's data sets are."""
+def _source(first: dict[str, Any]) -> str:
     files = first.get("data_files")
     files = files[0] if isinstance(files, list) and files else files
     return str(files or first.get("path") or "")
