@@ -99,11 +99,11 @@ def make_tokenizer(folder: Path, vocab_size: int = 300) -> PreTrainedTokenizerFa
     return fast
 
 
-def make_rows(path: Path, count: int = 24) -> Path:
-    """Alpaca rows of very unequal lengths."""
+def make_rows(path: Path, count: int = 24, first: int = 0) -> Path:
+    """Alpaca rows of very unequal lengths, numbered from `first`."""
     rows = [
         {
-            "instruction": f"Say {word} {i} times.",
+            "instruction": f"Say {word} {first + i} times.",
             "input": "" if i % 3 else "Politely.",
             "output": " ".join([word] * (1 + i % 7)) + ".",
         }
@@ -113,11 +113,11 @@ def make_rows(path: Path, count: int = 24) -> Path:
     return path
 
 
-def make_completions(path: Path, count: int = 24) -> Path:
+def make_completions(path: Path, count: int = 24, first: int = 0) -> Path:
     """Short rows of format `completion`, of very unequal lengths, so that several fit in a packed row."""
     words = ["blue", "tree", "a", "mountain", "so"] * count
     rows = [
-        {"prompt": f"{word} {i}:", "completion": " " + " ".join([word] * (1 + i % 7))}
+        {"prompt": f"{word} {first + i}:", "completion": " " + " ".join([word] * (1 + i % 7))}
         for i, word in zip(range(count), words, strict=False)
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

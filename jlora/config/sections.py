@@ -68,12 +68,25 @@ class DataSection(Section):
     eval: NonEmpty | Annotated[float, Field(gt=0.0, lt=1.0)] | None = Field(
         None, description="held-out rows: another file or data set, or a fraction of train"
     )
-    split: str = Field("train", description="split to read where the source is a hub data set")
+    split: NonEmpty = Field(
+        "train",
+        description="split to read of a hub data set, or of a folder, where names of files tell it; or some of its "
+        "rows, such as train[:1000], which serves for files too",
+    )
+    eval_split: NonEmpty | None = Field(None, description="split that data.eval reads; null: that of data.split")
+    separator: Annotated[str, Field(min_length=1, max_length=1)] | None = Field(
+        None, description="what parts the fields of a csv file; null: what parts the names in its first line"
+    )
     format: Format = Field(
         "alpaca",
         description="alpaca (instruction, input, output), completion (prompt, completion), text (text), "
         "messages (messages: role, content), sharegpt (conversations: from, value) or preference (prompt, chosen, "
         "rejected)",
+    )
+    columns: dict[str, NonEmpty] = Field(
+        {},
+        description="column of the format -> its name in the rows, such as {instruction: question, output: answer}; "
+        "usual names are found without",
     )
     prompt: Prompt = Field(
         "stanford", description="how an alpaca row is written: Stanford's prompt, or the model's chat template"
@@ -112,6 +125,11 @@ class DataSection(Section):
     def sources(self) -> list[DataSource]:
         """The sources of `train`; one without weight where it is no mixture."""
         return [DataSource(path=self.train)] if isinstance(self.train, str) else self.train
+
+    @property
+    def held_out(self) -> "DataSection":
+        """As `eval` is read: with its own split."""
+        return self.model_copy(update={"split": self.eval_split or self.split})
 
     @property
     def longest(self) -> int:

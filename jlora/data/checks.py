@@ -11,21 +11,28 @@ import numpy as np
 
 from jlora.config import Config
 from jlora.data.dataset import Dataset
+from jlora.data.formats import COLUMNS, OPTIONAL
 from jlora.data.mixture import drawn
 from jlora.data.packing import Epochs
+from jlora.data.prompts import Example
+from jlora.data.sources import files_of
 from jlora.files.text import counted
 
 MAX_BINS = 20
 # Fewer optimizer steps are hardly a training.
 FEW_STEPS = 10
+# Files that are named of those left out.
+MOST_FILES = 5
+
+Level = Literal["error", "warning", "note"]
 
 
 @dataclass(frozen=True)
 class Check:
-    """Something found; an `error` is what would train nothing, or wrongly."""
+    """Something found; an `error` is what would train nothing, or wrongly, and a `note` what was chosen."""
 
     name: str
-    level: Literal["error", "warning"]
+    level: Level
     count: int
     sentence: str
 
@@ -67,9 +74,13 @@ def scan(dataset: Dataset, limit: int, bos_id: int | None, stops: list[int]) -> 
         found.full[i] = any(len(sequence.ids) == limit for sequence in sequences)
         if bos_id is not None:
             found.double_bos[i] = ((ids[1:] == bos_id) & (ids[:-1] == bos_id)).any()
-        digest = hashlib.blake2b(ids.tobytes() + trained.tobytes(), digest_size=8).digest()
-        found.hashes[i] = int.from_bytes(digest, "little")
+        found.hashes[i] = _hash(example)
     return found
+
+
+def _hash(example: Example) -> int:
+    digest = hashlib.blake2b(example.ids.tobytes() + example.trained.tobytes(), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
 
 
 def count_batches(dataset: Dataset, cfg: Config) -> dict[str, int]:
@@ -129,7 +140,7 @@ def check(dataset: Dataset, found: Scan, cfg: Config, name: str) -> list[Check]:
     checks: list[Check] = []
     data, total = cfg.data, len(dataset.examples)
 
-    def add(kind: str, level: Literal["error", "warning"], count: int, sentence: str) -> None:
+    def add(kind: str, level: Level, count: int, sentence: str) -> None:
         if count:
             checks.append(Check(kind, level, int(count), f"data.{name}: {sentence}"))
 
@@ -146,7 +157,7 @@ def check(dataset: Dataset, found: Scan, cfg: Config, name: str) -> list[Check]:
             if len(unended)
             else f"all are cut at data.max_length={data.max_length}; raise it"
         )
-        level: Literal["error", "warning"] = "warning" if data.format == "text" else "error"
+        level: Level = "warning" if data.format == "text" else "error"
         add("end_never_trained", level, total, f"the end of no sequence is trained, so no answer would end: {why}")
     elif data.format != "text":
         add(
@@ -166,6 +177,52 @@ def check(dataset: Dataset, found: Scan, cfg: Config, name: str) -> list[Check]:
         "duplicates", "warning", len(copies),
         f"{_of(len(copies), total)} are exact copies of an earlier one, the first at {_place(dataset, copies)}",
     )  # fmt: skip
+    return checks + check_sources(dataset, cfg, name)
+
+
+def check_sources(dataset: Dataset, cfg: Config, name: str) -> list[Check]:
+    """What of a set of rows is read under another name, or not at all.
+
+    Args:
+      name: the config's key, `train` or `eval`.
+    """
+    checks = [
+        Check(
+            "other_name", "note", count,
+            f'data.{name}: the column "{theirs}" is read as {ours} (in {counted(count, "row")}); set '
+            f"data.columns.{ours} to take another",
+        )
+        for (theirs, ours), count in sorted(dataset.renamed.items())
+        if ours not in cfg.data.columns
+    ]  # fmt: skip
+    own = ", ".join((*COLUMNS[cfg.data.format], *OPTIONAL[cfg.data.format]))
+    checks += [
+        Check(
+            "unused_column", "warning", count,
+            f'data.{name}: {_of(count, dataset.read, "rows")} have something in the column "{column}", which '
+            f"data.format={cfg.data.format} does not read (it reads {own})",
+        )
+        for column, count in sorted(dataset.unused.items())
+    ]  # fmt: skip
+    section = cfg.data if name == "train" else cfg.data.held_out
+    sources = [each.path for each in section.sources] if name == "train" else [str(section.eval)]
+    for source in sources:
+        files = files_of(source, section.split) if name == "train" or isinstance(section.eval, str) else None
+        if files and files.left:
+            some = ", ".join(files.left[:MOST_FILES]) + ", ..." * (len(files.left) > MOST_FILES)
+            what = f"{source}: {counted(len(files.left), 'file')} not read: {some}"
+            checks.append(Check("left_files", "note", len(files.left), f"data.{name}: {what}"))
+    return checks
+
+
+def check_rows(cfg: Config, train_data: Dataset, eval_data: Dataset | None) -> list[Check]:
+    """What `train` says of its rows before it begins: how they were read, and held-out ones that are no such.
+
+    `jlora data` looks further.
+    """
+    checks = check_sources(train_data, cfg, "train")
+    if eval_data is not None and isinstance(cfg.data.eval, str):
+        checks += check_sources(eval_data, cfg, "eval") + check_overlap(train_data, eval_data)
     return checks
 
 
@@ -221,12 +278,13 @@ def check_run(cfg: Config, num_steps: int, positions: Any) -> list[Check]:
     return checks
 
 
-def check_overlap(train: Scan, eval_data: Dataset, held: Scan) -> list[Check]:
+def check_overlap(train_data: Dataset, eval_data: Dataset) -> list[Check]:
     """Examples of `eval` that are in `train` as well; where all are, it measures what was learnt by heart."""
-    shared = np.flatnonzero(np.isin(held.hashes, train.hashes))
+    train, held = (np.array([_hash(one) for one in data.examples], np.uint64) for data in (train_data, eval_data))
+    shared = np.flatnonzero(np.isin(held, train))
     if not len(shared):
         return []
-    total = len(held.hashes)
+    total = len(held)
     sentence = f"data.eval: {_of(len(shared), total)} are in data.train too, the first at {_place(eval_data, shared)}"
     if len(shared) == total:
         return [Check("overlap", "error", total, f"{sentence}, so its loss says nothing of new rows; set others")]

@@ -99,6 +99,8 @@ class Dataset:
       places: where each example stands, such as `train.jsonl:12`.
       digest: SHA-256 of all token ids and trained flags; of a mixture, of those of its sources and the weights.
       parts: the sources of a mixture, else none.
+      renamed: (name in the rows, column of the format) -> rows where that name was read for the column.
+      unused: column known elsewhere -> rows that have something in it, which is not read.
     """
 
     examples: Sequence[Example]
@@ -108,6 +110,8 @@ class Dataset:
     places: Sequence[str] = field(default_factory=list)
     digest: str = ""
     parts: tuple[FromSource, ...] = ()
+    renamed: Counter[tuple[str, str]] = field(default_factory=Counter)
+    unused: Counter[str] = field(default_factory=Counter)
 
     @property
     def lengths(self) -> np.ndarray:

@@ -10,9 +10,10 @@ import numpy as np
 
 from jlora.config import Config, DataSection
 from jlora.data.dataset import Dataset, hold_out
+from jlora.data.formats import Columns, rows_of
 from jlora.data.mixture import join
 from jlora.data.prompts import Example, RowText, encode_pair, encode_texts, lay_out
-from jlora.data.rows import BadRow, Row, read_rows
+from jlora.data.row import BadRow, Row
 from jlora.data.store import Keep, content_key, digested, stamp, stored
 from jlora.data.tokens import Tokenizer
 from jlora.errors import DataError
@@ -37,16 +38,16 @@ def tokenize(source: str, tokenizer: Tokenizer, cfg: DataSection) -> Dataset:
     if cfg.date is not None:
         tokenizer = tokenizer.on(cfg.date)
     if cfg.cache_dir is not None:
-        before = stamp(source)
+        before = stamp(source, cfg.split)
 
         def make(keep: Keep) -> Dataset:
             facts = _read_all(source, tokenizer, cfg, keep)
-            if stamp(source) != before:
+            if stamp(source, cfg.split) != before:
                 raise DataError(f"{source}: changed while it was read; start again once it is whole")
             return facts
 
         return stored(Path(cfg.cache_dir), content_key(source, tokenizer, cfg), tokenizer.vocab_size, make)
-    size = sum(size for _, size, _ in stamp(source))
+    size = sum(size for _, size, _ in stamp(source, cfg.split))
     if size > LARGE:
         print(
             f"warning: {source}: the tokens of {size / 1e9:.1f} GB of rows are held in memory; "
@@ -65,11 +66,12 @@ def tokenize(source: str, tokenizer: Tokenizer, cfg: DataSection) -> Dataset:
 
 def _read_all(source: str, tokenizer: Tokenizer, cfg: DataSection, keep: Keep) -> Dataset:
     """Hand all examples with their places over to `keep`, some at a time; the dataset returned has the rest."""
-    facts = Dataset(examples=[], read=0)
+    columns = Columns(cfg.format, cfg.columns)
+    facts = Dataset(examples=[], read=0, renamed=columns.renamed, unused=columns.unused)
     first_bad: str | None = None
     num_bad, empty = 0, True
     digest = hashlib.sha256()
-    for group in _grouped(read_rows(source, cfg.split), tokenizer, cfg):
+    for group in _grouped(rows_of(source, cfg, columns), tokenizer, cfg):
         examples: list[Example] = []
         places: list[str] = []
         for row, found in group:
@@ -147,8 +149,6 @@ def _grouped(
 def _lay_out(row: Row, tokenizer: Tokenizer, cfg: DataSection) -> RowText | list[Example]:
     if isinstance(row.value, BadRow):
         raise row.value
-    if not isinstance(row.value, dict):
-        raise BadRow("wrong_type", f"a row must be a JSON object, not {type(row.value).__name__}")
     if cfg.format == "preference":
         return [*encode_pair(tokenizer, row.value)]
     return lay_out(tokenizer, row.value, format=cfg.format, prompt=cfg.prompt, train_on=cfg.train_on)
@@ -212,4 +212,4 @@ def read_data(cfg: Config, tokenizer: Tokenizer) -> tuple[Dataset, Dataset | Non
         case float(fraction):
             return hold_out(train_data, fraction, cfg.training.seed)
         case source:
-            return train_data, tokenize(source, tokenizer, cfg.data)
+            return train_data, tokenize(source, tokenizer, cfg.data.held_out)

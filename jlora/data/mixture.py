@@ -31,6 +31,8 @@ def join(sources: list[DataSource], datasets: list[Dataset]) -> Dataset:
         Chained([rows.places for rows in datasets]),
         hashlib.sha256(json.dumps(identity).encode()).hexdigest(),
         parts,
+        sum((rows.renamed for rows in datasets), Counter()),
+        sum((rows.unused for rows in datasets), Counter()),
     )
 
 

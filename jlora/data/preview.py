@@ -8,7 +8,8 @@ import numpy as np
 
 from jlora.config import DataSection
 from jlora.data.encoding import encode_whole, fit
-from jlora.data.rows import BadRow, read_rows
+from jlora.data.formats import rows_of
+from jlora.data.row import BadRow
 from jlora.data.tokens import Tokenizer
 
 # Tokens of a sequence that are shown, half of them from its start; of what is cut off, so many.
@@ -58,7 +59,7 @@ def show_rows(source: str, count: int, tokenizer: Tokenizer, cfg: DataSection) -
     shown = []
     if cfg.date is not None:
         tokenizer = tokenizer.on(cfg.date)
-    for row in itertools.islice(read_rows(source, cfg.split), count):
+    for row in itertools.islice(rows_of(source, cfg), count):
         try:
             sequences = encode_whole(row, tokenizer, cfg)
             fit(sequences, cfg)

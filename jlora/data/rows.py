@@ -1,88 +1,81 @@
 """Files and data sets -> rows, each with the place where it stands.
 
-Owns reading alone: json, jsonl, csv and plain text, and folders of them; parquet and data sets are read by `tables`.
-Knows nothing of what a row means.
+Owns reading alone: JSON, CSV and plain text. Arrow, Parquet and data sets are read by `tables`; `sources` says which
+files. Knows nothing of what a row means.
 However long a file or a line of it is, little more than the longest row that is allowed is in memory at once.
 """
 
 import csv
 import io
+import itertools
 import json
 import re
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from jlora.data.row import MAX_ROW_BYTES, TOO_LONG, BadRow, Row
-from jlora.data.tables import read_data_set, read_parquet
+from jlora.data.sources import File, ending, files_of, open_rows, parse_split, split_of
+from jlora.data.tables import read_arrow, read_data_set, read_parquet
 from jlora.errors import DataError
-from jlora.files.paths import inside
-from jlora.files.theirs import open_theirs, text_of_theirs
 
 _SPACES = re.compile(r"[ \t\r\n]*")
-KINDS = (".json", ".jsonl", ".csv", ".parquet")
+# Keys of a JSON object that holds the rows of a file, beside the names of splits.
+CONTAINERS = ("data", "rows", "examples", "instances")
+# What a CSV file writes for no value, as pandas, and so the `datasets` library, reads it.
+NO_VALUE = frozenset({
+    "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>", "N/A", "NA", "NULL",
+    "NaN", "None", "n/a", "nan", "null",
+})  # fmt: skip
+SEPARATORS = ",;\t|"
+# An object that holds rows under a key, with no more than plain values before it; and one written over several lines.
+_HOLDER = re.compile(r'\{(?:\s*"[^"\\]*"\s*:\s*(?:"[^"\\]*"|[-+.\w]+)\s*,)*\s*"(?P<key>[^"\\]*)"\s*:\s*\[\s*[\[{]')
+_ARRAY = re.compile(r'\[\s*\{\s*"')  # of objects: a line of JSONL that is a list is no row
+_PRETTY = re.compile(r'\{[ \t]*\r?\n\s*"')
 
 
-def read_rows(source: str, split: str) -> Iterator[Row]:
-    """Rows of a json, jsonl, csv or parquet file, a folder of such files, or a hub data set.
+def read_rows(source: str, split: str, separator: str | None = None) -> Iterator[Row]:
+    """Rows of a file, of a folder's files, or of a data set of the `datasets` library; see `sources.files_of`.
 
-    A .txt file is one row, its text; a folder is one of such files where it holds no other kind.
+    A .txt file is one row, its text. JSON, JSONL and CSV are read row by row here, not through `datasets`, which
+    reports neither the line of a malformed row nor rows of unequal keys.
 
-    JSON and JSONL are read row by row here, not through `datasets`, which reports neither the line
-    of a malformed row nor rows of unequal keys.
+    Args:
+      split: of a folder or data set; of each, and of a file, it may ask for some rows, such as `train[:1000]`.
+      separator: of CSV files; None: a tab in .tsv files, in others what parts the names of the first line.
 
     Raises:
       DataError: missing, unreadable or malformed file, with file and line.
     """
-    files = files_of(source)
+    files = files_of(source, split)
+    if files is None and not Path(source).is_dir():  # on the hub, where the library knows more of splits
+        yield from _numbered(source, read_data_set(source, split))
+        return
+    asked = parse_split(split)
     if files is None:
-        name = Path(source).name if Path(source).is_dir() else source
-        yield from _numbered(name, read_data_set(source, split))
-    for path, name in files or ():
-        yield from _read_file(path, name)
+        rows = _numbered(Path(source).name, read_data_set(source, asked.name))
+    else:
+        rows = itertools.chain.from_iterable(_read_file(file, asked.name, separator) for file in files.read)
+    yield from itertools.islice(rows, asked.start, asked.stop)
 
 
-def files_of(source: str) -> list[tuple[Path, str]] | None:
-    """The files that are read, each with its name in a row's place; None for what `datasets` reads.
-
-    Raises:
-      DataError: there is no such file, or none in a folder.
-    """
-    path = Path(source)
-    if path.is_file():
-        return [(path, path.name)]
-    if not path.is_dir():
-        if path.suffix in (*KINDS, ".txt") or source.startswith((".", "/", "~")):
-            raise DataError(f"{source}: no such file; check the path")
-        return None
-    if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
-        return None
-    files = sorted(f for f in path.iterdir() if f.suffix in KINDS)
-    files = files or sorted(f for f in path.iterdir() if f.suffix == ".txt")
-    if not files:
-        raise DataError(f"{path}: holds no json, jsonl, csv, parquet or txt file")
-    return [(inside(path, file.name, DataError), f"{path.name}/{file.name}") for file in files]
-
-
-def _read_file(path: Path, name: str) -> Iterator[Row]:
+def _read_file(file: File, split: str, separator: str | None) -> Iterator[Row]:
+    path, name, kind = file
     try:
-        match path.suffix:
-            case ".csv":
-                yield from _read_csv(path, name)
-            case ".parquet":
+        match kind:
+            case "csv":
+                yield from _read_csv(path, name, separator)
+            case "parquet":
                 yield from _numbered(name, read_parquet(path))
-            case ".json" if _is_json_array(path):
-                yield from _read_json_array(path, name)
-            case ".json" | ".jsonl":
-                yield from _read_lines(path, name)
-            case ".txt":
+            case "arrow":
+                yield from _numbered(name, read_arrow(path))
+            case "json":
+                yield from _read_json(path, name, split)
+            case "text":
                 yield from _read_text(path, name)
-            case suffix:
-                raise DataError(
-                    f"{path}: files ending in '{suffix}' are not read; use json, jsonl, csv, parquet or txt"
-                )
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error})") from None
 
@@ -93,10 +86,11 @@ def _numbered(name: str, values: Iterator[Any]) -> Iterator[Row]:
         yield Row(f"{name}: row {number}", value)
 
 
-def _read_csv(path: Path, name: str) -> Iterator[Row]:
+def _read_csv(path: Path, name: str, separator: str | None) -> Iterator[Row]:
     """Rows by the header's names; the line is the one on which the row ends."""
     csv.field_size_limit(MAX_ROW_BYTES)
     with _open_text(path) as stream:
+        reader: csv.DictReader[str] | None = None
         length = 0  # of the row's lines until now
 
         def lines() -> Iterator[str]:
@@ -104,12 +98,15 @@ def _read_csv(path: Path, name: str) -> Iterator[Row]:
             while line := stream.readline(MAX_ROW_BYTES + 1):
                 length += len(line)
                 if length > MAX_ROW_BYTES:
-                    where = f"{name}:{reader.reader.line_num + 1}"
+                    where = f"{name}:{reader.reader.line_num + 1}" if reader else f"{name}:1"
                     raise DataError(f"{where}: the row is {TOO_LONG}; is there a quote that is not closed?")
                 yield line
 
-        reader = csv.DictReader(lines(), strict=True)
         try:
+            header = next(lines(), "")
+            reader = csv.DictReader(
+                itertools.chain([header], lines()), strict=True, delimiter=separator or _separator(header, name)
+            )
             twice = [key for key, count in Counter(reader.fieldnames or ()).items() if count > 1]
             if twice:
                 raise DataError(f"{name}:1: duplicate column {twice[0]!r}; rename one of the two")
@@ -122,22 +119,55 @@ def _read_csv(path: Path, name: str) -> Iterator[Row]:
                 elif any(_not_utf8(field or "") for field in value.values()):
                     yield Row(where, BadRow("invalid_utf8", "not valid UTF-8"))
                 else:
-                    yield Row(where, value)
+                    yield Row(where, {key: None if field in NO_VALUE else field for key, field in value.items()})
         except csv.Error as error:
-            raise DataError(f"{name}:{reader.reader.line_num}: malformed CSV ({error})") from None
+            line = reader.reader.line_num if reader else 1
+            raise DataError(f"{name}:{line}: malformed CSV ({error})") from None
 
 
-def _open_text(path: Path) -> io.TextIOWrapper:
-    return io.TextIOWrapper(open_theirs(path), encoding="utf-8-sig", errors="surrogateescape", newline="")
+def _separator(header: str, name: str) -> str:
+    """What parts the names of a CSV file's first line; a comma where nothing does."""
+    if ending(name) == ".tsv":
+        return "\t"
+    try:
+        return csv.Sniffer().sniff(header, SEPARATORS).delimiter
+    except csv.Error:
+        return ","
+
+
+@contextmanager
+def _open_text(path: Path) -> Iterator[io.TextIOWrapper]:
+    with open_rows(path) as stream:
+        yield io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
 
 
 def _not_utf8(text: str) -> bool:
     return re.search("[\udc80-\udcff]", text) is not None  # as surrogateescape hides such bytes
 
 
-def _is_json_array(path: Path) -> bool:
-    with open_theirs(path) as stream:
-        return stream.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
+def _read_json(path: Path, name: str, split: str) -> Iterator[Row]:
+    """Rows of JSON: a line each, the elements of one array, objects over several lines, or what one object holds."""
+    with open_rows(path) as stream:
+        start = stream.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip().decode("utf-8", "replace")
+    held = _HOLDER.match(start)
+    is_holder = held is not None and (held["key"] in CONTAINERS or split_of(held["key"]) is not None)
+    is_array = start.startswith("[") if ending(name) == ".json" else _ARRAY.match(start)
+    if not (is_array or is_holder or _PRETTY.match(start)):
+        with open_rows(path) as stream:
+            yield from _read_lines(stream, name)
+        return
+    with _open_text(path) as text:
+        window, number = _Window(text), 0
+        if is_array:
+            yield from _array(window, name)
+            if window.peek():
+                raise DataError(f"{name}:{window.line}: malformed JSON (the array has ended, the file has not)")
+        elif is_holder:
+            yield from _read_held(window, name, split)
+        else:
+            while window.peek():
+                number += 1
+                yield _value(window, name, number)
 
 
 class _Window:
@@ -169,35 +199,60 @@ class _Window:
                 return self.text[self.at : self.at + 1]
 
 
-def _read_json_array(path: Path, name: str) -> Iterator[Row]:
-    """Rows of one JSON array, an element at a time."""
+def _array(window: _Window, name: str) -> Iterator[Row]:
+    """The elements of the JSON array at the window's place, one at a time."""
+    window.peek()
+    window.go(window.at + 1)  # the bracket
+    number, going_on = 0, window.peek() != "]"
+    while going_on:
+        number += 1
+        yield _value(window, name, number)
+        going_on = window.peek() == ","
+        window.go(window.at + going_on)
+    if (found := window.peek()) != "]":
+        what = f"row {number} is followed by {found!r}" if found else "the array does not end"
+        raise DataError(f"{name}:{window.line}: malformed JSON ({what})")
+    window.go(window.at + 1)
+
+
+def _read_held(window: _Window, name: str, split: str) -> Iterator[Row]:
+    """The rows of one JSON object, which lie under a key such as `data`, or of its splits under the one asked for."""
+    keys, found = [], False
+    while window.peek() in ("{", ","):
+        window.go(window.at + 1)
+        window.peek()
+        key = _value(window, name, 0).value
+        if window.peek() != ":":
+            raise DataError(f"{name}:{window.line}: malformed JSON (a key without a value)")
+        window.go(window.at + 1)
+        keys.append(str(key))
+        if window.peek() == "[":
+            own = key in CONTAINERS or split in (key, split_of(str(key)))
+            for row in _array(window, name):
+                if own:
+                    yield row
+            found = found or own
+        else:
+            _value(window, name, 0)
+    if window.peek() != "}":
+        raise DataError(f"{name}:{window.line}: malformed JSON (the object does not end)")
+    if not found:
+        raise DataError(f"{name}: has no split {split!r}; set data.split to one of its keys: {', '.join(keys)[:200]}")
+
+
+def _value(window: _Window, name: str, number: int) -> Row:
+    """The value at the window's place, which moves behind it."""
+    window.peek()
+    where = f"{name}:{window.line}: row {number}"
     twice: list[str] = []
     decoder = json.JSONDecoder(object_pairs_hook=partial(_object, twice))
-    with _open_text(path) as stream:
-        window, number = _Window(stream), 0
-        window.peek()
-        window.go(window.at + 1)  # the bracket
-        going_on = window.peek() != "]"
-        while going_on:
-            number += 1
-            window.peek()
-            where = f"{name}:{window.line}: row {number}"
-            value, end = _element(window, decoder, name, number)
-            if _not_utf8(window.text[window.at : end]):
-                value = BadRow("invalid_utf8", "not valid UTF-8")
-            elif twice:
-                value = _duplicate(twice)
-            twice.clear()
-            window.go(end)
-            yield Row(where, value)
-            going_on = window.peek() == ","
-            window.go(window.at + going_on)
-        if (found := window.peek()) != "]":
-            what = f"row {number} is followed by {found!r}" if found else "the array does not end"
-            raise DataError(f"{name}:{window.line}: malformed JSON ({what})")
-        window.go(window.at + 1)
-        if window.peek():
-            raise DataError(f"{name}:{window.line}: malformed JSON (the array has ended, the file has not)")
+    value, end = _element(window, decoder, name, number)
+    if _not_utf8(window.text[window.at : end]):
+        value = BadRow("invalid_utf8", "not valid UTF-8")
+    elif twice:
+        value = _duplicate(twice)
+    window.go(end)
+    return Row(where, value)
 
 
 def _element(window: _Window, decoder: json.JSONDecoder, name: str, number: int) -> tuple[Any, int]:
@@ -234,21 +289,20 @@ def _why(error: Exception) -> str:
     return "JSON nested too deep" if isinstance(error, RecursionError) else "a number of thousands of digits"
 
 
-def _read_lines(path: Path, name: str) -> Iterator[Row]:
-    with open_theirs(path) as stream:
-        number = 0
-        while line := stream.readline(MAX_ROW_BYTES + 1):
-            number += 1
-            where = f"{name}:{number}"
-            if len(line) > MAX_ROW_BYTES:
-                while line and not line.endswith(b"\n"):
-                    line = stream.readline(2**16)
-                yield Row(where, BadRow("too_long", f"the line is {TOO_LONG}; is this JSONL?"))
-                continue
-            if number == 1:
-                line = line.removeprefix(b"\xef\xbb\xbf")
-            if line.strip():
-                yield Row(where, _decode(line))
+def _read_lines(stream: io.BufferedReader, name: str) -> Iterator[Row]:
+    number = 0
+    while line := stream.readline(MAX_ROW_BYTES + 1):
+        number += 1
+        where = f"{name}:{number}"
+        if len(line) > MAX_ROW_BYTES:
+            while line and not line.endswith(b"\n"):
+                line = stream.readline(2**16)
+            yield Row(where, BadRow("too_long", f"the line is {TOO_LONG}; is this JSONL?"))
+            continue
+        if number == 1:
+            line = line.removeprefix(b"\xef\xbb\xbf")
+        if line.strip():
+            yield Row(where, _decode(line))
 
 
 def _decode(line: bytes) -> Any:
@@ -267,11 +321,13 @@ def _decode(line: bytes) -> Any:
 
 def _read_text(path: Path, name: str) -> Iterator[Row]:
     """A file of plain text as one row; none where it is empty."""
-    if path.stat().st_size > MAX_ROW_BYTES:
+    with open_rows(path) as stream:
+        content = stream.read(MAX_ROW_BYTES + 1)
+    if len(content) > MAX_ROW_BYTES:
         yield Row(name, BadRow("too_long", f"the text is {TOO_LONG}; split the file"))
         return
     try:
-        if text := text_of_theirs(path, MAX_ROW_BYTES).removeprefix("\ufeff"):
+        if text := io.TextIOWrapper(io.BytesIO(content), encoding="utf-8-sig").read():
             yield Row(name, {"text": text})
     except UnicodeDecodeError as error:
         yield Row(name, BadRow("invalid_utf8", f"not valid UTF-8 at byte {error.start}"))

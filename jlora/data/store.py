@@ -23,7 +23,8 @@ import numpy as np
 from jlora.config import DataSection
 from jlora.data.dataset import Dataset, View
 from jlora.data.prompts import Example
-from jlora.data.rows import BadRow, files_of, read_rows
+from jlora.data.rows import BadRow, read_rows
+from jlora.data.sources import Files, files_of
 from jlora.data.tokens import Tokenizer
 from jlora.errors import ConfigError, DataError
 from jlora.files import lock, manifest
@@ -32,9 +33,9 @@ from jlora.files.private import private, shared
 from jlora.files.theirs import open_theirs
 
 # Raised with every change of what rows become, or of how it is written down.
-VERSION = 1
+VERSION = 2
 # What decides which tokens a row becomes, beside the tokenizer and the row.
-OPTIONS = ("split", "format", "prompt", "max_length", "split_long", "train_on", "on_bad_row")
+OPTIONS = ("split", "separator", "columns", "format", "prompt", "max_length", "split_long", "train_on", "on_bad_row")
 # Of an entry, beside its manifest.
 FILES = ("tokens", "lengths", "places", "place_lengths", "seconds")
 LIBRARIES = ("tokenizers", "sentencepiece", "jinja2")
@@ -132,14 +133,14 @@ def content_key(source: str, tokenizer: Tokenizer, cfg: DataSection) -> str:
     known += [importlib.metadata.version(name) for name in LIBRARIES]
     if tokenizer.writes_day:
         known.append(str(tokenizer.day or datetime.date.today()))
-    files = files_of(source)
+    files = files_of(source, cfg.split)
     if files is None:  # a data set of the datasets library
         rows = hashlib.sha256()
-        for row in read_rows(source, cfg.split):
+        for row in read_rows(source, cfg.split, cfg.separator):
             value = row.value.message if isinstance(row.value, BadRow) else row.value
             rows.update(json.dumps([row.where, value], default=repr).encode() + b"\n")
         known.append(rows.hexdigest())
-    for path, name in files or ():
+    for path, name, _ in files.read if files else ():
         try:
             with open_theirs(path) as stream:
                 known.append([name, hashlib.file_digest(stream, "sha256").hexdigest()])
@@ -148,9 +149,10 @@ def content_key(source: str, tokenizer: Tokenizer, cfg: DataSection) -> str:
     return hashlib.sha256(json.dumps(known).encode("utf-8", "surrogateescape")).hexdigest()
 
 
-def stamp(source: str) -> list[tuple[str, int, int]]:
+def stamp(source: str, split: str) -> list[tuple[str, int, int]]:
     """Size and time of each file of a source: while it is read, they stay the same."""
-    found = [(path, path.stat()) for path, _ in files_of(source) or ()]
+    files = files_of(source, split) or Files([], [])
+    found = [(path, path.stat()) for path, *_ in files.read]
     return [(str(path), status.st_size, status.st_mtime_ns) for path, status in found]
 
 
@@ -179,6 +181,8 @@ def stored(cache: Path, key: str, vocab_size: int, make: Callable[[Keep], Datase
         return Dataset(
             StoredExamples(folder), facts["read"], facts["truncated"], Counter(facts["dropped"]),
             StoredPlaces(folder), facts["digest"],
+            renamed=Counter({(name, column): count for name, column, count in facts["renamed"]}),
+            unused=Counter(facts["unused"]),
         )  # fmt: skip
 
 
@@ -244,6 +248,7 @@ def _make(folder: Path, make: Callable[[Keep], Dataset], alone: bool, replaced: 
             if not (partial / "seconds").stat().st_size:
                 (partial / "seconds").unlink()
             facts = {"read": rest.read, "truncated": rest.truncated, "dropped": dict(rest.dropped)}
+            facts |= {"renamed": [[*names, count] for names, count in rest.renamed.items()], "unused": rest.unused}
             manifest.write(partial, facts | {"digest": rest.digest})
     except FileExistsError:
         if manifest.fault(folder) is not None:  # where there are no locks, another may have been first

@@ -7,7 +7,7 @@ allowed is in memory at once.
 
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,6 +63,18 @@ def read_parquet(path: Path) -> Iterator[Any]:
         raise DataError(f"{path}: not a whole parquet file ({_line(error)})") from None
 
 
+def read_arrow(path: Path) -> Iterator[Any]:
+    """The rows of a file of Arrow record batches, as the cache of the `datasets` library keeps them.
+
+    Raises:
+      DataError: it is damaged, or a column of a format has values that are no text.
+    """
+    import datasets
+
+    _try([path], path)
+    yield from _read_loaded(lambda: datasets.Dataset.from_file(str(path)), str(path))
+
+
 def _bounds(group: Any, first: "pyarrow.RecordBatch | None") -> tuple[int, bool]:
     """How many rows of a row group are read at once, and whether texts have to be kept as a dictionary meanwhile.
 
@@ -99,8 +111,12 @@ def read_data_set(source: str, split: str) -> Iterator[Any]:
     Raises:
       DataError: there is none, or it is damaged.
     """
-    loaded = _load(source, split)
+    yield from _read_loaded(lambda: _load(source, split), source)
+
+
+def _read_loaded(load: "Callable[[], datasets.Dataset]", source: str) -> Iterator[Any]:
     try:
+        loaded = load()
         plain = loaded.select_columns(_columns(loaded.features.arrow_schema, source)).with_format("arrow")
         has_json = any(f"extension<{JSON}>" in str(kind) for kind in plain.features.arrow_schema.types)
         for table in plain.iter(BATCH_ROWS):
@@ -123,10 +139,12 @@ def _load(source: str, split: str) -> "datasets.Dataset":
             hub.require_data_set(source, "file or folder", DataError)
             return datasets.load_dataset(source, split=split)
         if (folder / "dataset_dict.json").is_file():
-            if split not in _json(folder, "dataset_dict.json")["splits"]:
-                raise ValueError(f"it has no split {split!r}")
+            splits = _json(folder, "dataset_dict.json")["splits"]
+            if split not in splits:
+                known = ", ".join(map(str, splits))[:200]
+                raise DataError(f"{folder}: has no split {split!r}; set data.split to one of its own: {known}")
             folder = inside(folder, split, DataError, folders=True)
-        _try(folder)
+        _try(_arrow_files(folder), folder)
         return datasets.load_from_disk(str(folder))
     except DataError:
         raise
@@ -135,17 +153,21 @@ def _load(source: str, split: str) -> "datasets.Dataset":
         raise DataError(f"{source}: {what} that can be loaded ({_line(error)[:200]})") from None
 
 
-def _try(folder: Path) -> None:
-    """See that the files of a folder of `save_to_disk` lie in it, and kill no process that reads them."""
+def _arrow_files(folder: Path) -> list[Path]:
+    """The files of a folder of `save_to_disk`, which lie in it."""
     inside(folder, "dataset_info.json", DataError)
     state = _json(folder, "state.json")
     listed = [each["filename"] for key in ("_data_files", "_indices_files") for each in state.get(key) or ()]
-    files = [inside(folder, name, DataError) for name in listed]
+    return [inside(folder, name, DataError) for name in listed]
+
+
+def _try(files: list[Path], source: Path) -> None:
+    """See that files of record batches kill no process that reads them."""
     found = {(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files}
     if new := sorted(found - _survived):
         names, sizes, _ = zip(*new, strict=True)
         if fault := tried(Path(native.__file__), "arrow", *names, size=sum(sizes)):
-            raise DataError(f"{folder}: its Arrow files cannot be read: {fault}; make the data set again")
+            raise DataError(f"{source}: its Arrow files cannot be read: {fault}; make the data set again")
         _survived.update(new)
 
 

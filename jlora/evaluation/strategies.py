@@ -13,6 +13,7 @@ import numpy as np
 from jlora.config import Config, DataSection
 from jlora.data import encoding
 from jlora.data.dataset import Dataset, hold_out
+from jlora.data.formats import rows_of
 from jlora.data.prompts import (
     Example,
     encode_prompt,
@@ -22,7 +23,7 @@ from jlora.data.prompts import (
     shown_prompt,
     with_shots,
 )
-from jlora.data.rows import BadRow, read_rows
+from jlora.data.row import BadRow
 from jlora.data.tokens import Tokenizer
 from jlora.errors import DataError
 from jlora.inference.answers import Question
@@ -95,13 +96,13 @@ def split_rows(cfg: Config, tokenizers: list[Tokenizer], most: int) -> Rows:
     assert isinstance(source, str), "checked by the command"
     train = _usable(source, tokenizers, cfg.data)
     if isinstance(cfg.data.eval, str):
-        heldout = _usable(cfg.data.eval, tokenizers, cfg.data)
+        heldout = _usable(cfg.data.eval, tokenizers, cfg.data.held_out)
     else:
         assert cfg.data.eval is not None, "checked by the command"
         train, heldout = hold_out(train, cfg.data.eval, seed)
     learn = _shuffled(_take(source, train, cfg.data), [seed, 2])
-    judged = cfg.data.eval if isinstance(cfg.data.eval, str) else source
-    judge = _shuffled(_take(judged, heldout, cfg.data), [seed, 3])[:most]
+    judged, section = (cfg.data.eval, cfg.data.held_out) if isinstance(cfg.data.eval, str) else (source, cfg.data)
+    judge = _shuffled(_take(judged, heldout, section), [seed, 3])[:most]
     known = {_line(row) for row in judge}
     kept = [row for row in learn if _line(row) not in known]
     if not kept:
@@ -122,7 +123,7 @@ def _usable(source: str, tokenizers: list[Tokenizer], section: DataSection) -> D
 def _take(source: str, chosen: Dataset, section: DataSection) -> list[Fields]:
     """The rows themselves, in the order of the file."""
     places = set(chosen.places)
-    return [row.value for row in read_rows(source, section.split) if row.where in places]
+    return [row.value for row in rows_of(source, section) if row.where in places]
 
 
 def _shuffled(rows: list[Fields], seed: list[int]) -> list[Fields]:

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from itertools import groupby, islice
 
 from jlora.config import DataSection
+from jlora.data.formats import rows_of
 from jlora.data.prompts import encode_prompt, reference_answer, shown_prompt
-from jlora.data.rows import BadRow, read_rows
+from jlora.data.row import BadRow
 from jlora.data.tokens import Tokenizer
 from jlora.errors import DataError
 from jlora.inference.generate import LENGTH_STEP, generate
@@ -52,14 +53,12 @@ def read_questions(source: str, section: DataSection, tokenizer: Tokenizer, most
       DataError: no row can be used, or one cannot, unless `on_bad_row` says to skip those.
     """
     questions: list[Question] = []
-    for row in read_rows(source, section.split):
+    for row in rows_of(source, section):
         if len(questions) == most:
             break
         try:
             if isinstance(row.value, BadRow):
                 raise row.value
-            if not isinstance(row.value, dict):
-                raise BadRow("wrong_type", "not a JSON object")
             ids = encode_prompt(tokenizer, row.value, format=section.format, prompt=section.prompt)
             shown = shown_prompt(row.value, format=section.format)
             questions.append(Question(shown, ids, reference_answer(row.value, format=section.format)))

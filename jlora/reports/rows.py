@@ -47,17 +47,16 @@ def look(cfg: Config, num_rows: int) -> Seen:
         train_data, eval_data = read_data(cfg.model_copy(update={"data": section}), tokenizer)
         num_bad = sum(sum(each.dropped.values()) for each in (train_data, eval_data) if each)
         checks.append(Check("bad_rows", "error", num_bad, str(error)))
-    scanned = {}
     report: dict[str, Any] = {"train": None, "eval": None}
     for name, dataset in (("train", train_data), ("eval", eval_data)):
         if dataset is None:
             continue
-        found = scanned[name] = scan(dataset, cfg.data.longest, tokenizer.bos_id, stops)
+        found = scan(dataset, cfg.data.longest, tokenizer.bos_id, stops)
         report[name] = describe(dataset, found)
         checks += check(dataset, found, cfg, name)
     report["train"]["batches"] = count_batches(train_data, cfg)
     if eval_data is not None:
-        checks += check_overlap(scanned["train"], eval_data, scanned["eval"])
+        checks += check_overlap(train_data, eval_data)
     _, num_steps = plan_steps(cfg, train_data)
     report["steps"] = num_steps
     checks += check_run(cfg, num_steps, positions)

@@ -11,7 +11,7 @@ import jax
 
 from jlora.config import Config
 from jlora.data import packing
-from jlora.data.checks import check_run
+from jlora.data.checks import check_rows, check_run
 from jlora.data.dataset import Dataset
 from jlora.data.packing import Epochs, Origin, plan_steps
 from jlora.errors import ConfigError, DataError, ModelError
@@ -135,9 +135,14 @@ def open_run(cfg: Config, folder: Path, mesh: jax.sharding.Mesh, watch: Watch, s
     distributed.require_agreement("data", DataError, digests)
     pretrained = shared.load(cfg, mesh)
     epochs, num_steps = plan_steps(cfg, train_data)
+    checks = check_rows(cfg, train_data, eval_data)
+    checks += check_run(cfg, num_steps, opened.source.config.get("max_position_embeddings"))
+    for found in checks:
+        if found.level == "error":
+            raise DataError(found.sentence)
+        if not quiet:
+            print(f"{found.level}: {found.sentence}", file=sys.stderr)
     if not quiet:
-        for found in check_run(cfg, num_steps, opened.source.config.get("max_position_embeddings")):
-            print(f"warning: {found.sentence}", file=sys.stderr)
         warn_of_cpu(cfg, mesh)
     params = {"adapter": first_adapter(cfg, pretrained, mesh), "base": pretrained.base}
     if (reference := make_reference(cfg, pretrained, mesh)) is not None:

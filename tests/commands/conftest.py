@@ -12,8 +12,7 @@ def world(tmp_path_factory):
     make_llama(folder / "base", max_position_embeddings=512)
     make_tokenizer(folder / "base")
     make_rows(folder / "rows.jsonl")
-    rows = (folder / "rows.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-    (folder / "eval.jsonl").write_text("".join(rows[:6]), encoding="utf-8")
+    make_rows(folder / "eval.jsonl", 6, first=100)
     write_config(
         folder / "config.yaml",
         folder / "base",

@@ -93,8 +93,8 @@ def test_saved_data_set_of_the_datasets_library(tmp_path):
     [
         ("missing.jsonl", "missing.jsonl: no such file"),
         ("missing_folder", "missing_folder: no such file"),
-        ("empty_folder", "empty_folder: holds no json, jsonl, csv, parquet or txt file"),
-        ("rows.xml", "files ending in '.xml' are not read; use json, jsonl, csv, parquet or txt"),
+        ("empty_folder", "empty_folder: holds no json, jsonl, csv, tsv, parquet, arrow or txt file"),
+        ("rows.xml", "files ending in '.xml' are not read; use json, jsonl, csv, tsv, parquet, arrow or txt"),
         ("torn.parquet", "torn.parquet: not a whole parquet file"),
         ("no.parquet", "no.parquet: not a whole parquet file"),
         ("empty.jsonl", "empty.jsonl: holds no usable row"),
@@ -237,7 +237,7 @@ def test_no_usable_row_says_why(tmp_path, tokenizer):
 
 def test_rows_of_another_format(tmp_path, tokenizer):
     path = write(tmp_path / "rows.jsonl", jsonl([{"instruction": "a", "output": "b"}]))
-    assert 'the field "prompt" is missing' in error_of(path, tokenizer=tokenizer)
+    assert 'the field "chosen" is missing' in error_of(path, tokenizer=tokenizer, format="preference")
     assert 'the field "messages" is missing' in error_of(path, tokenizer=tokenizer, format="messages")
     assert len(tokenize(str(path), tokenizer, section(format="alpaca", max_length=320)).examples) == 1
 

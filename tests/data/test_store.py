@@ -171,14 +171,14 @@ def test_what_fails_leaves_no_entry(tmp_path, tokenizer, rows, monkeypatch):
             tokenize(str(rows), tokenizer, kept(tmp_path))
     assert caught.value.filename.startswith(str(tmp_path / "cache")) and left() == []
 
-    read = encoding.read_rows
+    read = encoding.rows_of
 
     def growing(*arguments):
         yield from read(*arguments)
         write(rows, jsonl(ROWS * 2))
 
     with monkeypatch.context() as patch:
-        patch.setattr(encoding, "read_rows", growing)
+        patch.setattr(encoding, "rows_of", growing)
         with pytest.raises(DataError, match="changed while it was read"):
             tokenize(str(rows), tokenizer, kept(tmp_path))
     assert left() == []

@@ -52,7 +52,7 @@ def test_nothing_is_compiled_after_the_first_step(tmp_path, monkeypatch, compila
     make_tokenizer(tmp_path / "base")
     # 22 rows, each a packed row of its own: in an epoch the last batch of 3 holds one, and so does the last held out.
     section = {"format": "completion", "max_length": 64, "packing": False}
-    data = section | {"eval": str(make_completions(tmp_path / "held.jsonl", 4))}
+    data = section | {"eval": str(make_completions(tmp_path / "held.jsonl", 4, first=100))}
     training = {"batch_size": 3, "max_steps": 10, "eval_every": 2, "save_every": 3, "samples": 2}
     cfg = load_config(
         write_config(

@@ -90,7 +90,11 @@ def test_tiny_model(tmp_path, names):
         rows,
         tmp_path / "run",
         lora={"target_modules": "all-linear", "dropout": 0.1},
-        data={"format": "completion", "max_length": 64, "eval": str(rows)},
+        data={
+            "format": "completion",
+            "max_length": 64,
+            "eval": str(make_completions(tmp_path / "held.jsonl", 48, first=100)),
+        },
         training={"batch_size": 16, "gradient_accumulation_steps": 2, "max_steps": 6},
         optimizer={"name": "sgd", "learning_rate": 0.1},
     )

@@ -269,11 +269,16 @@ def tiny(tmp_path_factory):
     make_llama(folder / "base")
     make_tokenizer(folder / "base")
     words = ["blue", "tree", "a", "mountain", "so"]
-    rows = [
-        {"prompt": f"{words[i % 5]} {i}:", "chosen": " " + words[i % 5] * (1 + i % 4), "rejected": f" {words[i % 3]}!"}
-        for i in range(24)
-    ]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    for name, first in (("rows.jsonl", 0), ("held.jsonl", 100)):
+        rows = [
+            {
+                "prompt": f"{words[i % 5]} {first + i}:",
+                "chosen": " " + words[i % 5] * (1 + i % 4),
+                "rejected": f" {words[i % 3]}!",
+            }
+            for i in range(24)
+        ]
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return folder
 
 
@@ -297,7 +302,7 @@ def test_a_run_on_pairs(tiny, capsys):
     save_adapter(tiny / "first", adapter, SECTION, str(tiny / "base"), digest)
     begun = "training.max_steps=4", "lora.target_modules=all-linear", f"lora.init_from={tiny / 'first'}"
     train(tiny_config(tiny, "whole", *begun), quiet=True)
-    settings = f"data.eval={tiny / 'rows.jsonl'}", "training.gradient_accumulation_steps=2", "training.save_every=2"
+    settings = f"data.eval={tiny / 'held.jsonl'}", "training.gradient_accumulation_steps=2", "training.save_every=2"
     cfg = tiny_config(tiny, "parts", *begun, *settings)
     summary = train(cfg, quiet=True)
     lines = read_metrics(tiny / "parts" / "metrics.jsonl")

@@ -91,7 +91,11 @@ def run_config(folder: Path, model: Path, output: str, *overrides: str) -> Path:
         rows,
         folder / output,
         lora={"target_modules": "all-linear", "dropout": 0.1},
-        data={"format": "completion", "max_length": 64, "eval": str(rows)},
+        data={
+            "format": "completion",
+            "max_length": 64,
+            "eval": str(make_completions(folder / "held.jsonl", 32, first=100)),
+        },
         training={"batch_size": 8, "gradient_accumulation_steps": 2, "max_steps": 4},
         optimizer={"name": "sgd", "learning_rate": 0.1},  # Adam would enlarge the rounding of its gradients
     )

@@ -47,7 +47,7 @@ def tiny(tmp_path_factory):
     make_llama(folder / "base")
     make_tokenizer(folder / "base")
     make_completions(folder / "rows.jsonl")
-    make_completions(folder / "other.jsonl", 17)
+    make_completions(folder / "other.jsonl", 17, first=100)
     return folder
 
 
