@@ -10,8 +10,9 @@ from jlora import cli
 # Command -> the module that holds it.
 COMMANDS = {name: f"jlora.{name}" for name in ("init", "train", "plan", "generate", "evaluate", "effort")}
 COMMANDS |= {name: f"jlora.{name}" for name in ("export", "report", "runs")}
-COMMANDS |= {name: f"jlora.{name}.__main__" for name in ("data", "config")}
+COMMANDS |= {name: f"jlora.{name}.__main__" for name in ("quickstart", "data", "config")}
 PURPOSES = {
+    "quickstart": "write a folder with rows, a config and a small base, for a first run",
     "init": "look at your rows and write a config for them",
     "data": "show rows as the model sees them, and check them",
     "plan": "say whether a run fits on hardware, how long it takes and what it costs",

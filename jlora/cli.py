@@ -177,7 +177,7 @@ def config_file(args: argparse.Namespace) -> str:
     if args.config is None and args.overrides and ("=" not in args.overrides[0] or os.path.isfile(args.overrides[0])):
         args.config = expand_home(args.overrides.pop(0))
     if args.config is None:
-        raise ConfigError("name the run's config, a YAML file such as configs/quickstart.yaml")
+        raise ConfigError("name the run's config, a YAML file; jlora init writes one")
     return args.config
 
 

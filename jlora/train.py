@@ -17,7 +17,7 @@ def main() -> None:
     parser = cli.Parser(
         prog="jlora train",
         description="Fine-tune a Llama with LoRA.",
-        examples=("jlora train configs/quickstart.yaml", "jlora train run.yaml lora.rank=8 output_dir=runs/r8"),
+        examples=("jlora train quickstart.yaml", "jlora train run.yaml lora.rank=8 output_dir=runs/r8"),
     )
     cli.add_config_arguments(parser)
     parser.add_argument(

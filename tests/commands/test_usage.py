@@ -20,6 +20,7 @@ ANSWERING = [
     *("--prompt-style", "--max-new-tokens", "--batch-size", "-q", "--json"),
 ]
 FLAGS = {
+    "quickstart": ["--base", "-q"],
     "train": ["--config", "--fresh", "-q", "--json"],
     "generate": [*ANSWERING, "--prompt", "--prompts", "--chat", "--temperature", "--top-p", "--seed"],
     "evaluate": [
