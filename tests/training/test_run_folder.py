@@ -22,6 +22,7 @@ from jlora.reports.run import write_report
 from jlora.training.metrics import MetricsLog
 from jlora.training.run import train
 from jlora.training.sweep import train_together
+from jlora.training.trackers import open_trackers
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -242,9 +243,9 @@ def test_the_run_folder_itself_may_be_a_link(world, run_dir, tmp_path):
     assert run_dir.is_symlink() and (tmp_path / "disk" / "adapter" / WEIGHTS).is_file()
 
 
-def test_starts_within_a_second_have_their_own_events(tmp_path):
+def test_starts_within_a_second_have_their_own_events(world, tmp_path):
     for _ in range(2):
-        log = MetricsLog(tmp_path, 0, None, {}, True)
+        log = MetricsLog(tmp_path, 0, open_trackers(config_of(world, tmp_path), tmp_path, 0))
         log.write({"step": 1, "loss": 1.0})
         log.close()
     events = list((tmp_path / "tensorboard").iterdir())
