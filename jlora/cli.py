@@ -30,6 +30,8 @@ FILE_ERRORS = (
     *(errno.EIO, errno.ESTALE, errno.EFBIG, errno.EMFILE, errno.ENFILE),
     *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP),
 )
+# Set by a shell that completes; its value is the number of the word that is the command's name.
+COMPLETION = "_ARGCOMPLETE"
 # How XLA says it, on accelerators and on the CPU.
 OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "Out of memory")
 
@@ -48,14 +50,29 @@ class Parser(argparse.ArgumentParser):
             settings["formatter_class"] = argparse.RawDescriptionHelpFormatter
         super().__init__(**{"allow_abbrev": False} | settings)
         self.register("type", "path", _path)
+        self._completes = False
 
-    def parse_known_args(self, *given: Any) -> Any:  # type: ignore[override]  # every other way of parsing calls it
+    def parse_intermixed_args(self, *given: Any, **named: Any) -> Any:
+        """As argparse's, which hides the positional arguments from what it calls."""
+        self._complete()
+        return super().parse_intermixed_args(*given, **named)
+
+    def parse_known_args(self, *given: Any, **named: Any) -> Any:  # every other way of parsing calls it
         """As argparse's."""
         streams.take_over()
+        self._complete()
         try:
-            return super().parse_known_args(*given)
+            return super().parse_known_args(*given, **named)
         except streams.OutputLost as lost:  # --help
             self.exit(lost.exit_code, f"error: {lost}\n")
+
+    def _complete(self) -> None:
+        """Tell a shell that asks what may follow, and end; see `jlora --completion`."""
+        if COMPLETION in os.environ and not self._completes:
+            self._completes = True  # it parses what is there already
+            import argcomplete
+
+            argcomplete.autocomplete(self)
 
     def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
         """As argparse's, once all is written."""
@@ -164,8 +181,20 @@ def print_json(value: Any) -> None:
 def add_config_arguments(parser: Parser) -> None:
     """The config file, by position or as `--config FILE`, and `key=value` overrides behind it; see `config_file`."""
     parser.add_argument("--config", type="path", metavar="FILE", help="YAML file of the run; see docs/config.md")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a dotted config key")
+    overrides = parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a dotted config key")
+    overrides.completer = _config_words  # type: ignore[attr-defined]
     parser.usage = f"{parser.prog} CONFIG [key=value ...] [options]"
+
+
+def _config_words(prefix: str, parsed_args: argparse.Namespace, **_: Any) -> list[str]:
+    """What a shell offers for the config and its overrides: first files, then keys."""
+    from argcomplete.completers import FilesCompleter
+
+    from jlora.config.keys import known_keys
+
+    if parsed_args.config is None and not parsed_args.overrides:
+        return list(FilesCompleter(("yaml", "yml"))(prefix))
+    return [f"{key}=" for key in known_keys()]
 
 
 def config_file(args: argparse.Namespace) -> str:
