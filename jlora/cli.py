@@ -210,11 +210,27 @@ def config_file(args: argparse.Namespace) -> str:
     return args.config
 
 
-def add_model_arguments(parser: argparse.ArgumentParser, format: str) -> None:
-    """The arguments of every command that runs a base with an adapter; `format` is how it reads rows by itself."""
+def add_old_name(parser: argparse._ActionsContainer, flag: str, name: str) -> None:
+    """A flag that the argument `name`, a path, once had; it still works, and no help names it."""
+    parser.add_argument(flag, type="path", dest=name, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+
+
+def add_output_arguments(parser: Parser, json: str | None = None) -> None:
+    """What a command prints; -q means the same in all. `json` is what it prints as JSON, if it does."""
+    parser.add_argument(
+        "-q",
+        "--quiet",
+        action="store_true",
+        help="print errors alone, and answers, figures or JSON that were asked for",
+    )
+    if json:
+        parser.add_argument("--json", action="store_true", help=json)
+
+
+def add_model_arguments(parser: Parser) -> None:
+    """The arguments of every command that runs a base with an adapter."""
     from jlora.config.sections import Format, Quantization
 
-    parser.set_defaults(own_format=format)
     parser.add_argument(
         "--base", type="path", help="Hugging Face folder, .gguf file or hub name; default: the adapter's own"
     )
@@ -230,8 +246,12 @@ def add_model_arguments(parser: argparse.ArgumentParser, format: str) -> None:
     parser.add_argument(
         "--format",
         choices=get_args(Format),
-        help=f"how rows are read; default: as the adapter's run did, else {format}",
+        help="how rows are read; default: as the adapter's run did, else by their columns",
     )
     parser.add_argument(
         "--prompt-style", choices=("stanford", "chat"), help="how alpaca rows are written; default: as the run did"
+    )
+    parser.add_argument("--max-new-tokens", type=int, default=256, help="longest answer; default 256")
+    parser.add_argument(
+        "--batch-size", type=int, default=8, help="prompts answered, or rows measured, together; default 8"
     )

@@ -11,12 +11,15 @@ COLUMNS = {
     "completion": ("prompt", "completion"),
     "text": ("text",),
 }
+# Of a row that is yet to be answered.
+ASKED = {"alpaca": ("instruction",), "completion": ("prompt",)}
 MOST_NAMED, LONGEST_NAME = 8, 40
 
 
-def format_of(row: dict[str, Any]) -> str | None:
-    """The first format whose columns a row has; None where there is none."""
-    return next((name for name, columns in COLUMNS.items() if all(row.get(c) is not None for c in columns)), None)
+def format_of(row: dict[str, Any], answered: bool = True) -> str | None:
+    """The first format whose columns a row has, its answer's too if `answered`; None where there is none."""
+    formats = COLUMNS if answered else COLUMNS | ASKED
+    return next((name for name, columns in formats.items() if all(row.get(c) is not None for c in columns)), None)
 
 
 def columns_of(row: dict[str, Any]) -> str:

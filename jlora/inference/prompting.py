@@ -51,7 +51,7 @@ def prompted(args: argparse.Namespace) -> None:
       UserError: of base, adapter and prompts, as where they are read.
     """
     with jax.set_mesh(one_device_mesh()):
-        model, section = open_model(args)
+        model, section = open_model(args, args.prompts)
         if not args.quiet and not args.json:
             print(f"format {section.format}, prompt style {section.prompt}", file=sys.stderr)
         sampling = Sampling(args.temperature, args.top_p)

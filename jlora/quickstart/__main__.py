@@ -18,7 +18,7 @@ def main() -> None:
         type="path",
         help="another chat model: hub name, folder or .gguf file; default: SmolLM2-135M-Instruct, fetched (93 MB)",
     )
-    parser.add_argument("-q", "--quiet", action="store_true", help="errors alone")
+    cli.add_output_arguments(parser)
     args = parser.parse_args()
 
     def body() -> None:

@@ -80,7 +80,7 @@ def test_an_export_leaves_what_lies_beside_it(run_dir, tmp_path, command, more):
     (tmp_path / "m").mkdir()
     for name in ("m.old", "m.partial"):
         earlier(tmp_path / name)
-    code, err = command("export", "--run", run_dir, "--out", tmp_path / "m", "-q", *more)
+    code, err = command("export", "--adapter", run_dir, "--out", tmp_path / "m", "-q", *more)
     assert code == 0, err
     for name in ("m.old", "m.partial"):
         assert (tmp_path / name / "mine").read_text(encoding="utf-8") == "precious"
@@ -98,7 +98,7 @@ def test_two_exports_into_one_folder(run_dir, tmp_path, command, monkeypatch):
         return equal(*args, **kwargs)
 
     monkeypatch.setattr(verify, "require_equal", other_is_faster)
-    code, err = command("export", "--run", run_dir, "--out", tmp_path / "m", "--merge", "-q")
+    code, err = command("export", "--adapter", run_dir, "--out", tmp_path / "m", "--merge", "-q")
     assert code == 2 and err.startswith(f"error: {tmp_path}/m: something is there by now") and err.count("\n") == 1
     assert [path.name for path in (tmp_path / "m").iterdir()] == ["mine"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m", "run"]
@@ -109,7 +109,7 @@ def test_an_export_on_a_full_disk_leaves_nothing(run_dir, tmp_path, command, mon
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr("jlora.hf.peft.serialize", full)
-    code, err = command("export", "--run", run_dir, "--out", tmp_path / "m", "-q")
+    code, err = command("export", "--adapter", run_dir, "--out", tmp_path / "m", "-q")
     assert code == 2 and err.startswith(f"error: {tmp_path}/m: No space left on device; make room"), err
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
@@ -182,7 +182,7 @@ def test_a_link_or_pipe_in_a_run_folder_is_refused(world, run_dir, tmp_path, com
     code, err = command("report", run_dir)
     assert code == 2 and err.startswith(f"error: {words}")
     if (run_dir / "config.yaml").is_file():
-        code, err = command("export", "--run", run_dir, "--out", tmp_path / "m")
+        code, err = command("export", "--adapter", run_dir, "--out", tmp_path / "m")
         assert code == 4 and err.startswith(f"error: {words}")
         with pytest.raises(ModelError, match="link|is not a "):
             run_config(run_dir)
