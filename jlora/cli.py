@@ -30,6 +30,8 @@ FILE_ERRORS = (
     *(errno.EIO, errno.ESTALE, errno.EFBIG, errno.EMFILE, errno.ENFILE),
     *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP),
 )
+# Set by a shell that completes; its value is the number of the word that is the command's name.
+COMPLETION = "_ARGCOMPLETE"
 # How XLA says it, on accelerators and on the CPU.
 OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "Out of memory")
 
@@ -48,14 +50,29 @@ class Parser(argparse.ArgumentParser):
             settings["formatter_class"] = argparse.RawDescriptionHelpFormatter
         super().__init__(**{"allow_abbrev": False} | settings)
         self.register("type", "path", _path)
+        self._completes = False
 
-    def parse_known_args(self, *given: Any) -> Any:  # type: ignore[override]  # every other way of parsing calls it
+    def parse_intermixed_args(self, *given: Any, **named: Any) -> Any:
+        """As argparse's, which hides the positional arguments from what it calls."""
+        self._complete()
+        return super().parse_intermixed_args(*given, **named)
+
+    def parse_known_args(self, *given: Any, **named: Any) -> Any:  # every other way of parsing calls it
         """As argparse's."""
         streams.take_over()
+        self._complete()
         try:
-            return super().parse_known_args(*given)
+            return super().parse_known_args(*given, **named)
         except streams.OutputLost as lost:  # --help
             self.exit(lost.exit_code, f"error: {lost}\n")
+
+    def _complete(self) -> None:
+        """Tell a shell that asks what may follow, and end; see `jlora --completion`."""
+        if COMPLETION in os.environ and not self._completes:
+            self._completes = True  # it parses what is there already
+            import argcomplete
+
+            argcomplete.autocomplete(self)
 
     def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
         """As argparse's, once all is written."""
@@ -164,8 +181,20 @@ def print_json(value: Any) -> None:
 def add_config_arguments(parser: Parser) -> None:
     """The config file, by position or as `--config FILE`, and `key=value` overrides behind it; see `config_file`."""
     parser.add_argument("--config", type="path", metavar="FILE", help="YAML file of the run; see docs/config.md")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a dotted config key")
+    overrides = parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a dotted config key")
+    overrides.completer = _config_words  # type: ignore[attr-defined]
     parser.usage = f"{parser.prog} CONFIG [key=value ...] [options]"
+
+
+def _config_words(prefix: str, parsed_args: argparse.Namespace, **_: Any) -> list[str]:
+    """What a shell offers for the config and its overrides: first files, then keys."""
+    from argcomplete.completers import FilesCompleter
+
+    from jlora.config.keys import known_keys
+
+    if parsed_args.config is None and not parsed_args.overrides:
+        return list(FilesCompleter(("yaml", "yml"))(prefix))
+    return [f"{key}=" for key in known_keys()]
 
 
 def config_file(args: argparse.Namespace) -> str:
@@ -177,15 +206,31 @@ def config_file(args: argparse.Namespace) -> str:
     if args.config is None and args.overrides and ("=" not in args.overrides[0] or os.path.isfile(args.overrides[0])):
         args.config = expand_home(args.overrides.pop(0))
     if args.config is None:
-        raise ConfigError("name the run's config, a YAML file such as configs/quickstart.yaml")
+        raise ConfigError("name the run's config, a YAML file; jlora init writes one")
     return args.config
 
 
-def add_model_arguments(parser: argparse.ArgumentParser, format: str) -> None:
-    """The arguments of every command that runs a base with an adapter; `format` is how it reads rows by itself."""
+def add_old_name(parser: argparse._ActionsContainer, flag: str, name: str) -> None:
+    """A flag that the argument `name`, a path, once had; it still works, and no help names it."""
+    parser.add_argument(flag, type="path", dest=name, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+
+
+def add_output_arguments(parser: Parser, json: str | None = None) -> None:
+    """What a command prints; -q means the same in all. `json` is what it prints as JSON, if it does."""
+    parser.add_argument(
+        "-q",
+        "--quiet",
+        action="store_true",
+        help="print errors alone, and answers, figures or JSON that were asked for",
+    )
+    if json:
+        parser.add_argument("--json", action="store_true", help=json)
+
+
+def add_model_arguments(parser: Parser) -> None:
+    """The arguments of every command that runs a base with an adapter."""
     from jlora.config.sections import Format, Quantization
 
-    parser.set_defaults(own_format=format)
     parser.add_argument(
         "--base", type="path", help="Hugging Face folder, .gguf file or hub name; default: the adapter's own"
     )
@@ -201,8 +246,13 @@ def add_model_arguments(parser: argparse.ArgumentParser, format: str) -> None:
     parser.add_argument(
         "--format",
         choices=get_args(Format),
-        help=f"how rows are read; default: as the adapter's run did, else {format}",
+        help="how rows are read; default: as the adapter's run did, else by their columns",
     )
+    parser.add_argument("--split", default="train", help="of a folder or data set; or some rows, as train[:100]")
     parser.add_argument(
         "--prompt-style", choices=("stanford", "chat"), help="how alpaca rows are written; default: as the run did"
+    )
+    parser.add_argument("--max-new-tokens", type=int, default=256, help="longest answer; default 256")
+    parser.add_argument(
+        "--batch-size", type=int, default=8, help="prompts answered, or rows measured, together; default 8"
     )

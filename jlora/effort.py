@@ -38,7 +38,7 @@ def make_parser() -> cli.Parser:
         "--base",
         type="path",
         action="append",
-        metavar="DIR",
+        metavar="BASE",
         help="base model; repeat for more; default: model.path",
     )
     parser.add_argument("--rows", type=numbers, default="10,30,100,300,1000", metavar="N,N", help="rows to train on")
@@ -47,8 +47,7 @@ def make_parser() -> cli.Parser:
     parser.add_argument("--max-new-tokens", type=int, default=128, help="longest answer")
     parser.add_argument("--batch-size", type=int, default=8, help="prompts answered together")
     parser.add_argument("--price", type=float, help="dollars per device-hour; without it no cost is shown")
-    parser.add_argument("-q", "--quiet", action="store_true", help="no progress")
-    parser.add_argument("--json", action="store_true", help="print settings and results as one JSON object")
+    cli.add_output_arguments(parser, json="print settings and results as one JSON object")
     return parser
 
 

@@ -7,7 +7,6 @@ scored against the rows' own, and with `--compare` those of several adapters sid
 import argparse
 
 from jlora import cli
-from jlora.config import DataSection
 from jlora.errors import ConfigError
 
 
@@ -21,13 +20,12 @@ def make_parser() -> cli.Parser:
             "jlora evaluate --compare runs/a runs/b --data heldout.jsonl --generate 50 --html answers.html",
         ),
     )
-    cli.add_model_arguments(parser, DataSection.model_fields["format"].default)
+    cli.add_model_arguments(parser)
     parser.add_argument("--data", type="path", required=True, help="rows: a file, folder or hub data set")
     parser.add_argument("--max-length", type=int, help="tokens in a row of a batch; default: as the run did")
     parser.add_argument("--train-on", choices=("response", "all"), help="tokens that count; default: as the run")
     parser.add_argument("--on-bad-row", choices=("error", "skip"), help="default: as the run")
     parser.add_argument("--generate", type=int, metavar="N", help="answer the first N rows greedily, and score them")
-    parser.add_argument("--max-new-tokens", type=int, default=256, help="longest answer")
     parser.add_argument(
         "--compare",
         type="path",
@@ -36,9 +34,7 @@ def make_parser() -> cli.Parser:
         help="the base and these adapters, on the same rows and prompts",
     )
     parser.add_argument("--html", type="path", metavar="FILE", help="write the answers side by side as a page")
-    parser.add_argument("--batch-size", type=int, default=4, help="rows of a batch, or prompts answered together")
-    parser.add_argument("-q", "--quiet", action="store_true", help="nothing on stderr")
-    parser.add_argument("--json", action="store_true", help="one JSON object")
+    cli.add_output_arguments(parser, json="one JSON object")
     return parser
 
 

@@ -23,12 +23,13 @@ def main() -> None:
         prog="jlora export",
         description="Export a run.",
         examples=(
-            "jlora export --run runs/mine --out adapter --step best",
-            "jlora export --run runs/mine --out merged --merge --dtype bfloat16",
+            "jlora export --adapter runs/mine --out adapter --step best",
+            "jlora export --adapter runs/mine --out merged --merge --dtype bfloat16",
         ),
     )
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--run", type="path", help="run folder")
+    source.add_argument("--adapter", type="path", metavar="RUN", dest="run", help="run folder")
+    cli.add_old_name(source, "--run", "run")
     source.add_argument(
         "--adapters", type="path", nargs="+", metavar="FOLDER=WEIGHT", help="adapters of one base, to be made one"
     )
@@ -45,8 +46,7 @@ def main() -> None:
     )
     parser.add_argument("--cost", action="store_true", help="also measure the loss before and after --merge (see docs)")
     parser.add_argument("--verify", action="store_true", help="also load the adapter in PEFT and compare logits")
-    parser.add_argument("-q", "--quiet", action="store_true", help="print nothing")
-    parser.add_argument("--json", action="store_true", help="one JSON object")
+    cli.add_output_arguments(parser, json="one JSON object")
     args = parser.parse_args()
 
     def body() -> None:
@@ -66,7 +66,7 @@ def main() -> None:
                     print(f"{result['out']}: {len(args.adapters)} adapters as one of rank {result['rank']}, read back")
             return
         if args.combination or args.rank is not None:
-            raise ConfigError("--combination and --rank are of --adapters; leave them out with --run")
+            raise ConfigError("--combination and --rank are of --adapters; leave them out with --adapter")
         from jlora.training.export import export, use_host
 
         run, out = Path(args.run), Path(args.out)

@@ -17,20 +17,17 @@ def main() -> None:
             "jlora generate --base meta-llama/Llama-2-7b-chat-hf --chat",
         ),
     )
-    cli.add_model_arguments(parser, "completion")
+    cli.add_model_arguments(parser)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt", help="text, or the instruction where the format is alpaca")
     what.add_argument(
         "--prompts", type="path", metavar="FILE", help="rows to answer, in the format of the training data"
     )
     what.add_argument("--chat", action="store_true", help="talk on the terminal")
-    parser.add_argument("--max-new-tokens", type=int, default=256)
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
     parser.add_argument("--top-p", type=float, default=1.0, help="sample from the likeliest tokens of this mass")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--batch-size", type=int, default=8, help="prompts answered together")
-    parser.add_argument("-q", "--quiet", action="store_true", help="nothing on stderr")
-    parser.add_argument("--json", action="store_true", help="one JSON object a prompt")
+    cli.add_output_arguments(parser, json="one JSON object a prompt")
     args = parser.parse_args()
 
     def body() -> None:

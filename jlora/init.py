@@ -15,27 +15,28 @@ def main() -> None:
         prog="jlora init",
         description="Look at your rows, and write a config to train on them.",
         examples=(
-            "jlora init --data rows.jsonl --model meta-llama/Llama-2-7b-hf",
-            "jlora init --data rows.csv --model base/ --out run.yaml",
+            "jlora init --data rows.jsonl --base meta-llama/Llama-2-7b-hf",
+            "jlora init --data rows.csv --base base/ --out run.yaml",
         ),
     )
     parser.add_argument("--data", type="path", metavar="ROWS", help="file, folder or hub data set; asked for without")
-    parser.add_argument("--model", type="path", metavar="BASE", help="Hugging Face folder, .gguf file or hub name")
+    parser.add_argument("--base", type="path", help="Hugging Face folder, .gguf file or hub name")
+    cli.add_old_name(parser, "--model", "base")
     parser.add_argument("--eval", type="path", metavar="ROWS", help="held-out rows; default: a share of --data")
     parser.add_argument("--out", type="path", metavar="FILE", help="config to write; default: named after the rows")
-    parser.add_argument("-q", "--quiet", action="store_true", help="errors alone")
+    cli.add_output_arguments(parser)
     args = parser.parse_args()
 
     def body() -> int:
         args.data = args.data or asked("Rows to train on (file, folder or hub data set)", "--data")
-        args.model = args.model or asked("Base model (folder, .gguf file or hub name)", "--model")
+        args.base = args.base or asked("Base model (folder, .gguf file or hub name)", "--base")
         out = Path(args.out or f"{Path(args.data).stem}.yaml")
         if out.exists():
             raise ConfigError(f"--out {out}: is there already; name another, or remove it")
 
         from jlora.planning.proposal import propose
 
-        text, seen = propose(args.data, args.model, args.eval, out.stem)
+        text, seen = propose(args.data, args.base, args.eval, out.stem)
         write_text(out, text)
         if not args.quiet:
             print_checks(seen.report, out)

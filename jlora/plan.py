@@ -49,8 +49,7 @@ def make_parser() -> cli.Parser:
     parser.add_argument(
         "--plot", type="path", metavar="FILE.png", help="memory bars of all topologies; needs jlora[plot]"
     )
-    parser.add_argument("-q", "--quiet", action="store_true", help="no table; the exit code alone")
-    parser.add_argument("--json", action="store_true", help="one JSON object a topology")
+    cli.add_output_arguments(parser, json="one JSON object a topology")
     parser.add_argument("--nth", type=int, help=argparse.SUPPRESS)  # of the topologies: the one of this child
     return parser
 

@@ -26,6 +26,7 @@ def main() -> None:
     parser.add_argument(
         "--out", type="path", metavar="FILE", help="HTML file; default for one run: its own report.html"
     )
+    cli.add_output_arguments(parser)
     args = parser.parse_args()
 
     def body() -> None:
@@ -43,8 +44,9 @@ def main() -> None:
             write_page(out, compare(runs))
         else:
             write_report(runs[0], out)
-        with streams.told():
-            print(out)
+        if not args.quiet:
+            with streams.told():
+                print(out)
 
     cli.run(body)
 

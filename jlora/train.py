@@ -17,14 +17,13 @@ def main() -> None:
     parser = cli.Parser(
         prog="jlora train",
         description="Fine-tune a Llama with LoRA.",
-        examples=("jlora train configs/quickstart.yaml", "jlora train run.yaml lora.rank=8 output_dir=runs/r8"),
+        examples=("jlora train quickstart.yaml", "jlora train run.yaml lora.rank=8 output_dir=runs/r8"),
     )
     cli.add_config_arguments(parser)
     parser.add_argument(
         "--fresh", action="store_true", help="start anew: what output_dir holds moves to a folder beside it"
     )
-    parser.add_argument("-q", "--quiet", action="store_true", help="no progress")
-    parser.add_argument("--json", action="store_true", help="print the summary as JSON on stdout")
+    cli.add_output_arguments(parser, json="print the summary as JSON on stdout")
     args = parser.parse_intermixed_args()
     xla.use_huge_pages()
 

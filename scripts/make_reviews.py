@@ -3,7 +3,7 @@
 Every row is put together from the templates and word lists in this file; no real product and no real
 customer's words are involved. The same seed always gives the same bytes.
 
-    python scripts/make_reviews.py [--seed 7] [--out data/product_reviews]
+    python scripts/make_reviews.py [--seed 7] [--out jlora/quickstart]
 
 A product is a made-up name, a kind of thing and three of that kind's features. Each feature knows how a
 shop would list it, what a pleased customer would say about it and what an annoyed one would. A review is an
@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-DEFAULT_OUT = Path(__file__).resolve().parent.parent / "data" / "product_reviews"
+DEFAULT_OUT = Path(__file__).resolve().parent.parent / "jlora" / "quickstart"
 MOODS = ("positive", "neutral", "negative")
 TRAIN_VARIANTS = 2
 HELDOUT_VARIANTS = 1
@@ -802,7 +802,11 @@ def check(train: list[Row], heldout: list[Row]) -> None:
 
 
 README = """\
-# Synthetic product reviews
+# The quickstart's folder
+
+`quickstart.yaml` is the run's config, with its base beside it; `jlora train quickstart.yaml` trains it on these rows.
+
+## Synthetic product reviews
 
 `train.jsonl` has {train} rows and `heldout.jsonl` has {heldout}. Each row is a JSON object with
 `instruction` (one of three: write a positive, a neutral or a negative review; in equal numbers), `input` (a
@@ -821,7 +825,7 @@ are released under the project's Apache-2.0 licence.
 Because the reviews share their templates, a low loss on `heldout.jsonl` shows that a model has picked up this
 style. It says little about how well the model writes reviews in general.
 
-To make the files again (the same seed gives the same bytes):
+To make the files again, in a checkout of jlora (the same seed gives the same bytes):
 
     python scripts/make_reviews.py --seed {seed}
 """

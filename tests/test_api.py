@@ -154,9 +154,9 @@ def test_the_snippets_of_the_page_run(world, tmp_path, monkeypatch):
     """On a tiny base, for hardware that is here."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").mkdir()
-    for name in ("quickstart", "llama2_70b_2xh100"):
+    for name in ("quickstart", "configs/llama2_70b_2xh100"):
         text = (world / "c.yaml").read_text(encoding="utf-8").replace(str(world / "run"), str(tmp_path / "run"))
-        (tmp_path / "configs" / f"{name}.yaml").write_text(text, encoding="utf-8")
+        (tmp_path / f"{name}.yaml").write_text(text, encoding="utf-8")
     page = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
     snippets = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     assert len(snippets) == 3

@@ -23,13 +23,15 @@ from load_script import load_script
 from tiny import make_llama, make_rows, make_tokenizer, write_config
 
 from jlora import cli
-from jlora.__main__ import COMMANDS as MODULES
+from jlora.__main__ import COMMANDS as TYPED
 from jlora.config import load_config
 from jlora.data.tokens import CHAT_TEMPLATES
 from jlora.runtime import xla
 from jlora.training.run import train
 
 pytestmark = pytest.mark.prose
+
+MODULES = TYPED | {"evaluation": "jlora.evaluation.__main__"}
 
 ROOT = Path(__file__).parent.parent
 REPOSITORY = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["urls"]["Repository"]
@@ -124,7 +126,7 @@ def commands():
                     del words[1]
                 if words[:1] == ["jlora"] and words[1] in MODULES:
                     words = ["python", "-m", f"jlora.{words[1]}", *words[2:]]
-                if words and words[0] not in ("for", "done", "do"):
+                if words and words[0] not in ("for", "done", "do", "cd"):
                     found.append((page.name, words))
     return found
 
@@ -154,9 +156,10 @@ def test_every_other_command_is_known():
             if config != "C":
                 load_config(ROOT / config, [word for word in words if re.match(r"[a-z_]+(\.\w+)*=", word)])
         elif words[0] == "pip":
-            for found in re.findall(r"\.\[([\w,]+)\]", " ".join(words)):
+            for found in re.findall(r"(?:\.|jlora)\[([\w,]+)\]", " ".join(words)):
                 assert set(found.split(",")) <= extras.keys(), words
-            assert not any(word.startswith("jlora") for word in words), "an index may hold another package of that name"
+            ours = [word for word in words if word.startswith("jlora")]
+            assert all(word.endswith(f" @ git+{REPOSITORY}") for word in ours), "an index may hold another of that name"
         else:
             known = words[0] in FOREIGN or words[:3] == ["python3", "-m", "venv"]
             assert known or words[:2] == ["python", "llama.cpp/convert_hf_to_gguf.py"], (page, words)
@@ -203,7 +206,8 @@ def test_command_is_as_the_parser_has_it(page, words, monkeypatch, capfd, world)
     assert "--config" not in arguments, "pages name the config first"
     parse(module, arguments, monkeypatch, capfd)
     if module in CONFIGURED and not arguments[0].startswith("-"):
-        config = ROOT / arguments[0]
+        folder = ROOT / "jlora" / "quickstart" if arguments[0] == "quickstart.yaml" else ROOT
+        config = folder / arguments[0]
         overrides = [word for word in arguments if re.match(r"[a-z_]+(\.\w+)*=", word)]
         load_config(config if config.is_file() else world / "config.yaml", overrides)
 
@@ -235,7 +239,7 @@ def on_tiny_inputs(words, world):
     module, arguments = words[2], words[3:]
     # Their own tests run them: a config, a training for each point of a curve, another program's tasks.
     taken = ("distributed.", "objective.", "data.format=")
-    if module in ("jlora.plan", "jlora.init", "jlora.effort", "jlora.harness") or any(
+    if module in ("jlora.quickstart", "jlora.plan", "jlora.init", "jlora.effort", "jlora.evaluation") or any(
         word.startswith(taken) for word in words
     ):
         return None
@@ -308,41 +312,26 @@ def test_command_runs_on_tiny_inputs(words, world, tmp_path, monkeypatch, capfd)
 
 
 def test_notebook_runs_on_the_tiny_model(world, tmp_path, monkeypatch, capfd):
-    """Its code cells in order, with the settings' values replaced; git, pip and cd are left out."""
+    """Its code cells in order, with the settings' values replaced; the installation is left out."""
     notebook = json.loads((ROOT / "docs" / "quickstart.ipynb").read_text(encoding="utf-8"))
     assert notebook["nbformat"] == 4 and all(cell["id"] for cell in notebook["cells"])
     assert not any(cell.get("outputs") for cell in notebook["cells"])
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(xla, "use_huge_pages", lambda: None)
-    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+    monkeypatch.chdir(tmp_path)
     shown = []
     fake = types.ModuleType("IPython.display")
     fake.IFrame = lambda *given: shown.append(given)
     monkeypatch.setitem(sys.modules, "IPython", types.ModuleType("IPython"))
     monkeypatch.setitem(sys.modules, "IPython.display", fake)
     few = str(world / "few.jsonl")
-    tiny = {"BASE": world / "base", "ROWS": few, "HELD_OUT": few, "RUN": tmp_path / "run", "STEPS": 2, "TOKENS": 3}
+    tiny = {"BASE": str(world / "base"), "ROWS": few, "HELD_OUT": few, "STEPS": 2, "TOKENS": 3}
     scope: dict[str, object] = {"__name__": "__main__"}
-
-    def shell(line):
-        program, command, *arguments = shlex.split(line)
-        assert program == "jlora", line
-        monkeypatch.setattr(sys, "argv", [command, *arguments])
-        with pytest.raises(SystemExit) as exit:
-            importlib.import_module(MODULES[command]).main()
-        assert not exit.value.code, capfd.readouterr().err
-
-    for cell in notebook["cells"]:
-        if cell["cell_type"] != "code":
-            continue
-        for part in re.split(r"^([!%].*)$", "".join(cell["source"]), flags=re.MULTILINE):
-            if not part.startswith(("!", "%")):
-                exec(compile(part, "cell", "exec"), scope)  # noqa: S102, our own cell
-            elif not part[1:].startswith(("git ", "pip ", "cd ")):
-                shell(part[1:].format(**scope))
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert "".join(cells[0]["source"]).splitlines()[-1].startswith("%pip install ")
+    for cell in cells[1:]:
+        exec(compile("".join(cell["source"]), "cell", "exec"), scope)  # noqa: S102, our own cell
         if "parameters" in cell["metadata"].get("tags", ()):
             assert scope.keys() >= tiny.keys()
-            scope |= {name: value if isinstance(value, int) else str(value) for name, value in tiny.items()}
+            scope |= tiny
     assert shown and shown[0][0].startswith("data:text/html;base64,")
-    assert (tmp_path / "run-peft" / "adapter_config.json").is_file()
+    assert (tmp_path / "runs" / "notebook-peft" / "adapter_config.json").is_file()
     assert capfd.readouterr().out.count("AFTER: ") == 3

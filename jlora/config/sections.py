@@ -213,7 +213,11 @@ class TrainingSection(Section):
         description="rows, held-out ones if there are, that are answered before and after training, for report.html; "
         "on one device alone",
     )
-    wandb: str | None = Field(None, description="Weights & Biases project to log to; needs the wandb package")
+    wandb: str | None = Field(None, description="Weights & Biases project to log to; needs the extra wandb")
+    mlflow: str | None = Field(
+        None, description="MLflow experiment to log to, where MLFLOW_TRACKING_URI says; needs the extra mlflow"
+    )
+    trackio: str | None = Field(None, description="trackio project to log to; needs the extra trackio")
 
     @property
     def exports_best(self) -> bool:

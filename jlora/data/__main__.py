@@ -21,8 +21,7 @@ def main() -> None:
     cli.add_config_arguments(parser)
     parser.add_argument("--rows", type=int, default=ROWS, metavar="N", help=f"rows shown; default {ROWS}")
     parser.add_argument("--html", type="path", metavar="FILE", help="write a page that opens offline")
-    parser.add_argument("-q", "--quiet", action="store_true", help="errors alone")
-    parser.add_argument("--json", action="store_true", help="one JSON object")
+    cli.add_output_arguments(parser, json="one JSON object")
     args = parser.parse_intermixed_args()
 
     def body() -> int:

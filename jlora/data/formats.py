@@ -47,6 +47,8 @@ OTHER_NAMES: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "text": {"text": ("content",)},
 }
+# What a row that is yet to be answered must have, where that is less.
+ASKED = {"alpaca": ("instruction",), "completion": ("prompt",)}
 # What other trainers read beside text, and what rows of some format have.
 MEDIA = frozenset({"image", "images", "video", "videos", "audio", "audios"})
 KNOWN = frozenset({
@@ -57,10 +59,14 @@ KNOWN = frozenset({
 MOST_NAMED, LONGEST_NAME = 8, 40
 
 
-def format_of(row: dict[str, Any]) -> str | None:
-    """The format whose columns a row has, most of them under their own names; None where it has those of none."""
+def format_of(row: dict[str, Any], answered: bool = True) -> str | None:
+    """The format whose columns a row has, most of them under their own names; None where it has those of none.
+
+    Args:
+      answered: those of the answer are among them.
+    """
     found = []
-    for name, columns in COLUMNS.items():
+    for name, columns in (COLUMNS if answered else COLUMNS | ASKED).items():
         if None not in (sources := [_source(row, column, OTHER_NAMES[name], {}) for column in columns]):
             own = sum(source == column for source, column in zip(sources, columns, strict=True)) / len(columns)
             found.append((own, name))
@@ -94,6 +100,7 @@ class Columns:
 
     Attributes:
       format: of the rows. given: column -> its name in the rows, as `data.columns` has it.
+      answered: rows hold their answers.
       renamed: (name in the rows, column) -> rows. unused: name -> rows that have something there which is not read.
 
     Raises:
@@ -102,6 +109,7 @@ class Columns:
 
     format: str
     given: Mapping[str, str]
+    answered: bool = True
     renamed: Counter[tuple[str, str]] = field(default_factory=Counter)
     unused: Counter[str] = field(default_factory=Counter)
 
@@ -119,6 +127,7 @@ class Columns:
         """
         required, others = COLUMNS[self.format], OTHER_NAMES[self.format]
         own = (*required, *OPTIONAL[self.format])
+        required = required if self.answered else ASKED.get(self.format, required)
         used = {column: _source(row, column, others, self.given) for column in own}
         for column in required:
             if column in self.given and row.get(self.given[column]) is None:

@@ -37,7 +37,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         names = args.compare or []
         if names:
             args.adapter = names[0]  # whose run says how rows are read
-        model, section = open_model(args)
+        model, section = open_model(args, args.data)
         pretrained = model.pretrained
         changes = {"max_length": args.max_length, "train_on": args.train_on, "on_bad_row": args.on_bad_row}
         section = section.model_copy(update={k: v for k, v in changes.items() if v is not None})

@@ -12,7 +12,7 @@ RUN_FILES = (
     *(".lock", ".shared", "config.yaml", "metrics.jsonl", "samples.json", "summary.json", "report.html"),
     *("effort.json", "effort.html", "effort.png"),
 )
-RUN_FOLDERS = ("adapter", "checkpoints", "quarantine", "tensorboard", "wandb")
+RUN_FOLDERS = ("adapter", "checkpoints", "quarantine", "tensorboard", "wandb", "mlflow", "trackio")
 
 
 def expand_home(path: str) -> str:

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from jlora.config import DataSection
+from jlora.data.formats import format_of
+from jlora.data.rows import read_rows
 from jlora.errors import ModelError
 from jlora.hf.pretrained import Pretrained, base_of, load_pretrained, open_adapter, open_pretrained, run_config
 from jlora.model import quant
@@ -57,12 +59,17 @@ def open_adapted(
         return Adapted(pretrained, open_adapter(adapter, pretrained), compute)
 
 
-def open_model(args: argparse.Namespace) -> tuple[Adapted, DataSection]:
-    """The model that a command line names, and how its rows are read: as asked for, as the run did, or by default."""
+def open_model(args: argparse.Namespace, rows: str | None) -> tuple[Adapted, DataSection]:
+    """The model that a command line names, and how its rows are read: as asked for, as the run did, or as they are.
+
+    Args:
+      rows: where they come from, if not from the command line.
+    """
     base = args.base or base_of(args.adapter)
     run = run_config(args.adapter)
     chosen = {
-        "format": args.format or (run.data.format if run else args.own_format),
+        "split": args.split,
+        "format": args.format or (run.data.format if run else _format_of(rows, args.split)),
         "prompt": args.prompt_style or (run.data.prompt if run else "stanford"),
         "chat_template": args.chat_template or (run.data.chat_template if run else None),
     }
@@ -74,3 +81,11 @@ def open_model(args: argparse.Namespace) -> tuple[Adapted, DataSection]:
         if args.base or Path(base).exists():
             raise
         raise ModelError(f"{error}; if the base of {args.adapter} has moved, say where it lies with --base") from None
+
+
+def _format_of(source: str | None, split: str) -> str:
+    """By the columns of the first row, which need not hold an answer; a text alone is completed."""
+    if source is None:
+        return "completion"
+    first = next((row.value for row in read_rows(source, split) if isinstance(row.value, dict)), {})
+    return format_of(first) or format_of(first, answered=False) or DataSection.model_fields["format"].default

@@ -9,8 +9,9 @@ from typing import Any
 import jax
 
 from jlora.config import DataSection
+from jlora.data.formats import Columns, rows_of
 from jlora.data.prompts import encode_prompt
-from jlora.data.rows import BadRow, Row, read_rows
+from jlora.data.row import BadRow, Row
 from jlora.errors import ConfigError, DataError
 from jlora.files.atomic import strict_json
 from jlora.files.text import clean
@@ -20,19 +21,18 @@ from jlora.inference.model import open_model
 from jlora.model.sharding import one_device_mesh
 
 
-def read_prompts(args: argparse.Namespace, format: str) -> list[Row]:
+def read_prompts(args: argparse.Namespace, section: DataSection) -> list[Row]:
     """Rows to answer: the one on the command line, or a file's."""
     if args.prompts:
         rows = []
-        for row in read_rows(args.prompts, "train"):
-            if isinstance(row.value, BadRow) or not isinstance(row.value, dict):
-                reason = row.value.message if isinstance(row.value, BadRow) else "not a JSON object"
-                raise DataError(f"{row.where}: {reason}; fix it")
+        for row in rows_of(args.prompts, section, Columns(section.format, section.columns, answered=False)):
+            if isinstance(row.value, BadRow):
+                raise DataError(f"{row.where}: {row.value.message}; fix it")
             rows.append(row)
         if not rows:
             raise DataError(f"{args.prompts}: holds no prompt")
         return rows
-    return [Row("--prompt", row_of(args.prompt, format))]
+    return [Row("--prompt", row_of(args.prompt, section.format))]
 
 
 def row_of(prompt: str, format: str) -> dict[str, Any]:
@@ -51,7 +51,7 @@ def prompted(args: argparse.Namespace) -> None:
       UserError: of base, adapter and prompts, as where they are read.
     """
     with jax.set_mesh(one_device_mesh()):
-        model, section = open_model(args)
+        model, section = open_model(args, args.prompts)
         if not args.quiet and not args.json:
             print(f"format {section.format}, prompt style {section.prompt}", file=sys.stderr)
         sampling = Sampling(args.temperature, args.top_p)
@@ -62,7 +62,7 @@ def prompted(args: argparse.Namespace) -> None:
 def answer_rows(args: argparse.Namespace, run: Any, section: DataSection, pretrained: Pretrained) -> None:
     """Answer prompts in batches and print them in order."""
     rows, encoded = [], []
-    for row in read_prompts(args, section.format):
+    for row in read_prompts(args, section):
         rows.append(row.value)
         try:
             encoded.append(encode_prompt(pretrained.tokenizer, row.value, format=section.format, prompt=section.prompt))

@@ -29,6 +29,8 @@ FREE_KEYS = {
     "training.keep_checkpoints",
     "training.max_nonfinite_steps",
     "training.wandb",
+    "training.mlflow",
+    "training.trackio",
 }
 # Keys whose change leaves nothing to resume from: the checkpoint's leaves have other shapes, or another meaning.
 FIXED_KEYS = {

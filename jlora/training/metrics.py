@@ -1,14 +1,13 @@
-"""Where a run's numbers go: metrics.jsonl, TensorBoard, Weights & Biases and the progress line."""
+"""Where a run's numbers go: metrics.jsonl, trackers and the progress line."""
 
-import importlib.util
 import json
 import math
 import os
-import secrets
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,12 @@ import jax
 
 from jlora.config import TrainingSection
 from jlora.data.packing import Epochs
-from jlora.errors import ConfigError, NonFiniteError
+from jlora.errors import NonFiniteError
 from jlora.files.atomic import open_own, strict_json, write_text
-from jlora.reports.run_files import read_records, read_text
+from jlora.files.secrets import redact
+from jlora.reports.run_files import read_records
 from jlora.training.progress import ProgressLine
+from jlora.training.trackers import Tracker
 
 # What a step was skipped for, by its metric `skip`; and how many of its rows a sentence names.
 SKIPS = (None, "the loss, the gradients or the update are not finite", "the loss is a spike")
@@ -27,29 +28,27 @@ NAMED_ROWS = 8
 
 
 class MetricsLog:
-    """Appends one JSON object a logged step, and mirrors its numbers to TensorBoard and W&B."""
+    """Appends one JSON object a logged step, and tells its numbers to the trackers."""
 
-    def __init__(self, run_dir: Path, resume_step: int, wandb_project: str | None, config: dict[str, Any], main: bool):
+    def __init__(self, run_dir: Path, resume_step: int, trackers: dict[str, Tracker] | None, main: bool = True):
         """Open the log, or go on with it.
 
         Args:
           resume_step: lines of later steps, written before a crash, are dropped.
+          trackers: by name; closed with the log.
           main: False writes nothing.
         """
         self._main = main
         if not main:
             return
-        self._wandb = _start_wandb(wandb_project, run_dir, config) if wandb_project else None
+        self._trackers = dict(trackers or {})
         self._path = run_dir / "metrics.jsonl"
-        kept = [line for line in read_metrics(self._path) if line["step"] <= resume_step] if resume_step else []
+        lines = read_metrics(self._path) if resume_step else []
+        kept = [line for line in lines if line["step"] <= resume_step]
+        # What was told before a crash is not told again.
+        self._told = {(line["step"], name) for line in lines[len(kept) :] for name in line}
         write_text(self._path, "".join(json.dumps(line) + "\n" for line in kept))
         self._stream = os.fdopen(open_own(self._path, os.O_WRONLY | os.O_APPEND), "a", encoding="utf-8")
-        from tensorboardX import SummaryWriter
-
-        # A name that nobody has yet: its own, of a second, would cut the file of a start in the same one.
-        suffix = f".{secrets.token_hex(4)}"
-        folder = str(run_dir / "tensorboard")
-        self._tensorboard = SummaryWriter(folder, purge_step=resume_step + 1, filename_suffix=suffix)
 
     def write(self, line: dict[str, Any]) -> None:
         """Log one object; `step` is its x value."""
@@ -61,57 +60,28 @@ class MetricsLog:
         except OSError as error:  # a stream does not say which file it is
             error.filename = str(self._path)
             raise
+        step = line["step"]
         numbers = {k: v for k, v in line.items() if k != "step" and isinstance(v, int | float)}
-        for name, value in numbers.items():
-            self._tensorboard.add_scalar(name, value, line["step"])
-        if self._wandb is not None:
-            self._wandb.log(numbers, step=line["step"])
+        news = {name: value for name, value in numbers.items() if (step, name) not in self._told}
+        for name, tracker in list(self._trackers.items()):
+            self._tell(name, partial(tracker.log, numbers if tracker.rewinds else news, step))
 
     def close(self) -> None:
         """Flush everything."""
         if not self._main:
             return
         self._stream.close()
-        self._tensorboard.close()
-        if self._wandb is not None:
-            self._wandb.finish()
+        for name, tracker in list(self._trackers.items()):
+            self._tell(name, tracker.close)
 
-
-def require_wandb(project: str | None) -> None:
-    """Fail before the base is read, if a run is to be logged to Weights & Biases and cannot be.
-
-    Raises:
-      ConfigError: wandb is not installed, or would ask who logs in where nobody is there to answer.
-    """
-    if not project:
-        return
-    if importlib.util.find_spec("wandb") is None:
-        raise ConfigError("training.wandb is set, but wandb is not installed; pip install wandb, or set it to null")
-    import wandb
-
-    online = os.environ.get("WANDB_MODE", "online") == "online"
-    if online and not wandb.api.api_key and not (sys.stdin.isatty() and sys.stderr.isatty()):
-        raise ConfigError(
-            "training.wandb is set, but nobody is logged in to Weights & Biases; run `wandb login`, set WANDB_API_KEY, "
-            "or WANDB_MODE=offline"
-        )
-
-
-def _start_wandb(project: str, run_dir: Path, config: dict[str, Any]) -> Any:
-    import wandb
-
-    name, kept = run_dir.resolve().name, run_dir / "wandb" / "jlora-id"
-    # Made once and kept: runs of one name in several folders are several, and so is one begun anew.
-    run_id = read_text(kept).strip()
-    if not run_id:
-        run_id = secrets.token_hex(8)
-        kept.parent.mkdir(exist_ok=True)
-        write_text(kept, run_id)
-    try:
-        return wandb.init(project=project, dir=str(run_dir), config=config, resume="allow", id=run_id, name=name)
-    except wandb.Error as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ConfigError(f"training.wandb={project}: Weights & Biases refuses the run ({reason})") from None
+    def _tell(self, name: str, call: Callable[[], None]) -> None:
+        """A tracker that fails, such as one whose server is gone, is no reason to end a run."""
+        try:
+            call()
+        except Exception as error:  # of a library of others'
+            del self._trackers[name]
+            reason = redact(" ".join(str(error).split())[:200])
+            print(f"warning: {name} is told no more ({reason}); metrics.jsonl has all figures", file=sys.stderr)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

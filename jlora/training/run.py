@@ -34,7 +34,7 @@ from jlora.training.folder import (
     require_trained,
 )
 from jlora.training.identity import require_one_job
-from jlora.training.metrics import MetricsLog, StepMeter, require_wandb
+from jlora.training.metrics import MetricsLog, StepMeter
 from jlora.training.opening import Run, announce, open_run, resume
 from jlora.training.progress import ProgressLine
 from jlora.training.samples import Samples
@@ -45,6 +45,7 @@ from jlora.training.step import (
     make_train_step,
 )
 from jlora.training.summary import measured, rows_of
+from jlora.training.trackers import open_trackers, require_trackers
 
 
 def train(
@@ -69,7 +70,7 @@ def train(
     distributed.start(cfg.distributed)
     mesh = make_mesh(cfg.mesh, jax.devices())
     check_batch_split(cfg, mesh)
-    require_wandb(cfg.training.wandb)
+    require_trackers(cfg.training)
     folder = make_run_dir(cfg)
     watch = Watch(cfg.distributed.step_timeout)  # before the processes compare anything: one that differs ends all
     main = distributed.is_main()
@@ -100,7 +101,8 @@ def loop(run: Run, until: int | None, quiet: bool) -> StepMeter:
       NonFiniteError: too many steps were skipped; ConfigError: a checkpoint could not be saved.
     """
     cfg, num_steps = run.cfg, run.num_steps
-    log = MetricsLog(run.folder, run.start, cfg.training.wandb, cfg.model_dump(), distributed.is_main())
+    main = distributed.is_main()
+    log = MetricsLog(run.folder, run.start, open_trackers(cfg, run.folder, run.start) if main else None, main)
     progress = ProgressLine(num_steps, run.start, quiet, run.eval_every)
     meter = StepMeter(log, progress, run.epochs, cfg.training, run.tokens, num_steps, run.callbacks.on_step)
     announce(run, progress)

@@ -25,7 +25,7 @@ def test_evaluate_gives_the_final_loss_of_the_run(world):
 
 def test_evaluate_without_the_adapter_gives_the_loss_before(world, here):
     code, out, err = here(
-        *("evaluate", "--base", world / "base", "--data", world / "eval.jsonl"),  # alpaca, the config's default
+        *("evaluate", "--base", world / "base", "--data", world / "eval.jsonl"),  # alpaca, by its columns
         *("--dtype", "float32", "--max-length", 320, "--json", "-q"),
     )
     assert (code, err) == (0, "")
@@ -52,3 +52,15 @@ def test_evaluate_counts_what_it_drops(world, here, tmp_path):
     result = json.loads(out)
     assert (code, result["rows"]) == (0, 6)
     assert result["dropped"] == {"malformed_json": 1, "missing_field": 1}
+
+
+def test_without_a_run_rows_are_read_by_their_columns(world, here, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"prompt": "Say", "completion": " blue."}) + "\n", encoding="utf-8")
+    common = ("evaluate", "--base", world / "base", "--data", rows, "--dtype", "float32", "--json", "-q")
+    found = here(*common)
+    assert found[0] == 0 and found == here(*common, "--format", "completion")
+    asked = ("generate", "--base", world / "base", "--max-new-tokens", 2, "--dtype", "float32", "--prompts", rows)
+    rows.write_text(json.dumps({"instruction": "Say blue."}) + "\n", encoding="utf-8")
+    found = here(*asked)
+    assert found[0] == 0 and found[2].startswith("format alpaca,") and found == here(*asked, "--format", "alpaca")

@@ -12,7 +12,7 @@ from jlora.files import manifest
 
 
 def test_export_of_the_adapter(world, here, tmp_path):
-    code, out, err = here("export", "--run", world / "run", "--out", tmp_path / "a", "--verify", "--json", "-q")
+    code, out, err = here("export", "--adapter", world / "run", "--out", tmp_path / "a", "--verify", "--json", "-q")
     assert (code, err) == (0, "")
     result = json.loads(out)
     assert (result["kind"], result["step"], result["out"]) == ("adapter", 4, str(tmp_path / "a"))
@@ -24,7 +24,7 @@ def test_export_of_the_adapter(world, here, tmp_path):
 
 
 def test_export_of_an_earlier_step(world, here, tmp_path):
-    code, out, _ = here("export", "--run", world / "run", "--out", tmp_path / "deep" / "a", "--step", 2)
+    code, out, _ = here("export", "--adapter", world / "run", "--out", tmp_path / "deep" / "a", "--step", 2)
     assert code == 0 and "step 2" in out and str(tmp_path / "deep" / "a") in out
     name = "adapter_model.safetensors"
     early, final = load_file(tmp_path / "deep" / "a" / name), load_file(world / "run" / "adapter" / name)
@@ -37,11 +37,11 @@ def test_export_of_the_best_step(world, here, tmp_path):
     for step, loss in ((2, 1.0), (4, 2.0)):
         folder = run / "checkpoints" / str(step)
         manifest.write(folder, manifest.read(folder) | {"eval_loss": loss})
-    code, out, err = here("export", "--run", run, "--out", tmp_path / "best", "--step", "best", "--json", "-q")
+    code, out, err = here("export", "--adapter", run, "--out", tmp_path / "best", "--step", "best", "--json", "-q")
     assert (code, err) == (0, "") and json.loads(out)["step"] == 2
     for step in (2, 4):
         manifest.write(run / "checkpoints" / str(step), {"step": step, "eval_loss": None})
-    code, _, err = here("export", "--run", run, "--out", tmp_path / "none", "--step", "best")
+    code, _, err = here("export", "--adapter", run, "--out", tmp_path / "none", "--step", "best")
     assert code == 4 and "no checkpoint has a held-out loss" in one_sentence(err)
 
 
@@ -49,7 +49,7 @@ def test_export_of_the_best_step(world, here, tmp_path):
 def test_merged_export_is_a_base_of_its_own(world, here, tmp_path, dtype):
     out = tmp_path / "merged"
     code, printed, err = here(
-        "export", "--run", world / "run", "--out", out, "--merge", "--dtype", dtype, "--json", "-q"
+        "export", "--adapter", world / "run", "--out", out, "--merge", "--dtype", dtype, "--json", "-q"
     )
     assert (code, err) == (0, "")
     assert json.loads(printed)["dtype"] == dtype
@@ -64,21 +64,21 @@ def test_merged_export_is_a_base_of_its_own(world, here, tmp_path, dtype):
 
 
 def test_quiet_export_prints_nothing(world, here, tmp_path):
-    assert here("export", "--run", world / "run", "--out", tmp_path / "a", "-q") == (0, "", "")
+    assert here("export", "--adapter", world / "run", "--out", tmp_path / "a", "-q") == (0, "", "")
 
 
 @pytest.mark.parametrize(
     ("arguments", "expected", "words"),
     [
-        (["--run", "{tmp}/none"], 4, "not a run folder"),
-        (["--run", "{world}/base"], 4, "not a run folder"),
-        (["--run", "{world}/run", "--step", "3"], 4, "no checkpoint of step 3; it has 2, 4"),
-        (["--run", "{world}/run", "--step", "0"], 4, "no checkpoint of step 0"),
-        (["--run", "{world}/run", "--step", "last"], 2, "--step"),
-        (["--run", "{world}/run", "--merge", "--verify"], 2, "leave --merge out"),
-        (["--run", "{world}/run", "--out", "{world}/base"], 2, "exists and is not an empty folder"),
-        (["--run", "{world}/run", "--out", "{world}/rows.jsonl"], 2, "exists and is not an empty folder"),
-        (["--run", "{world}/run", "--out", "{world}/rows.jsonl/out"], 2, "cannot be made"),
+        (["--adapter", "{tmp}/none"], 4, "not a run folder"),
+        (["--adapter", "{world}/base"], 4, "not a run folder"),
+        (["--adapter", "{world}/run", "--step", "3"], 4, "no checkpoint of step 3; it has 2, 4"),
+        (["--adapter", "{world}/run", "--step", "0"], 4, "no checkpoint of step 0"),
+        (["--adapter", "{world}/run", "--step", "last"], 2, "--step"),
+        (["--adapter", "{world}/run", "--merge", "--verify"], 2, "leave --merge out"),
+        (["--adapter", "{world}/run", "--out", "{world}/base"], 2, "exists and is not an empty folder"),
+        (["--adapter", "{world}/run", "--out", "{world}/rows.jsonl"], 2, "exists and is not an empty folder"),
+        (["--adapter", "{world}/run", "--out", "{world}/rows.jsonl/out"], 2, "cannot be made"),
     ],
 )
 def test_bad_export(world, here, tmp_path, arguments, expected, words):
@@ -98,7 +98,7 @@ def test_export_of_a_run_whose_base_has_changed(world, here, tmp_path):
     make_tokenizer(tmp_path / "base")
     config = tmp_path / "run" / "config.yaml"
     config.write_text(config.read_text().replace(str(world / "base"), str(tmp_path / "base")))
-    code, _, err = here("export", "--run", tmp_path / "run", "--out", tmp_path / "out")
+    code, _, err = here("export", "--adapter", tmp_path / "run", "--out", tmp_path / "out")
     assert code == 4 and "another base" in one_sentence(err)
 
 
@@ -108,10 +108,10 @@ def test_damaged_checkpoint_is_not_exported(world, here, tmp_path):
     shutil.copytree(world / "run", run)
     [array] = [file for file in (run / "checkpoints" / "4" / "state").rglob("d/*")][:1]
     array.write_bytes(array.read_bytes()[:-1])
-    code, _, err = here("export", "--run", run, "--step", 4, "--out", tmp_path / "out")
+    code, _, err = here("export", "--adapter", run, "--step", 4, "--out", tmp_path / "out")
     assert code == 4 and "checkpoints/4: the checkpoint is damaged (state/" in one_sentence(err)
     assert not (tmp_path / "out").exists()
-    code, out, err = here("export", "--run", run, "--out", tmp_path / "out")
+    code, out, err = here("export", "--adapter", run, "--out", tmp_path / "out")
     assert code == 0 and "of step 2" in out
     assert "checkpoints/4: the checkpoint is damaged" in err and "passed over; step 2 is taken" in err
     assert (run / "checkpoints" / "4").is_dir() and not (run / "quarantine").exists()
@@ -123,16 +123,16 @@ def test_a_moved_base_is_named(world, here, tmp_path):
     shutil.copytree(world / "run", run)
     config = run / "config.yaml"
     config.write_text(config.read_text().replace(str(world / "base"), str(tmp_path / "gone")))
-    code, _, err = here("export", "--run", run, "--out", tmp_path / "a", "-q")
+    code, _, err = here("export", "--adapter", run, "--out", tmp_path / "a", "-q")
     assert code == 4 and "gone: no such folder" in err and "say where it lies with --base" in err
-    assert here("export", "--run", run, "--out", tmp_path / "a", "--base", world / "base", "-q") == (0, "", "")
+    assert here("export", "--adapter", run, "--out", tmp_path / "a", "--base", world / "base", "-q") == (0, "", "")
     written = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
     assert written["base_model_name_or_path"] == str(world / "base")
 
 
 @pytest.mark.parametrize("flags", [("--combination", "cat"), ("--rank", 2), ("--dtype", "float16")])
 def test_flags_that_do_not_apply_are_refused(world, here, tmp_path, flags):
-    code, _, err = here("export", "--run", world / "run", "--out", tmp_path / "a", *flags)
+    code, _, err = here("export", "--adapter", world / "run", "--out", tmp_path / "a", *flags)
     assert code == 2 and flags[0] in err and not (tmp_path / "a").exists()
 
 

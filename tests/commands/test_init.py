@@ -45,7 +45,7 @@ def test_a_row_of_no_format():
 def test_the_config_trains_as_it_stands(world, here, tmp_path, monkeypatch, format):
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "mine.jsonl", many(format, ""))
-    code, out, err = here("init", "--data", "mine.jsonl", "--model", world / "base")
+    code, out, err = here("init", "--data", "mine.jsonl", "--base", world / "base")
     assert (code, err) == (0, "") and "80 rows" in out and "jlora train mine.yaml" in out
     cfg = load_config("mine.yaml")
     assert (cfg.data.format, cfg.data.eval, cfg.output_dir) == (format, 0.1, "runs/mine")
@@ -62,7 +62,7 @@ def test_the_config_trains_as_it_stands(world, here, tmp_path, monkeypatch, form
 def test_held_out_rows_of_ones_own_and_a_name(world, here, tmp_path):
     out = tmp_path / "run.yaml"
     rows, held_out = (write(tmp_path / name, many("completion", name)) for name in ("rows.jsonl", "others.jsonl"))
-    arguments = ("--data", rows, "--model", world / "base", "--eval", held_out, "--out", out)
+    arguments = ("--data", rows, "--base", world / "base", "--eval", held_out, "--out", out)
     assert here("init", *arguments, "-q") == (0, "", "")
     assert load_config(out).data.eval == str(held_out)
     before = out.read_bytes()
@@ -81,7 +81,7 @@ def test_held_out_rows_of_ones_own_and_a_name(world, here, tmp_path):
 )
 def test_rows_that_no_config_fits(world, here, tmp_path, rows, code, words):
     path = write(tmp_path / "rows.jsonl", rows)
-    given = here("init", "--data", path, "--model", world / "base", "--out", tmp_path / "out.yaml")
+    given = here("init", "--data", path, "--base", world / "base", "--out", tmp_path / "out.yaml")
     assert given[0] == code and words in one_sentence(given[2])
     assert not (tmp_path / "out.yaml").exists()
 

@@ -19,6 +19,7 @@ CONFIG_ERRORS = [
     ("training.gradient_accumulation_steps=3", ["batch_size 4", "3 equal parts", "divisor"]),
     ("mesh.data=1009", ["mesh data=1009", "devices"]),
     ("training.wandb=project", ["training.wandb", "pip install wandb"]),
+    ("training.comet=project", ["unknown key 'training.comet'"]),
     ("output_dir={world}/rows.jsonl", ["output_dir", "rows.jsonl", "set another"]),
     ("output_dir={world}/rows.jsonl/run", ["output_dir", "rows.jsonl/run", "set another"]),
     ("data.prompt=chat", ["no chat template", "data.chat_template"]),

@@ -1,6 +1,7 @@
 """The quickstart's base, a real chat model of 135M parameters, from its GGUF file to an adapter in PEFT."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +23,8 @@ from jlora.inference.model import Adapted
 from jlora.model.sharding import one_device_mesh
 
 ROOT = Path(__file__).parents[2]
-PROMPTS = ROOT / "data" / "product_reviews" / "prompts.jsonl"
+QUICKSTART = ROOT / "jlora" / "quickstart"
+PROMPTS = QUICKSTART / "prompts.jsonl"
 
 pytestmark = needs_smollm2
 
@@ -47,9 +49,11 @@ def torch_model(pretrained):
 
 def train(output_dir: Path, *overrides: str) -> dict:
     """A run of the quickstart's config; its summary."""
-    command = [sys.executable, "-m", "jlora.train", "--config", "configs/quickstart.yaml", "--json", "-q"]
+    command = [sys.executable, "-m", "jlora.train", "--config", "quickstart.yaml", "--json", "-q"]
     command += [f"model.path={SMOLLM2}", f"output_dir={output_dir}", *overrides]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        command, cwd=QUICKSTART, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True
+    )
     return json.loads(done.stdout)
 
 
@@ -57,7 +61,7 @@ def train(output_dir: Path, *overrides: str) -> dict:
 def short_run(tmp_path_factory) -> tuple[Path, dict]:
     """Four small steps; held-out loss on the first six held-out rows."""
     folder = tmp_path_factory.mktemp("smollm2")
-    lines = (ROOT / "data/product_reviews/heldout.jsonl").read_text().splitlines()[:6]
+    lines = (QUICKSTART / "heldout.jsonl").read_text().splitlines()[:6]
     (folder / "heldout.jsonl").write_text("\n".join(lines) + "\n")
     small = ("training.max_steps=4", "training.batch_size=1", "data.max_length=288", "optimizer.warmup_steps=0")
     return folder / "run", train(folder / "run", f"data.eval={folder / 'heldout.jsonl'}", *small)

@@ -7,7 +7,7 @@ import pytest
 
 from jlora.__main__ import COMMANDS
 
-HEAVY = ("jax", "numpy", "transformers", "datasets", "rich", "jinja2", "matplotlib")
+HEAVY = ("jax", "numpy", "transformers", "datasets", "rich", "jinja2", "matplotlib", "argcomplete")
 CALL = """
 import importlib, sys
 module, sys.argv = sys.argv[1], sys.argv[1:]

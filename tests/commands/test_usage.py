@@ -20,6 +20,7 @@ ANSWERING = [
     *("--prompt-style", "--max-new-tokens", "--batch-size", "-q", "--json"),
 ]
 FLAGS = {
+    "quickstart": ["--base", "-q"],
     "train": ["--config", "--fresh", "-q", "--json"],
     "generate": [*ANSWERING, "--prompt", "--prompts", "--chat", "--temperature", "--top-p", "--seed"],
     "evaluate": [
@@ -30,12 +31,12 @@ FLAGS = {
         *("-q", "--json"),
     ],
     "export": [
-        *("--run", "--adapters", "--base", "--combination", "--rank", "--step", "--out", "--merge", "--dtype"),
+        *("--adapter", "--adapters", "--base", "--combination", "--rank", "--step", "--out", "--merge", "--dtype"),
         *("--cost", "--verify", "-q", "--json"),
     ],
-    "report": ["--out"],
+    "report": ["--out", "-q"],
     "runs": ["--json"],
-    "init": ["--data", "--model", "--eval", "--out", "-q"],
+    "init": ["--data", "--base", "--eval", "--out", "-q"],
     "config": ["--schema", "--from", "--devices", "--out", "--json"],
 }
 
@@ -91,6 +92,40 @@ def test_every_flag_in_the_help_is_known_here(here, command):
     assert found <= {*FLAGS[command], "--help", "--quiet"}
 
 
+@pytest.fixture
+def options(here, monkeypatch):
+    """Of a command, each flag with what the help says of it and its default."""
+
+    def of(command):
+        parsers = []
+        with monkeypatch.context() as patch:
+            patch.setattr(cli.Parser, "print_help", lambda self: parsers.append(self))
+            here(command, "--help")
+        return {action.option_strings[-1]: (action.help, action.default) for action in parsers[0]._actions[1:]
+                if action.option_strings}  # fmt: skip
+
+    return of
+
+
+def test_quiet_means_the_same_in_all_commands(options):
+    meant = {command: options(command).get("--quiet") for command in FLAGS}
+    assert {command for command, what in meant.items() if what is None} == {"runs", "config"}
+    assert len(set(meant.values())) == 2
+
+
+def test_flags_of_generate_and_of_evaluate_are_the_same_with_the_same_defaults(options):
+    ours, theirs = options("generate"), options("evaluate")
+    both = ours.keys() & theirs.keys()
+    assert both == {*ANSWERING, "--quiet"} - {"-q"}
+    assert {flag for flag in both if ours[flag] != theirs[flag]} == {"--json"}
+
+
+def test_earlier_names_of_flags_work(world, here, tmp_path):
+    assert here("export", "--run", world / "run", "--out", tmp_path / "a", "-q") == (0, "", "")
+    made = ("init", "--data", world / "rows.jsonl", "--out", tmp_path / "c.yaml", "-q")
+    assert here(*made, "--model", world / "base") == (0, "", "") and (tmp_path / "c.yaml").is_file()
+
+
 def test_console_script_carries_the_commands(here):
     code, out, _ = here("__main__", "--help")
     assert code == 0 and all(command in out for command in FLAGS)
@@ -102,9 +137,9 @@ def test_console_script_carries_the_commands(here):
 
 
 def test_console_script_as_a_program():
-    done = shell("__main__", "export", "--run")
+    done = shell("__main__", "export", "--adapter")
     assert done.returncode == 2 and one_sentence(done.stderr) == done.stderr.rstrip("\n")
-    assert "argument --run" in done.stderr and "--help" in done.stderr
+    assert "argument --adapter" in done.stderr and "--help" in done.stderr
 
 
 # Usage
@@ -138,7 +173,7 @@ def test_console_script_as_a_program():
         (["evaluate", "--base", "{world}/base", "--data", "x", "--max-length", "1"], "--max-length"),
         (["evaluate", "--base", "{world}/base", "--data", "x", "--batch-size", "0"], "--batch-size"),
         (["evaluate", "--base", "{world}/base", "--data", "x", "--dtype", "int3"], "--dtype"),
-        (["export", "--out", "x"], "--run"),
+        (["export", "--out", "x"], "--adapter"),
         (["__main__"], "COMMAND"),
         (["__main__", "trian"], "trian"),
         (["config", "--bogus"], "--bogus"),

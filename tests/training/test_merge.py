@@ -55,7 +55,7 @@ def merged_in_a_process(run: Path, out: Path) -> int:
     In one process the second would hold the programs that were compiled for the first, too.
     """
     environment = os.environ | {"JAX_PLATFORMS": "cuda"}  # of which there is none
-    command = [sys.executable, "-c", MERGE, "--run", run, "--out", out, "--merge", "--dtype", "bfloat16", "-q"]
+    command = [sys.executable, "-c", MERGE, "--adapter", run, "--out", out, "--merge", "--dtype", "bfloat16", "-q"]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stderr
     return 1024 * int(done.stdout)

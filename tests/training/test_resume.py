@@ -271,7 +271,7 @@ def test_a_line_separator_in_a_row_does_not_cut_its_line(tmp_path):
     """Names of files go into the log, and JSON lets U+2028 stand in a string."""
     line = {"step": 1, "loss": 2.5, "rows": ["of\u2028two lines.jsonl:1"]}
     for resume_step in (0, 1):
-        log = MetricsLog(tmp_path, resume_step, None, {}, main=True)
+        log = MetricsLog(tmp_path, resume_step, None)
         if not resume_step:
             log.write(line)
         log.close()

@@ -22,6 +22,7 @@ from jlora.reports.run import write_report
 from jlora.training.metrics import MetricsLog
 from jlora.training.run import train
 from jlora.training.sweep import train_together
+from jlora.training.trackers import open_trackers
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -79,7 +80,7 @@ def test_an_export_leaves_what_lies_beside_it(run_dir, tmp_path, command, more):
     (tmp_path / "m").mkdir()
     for name in ("m.old", "m.partial"):
         earlier(tmp_path / name)
-    code, err = command("export", "--run", run_dir, "--out", tmp_path / "m", "-q", *more)
+    code, err = command("export", "--adapter", run_dir, "--out", tmp_path / "m", "-q", *more)
     assert code == 0, err
     for name in ("m.old", "m.partial"):
         assert (tmp_path / name / "mine").read_text(encoding="utf-8") == "precious"
@@ -97,7 +98,7 @@ def test_two_exports_into_one_folder(run_dir, tmp_path, command, monkeypatch):
         return equal(*args, **kwargs)
 
     monkeypatch.setattr(verify, "require_equal", other_is_faster)
-    code, err = command("export", "--run", run_dir, "--out", tmp_path / "m", "--merge", "-q")
+    code, err = command("export", "--adapter", run_dir, "--out", tmp_path / "m", "--merge", "-q")
     assert code == 2 and err.startswith(f"error: {tmp_path}/m: something is there by now") and err.count("\n") == 1
     assert [path.name for path in (tmp_path / "m").iterdir()] == ["mine"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m", "run"]
@@ -108,7 +109,7 @@ def test_an_export_on_a_full_disk_leaves_nothing(run_dir, tmp_path, command, mon
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr("jlora.hf.peft.serialize", full)
-    code, err = command("export", "--run", run_dir, "--out", tmp_path / "m", "-q")
+    code, err = command("export", "--adapter", run_dir, "--out", tmp_path / "m", "-q")
     assert code == 2 and err.startswith(f"error: {tmp_path}/m: No space left on device; make room"), err
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
@@ -181,7 +182,7 @@ def test_a_link_or_pipe_in_a_run_folder_is_refused(world, run_dir, tmp_path, com
     code, err = command("report", run_dir)
     assert code == 2 and err.startswith(f"error: {words}")
     if (run_dir / "config.yaml").is_file():
-        code, err = command("export", "--run", run_dir, "--out", tmp_path / "m")
+        code, err = command("export", "--adapter", run_dir, "--out", tmp_path / "m")
         assert code == 4 and err.startswith(f"error: {words}")
         with pytest.raises(ModelError, match="link|is not a "):
             run_config(run_dir)
@@ -242,9 +243,9 @@ def test_the_run_folder_itself_may_be_a_link(world, run_dir, tmp_path):
     assert run_dir.is_symlink() and (tmp_path / "disk" / "adapter" / WEIGHTS).is_file()
 
 
-def test_starts_within_a_second_have_their_own_events(tmp_path):
+def test_starts_within_a_second_have_their_own_events(world, tmp_path):
     for _ in range(2):
-        log = MetricsLog(tmp_path, 0, None, {}, True)
+        log = MetricsLog(tmp_path, 0, open_trackers(config_of(world, tmp_path), tmp_path, 0))
         log.write({"step": 1, "loss": 1.0})
         log.close()
     events = list((tmp_path / "tensorboard").iterdir())

@@ -95,7 +95,7 @@ def test_a_run_that_overfits_stops_and_leaves_its_best_weights(tiny, overfitted,
         *(best, best),
         losses[best],
     )
-    code, _, err = here("export", "--run", run, "--step", "best", "--out", tmp_path / "best", "-q")
+    code, _, err = here("export", "--adapter", run, "--step", "best", "--out", tmp_path / "best", "-q")
     assert (code, err) == (0, "")
     ours, theirs = weights(run / "adapter"), weights(tmp_path / "best")
     assert ours.keys() == theirs.keys() and all((ours[name] == theirs[name]).all() for name in ours)

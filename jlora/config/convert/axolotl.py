@@ -17,7 +17,7 @@ SPEED = "is how Axolotl computes the same; jlora chooses its own (model.attentio
 SHARING = "devices share the work by mesh, without a file of its own"
 RESTARTS = "a jlora run resumes by itself from output_dir's last checkpoint"
 HUB = "jlora uploads nothing; the adapter lies in output_dir/adapter"
-LOGS = "metrics.jsonl and TensorBoard are always written; for Weights & Biases set training.wandb"
+LOGS = "metrics.jsonl and TensorBoard are always written; for others set training.wandb, mlflow or trackio"
 EVALS = "set training.evals_per_epoch or eval_every"
 SAVES = "set training.saves_per_epoch or save_every"
 

@@ -13,7 +13,7 @@ FAMILIES = ("llama2", "code_llama2", "llama3", "llama3_1", "llama3_2", "llama3_3
 SPEED = "is how torchtune computes the same; jlora compiles its step always"
 FILES = "the base is read from its folder as it is, whatever its files are called"
 RESTARTS = "a jlora run goes on by itself from output_dir's last checkpoint"
-LOGS = "metrics.jsonl and TensorBoard are always written; for Weights & Biases set training.wandb"
+LOGS = "metrics.jsonl and TensorBoard are always written; for others set training.wandb, mlflow or trackio"
 
 # Builders of data sets: the hub's name where one is fixed, our format, and what else is to be said.
 Builder = tuple[str | None, str, str | None]

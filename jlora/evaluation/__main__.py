@@ -1,10 +1,9 @@
-"""`python -m jlora.harness`: the command line of EleutherAI's lm-evaluation-harness, with the model `jlora`.
+"""`python -m jlora.evaluation`: the command line of EleutherAI's lm-evaluation-harness, with the model `jlora`.
 
-`python -P -m jlora.harness --model jlora --model_args base=BASE,adapter=RUN --tasks ...`. Needs the extra `harness`.
+`python -P -m jlora.evaluation --model jlora --model_args base=BASE,adapter=RUN --tasks ...`. Needs the extra `harness`.
 """
 
 from jlora import cli
-from jlora.evaluation.harness import JloraLM as JloraLM
 from jlora.evaluation.harness import require_harness
 
 
