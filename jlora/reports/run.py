@@ -4,6 +4,7 @@ from pathlib import Path
 
 from jlora.reports.charts import Chart, Line, chart, smoothed, thinned
 from jlora.reports.figures import drawable, mapping, shown
+from jlora.reports.heading import heading
 from jlora.reports.page import render, write_page
 from jlora.reports.run_files import RunFiles, read_run
 
@@ -22,15 +23,14 @@ def write_report(run_dir: Path, out: Path | None = None) -> Path:
     """
     run = read_run(Path(run_dir))
     path = out or Path(run_dir) / "report.html"
-    status, steps = str(run.summary.get("status")), run.steps
-    note = f"last logged step {max(steps):,.0f}" if steps else "no metrics yet"
-    note += f"; unreadable metric lines ignored: {run.unreadable:,}" if run.unreadable else ""
+    status = str(run.summary.get("status"))
     page = render(
         "report.html",
         run=run,
+        facts=heading(run),
         state=status if status in STATUS else "",
         status=STATUS.get(status, status),
-        note=note,
+        note=_note(run),
         change=_change(run),
         share=_share(run),
         charts=_charts(run),
@@ -42,6 +42,22 @@ def write_report(run_dir: Path, out: Path | None = None) -> Path:
     )
     write_page(path, page)
     return path
+
+
+def _note(run: RunFiles) -> str:
+    """What a reader has to know before the figures."""
+    (before, after), steps, notes = map(drawable, run.held_out()), run.steps, []
+    if run.summary.get("status") != "finished":
+        notes.append(f"last logged step {max(steps):,.0f}" if steps else "no metrics yet")
+    if run.summary.get("stopped_early") is True:
+        notes.append("stopped early: the held-out loss fell no more")
+    if run.summary.get("exported_step") not in (None, run.num_steps()):
+        notes.append(f"the adapter is that of step {shown(run.summary['exported_step'])}")
+    elif before is not None and after is not None and after > before:
+        notes.append("training raised the held-out loss")
+    if run.unreadable:
+        notes.append(f"unreadable metric lines ignored: {run.unreadable:,}")
+    return "; ".join(notes)
 
 
 def _change(run: RunFiles) -> str:
@@ -58,9 +74,10 @@ def _share(run: RunFiles) -> str:
 def _data(run: RunFiles) -> list[tuple[str, str]]:
     rows, tokens = run.summary["rows"], run.summary["tokens"]
     dropped = {f"dropped: {reason}": count for reason, count in mapping(rows.get("dropped")).items()}
-    counted = {key: rows[key] for key in ("read", "used") if key in rows}
+    names = {"read": "read", "used": "trained on", "eval": "held out"}
+    counted = {name: rows[key] for key, name in names.items() if key in rows}
     counted |= dropped or ({"dropped": rows["dropped"] or 0} if "dropped" in rows else {})
-    counted |= {"truncated": rows["truncated"]} if "truncated" in rows else {}
+    counted |= {"cut at the end": rows["truncated"]} if "truncated" in rows else {}
     return [(f"Rows {name}", shown(count)) for name, count in counted.items()] + [
         (f"Tokens, {name}", shown(tokens[name])) for name in ("trained", "total") if name in tokens
     ]

@@ -30,6 +30,7 @@ class RunFiles:
       series: values by step of each of `KEYS`; bytes in GiB.
       summary: summary.json, empty where there is none yet; each of `MAPPINGS` is one, and samples are mappings.
       config: config.yaml as it stands.
+      changed: when metrics.jsonl was last written, in seconds since 1970; None where there is none.
     """
 
     name: str
@@ -38,6 +39,7 @@ class RunFiles:
     series: dict[str, list[Point]]
     summary: dict[str, Any]
     config: str
+    changed: float | None
 
     def figure(self, key: str, logged: str) -> Any:
         """A figure of the summary, or else the last value logged."""
@@ -79,7 +81,16 @@ def read_run(run_dir: Path) -> RunFiles:
     samples = summary.get("samples")
     summary |= {"samples": [each for each in samples if mapping(each)] if isinstance(samples, list) else []}
     summary |= {key: mapping(summary.get(key)) for key in MAPPINGS}
-    return RunFiles(run_dir.resolve().name, records, unreadable, series, summary, read_text(run_dir / "config.yaml"))
+    config, changed = read_text(run_dir / "config.yaml"), changed_at(run_dir / "metrics.jsonl")
+    return RunFiles(run_dir.resolve().name, records, unreadable, series, summary, config, changed)
+
+
+def changed_at(path: Path) -> float | None:
+    """When a file was last written, in seconds since 1970; None where there is none."""
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return None
 
 
 def read_text(path: Path) -> str:

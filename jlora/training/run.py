@@ -44,7 +44,7 @@ from jlora.training.step import (
     count_trained,
     make_train_step,
 )
-from jlora.training.summary import measured, rows_of
+from jlora.training.summary import measured, origin, rows_of
 
 
 def train(
@@ -194,6 +194,7 @@ def finish(run: Run, meter: StepMeter, began: float) -> dict[str, Any]:
         "hashes": run.identity["hashes"],
         "history": run.identity.get("history", []),
         "adapter": str(run.folder / "adapter") if exported else None,
+        **origin(began),
         "wall_seconds": time.monotonic() - began,
         **measured(run.folder, meter, run.compiled),
     }
