@@ -48,6 +48,8 @@ class Page(HTMLParser):
                 kind = attrs.get("class") or ""
             elif tag == "path" and chart:
                 out.setdefault(chart, {})[attrs.get("class") or kind] = attrs.get("d") or ""
+            elif tag == "circle" and chart:
+                out.setdefault(chart, {}).setdefault(kind, "")
         return out
 
 

@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from jlora.reports.charts import Chart, Line, chart, smoothed, thinned
+from jlora.reports.cards import Card, sample_cell, turns_of
+from jlora.reports.charts import MOST_DOTS, Chart, Line, chart, smoothed
 from jlora.reports.figures import drawable, mapping, shown
 from jlora.reports.heading import heading
 from jlora.reports.page import render, write_page
@@ -35,6 +36,7 @@ def write_report(run_dir: Path, out: Path | None = None) -> Path:
         share=_share(run),
         charts=_charts(run),
         data=_data(run),
+        cards=_cards(run),
         origin=[
             *((f"{name} version", value) for name, value in run.summary["versions"].items()),
             *((f"{name} hash", value) for name, value in run.summary["hashes"].items()),
@@ -83,22 +85,36 @@ def _data(run: RunFiles) -> list[tuple[str, str]]:
     ]
 
 
+def _cards(run: RunFiles) -> list[Card]:
+    """The samples: before, after, and what the row itself says."""
+    cards = []
+    for sample in run.summary["samples"]:
+        texts = {"before": "Before", "after": "After", "wanted": "In the data"}
+        cells = [
+            sample_cell(name, sample, key, None if key == "wanted" else sample.get("wanted"))
+            for key, name in texts.items()
+            if key in sample or key != "wanted"
+        ]
+        cards.append(Card("Prompt", turns_of(sample), cells))
+    return cards
+
+
 def _charts(run: RunFiles) -> list[Chart]:
     # A log that begins late (a resumed run) is not squeezed into a corner by an axis from zero.
     first, last = min(run.steps, default=0.0), max(run.steps, default=0.0)
     x_low = first if last / 2 < first < last else min(0.0, first)
     x_range = (x_low, max(last, x_low + 1))
-    series = {key: thinned(points) for key, points in run.series.items()}
-    loss, span = [Line("train", "train", series["loss"])], max(5, len(run.series["loss"]) // 20)
-    if len(run.series["loss"]) >= 5:
-        smooth = thinned(smoothed(run.series["loss"], span))
+    series, held_out = run.series, run.series["eval_loss"]
+    loss, span = [Line("train", "train", series["loss"])], max(5, len(series["loss"]) // 20)
+    if len(series["loss"]) >= 5:
+        smooth = smoothed(series["loss"], span)
         loss = [Line("train raw", "train", series["loss"]), Line("train", f"smoothed (EMA, {span} logs)", smooth)]
-    loss.append(Line("eval", "held-out", series["eval_loss"], marked=len(series["eval_loss"]) <= 60))
-    memory = [Line("train", "host", series["host_bytes"]), Line("eval", "device", series["device_bytes"])]
+    # A line through few points would say what the loss was between them.
+    few = len(held_out) <= MOST_DOTS
+    loss.append(Line("eval", "held-out", held_out, marked=few, joined=not few))
     return [
         chart("Loss", "nats per token", loss, x_range),
         chart("Learning rate", "learning rate", [Line("train", "", series["learning_rate"])], x_range),
         chart("Gradient norm", "global L2 norm", [Line("train", "", series["grad_norm"])], x_range),
         chart("Speed", "tokens per second", [Line("train", "", series["tokens_per_second"])], x_range),
-        chart("Memory", "GiB", [line for line in memory if line.points], x_range),
     ]

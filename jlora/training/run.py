@@ -264,4 +264,5 @@ def make_samples(run: Run, progress: ProgressLine) -> Samples | None:
         progress.say("training.samples is left out: rows are answered on one device alone")
     if not count or run.mesh.size > 1:
         return None
-    return Samples(run.folder, run.eval_data or run.train_data, count, run.pretrained, run.forward.dtype)
+    rows, longest = run.eval_data or run.train_data, run.cfg.data.longest
+    return Samples(run.folder, rows, count, run.pretrained, run.forward.dtype, longest)
