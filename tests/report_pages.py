@@ -48,6 +48,8 @@ class Page(HTMLParser):
                 kind = attrs.get("class") or ""
             elif tag == "path" and chart:
                 out.setdefault(chart, {})[attrs.get("class") or kind] = attrs.get("d") or ""
+            elif tag == "circle" and chart:
+                out.setdefault(chart, {}).setdefault(kind, "")
         return out
 
 
@@ -67,7 +69,10 @@ def train_line(step: int, **changes: object) -> dict[str, object]:
 
 SUMMARY = {
     "status": "finished",
+    "started": "2026-11-29T10:01:12",
+    "command": "jlora train configs/of-a-long-name/that-somebody-gave-it.yaml lora.rank=8 optimizer.learning_rate=2e-4",
     "steps": 40,
+    "epochs": 1.5,
     "skipped_steps": 3,
     "train_loss": 1.5321,
     "eval_loss": 1.75,

@@ -10,6 +10,7 @@ import jax
 
 from jlora.config import DataSection, ObjectiveSection
 from jlora.data import encoding
+from jlora.data.turns import Turn, turns
 from jlora.errors import ConfigError
 from jlora.evaluation.scores import answer_and_score, describe_scores, require_scores
 from jlora.files.paths import short_names
@@ -76,7 +77,8 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
             if not args.json:
                 print_result(result, alone=not names)
     if args.html:
-        write_comparison(Path(args.html), f"Answers to {Path(args.data).name}", results, questions)
+        prompts = [(turns(pretrained.tokenizer, q.ids) or [Turn("", q.shown)], q.reference) for q in questions]
+        write_comparison(Path(args.html), f"Answers to {Path(args.data).name}", results, prompts)
     counts = {"truncated": dataset.truncated, "dropped": dict(dataset.dropped)}
     return {"models": results} | counts if names else results[0] | counts
 

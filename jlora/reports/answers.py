@@ -1,10 +1,12 @@
 """The page of `evaluate --html`: several models' answers to the same prompts side by side, and how they score."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from jlora.inference.answers import Question
+from jlora.data.turns import Turn
+from jlora.files.text import counted
+from jlora.reports.cards import Card, Cell, marked, whole
 from jlora.reports.page import render, write_page
 
 # Figure -> its column's head, how it is written, and which of all is the best.
@@ -22,27 +24,31 @@ COLUMNS: Columns = {
     "mean_tokens": ("Tokens an answer", "{:.1f}", None),
 }
 Table = tuple[list[str], list[list[str]], list[int | None]]
-Said = tuple[str, str, str]  # who said it, the text, and how it scores
 
 
-def write_comparison(path: Path, title: str, results: list[dict[str, Any]], questions: list[Question]) -> None:
+def write_comparison(
+    path: Path, title: str, results: list[dict[str, Any]], prompts: Sequence[tuple[Sequence[Turn], str]]
+) -> None:
     """Write the page whole or not at all.
 
     Args:
       results: one a model: {"model", "answers": [{"text", "rouge_l", "chrf", "exact_match", "ended"}, ...]} with the
         figures that are there of COLUMNS, and "rows" and "tokens" that the loss is over.
+      prompts: the turns of each, and the reference.
 
     Raises:
       ConfigError: it cannot be written there.
     """
     first = results[0]
-    lead = f"{len(questions)} prompts, each answered greedily by {len(results)} model{'s' * (len(results) > 1)}."
+    lead = (
+        f"{counted(len(prompts), 'prompt')}, each answered greedily by {len(results)} model{'s' * (len(results) > 1)}."
+    )
     if "tokens" in first:
         lead += f" Loss and tokens right: over {first['tokens']:,} trained tokens of {first['rows']:,} rows."
     summary = tabulated("Model", COLUMNS, [(result["model"], result) for result in results])
     cards = [
-        (question.shown, said(question.reference, [(result["model"], result["answers"][k]) for result in results]))
-        for k, question in enumerate(questions)
+        Card(f"Prompt {k + 1}", turns, said(reference, [(result["model"], result["answers"][k]) for result in results]))
+        for k, (turns, reference) in enumerate(prompts)
     ]
     page = render("answers.html", title=title, lead=lead, summary=summary, cards=cards)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -64,11 +70,11 @@ def tabulated(name: str, columns: Columns, results: list[tuple[str, dict[str, An
     return heads, rows, best
 
 
-def said(reference: str, answers: list[tuple[str, dict[str, Any]]]) -> list[Said]:
+def said(reference: str, answers: list[tuple[str, dict[str, Any]]]) -> list[Cell]:
     """What a row and models say to one prompt."""
-    texts = [("Reference", reference, "")]
+    cells = [Cell("Reference", whole(reference), wanted=True)]
     for name, answer in answers:
         scores = f"ROUGE-L {answer['rouge_l']:.3f}, chrF {answer['chrf']:.1f}"
         scores += ", equal to the reference" if answer["exact_match"] else ""
-        texts.append((name, answer["text"], scores + ("" if answer["ended"] else ", cut at the longest length")))
-    return texts
+        cells.append(Cell(name, marked(answer["text"], reference), scores, cut=not answer["ended"]))
+    return cells

@@ -4,8 +4,10 @@ Knows nothing of HTML, colours or runs.
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import ClassVar
 
 from jlora.reports.figures import compact
@@ -13,8 +15,11 @@ from jlora.reports.figures import compact
 Point = tuple[float, float | None]  # None is a value that cannot be drawn
 Spot = tuple[float, float]
 STEP = "training step"
+# A curve has at most so many points, dots at them where there are few, and places where its values are read off.
+MOST_POINTS, MOST_DOTS, MOST_READINGS = 600, 60, 48
 # Where a name may stand beside its spot, the first free place of them: its anchor, and how far to move it.
 PLACES = tuple((end, x, y) for x, y in ((7, 4), (4, -12), (4, 20), (4, -28), (4, 36)) for end in ("start", "end"))
+LONGEST = 26  # letters of a name beside a value
 LETTER = (7.5, 12)  # a letter's width and height at most
 
 
@@ -49,6 +54,20 @@ class Curve:
 
 
 @dataclass(frozen=True)
+class Reading:
+    """The values at one place of the x axis, shown while a reader points between `left` and `right`.
+
+    Attributes:
+      words: each with the kind of its line; the first says where.
+    """
+
+    left: float
+    right: float
+    x: float
+    words: list[tuple[str, str]]
+
+
+@dataclass(frozen=True)
 class Chart:
     """A chart in a box of `width` x `height`, y downwards; no ticks where there is nothing to draw.
 
@@ -57,6 +76,7 @@ class Chart:
       gaps: x of values that cannot be drawn.
       bars: x, y, width, height, and what each says.
       names: x, y, anchor (start or end) and text beside spots.
+      readings: side by side, over its whole width.
     """
 
     width: ClassVar = 400
@@ -76,9 +96,10 @@ class Chart:
     gaps: list[float] = field(default_factory=list)
     bars: list[tuple[float, float, float, float, str]] = field(default_factory=list)
     names: list[tuple[float, float, str, str]] = field(default_factory=list)
+    readings: list[Reading] = field(default_factory=list)
 
 
-def thinned(points: list[Point], limit: int = 600) -> list[Point]:
+def thinned(points: list[Point], limit: int = MOST_POINTS) -> list[Point]:
     """At most `limit` points: each bucket keeps its extremes and one gap, so that no spike is lost."""
     kept, buckets = [], limit // 3
     for b in range(buckets if len(points) > limit else 0):
@@ -146,6 +167,7 @@ def chart(
         gaps=[place(x, 0)[0] for x in gaps],
         bars=[_bar(place(start, count), place(end, 0), text) for start, end, count, text in bars],
         names=_beside([(place(x, y), name) for (x, y), name in named if y is not None]),
+        readings=_readings(lines, lambda x: place(x, 0)[0]) if across == STEP else [],
     )
 
 
@@ -178,8 +200,9 @@ def _curve(line: Line, place: Callable[[float, float], Spot], across: str, x_nam
     """A line broken at gaps. A point with no drawable neighbour gets a dot: a line would hide it."""
     runs: list[list[Spot]] = [[]]
     dots = []
-    edged = [(0.0, None), *line.points, (0.0, None)]
-    for number, ((_, before), (x, y), (_, after)) in enumerate(zip(edged, line.points, edged[2:], strict=False)):
+    points = thinned(line.points)
+    edged = [(0.0, None), *points, (0.0, None)]
+    for number, ((_, before), (x, y), (_, after)) in enumerate(zip(edged, points, edged[2:], strict=False)):
         if y is None:
             runs.append([])
             continue
@@ -188,6 +211,31 @@ def _curve(line: Line, place: Callable[[float, float], Spot], across: str, x_nam
             name = x_names[round(x)] if x_names else line.names[number] if line.names else f"{across} {x:,.0f}"
             dots.append((*runs[-1][-1], f"{name}: {y:.4g}"))
     return Curve(line.kind, line.label, [run for run in runs if run and line.joined], dots, line.marked)
+
+
+def _readings(lines: Sequence[Line], across: Callable[[float], float]) -> list[Reading]:
+    """Values to read off at some of the x that lines have points at: where most lines have one, and evenly spread."""
+    values = [{x: y for x, y in line.points if y is not None} for line in lines]
+    counts = Counter(x for known in values for x in known)
+    places: dict[int, float] = {}
+    for x in sorted(counts):
+        slot = round((across(x) - Chart.left) / (Chart.right - Chart.left) * (MOST_READINGS - 1))
+        if slot not in places or counts[x] > counts[places[slot]]:
+            places[slot] = x
+    chosen = [(x, across(x)) for x in places.values()]
+    ends = [round((one + other) / 2, 1) for (_, one), (_, other) in pairwise(chosen)]
+    edges = pairwise([Chart.left, *ends, Chart.right])
+    return [
+        Reading(left, right, spot, [("", f"step {x:,.0f}"), *_words(lines, values, x)])
+        for (x, spot), (left, right) in zip(chosen, edges, strict=False)
+    ]
+
+
+def _words(lines: Sequence[Line], values: list[dict[float, float]], x: float) -> list[tuple[str, str]]:
+    """What each line's value at x is; a long name keeps its end, which tells runs of one folder apart."""
+    names = [line.label if len(line.label) <= LONGEST else f"…{line.label[1 - LONGEST :]}" for line in lines]
+    known = [(line.kind, name, each[x]) for line, name, each in zip(lines, names, values, strict=True) if x in each]
+    return [(kind, f"{name} {value:.4g}".strip()) for kind, name, value in known]
 
 
 def _bar(top: Spot, foot: Spot, text: str) -> tuple[float, float, float, float, str]:

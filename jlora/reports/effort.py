@@ -6,9 +6,11 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
+from jlora.data.turns import Turn
 from jlora.files.atomic import write_bytes
 from jlora.files.paths import short_names
 from jlora.reports.answers import SCORES, Columns, said, tabulated
+from jlora.reports.cards import Card
 from jlora.reports.charts import Chart, Line, chart
 from jlora.reports.figures import drawable
 from jlora.reports.page import clean, render, write_page
@@ -69,7 +71,11 @@ def write_effort(folder: Path, settings: Record, results: list[Record]) -> None:
         tables={name: _tables(records) for name, records in by_base.items()},
         settings=settings,
         cards=[
-            (k + 1, asked[k]["prompt"], said(asked[k]["reference"], [(name, r["answers"][k]) for name, r in named]))
+            Card(
+                f"Prompt {k + 1}",
+                [Turn("", asked[k]["prompt"])],
+                said(asked[k]["reference"], [(name, r["answers"][k]) for name, r in named]),
+            )
             for k in shown([answer["prompt"] for answer in asked])
         ],
     )

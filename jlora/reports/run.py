@@ -2,8 +2,10 @@
 
 from pathlib import Path
 
-from jlora.reports.charts import Chart, Line, chart, smoothed, thinned
+from jlora.reports.cards import Card, sample_cell, turns_of
+from jlora.reports.charts import MOST_DOTS, Chart, Line, chart, smoothed
 from jlora.reports.figures import drawable, mapping, shown
+from jlora.reports.heading import heading
 from jlora.reports.page import render, write_page
 from jlora.reports.run_files import RunFiles, read_run
 
@@ -22,19 +24,19 @@ def write_report(run_dir: Path, out: Path | None = None) -> Path:
     """
     run = read_run(Path(run_dir))
     path = out or Path(run_dir) / "report.html"
-    status, steps = str(run.summary.get("status")), run.steps
-    note = f"last logged step {max(steps):,.0f}" if steps else "no metrics yet"
-    note += f"; unreadable metric lines ignored: {run.unreadable:,}" if run.unreadable else ""
+    status = str(run.summary.get("status"))
     page = render(
         "report.html",
         run=run,
+        facts=heading(run),
         state=status if status in STATUS else "",
         status=STATUS.get(status, status),
-        note=note,
+        note=_note(run),
         change=_change(run),
         share=_share(run),
         charts=_charts(run),
         data=_data(run),
+        cards=_cards(run),
         origin=[
             *((f"{name} version", value) for name, value in run.summary["versions"].items()),
             *((f"{name} hash", value) for name, value in run.summary["hashes"].items()),
@@ -42,6 +44,22 @@ def write_report(run_dir: Path, out: Path | None = None) -> Path:
     )
     write_page(path, page)
     return path
+
+
+def _note(run: RunFiles) -> str:
+    """What a reader has to know before the figures."""
+    (before, after), steps, notes = map(drawable, run.held_out()), run.steps, []
+    if run.summary.get("status") != "finished":
+        notes.append(f"last logged step {max(steps):,.0f}" if steps else "no metrics yet")
+    if run.summary.get("stopped_early") is True:
+        notes.append("stopped early: the held-out loss fell no more")
+    if run.summary.get("exported_step") not in (None, run.num_steps()):
+        notes.append(f"the adapter is that of step {shown(run.summary['exported_step'])}")
+    elif before is not None and after is not None and after > before:
+        notes.append("training raised the held-out loss")
+    if run.unreadable:
+        notes.append(f"unreadable metric lines ignored: {run.unreadable:,}")
+    return "; ".join(notes)
 
 
 def _change(run: RunFiles) -> str:
@@ -58,12 +76,27 @@ def _share(run: RunFiles) -> str:
 def _data(run: RunFiles) -> list[tuple[str, str]]:
     rows, tokens = run.summary["rows"], run.summary["tokens"]
     dropped = {f"dropped: {reason}": count for reason, count in mapping(rows.get("dropped")).items()}
-    counted = {key: rows[key] for key in ("read", "used") if key in rows}
+    names = {"read": "read", "used": "trained on", "eval": "held out"}
+    counted = {name: rows[key] for key, name in names.items() if key in rows}
     counted |= dropped or ({"dropped": rows["dropped"] or 0} if "dropped" in rows else {})
-    counted |= {"truncated": rows["truncated"]} if "truncated" in rows else {}
+    counted |= {"cut at the end": rows["truncated"]} if "truncated" in rows else {}
     return [(f"Rows {name}", shown(count)) for name, count in counted.items()] + [
         (f"Tokens, {name}", shown(tokens[name])) for name in ("trained", "total") if name in tokens
     ]
+
+
+def _cards(run: RunFiles) -> list[Card]:
+    """The samples: before, after, and what the row itself says."""
+    cards = []
+    for sample in run.summary["samples"]:
+        texts = {"before": "Before", "after": "After", "wanted": "In the data"}
+        cells = [
+            sample_cell(name, sample, key, None if key == "wanted" else sample.get("wanted"))
+            for key, name in texts.items()
+            if key in sample or key != "wanted"
+        ]
+        cards.append(Card("Prompt", turns_of(sample), cells))
+    return cards
 
 
 def _charts(run: RunFiles) -> list[Chart]:
@@ -71,17 +104,17 @@ def _charts(run: RunFiles) -> list[Chart]:
     first, last = min(run.steps, default=0.0), max(run.steps, default=0.0)
     x_low = first if last / 2 < first < last else min(0.0, first)
     x_range = (x_low, max(last, x_low + 1))
-    series = {key: thinned(points) for key, points in run.series.items()}
-    loss, span = [Line("train", "train", series["loss"])], max(5, len(run.series["loss"]) // 20)
-    if len(run.series["loss"]) >= 5:
-        smooth = thinned(smoothed(run.series["loss"], span))
+    series, held_out = run.series, run.series["eval_loss"]
+    loss, span = [Line("train", "train", series["loss"])], max(5, len(series["loss"]) // 20)
+    if len(series["loss"]) >= 5:
+        smooth = smoothed(series["loss"], span)
         loss = [Line("train raw", "train", series["loss"]), Line("train", f"smoothed (EMA, {span} logs)", smooth)]
-    loss.append(Line("eval", "held-out", series["eval_loss"], marked=len(series["eval_loss"]) <= 60))
-    memory = [Line("train", "host", series["host_bytes"]), Line("eval", "device", series["device_bytes"])]
+    # A line through few points would say what the loss was between them.
+    few = len(held_out) <= MOST_DOTS
+    loss.append(Line("eval", "held-out", held_out, marked=few, joined=not few))
     return [
         chart("Loss", "nats per token", loss, x_range),
         chart("Learning rate", "learning rate", [Line("train", "", series["learning_rate"])], x_range),
         chart("Gradient norm", "global L2 norm", [Line("train", "", series["grad_norm"])], x_range),
         chart("Speed", "tokens per second", [Line("train", "", series["tokens_per_second"])], x_range),
-        chart("Memory", "GiB", [line for line in memory if line.points], x_range),
     ]

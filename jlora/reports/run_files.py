@@ -12,12 +12,8 @@ from jlora.files.theirs import MAX_LOG, text_of_theirs
 from jlora.reports.charts import Point
 from jlora.reports.figures import drawable, mapping
 
-KEYS = (
-    *("loss", "eval_loss", "learning_rate", "grad_norm", "tokens_per_second", "skipped_steps"),
-    *("host_bytes", "device_bytes"),
-)
+KEYS = ("loss", "eval_loss", "learning_rate", "grad_norm", "tokens_per_second", "skipped_steps")
 MAPPINGS = ("rows", "tokens", "peak_memory_bytes", "versions", "hashes")
-GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -27,9 +23,10 @@ class RunFiles:
     Attributes:
       name: its folder's.
       records: the usable lines of metrics.jsonl, and `unreadable` the number of others.
-      series: values by step of each of `KEYS`; bytes in GiB.
+      series: values by step of each of `KEYS`.
       summary: summary.json, empty where there is none yet; each of `MAPPINGS` is one, and samples are mappings.
       config: config.yaml as it stands.
+      changed: when metrics.jsonl was last written, in seconds since 1970; None where there is none.
     """
 
     name: str
@@ -38,6 +35,7 @@ class RunFiles:
     series: dict[str, list[Point]]
     summary: dict[str, Any]
     config: str
+    changed: float | None
 
     def figure(self, key: str, logged: str) -> Any:
         """A figure of the summary, or else the last value logged."""
@@ -71,15 +69,22 @@ def read_run(run_dir: Path) -> RunFiles:
     """Everything of a folder; each file may be missing or partial."""
     records, unreadable = read_records(run_dir / "metrics.jsonl")
     series = {key: series_of(records, key) for key in KEYS}
-    for key in ("host_bytes", "device_bytes"):
-        series[key] = [(step, None if value is None else value / GIB) for step, value in series[key]]
     summary = parse(read_text(run_dir / "summary.json")) or {}
     if "samples" not in summary and (early := parse(read_text(run_dir / "samples.json"))):
         summary |= early  # of a run that goes on: those before it
     samples = summary.get("samples")
     summary |= {"samples": [each for each in samples if mapping(each)] if isinstance(samples, list) else []}
     summary |= {key: mapping(summary.get(key)) for key in MAPPINGS}
-    return RunFiles(run_dir.resolve().name, records, unreadable, series, summary, read_text(run_dir / "config.yaml"))
+    config, changed = read_text(run_dir / "config.yaml"), changed_at(run_dir / "metrics.jsonl")
+    return RunFiles(run_dir.resolve().name, records, unreadable, series, summary, config, changed)
+
+
+def changed_at(path: Path) -> float | None:
+    """When a file was last written, in seconds since 1970; None where there is none."""
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return None
 
 
 def read_text(path: Path) -> str:

@@ -2,12 +2,12 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from jlora.config import yaml_scalar
 from jlora.config.keys import dotted
 from jlora.files.paths import short_names
-from jlora.reports.charts import Chart, Line, chart, smoothed, thinned
+from jlora.reports.cards import Card, sample_cell, turns_of
+from jlora.reports.charts import MOST_DOTS, Chart, Line, chart, smoothed
 from jlora.reports.figures import compact, drawable, duration, loss, memory, perplexity, shown
 from jlora.reports.page import render
 from jlora.reports.run_files import RunFiles, read_run
@@ -19,9 +19,6 @@ CURVES = (
     ("eval_loss", "Held-out loss", "nats per token"),
     ("learning_rate", "Learning rate", "learning rate"),
     ("grad_norm", "Gradient norm", "global L2 norm"),
-    ("tokens_per_second", "Speed", "tokens per second"),
-    ("host_bytes", "Host memory", "GiB"),
-    ("device_bytes", "Device memory", "GiB"),
 )
 HEADS = (
     *("Run", "Held-out loss", "Held-out perplexity", "Train loss", "Steps", "Tokens/s", "Wall time"),
@@ -70,9 +67,8 @@ def _charts(runs: list[RunFiles]) -> list[Chart]:
             points = run.series[key]
             if key == "loss" and len(points) >= 5:
                 points = smoothed(points, max(5, len(points) // 20))
-            lines.append(Line(f"c{number}", run.name, thinned(points)))
-        if key != "device_bytes" or any(line.points for line in lines):
-            charts.append(chart(title, unit, lines, x_range))
+            lines.append(Line(f"c{number}", run.name, points, marked=key == "eval_loss" and len(points) <= MOST_DOTS))
+        charts.append(chart(title, unit, lines, x_range))
     return charts
 
 
@@ -83,12 +79,18 @@ def _differences(runs: list[RunFiles]) -> list[list[str]]:
     return [row for row in rows if len({*row[1:]}) > 1]
 
 
-def _samples(runs: list[RunFiles]) -> list[tuple[str, list[tuple[str, Any, str]]]]:
-    """The answers to each prompt of the first run that others were given, too."""
+def _samples(runs: list[RunFiles]) -> list[Card]:
+    """The answers to each prompt of the first run that others were given, too, words unlike its own marked."""
     told = [(run.name, {str(sample.get("prompt")): sample for sample in run.summary["samples"]}) for run in runs]
     out = []
     for prompt, sample in told[0][1].items():
-        after = [(f"After: {name}", mine[prompt].get("after"), "") for name, mine in told if prompt in mine]
+        after = [
+            sample_cell(f"After: {name}", mine[prompt], "after", sample.get("after") if name != told[0][0] else None)
+            for name, mine in told
+            if prompt in mine
+        ]
         if len(after) > 1:
-            out.append((prompt, [(f"Before training ({runs[0].name})", sample.get("before"), ""), *after]))
+            wanted = [sample_cell("In the data", sample, "wanted")] if "wanted" in sample else []
+            before = sample_cell(f"Before training ({runs[0].name})", sample, "before")
+            out.append(Card("Prompt", turns_of(sample), [*wanted, before, *after]))
     return out

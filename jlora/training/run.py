@@ -44,7 +44,7 @@ from jlora.training.step import (
     count_trained,
     make_train_step,
 )
-from jlora.training.summary import measured, rows_of
+from jlora.training.summary import measured, origin, rows_of
 from jlora.training.trackers import open_trackers, require_trackers
 
 
@@ -196,6 +196,7 @@ def finish(run: Run, meter: StepMeter, began: float) -> dict[str, Any]:
         "hashes": run.identity["hashes"],
         "history": run.identity.get("history", []),
         "adapter": str(run.folder / "adapter") if exported else None,
+        **origin(began),
         "wall_seconds": time.monotonic() - began,
         **measured(run.folder, meter, run.compiled),
     }
@@ -265,4 +266,5 @@ def make_samples(run: Run, progress: ProgressLine) -> Samples | None:
         progress.say("training.samples is left out: rows are answered on one device alone")
     if not count or run.mesh.size > 1:
         return None
-    return Samples(run.folder, run.eval_data or run.train_data, count, run.pretrained, run.forward.dtype)
+    rows, longest = run.eval_data or run.train_data, run.cfg.data.longest
+    return Samples(run.folder, rows, count, run.pretrained, run.forward.dtype, longest)

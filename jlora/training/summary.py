@@ -1,8 +1,11 @@
 """What a run says at its end: figures for summary.json and for people. Knows nothing of training."""
 
+import datetime
 import importlib.metadata
 import resource
+import shlex
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,7 @@ import jax
 
 from jlora.data.checks import count_sources
 from jlora.data.dataset import Dataset
+from jlora.files.secrets import redact
 from jlora.files.text import counted
 from jlora.reports.run_files import parse, read_text
 from jlora.training.auto_remat import peak_bytes
@@ -25,6 +29,22 @@ def rows_of(train_data: Dataset, eval_data: Dataset | None) -> dict[str, Any]:
         "truncated": train_data.truncated,
         "eval": len(eval_data.examples) if eval_data else 0,
         **({"sources": count_sources(train_data)} if train_data.parts else {}),
+    }
+
+
+def origin(began: float) -> dict[str, Any]:
+    """When the process began the run, and by which command; None of a Python program.
+
+    Args:
+      began: by `time.monotonic`.
+    """
+    program, started = Path(sys.argv[0]), time.time() - (time.monotonic() - began)
+    # `jlora train` sets its own name; `python -m jlora.train` is known by its file.
+    named = program.name if program.name.startswith("jlora ") else f"jlora {program.stem}"
+    ours = named == program.name or program.parent.name == "jlora"
+    return {
+        "started": datetime.datetime.fromtimestamp(started).isoformat(timespec="seconds"),
+        "command": redact(f"{named} {shlex.join(sys.argv[1:])}".strip()) if ours else None,
     }
 
 

@@ -59,7 +59,12 @@ def test_samples_before_and_after(world):
     """The first held-out rows, answered by the base and by what was trained, in the run folder and in its report."""
     samples = json.loads((world / "run" / "samples.json").read_text(encoding="utf-8"))["samples"]
     first = json.loads((world / "eval.jsonl").read_text(encoding="utf-8").splitlines()[0])
-    assert len(samples) == 2 and all(sample.keys() == {"prompt", "wanted", "before", "after"} for sample in samples)
+    assert len(samples) == 2 and all(
+        sample.keys() == {"prompt", "turns", "wanted", "before", "after", "cut"} for sample in samples
+    )
+    # A random base ends no answer, and rows are whole here.
+    assert all(sorted(sample["cut"]) == ["after", "before"] for sample in samples)
+    assert ["Instruction", first["instruction"]] in samples[0]["turns"]
     assert first["instruction"] in samples[0]["prompt"] and first["output"] not in samples[0]["prompt"]
     assert first["output"] in samples[0]["wanted"]
     assert [sample["before"] for sample in samples] != [sample["after"] for sample in samples]

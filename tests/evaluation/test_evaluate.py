@@ -16,11 +16,11 @@ from tiny import make_completions, make_llama, make_tokenizer
 from jlora.config import DataSection
 from jlora.data.prompts import encode_prompt, encode_row, reference_answer, shown_prompt
 from jlora.data.rows import BadRow
+from jlora.data.turns import Turn
 from jlora.errors import ConfigError, DataError
 from jlora.evaluation import scores
 from jlora.hf.pretrained import load_pretrained, open_adapter, open_pretrained
 from jlora.inference import answers
-from jlora.inference.answers import Question
 from jlora.inference.model import Adapted
 from jlora.model.sharding import one_device_mesh
 from jlora.reports import answers as answers_page
@@ -206,13 +206,13 @@ def test_hostile_rows_stay_text(tmp_path):
     answer = {"text": HOSTILE, "ended": False, "exact_match": 0.0, "rouge_l": 0.1, "chrf": 2.0, "tokens": 3}
     results = [{"model": HOSTILE, "loss": math.inf, "rouge_l": 0.5, "answers": [answer]}] * 2
     file = tmp_path / "page.html"
-    answers_page.write_comparison(file, HOSTILE, results, [Question(HOSTILE, [1], HOSTILE)])
+    answers_page.write_comparison(file, HOSTILE, results, [([Turn(HOSTILE, HOSTILE)], HOSTILE)])
     text = file.read_text(encoding="utf-8")
     shown = Page(text)
     assert shown.problems == []
     assert {tag for tag, _ in shown.tags} <= {
         *("html", "head", "meta", "title", "style", "body", "header", "h1", "h2", "h3", "p", "main", "pre"),
-        *("table", "thead", "tbody", "tr", "th", "td", "article", "small", "div"),
+        *("table", "thead", "tbody", "tr", "th", "td", "article", "small", "div", "b", "span", "mark"),
     }
     assert shown.text.count("alert(1)") == text.count("alert(1)") >= 6
     assert not re.search("[\x00\x1b\ud800\u202e]", text)

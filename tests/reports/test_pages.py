@@ -14,8 +14,8 @@ from report_pages import make_run
 from tiny import make_completions, make_llama, make_tokenizer, write_config
 
 from jlora.config import load_config
+from jlora.data.turns import Turn
 from jlora.evaluation.strategies import choose
-from jlora.inference.answers import Question
 from jlora.reports.answers import write_comparison
 from jlora.reports.data import render
 from jlora.reports.effort import write_effort
@@ -72,8 +72,8 @@ def figures(number: int) -> dict[str, Any]:
 def judged_page(folder: Path) -> Path:
     names = ("meta-llama/Llama-2-7b-hf", "runs/mine", "runs/another-with-a-long-name-of-many-words")
     results = [{"model": name, "rows": 60} | figures(number) for number, name in enumerate(names, 1)]
-    questions = [Question("Write a negative review for the following product. " * 3, [1], ANSWER)] * 2
-    write_comparison(folder / "judged.html", "heldout.jsonl", results, questions)
+    prompt = [Turn("system", "Write as customers do."), Turn("user", "Write a negative review of this product. " * 3)]
+    write_comparison(folder / "judged.html", "heldout.jsonl", results, [(prompt, ANSWER)] * 2)
     return folder / "judged.html"
 
 
@@ -95,8 +95,8 @@ def effort_page(folder: Path) -> Path:
 
 # A page more is a line more: who makes it, in an empty folder, and how many charts it has.
 PAGES: dict[str, tuple[Callable[[Path], Path], int]] = {
-    "report": (report_page, 5),
-    "compared": (compared_page, 6),
+    "report": (report_page, 4),
+    "compared": (compared_page, 4),
     "data": (data_page, 2),
     "judged": (judged_page, 0),
     "effort": (effort_page, 4),
