@@ -5,6 +5,14 @@ B batch, T query length, S key/value length, D embed, N query heads, K key/value
 H head dim, F mlp, V vocab, L layers, R rank.
 """
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from jlora.api import Run as Run
+    from jlora.api import finetune as finetune
+    from jlora.api import open_run as open_run
+    from jlora.api import plan_for as plan_for
+
 __version__ = "0.1.0"
 
 _API = ("Run", "finetune", "open_run", "plan_for")

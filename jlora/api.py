@@ -135,7 +135,8 @@ class Run:
         from jlora.evaluate import check_arguments, make_parser
         from jlora.evaluation.measure import evaluate
 
-        known = vars(make_parser().parse_args(["--data", str(data), "--adapter", str(self.folder), "--json", "-q"]))
+        known = make_parser().defaults()
+        known |= {"data": str(data), "adapter": str(self.folder), "json": True, "quiet": True}
         if unknown := options.keys() - known.keys():
             raise ConfigError(f"evaluate takes no {sorted(unknown)[0]}; see jlora evaluate --help")
         args = argparse.Namespace(**known | options)

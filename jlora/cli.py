@@ -74,6 +74,10 @@ class Parser(argparse.ArgumentParser):
 
             argcomplete.autocomplete(self)
 
+    def defaults(self) -> dict[str, Any]:
+        """Every argument as it is where a command line leaves it out; for programs, whose streams stay as they are."""
+        return {action.dest: action.default for action in self._actions if action.dest != "help"}
+
     def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
         """As argparse's, once all is written."""
         if message:

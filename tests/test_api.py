@@ -77,6 +77,45 @@ def test_callbacks_hear_of_steps_evaluations_and_saves(run, heard):
     assert halves == {step: loss / 2 for step, loss in held_out.items()}
 
 
+def test_a_callback_that_raises_is_told_as_it_is_and_the_run_resumes(world, run, tmp_path):
+    """From its last checkpoint, to the same adapter."""
+
+    def on_eval(step, figures):
+        return {"inverse": 1 / (4 - step)}
+
+    settings = {"lora.rank": 3, "output_dir": str(tmp_path / "run")}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    with pytest.raises(ZeroDivisionError) as raised:
+        jlora.finetune(world / "c.yaml", quiet=True, on_eval=on_eval, **settings)
+    assert raised.traceback[-1].name == "on_eval" and raised.value.__cause__ is None
+    assert {number: signal.getsignal(number) for number in handlers} == handlers
+    assert [line["eval_inverse"] for line in jlora.open_run(tmp_path / "run").metrics if "eval_loss" in line] == [
+        0.25,
+        0.5,
+    ]
+    steps = []
+    again = jlora.finetune(world / "c.yaml", quiet=True, on_step=lambda step, line: steps.append(step), **settings)
+    assert steps == [3, 4] and again.summary["status"] == "finished"
+    name = "adapter_model.safetensors"
+    assert (again.adapter / name).read_bytes() == (run.adapter / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("returned", "words"),
+    [
+        (3.0, "returned float; let it return a dict"),
+        ({"loss": 1.0}, "named 'loss'"),
+        ({1: 1.0}, "named 1"),
+        ({"bleu": "high"}, "bleu='high'; let it be a number"),
+        ({"bleu": [1.0]}, "let it be a number"),
+    ],
+)
+def test_what_on_eval_returns_is_checked(world, tmp_path, returned, words):
+    settings = {"output_dir": str(tmp_path / "run")}
+    run = {"quiet": True, "on_eval": lambda step, figures: returned}
+    assert words in sentence_of(ConfigError, jlora.finetune, world / "c.yaml", **run, **settings)
+
+
 def test_it_answers_and_measures_as_the_commands_do(world, run, here):
     prompts = ["Say blue 2 times.", {"instruction": "Say red.", "input": "Politely."}]
     texts = run.generate(prompts, max_new_tokens=6)
@@ -132,21 +171,66 @@ def test_a_plan_for_hardware_that_is_not_here(world):
         jlora.plan_for(world / "c.yaml", "abacus:1")
 
 
+# What belongs to a program: its signals, threads (of native code, too), children and streams.
+STATE = """
+import os, signal, sys
+from pathlib import Path
+def state():
+    tasks = sorted(Path("/proc/self/task").iterdir())
+    children = [(task / "children").read_text() for task in tasks]
+    handlers = [signal.getsignal(number) for number in range(1, 65)]
+    return len(tasks), children, handlers, sys.stdin, sys.stdout, sys.stderr, sys.excepthook, sys.unraisablehook
+before = state()
+"""
+
+
+def in_a_program(code):
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", STATE + code], env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout
+
+
 def test_import_starts_and_changes_nothing():
     code = """
-import signal, sys, threading
-before = [signal.getsignal(number) for number in range(1, 65)], threading.active_count()
 import jlora
-assert ([signal.getsignal(number) for number in range(1, 65)], threading.active_count()) == before
+assert state() == before
 assert not {"jax", "transformers", "numpy", "jlora.api"} & sys.modules.keys()
 assert "finetune" in dir(jlora) and not hasattr(jlora, "fintune")
 jlora.finetune
-assert ([signal.getsignal(number) for number in range(1, 65)], threading.active_count()) == before
+assert state() == before
 assert "jax" not in sys.modules
 """
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    in_a_program(code)
+
+
+def test_a_program_keeps_its_signals_and_streams(world, run):
+    """JAX has threads of its own by then."""
+    code = f"""
+import jlora
+jlora.open_run({str(run.folder)!r}).evaluate({str(world / "rows.jsonl")!r})
+jlora.finetune({str(world / "c.yaml")!r}, quiet=True, **{{"lora.rank": 3}})
+assert state()[2:] == before[2:]
+print("done")
+"""
+    assert in_a_program(code) == "done\n"
+
+
+def test_the_api_has_types_for_others(tmp_path):
+    """As a type checker sees them in a program."""
+    pytest.importorskip("mypy", reason="the extra dev is not installed")
+    (tmp_path / "program.py").write_text(
+        "import jlora\nfrom jlora import finetune\n"
+        "reveal_type(finetune('c.yaml').evaluate)\nreveal_type(jlora.open_run)\nfinetune(3)\n",
+        encoding="utf-8",
+    )
+    command = [sys.executable, "-m", "mypy", "--config-file", "", "--follow-imports", "silent", "program.py"]
+    env = os.environ | {"MYPYPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("program.py")]
+    assert len(lines) == 3, done.stdout
+    assert "def (data: str | pathlib.Path, **options: Any) -> dict[str, Any]" in lines[0]
+    assert "-> jlora.api.Run" in lines[1] and 'incompatible type "int"' in lines[2]
 
 
 @pytest.mark.prose

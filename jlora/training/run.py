@@ -23,7 +23,7 @@ from jlora.reports.run import write_report
 from jlora.runtime import distributed, signals
 from jlora.runtime.watch import Watch
 from jlora.training.auto_remat import compile_fastest
-from jlora.training.callbacks import Callbacks
+from jlora.training.callbacks import Callbacks, figures_of
 from jlora.training.checkpoint import Checkpoints
 from jlora.training.evaluator import Evaluator, describe_figures
 from jlora.training.folder import (
@@ -253,7 +253,7 @@ def held_out_loss(
     lasted, count = marks[-1] - marks[0], len(marks) - 1
     after_first = (marks[-1] - marks[1]) / (count - 1) * count if count > 1 else lasted  # the first may compile
     progress.evaluated(lasted, after_first)
-    more = run.callbacks.on_eval(run.step, figures) or {}
+    more = figures_of(run.callbacks.on_eval(run.step, figures), figures)
     log.write({"step": run.step, **{f"eval_{name}": value for name, value in (figures | more).items()}})
     progress.say(f"step {run.step}: held-out {describe_figures(figures)}")
     return figures["loss"]
