@@ -78,7 +78,7 @@ def _interval(found: Any) -> intervals.Interval:
     """What sacrebleu's own bootstrap says of a score."""
     said = json.loads(found.format(width=6, signature="metric:chrF", is_json=True))
     middle, half = float(said["confidence_mean"]), float(said["confidence_var"])
-    return max(0.0, middle - half), min(100.0, middle + half)
+    return [max(0.0, middle - half), min(100.0, middle + half)]
 
 
 def describe_scores(scores: dict[str, Any]) -> str:

@@ -5,7 +5,7 @@ from statistics import NormalDist
 
 import numpy as np
 
-Interval = tuple[float, float]
+Interval = list[float]  # its ends, as JSON has them
 
 # Resamples of a bootstrap, and the fewest answers that one says anything of.
 RESAMPLES, FEWEST = 1000, 5
@@ -18,7 +18,7 @@ def share(hits: int, count: int) -> Interval:
     Source: E. B. Wilson, Probable inference, the law of succession, and statistical inference, JASA 22 (1927).
     """
     middle, spread = hits + _Z**2 / 2, _Z * math.sqrt(hits * (count - hits) / count + _Z**2 / 4)
-    return max(0.0, (middle - spread) / (count + _Z**2)), min(1.0, (middle + spread) / (count + _Z**2))
+    return [max(0.0, (middle - spread) / (count + _Z**2)), min(1.0, (middle + spread) / (count + _Z**2))]
 
 
 def mean(values: list[float]) -> Interval | None:
@@ -26,5 +26,4 @@ def mean(values: list[float]) -> Interval | None:
     if len(values) < FEWEST:
         return None
     drawn = np.random.default_rng(0).integers(len(values), size=(RESAMPLES, len(values)))
-    low, high = np.quantile(np.asarray(values)[drawn].mean(axis=1), (0.025, 0.975))
-    return float(low), float(high)
+    return np.quantile(np.asarray(values)[drawn].mean(axis=1), (0.025, 0.975)).tolist()
