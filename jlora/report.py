@@ -1,7 +1,7 @@
 """A single-file HTML page about one training run: figures, curves, data, samples and provenance.
 
-`train` writes it at the end of a run; `jlora report RUN` writes it anew, and
-`jlora report RUN RUN --out FILE` compares runs in one page.
+`train` writes it at the end of a run; `jlora report RUN` writes it anew, `jlora report RUN RUN --out FILE` compares
+runs in one page, and so it does files of answers.
 """
 
 from pathlib import Path
@@ -9,6 +9,7 @@ from pathlib import Path
 from jlora import cli
 from jlora.errors import ConfigError
 from jlora.files.paths import require_own
+from jlora.reports.answer_files import MOST_FILES, compare_files
 from jlora.reports.page import write_page
 from jlora.reports.run import write_report
 from jlora.reports.runs import MOST_RUNS, compare
@@ -20,9 +21,19 @@ def main() -> None:
     parser = cli.Parser(
         prog="jlora report",
         description="Write a run's report, or compare runs in one page.",
-        examples=("jlora report runs/mine", "jlora report runs/a runs/b --out compared.html"),
+        examples=(
+            "jlora report runs/mine",
+            "jlora report runs/a runs/b --out compared.html",
+            "jlora report a.jsonl b.jsonl --out answers.html",
+        ),
     )
-    parser.add_argument("runs", type="path", nargs="+", metavar="RUN", help="run folder")
+    parser.add_argument(
+        "runs",
+        type="path",
+        nargs="+",
+        metavar="RUN",
+        help="run folder; or files that jlora generate --json has printed",
+    )
     parser.add_argument(
         "--out", type="path", metavar="FILE", help="HTML file; default for one run: its own report.html"
     )
@@ -31,6 +42,8 @@ def main() -> None:
 
     def body() -> None:
         runs = [Path(run) for run in args.runs]
+        if all(run.is_file() for run in runs):
+            return compare_answers(runs, args.out)
         for run in runs:
             require_own(run, ConfigError)
             if not any((run / name).is_file() for name in ("metrics.jsonl", "summary.json", "config.yaml")):
@@ -49,6 +62,17 @@ def main() -> None:
                 print(out)
 
     cli.run(body)
+
+
+def compare_answers(files: list[Path], out: str | None) -> None:
+    """Write the page of some files of answers."""
+    if not out:
+        raise ConfigError("answers are compared in one page; name it with --out FILE")
+    if len(files) > MOST_FILES:
+        raise ConfigError(f"{len(files)} files of answers are too many for one page; name at most {MOST_FILES}")
+    compare_files(Path(out), files)
+    with streams.told():
+        print(out)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ Needs rouge-score and sacrebleu (extra `eval`). Knows nothing of models or rows.
 """
 
 import importlib.util
+import json
 import re
 from typing import Any
 
@@ -11,6 +12,7 @@ from jlora.errors import ConfigError
 from jlora.inference import answers as answering
 from jlora.inference.answers import Question
 from jlora.inference.model import Adapted
+from jlora.reports import intervals
 
 _WORD = re.compile(r"[^\W_]+")
 
@@ -37,12 +39,12 @@ def require_scores() -> None:
         raise ConfigError(f"scoring answers needs {names}, not installed here; pip install 'jlora[eval]'")
 
 
-def score(answers: list[str], references: list[str]) -> tuple[dict[str, float], list[dict[str, float]]]:
-    """Scores of all answers together, and of each.
+def score(answers: list[str], references: list[str]) -> tuple[dict[str, Any], list[dict[str, float]]]:
+    """Scores of all answers together, with `intervals` of 95 %, and of each.
 
     `exact_match`: the share of answers equal to the reference, but for space around them. `rouge_l`: F-measure of the
     longest common subsequence of words (0 to 1), the mean over answers. `chrf`: character n-gram F-score (0 to 100), of
-    all n-grams together, as sacrebleu computes it for a corpus.
+    all n-grams together, as sacrebleu computes it for a corpus. An interval of ROUGE-L and chrF is None over too few.
 
     Raises:
       ConfigError: see `require_scores`.
@@ -62,7 +64,21 @@ def score(answers: list[str], references: list[str]) -> tuple[dict[str, float], 
             }
         )
     total = {name: sum(one[name] for one in each) / len(each) for name in ("exact_match", "rouge_l")}
-    return total | {"chrf": float(chrf.corpus_score(answers, [references]).score)}, each
+    enough = len(each) >= intervals.FEWEST
+    together = chrf.corpus_score(answers, [references], n_bootstrap=intervals.RESAMPLES if enough else 1)
+    spread = {
+        "exact_match": intervals.share(sum(one["exact_match"] == 1 for one in each), len(each)),
+        "rouge_l": intervals.mean([one["rouge_l"] for one in each]),
+        "chrf": _interval(together) if enough else None,
+    }
+    return total | {"chrf": float(together.score), "intervals": spread}, each
+
+
+def _interval(found: Any) -> intervals.Interval:
+    """What sacrebleu's own bootstrap says of a score."""
+    said = json.loads(found.format(width=6, signature="metric:chrF", is_json=True))
+    middle, half = float(said["confidence_mean"]), float(said["confidence_var"])
+    return [max(0.0, middle - half), min(100.0, middle + half)]
 
 
 def describe_scores(scores: dict[str, Any]) -> str:

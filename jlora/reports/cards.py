@@ -29,7 +29,7 @@ class Cell:
     Attributes:
       note: such as its scores.
       cut: it goes on, but was cut at the most tokens.
-      wanted: it is the row's own.
+      wanted: it is the row's own. apart: of many, it is not one of those to be compared.
     """
 
     name: str
@@ -37,6 +37,7 @@ class Cell:
     note: str = ""
     cut: bool = False
     wanted: bool = False
+    apart: bool = False
 
 
 @dataclass(frozen=True)

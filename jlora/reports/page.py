@@ -6,8 +6,10 @@ Knows nothing of what is shown.
 from __future__ import annotations
 
 import functools
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from jlora.errors import ConfigError
 from jlora.files.atomic import write_bytes
@@ -45,6 +47,12 @@ def write_page(path: Path, page: str) -> None:
         raise ConfigError(
             f"{path}: cannot be written ({error.strerror}); make room or way there, or name another file"
         ) from None
+
+
+def link(page: Path, target: Path) -> str:
+    """What a page writes to lead to another file; relative, so that a folder of pages can be moved."""
+    # "./": the name of a folder may begin like the scheme of a URL.
+    return "./" + quote(Path(os.path.relpath(target.resolve(), page.resolve().parent)).as_posix())
 
 
 @functools.cache

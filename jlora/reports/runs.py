@@ -92,5 +92,5 @@ def _samples(runs: list[RunFiles]) -> list[Card]:
         if len(after) > 1:
             wanted = [sample_cell("In the data", sample, "wanted")] if "wanted" in sample else []
             before = sample_cell(f"Before training ({runs[0].name})", sample, "before")
-            out.append(Card("Prompt", turns_of(sample), [*wanted, before, *after]))
+            out.append(Card("Prompt", turns_of(sample), [*wanted, replace(before, apart=True), *after]))
     return out

@@ -66,12 +66,16 @@ def figures(number: int) -> dict[str, Any]:
     answer |= {"exact_match": 0.0, "rouge_l": number / 12, "chrf": 8.0 * number}
     found = {"loss": 4 - 0.3 * number, "perplexity": 2.7, "token_accuracy": number / 12, "tokens": 5026}
     found |= {"rouge_l": number / 12, "chrf": 8.0 * number, "exact_match": 0.0, "generated": 20, "mean_tokens": 31.5}
+    found["intervals"] = {"exact_match": (0.0, 0.14), "rouge_l": (number / 15, number / 9), "chrf": None}
     return found | {"seconds": 12.5, "prompt_tokens": 180.0, "answers": [answer, answer]}
 
 
 def judged_page(folder: Path) -> Path:
-    names = ("meta-llama/Llama-2-7b-hf", "runs/mine", "runs/another-with-a-long-name-of-many-words")
+    names = ("meta-llama/Llama-2-7b-hf", "runs/mine", "runs/another-with-a-long-name-of-many-words", "runs/last")
     results = [{"model": name, "rows": 60} | figures(number) for number, name in enumerate(names, 1)]
+    results[1]["adapter"] = str(make_run(folder / "mine", 3, 8))
+    write_report(folder / "mine")
+    results[1]["answers"] = [results[1]["answers"][0], results[1]["answers"][1] | {"exact_match": 1.0}]
     prompt = [Turn("system", "Write as customers do."), Turn("user", "Write a negative review of this product. " * 3)]
     write_comparison(folder / "judged.html", "heldout.jsonl", results, [(prompt, ANSWER)] * 2)
     return folder / "judged.html"
