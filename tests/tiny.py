@@ -15,7 +15,12 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
+
+from jlora.hf.architecture import parse_config
+from jlora.model.config import ModelConfig
 
 # No numerics field has its default here, and no two dims are equal.
 OFF_DEFAULT: dict[str, Any] = {
@@ -63,6 +68,21 @@ def make_qwen2(folder: Path, *, seed: int = 0, **overrides: Any) -> Qwen2ForCaus
     """As `make_llama`, a Qwen2, whose q, k and v have biases."""
     torch.manual_seed(seed)
     return save_random(Qwen2ForCausalLM(Qwen2Config(**(OFF_DEFAULT | overrides))), folder)
+
+
+def make_qwen3(folder: Path, *, seed: int = 0, **overrides: Any) -> Qwen3ForCausalLM:
+    """As `make_llama`, a Qwen3, whose heads have norms."""
+    torch.manual_seed(seed)
+    return save_random(Qwen3ForCausalLM(Qwen3Config(**(OFF_DEFAULT | overrides))), folder)
+
+
+def shape_of(
+    hidden_size: int, intermediate_size: int, layers: int, heads: int, kv_heads: int, **keys: Any
+) -> ModelConfig:
+    """The shape of a Llama without any files."""
+    raw = {"model_type": "llama", "hidden_size": hidden_size, "intermediate_size": intermediate_size}
+    raw |= {"num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": kv_heads}
+    return parse_config(raw | {"rms_norm_eps": 1e-5} | keys, "here")
 
 
 def save_random(model: PreTrainedModel, folder: Path, shard: str | None = None) -> Any:

@@ -34,7 +34,8 @@ class ModelSection(Section):
     """The base model and how it is run."""
 
     path: NonEmpty = Field(
-        description="base model: a Hugging Face folder, a .gguf file or a hub name; for plan also llama2-7b, -13b, -70b"
+        description="base model: a Hugging Face folder, a .gguf file or a hub name; for plan also llama2-7b, -13b, "
+        "-70b, qwen3-8b, -32b"
     )
     tokenizer: str | None = Field(None, description="another folder for the tokenizer, where the base has none")
     dtype: Dtype = Field(

@@ -7,13 +7,13 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from jlora.config import ATTENTION_PROJECTIONS, PROJECTIONS, LoraSection, describe
+from jlora.config import PROJECTIONS, LoraSection, describe
 from jlora.errors import ModelError
 from jlora.files.paths import inside
 from jlora.files.sandbox import SECONDS, timed
 from jlora.hf.source import read_json
-from jlora.model.adapter import layer_scales, module_path
-from jlora.model.llama import ModelConfig
+from jlora.model.adapter import layer_scales
+from jlora.model.config import ModelConfig, block_weights, module_path, projection_shapes
 
 CONFIG = "adapter_config.json"
 
@@ -83,7 +83,7 @@ def read_adapter_config(folder: Path, model: ModelConfig) -> AdapterSection:
             modules = _adapted(raw, model, where)
             section = _section(raw, modules, model, where)
             for name in section.targets:
-                layer_scales(section, name, model.num_hidden_layers)
+                layer_scales(section, name, model)
     except TimeoutError:
         raise ModelError(
             f"{where}: matching its patterns with the base's modules takes more than {SECONDS} seconds; write "
@@ -148,7 +148,7 @@ def _adapted(raw: dict[str, Any], model: ModelConfig, where: Path) -> set[tuple[
         )
         raise ModelError(
             f"{where}: target_modules={targeted.given!r}{without} selects no module of this base, such as "
-            f"{module_path('q_proj', 0)}; give the base it belongs to"
+            f"{next(path for path, module in _modules(model).items() if module)}; give the base it belongs to"
         )
     return found
 
@@ -230,12 +230,16 @@ def _ends(path: str) -> list[str]:
 
 def _modules(model: ModelConfig) -> dict[str, tuple[str, int] | None]:
     """Path in transformers -> projection and layer of every module of a base; None for what is no projection."""
+    names, projections = model.names, projection_shapes(model)
     found: dict[str, tuple[str, int] | None] = {}
     for layer in range(model.num_hidden_layers):
-        block = module_path(ATTENTION_PROJECTIONS[0], layer).rsplit(".", 2)[0]
-        ends = ("self_attn", "mlp", "mlp.act_fn", "input_layernorm", "post_attention_layernorm")
-        found |= dict.fromkeys([block, *(f"{block}.{end}" for end in ends)])
-        found |= {module_path(name, layer): (name, layer) for name in PROJECTIONS}
-    return found | dict.fromkeys(
-        ["model", "model.embed_tokens", "model.layers", "model.norm", "model.rotary_emb", "lm_head"]
-    )
+        for leaf in block_weights(model):
+            if not leaf.endswith("_bias"):
+                found[module_path(names, leaf, layer)] = (leaf, layer) if leaf in projections else None
+    found |= dict.fromkeys(module_path(names, leaf, None) for leaf in ("embed_tokens", "norm", "lm_head"))
+    # And those that hold these, or have no weights.
+    for path in list(found):
+        parts = path.split(".")
+        found |= dict.fromkeys(holder for end in range(1, len(parts)) if (holder := ".".join(parts[:end])) not in found)
+    mlps = [path for path in found if path.endswith(".mlp")]
+    return found | dict.fromkeys([*(f"{mlp}.act_fn" for mlp in mlps), f"{names.body}.rotary_emb"])

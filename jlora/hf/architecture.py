@@ -6,12 +6,13 @@ A family is a class of transformers, some defaults of its own, and nothing else:
 import math
 import sys
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any
 
 from jlora.config import ATTENTION_PROJECTIONS, MLP_PROJECTIONS
 from jlora.errors import ModelError
-from jlora.model.llama import ModelConfig
-from jlora.model.rope import DynamicRope, LinearRope, Llama3Rope, RopeScaling, YarnRope
+from jlora.model.config import LLAMA, ModelConfig, ModuleNames
+from jlora.model.rope import DynamicRope, LinearRope, Llama3Rope, Rope, RopeScaling, YarnRope
 
 
 @dataclass(frozen=True)
@@ -19,34 +20,53 @@ class Family:
     """A model type: its class in transformers, and what its config assumes where config.json is silent.
 
     Attributes:
-      kv_heads, sliding_window: None where there are as many as attention heads, and no window.
+      kv_heads, head_dim, sliding_window: None where there are as many as attention heads, as the hidden size has
+        for each, and no window.
       windowed: config.json's `sliding_window` is read at all; with a switch, only where `use_sliding_window` is true,
         and then from layer `max_window_layers` on.
-      biased: projections with a bias, or None where config.json says it (`attention_bias`, `mlp_bias`).
+      biased: projections with a bias, whatever config.json says.
+      bias_keys: those of config.json that give projections a bias.
     """
 
     architecture: str
-    kv_heads: int | None
     max_position_embeddings: int
-    windowed: bool
-    sliding_window: int | None
-    biased: tuple[str, ...] | None
-    switch: bool
+    kv_heads: int | None = None
+    head_dim: int | None = None
+    windowed: bool = False
+    switch: bool = False
+    sliding_window: int | None = None
+    biased: tuple[str, ...] = ()
+    bias_keys: tuple[str, ...] = ()
+    qk_norm: bool = False
+    names: ModuleNames = LLAMA
 
 
 FAMILIES = {
-    "llama": Family("LlamaForCausalLM", None, 2048, False, sliding_window=None, biased=None, switch=False),
-    "mistral": Family("MistralForCausalLM", 8, 4096 * 32, True, sliding_window=4096, biased=(), switch=False),
+    "llama": Family("LlamaForCausalLM", 2048, bias_keys=("attention_bias", "mlp_bias")),
+    "mistral": Family("MistralForCausalLM", 4096 * 32, kv_heads=8, windowed=True, sliding_window=4096),
     "qwen2": Family(
         "Qwen2ForCausalLM",
-        32,
         32768,
-        True,
+        kv_heads=32,
+        windowed=True,
+        switch=True,
         sliding_window=4096,
         biased=("q_proj", "k_proj", "v_proj"),
+    ),
+    "qwen3": Family(
+        "Qwen3ForCausalLM",
+        32768,
+        kv_heads=32,
+        head_dim=128,
+        windowed=True,
         switch=True,
+        sliding_window=4096,
+        bias_keys=("attention_bias",),
+        qk_norm=True,
     ),
 }
+# Projections that get a bias by a key of config.json.
+BIAS_KEYS = {"attention_bias": ATTENTION_PROJECTIONS, "mlp_bias": MLP_PROJECTIONS}
 
 # Fields that change the numerics, with the values that jlora computes. What transformers' class does not read
 # cannot change its numerics and is not looked at; of rotary settings it is named, as transformers names it.
@@ -56,6 +76,8 @@ ONLY_SUPPORTED: dict[str, tuple[Any, ...]] = {
     "partial_rotary_factor": (1, None),
     "quantization_config": (None,),
 }
+# What config.json calls layers in `layer_types`.
+FULL, SLIDING = "full_attention", "sliding_attention"
 # What each type of rotary settings reads, beside `rope_theta`.
 ROPE_FIELDS: dict[str, tuple[str, ...]] = {
     "default": (),
@@ -91,7 +113,8 @@ def parse_config(raw: dict[str, Any], where: str) -> ModelConfig:
     heads, hidden = integer("num_attention_heads"), integer("hidden_size")
     # A key that is null has as many heads as there are; one that is not there, what the family has.
     kv_heads = heads if "num_key_value_heads" in raw else family.kv_heads or heads
-    kv_heads, head_dim = integer("num_key_value_heads", kv_heads), integer("head_dim", max(1, hidden // heads))
+    kv_heads = integer("num_key_value_heads", kv_heads)
+    head_dim = integer("head_dim", family.head_dim or max(1, hidden // heads))
     if heads % kv_heads or head_dim % 2:
         raise ModelError(f"{where}: {heads} heads of {head_dim} with {kv_heads} key/value heads do not divide")
     tied = raw.get("tie_word_embeddings", False)
@@ -108,13 +131,19 @@ def parse_config(raw: dict[str, Any], where: str) -> ModelConfig:
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         head_dim=head_dim,
-        rms_norm_eps=_real(raw.get("rms_norm_eps", 1e-6), "rms_norm_eps", where),
-        rope_theta=theta,
-        rope_scaling=scaling,
-        sliding_window=_window(raw, family, where),
+        norm_eps=_real(raw.get("rms_norm_eps", 1e-6), "rms_norm_eps", where),
+        qk_norm=family.qk_norm,
+        ropes=(Rope(theta, head_dim, scaling),),
+        windows=_windows(raw, family, where),
         tie_word_embeddings=tied,
         biased=_biased(raw, family, where),
+        names=family.names,
     )
+
+
+def module_names(raw: dict[str, Any]) -> ModuleNames:
+    """What transformers calls the modules, also where `parse_config` will refuse the config."""
+    return FAMILIES.get(str(raw.get("model_type")), FAMILIES["llama"]).names
 
 
 def _check_ignored(raw: dict[str, Any], family: Family, where: str) -> None:
@@ -142,8 +171,12 @@ def _family(raw: dict[str, Any], where: str) -> Family:
         return FAMILIES.get(str(raw.get("model_type")), FAMILIES["llama"])  # an unknown type is refused later
     if not isinstance(architectures, list) or len(architectures) != 1 or str(architectures[0]).lower() not in known:
         named = ", ".join(map(str, architectures)) if isinstance(architectures, list) else repr(architectures)
-        supported = " and ".join(family.architecture for family in FAMILIES.values())
-        raise ModelError(f"{where}: architecture {named} is not supported, only {supported}")
+        *others, last = (family.architecture for family in FAMILIES.values())
+        (nearest,) = get_close_matches(named, [*others, last], 1, cutoff=0.0)
+        raise ModelError(
+            f"{where}: architecture {named} is not supported, only {', '.join(others)} and {last}; "
+            f"the nearest is {nearest}"
+        )
     model_type = known[str(architectures[0]).lower()]
     if raw.get("model_type") != model_type:
         raise ModelError(
@@ -153,33 +186,30 @@ def _family(raw: dict[str, Any], where: str) -> Family:
     return FAMILIES[model_type]
 
 
-def _window(raw: dict[str, Any], family: Family, where: str) -> int | None:
-    """The window of every layer; layers that differ are refused."""
+def _windows(raw: dict[str, Any], family: Family, where: str) -> tuple[int | None, ...]:
+    """The window of every layer, or one for all."""
     window = raw.get("sliding_window", family.sliding_window)
     if not family.windowed or window is None or (family.switch and not raw.get("use_sliding_window")):
-        return None
-    if family.switch:
-        layers, first = raw["num_hidden_layers"], raw.get("max_window_layers", 28)
-        if not isinstance(first, int):
-            raise ModelError(f"{where}: max_window_layers must be an integer, not {first!r}")
-        by_number = ["full_attention" if i < first else "sliding_attention" for i in range(layers)]
-        kinds = raw.get("layer_types") or by_number
-        if kinds == ["full_attention"] * layers:
-            return None
-        if kinds != ["sliding_attention"] * layers:
-            raise ModelError(
-                f"{where}: use_sliding_window=True with max_window_layers={first!r} changes the numerics from layer to "
-                "layer, and is supported only where all layers have a window or none"
-            )
-    return _integer(window, "sliding_window", where)
+        return (None,)
+    window = _integer(window, "sliding_window", where)
+    if not family.switch:
+        return (window,)
+    layers, first = raw["num_hidden_layers"], raw.get("max_window_layers", 28)
+    if not isinstance(first, int):
+        raise ModelError(f"{where}: max_window_layers must be an integer, not {first!r}")
+    kinds = raw.get("layer_types") or [FULL if i < first else SLIDING for i in range(layers)]
+    if not isinstance(kinds, list) or len(kinds) != layers or not set(kinds) <= {FULL, SLIDING}:
+        raise ModelError(f"{where}: layer_types must be a list of {layers} of {FULL} and {SLIDING}, not {kinds!r}")
+    by_layer = tuple(window if kind == SLIDING else None for kind in kinds)
+    return by_layer if len(set(by_layer)) > 1 else by_layer[:1]
 
 
 def _biased(raw: dict[str, Any], family: Family, where: str) -> tuple[str, ...]:
     """The projections that have a bias."""
-    found: tuple[str, ...] = family.biased or ()
-    for field, projections in (("attention_bias", ATTENTION_PROJECTIONS), ("mlp_bias", MLP_PROJECTIONS)):
+    found = family.biased
+    for field, projections in BIAS_KEYS.items():
         value = raw.get(field, False)
-        if value not in (False, None) and (value is not True or family.biased is not None):
+        if value not in (False, None) and (value is not True or field not in family.bias_keys):
             raise ModelError(f"{where}: {field}={value!r} changes the numerics and is not supported")
         found += projections if value else ()
     return found

@@ -28,7 +28,7 @@ from jlora.hf.gguf_header import CONVERT, MAGIC, Header, read_header, shown
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-    from jlora.model.llama import ModelConfig
+    from jlora.model.config import ModelConfig
 
 # The "llama." keys that are read below, or that do not change what the model computes.
 _USED_KEYS = frozenset({

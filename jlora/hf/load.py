@@ -25,7 +25,8 @@ from jlora.errors import ConfigError, ModelError
 from jlora.hf.names import Entry
 from jlora.hf.source import Source, check_names
 from jlora.model import quant
-from jlora.model.llama import Decoder, ModelConfig, abstract_decoder, projection_shapes
+from jlora.model.config import ModelConfig, projection_shapes
+from jlora.model.llama import Decoder, abstract_decoder
 from jlora.model.sharding import named_sharding
 
 # Weights of one block, over all devices of this process. Beside the devices' buffers the host holds a block and

@@ -21,7 +21,7 @@ from jlora.hf.names import name_table
 from jlora.hf.source import FLOATS
 from jlora.hf.weights import Weights, blocks
 from jlora.model.adapter import Adapter
-from jlora.model.llama import ModelConfig
+from jlora.model.config import ModelConfig
 
 SHARD_BYTES = 5 * 10**9
 DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16, "float32": np.float32}

@@ -8,25 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from jlora.model.llama import ModelConfig, block_weights, outer_weights, projection_shapes
-
-OUTER = {
-    "embed_tokens": "model.embed_tokens.weight",
-    "norm": "model.norm.weight",
-    "lm_head": "lm_head.weight",
-}
-BLOCK = {
-    "input_layernorm": "input_layernorm.weight",
-    "q_proj": "self_attn.q_proj.weight",
-    "k_proj": "self_attn.k_proj.weight",
-    "v_proj": "self_attn.v_proj.weight",
-    "o_proj": "self_attn.o_proj.weight",
-    "post_attention_layernorm": "post_attention_layernorm.weight",
-    "gate_proj": "mlp.gate_proj.weight",
-    "up_proj": "mlp.up_proj.weight",
-    "down_proj": "mlp.down_proj.weight",
-}
-BLOCK |= {f"{leaf}_bias": name.replace(".weight", ".bias") for leaf, name in BLOCK.items() if leaf.endswith("_proj")}
+from jlora.model.config import ModelConfig, ModuleNames, block_weights, module_path, outer_weights, projection_shapes
 
 
 @dataclass(frozen=True)
@@ -48,10 +30,17 @@ class Entry:
     transposed: bool
 
 
+def tensor_name(names: ModuleNames, leaf: str, layer: int | None) -> str:
+    """Hugging Face's name of a leaf of the `Decoder` (layer None), or of one layer's."""
+    module = module_path(names, leaf.removesuffix("_bias"), layer)
+    return f"{module}.{'bias' if leaf.endswith('_bias') else 'weight'}"
+
+
 def name_table(cfg: ModelConfig) -> dict[str, Entry]:
     """Hugging Face tensor name -> entry, for every tensor of the model."""
     table = {
-        OUTER[leaf]: Entry(leaf, None, weight.shape, weight.shape, False) for leaf, weight in outer_weights(cfg).items()
+        tensor_name(cfg.names, leaf, None): Entry(leaf, None, weight.shape, weight.shape, False)
+        for leaf, weight in outer_weights(cfg).items()
     }
     projections = projection_shapes(cfg)
     for layer in range(cfg.num_hidden_layers):
@@ -62,7 +51,7 @@ def name_table(cfg: ModelConfig) -> dict[str, Entry]:
                 hf_shape = (int(np.prod(outputs)), int(np.prod(inputs)))
             elif leaf.endswith("_bias"):
                 hf_shape = (int(np.prod(weight.shape)),)
-            name = f"model.layers.{layer}.{BLOCK[leaf]}"
+            name = tensor_name(cfg.names, leaf, layer)
             table[name] = Entry(leaf, layer, hf_shape, weight.shape, leaf in projections)
     return table
 

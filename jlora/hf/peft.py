@@ -19,25 +19,30 @@ from jlora.errors import ModelError
 from jlora.files.atomic import write_json
 from jlora.files.paths import inside
 from jlora.hf.adapter_config import CONFIG, AdapterSection, read_adapter_config
-from jlora.hf.names import OUTER
+from jlora.hf.names import tensor_name
 from jlora.hf.source import Source, open_safetensors, read_floats, same_tables
-from jlora.model.adapter import Adapter, Lora, Saved, layer_ranks, module_path, new_lora, scaling
+from jlora.model.adapter import Adapter, Lora, Saved, layer_ranks, new_lora, scaling
 from jlora.model.adapter_init import saved_weights
-from jlora.model.llama import ModelConfig, projection_shapes
+from jlora.model.config import LLAMA, ModelConfig, ModuleNames, module_path, projection_shapes
 
 WEIGHTS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
-# PEFT's names of what is trained in full, the head last.
-TABLES = {leaf: f"base_model.model.{OUTER[leaf]}" for leaf in ("embed_tokens", "lm_head")}
+# What may be trained in full, the head last.
+TABLES = ("embed_tokens", "lm_head")
 
 
-def tensor_name(projection: str, layer: int, factor: str) -> str:
+def table_names(names: ModuleNames) -> dict[str, str]:
+    """PEFT's names of what is trained in full, by leaf."""
+    return {leaf: f"base_model.model.{module_path(names, leaf, None)}.weight" for leaf in TABLES}
+
+
+def factor_name(names: ModuleNames, projection: str, layer: int, factor: str) -> str:
     """PEFT's name of a tensor of one layer: `lora_A.weight`, `lora_B.weight`, `lora_magnitude_vector` or a bias."""
-    return f"base_model.model.{module_path(projection, layer)}.{factor}"
+    return f"base_model.model.{module_path(names, projection, layer)}.{factor}"
 
 
-def bias_name(projection: str, layer: int, adapted: bool) -> str:
+def bias_name(names: ModuleNames, projection: str, layer: int, adapted: bool) -> str:
     """PEFT's name of one layer's bias: an adapted projection hides its own in a `base_layer`."""
-    return tensor_name(projection, layer, "base_layer.bias" if adapted else "bias")
+    return factor_name(names, projection, layer, "base_layer.bias" if adapted else "bias")
 
 
 def tensor_shapes(section: LoraSection, cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -45,19 +50,19 @@ def tensor_shapes(section: LoraSection, cfg: ModelConfig) -> dict[str, tuple[int
     shapes: dict[str, tuple[int, ...]] = {}
     for name in section.targets:
         width_in, width_out = (math.prod(dims) for dims in projection_shapes(cfg)[name])
-        for layer, rank in enumerate(layer_ranks(section, name, cfg.num_hidden_layers)):
+        for layer, rank in enumerate(layer_ranks(section, name, cfg)):
             if rank:
-                shapes[tensor_name(name, layer, "lora_A.weight")] = (rank, width_in)
-                shapes[tensor_name(name, layer, "lora_B.weight")] = (width_out, rank)
+                shapes[factor_name(cfg.names, name, layer, "lora_A.weight")] = (rank, width_in)
+                shapes[factor_name(cfg.names, name, layer, "lora_B.weight")] = (width_out, rank)
                 if section.use_dora:
-                    shapes[tensor_name(name, layer, "lora_magnitude_vector")] = (width_out,)
+                    shapes[factor_name(cfg.names, name, layer, "lora_magnitude_vector")] = (width_out,)
     for name, shape in saved_weights(section, cfg).items():
-        if name in OUTER:
-            shapes[TABLES[name]] = shape
+        if name in TABLES:
+            shapes[table_names(cfg.names)[name]] = shape
             continue
         projection = name.removesuffix("_bias")
         for layer in range(cfg.num_hidden_layers):
-            name = bias_name(projection, layer, section.transforms(projection, layer))
+            name = bias_name(cfg.names, projection, layer, section.transforms(projection, layer))
             shapes[name] = (math.prod(shape[1:]),)
     return shapes
 
@@ -80,7 +85,7 @@ class _Opened:
 
 
 def _open(folder: Path, cfg: ModelConfig, source: Source | None) -> _Opened:
-    section = read_adapter_config(folder, cfg)
+    section, names = read_adapter_config(folder, cfg), table_names(cfg.names)
     where = inside(folder, WEIGHTS)
     if not where.is_file() and inside(folder, PICKLE).is_file():
         raise ModelError(
@@ -91,18 +96,18 @@ def _open(folder: Path, cfg: ModelConfig, source: Source | None) -> _Opened:
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
         trained_on = (file.metadata() or {}).get("jlora_base_sha256")
         # PEFT writes the tables too where it takes the vocabulary to have changed, and loads them in the base's place.
-        beside = [leaf for leaf in TABLES if leaf not in section.modules_to_save and TABLES[leaf] in shapes]
+        beside = [leaf for leaf in TABLES if leaf not in section.modules_to_save and names[leaf] in shapes]
         changed = [leaf for leaf in beside if source is None or not _as_in_base(file, leaf, source)]
-    tables: dict[str, str] = {leaf: TABLES[leaf] for leaf in section.modules_to_save}
+    tables: dict[str, str] = {leaf: names[leaf] for leaf in section.modules_to_save}
     if changed and cfg.tie_word_embeddings:  # one weight, of which PEFT loads the head last
-        tables |= dict.fromkeys((leaf for leaf in TABLES if leaf not in tables), TABLES[beside[-1]])
+        tables |= dict.fromkeys((leaf for leaf in TABLES if leaf not in tables), names[beside[-1]])
     else:
-        tables |= {leaf: TABLES[leaf] for leaf in changed}
+        tables |= {leaf: names[leaf] for leaf in changed}
     for leaf in changed:
-        rows, wanted = shapes[TABLES[leaf]][:1], cfg.vocab_size
+        rows, wanted = shapes[names[leaf]][:1], cfg.vocab_size
         if rows != (wanted,):
             raise ModelError(
-                f"{where}: holds {TABLES[leaf]} of {list(shapes[TABLES[leaf]])}, but the base has {wanted} rows: the "
+                f"{where}: holds {names[leaf]} of {list(shapes[names[leaf]])}, but the base has {wanted} rows: the "
                 "adapter was trained on a base whose vocabulary was resized; give that one, or merge it in PEFT"
             )
     section = section.model_copy(update={"modules_to_save": [leaf for leaf in TABLES if leaf in tables]})
@@ -111,8 +116,9 @@ def _open(folder: Path, cfg: ModelConfig, source: Source | None) -> _Opened:
 
 def _as_in_base(file: Any, leaf: str, source: Source) -> bool:
     """Whether a table beside the adapter is the base's own, as float32; read in blocks of rows."""
-    name = OUTER[leaf] if OUTER[leaf] in source.shapes else OUTER["embed_tokens"]
-    table = file.get_slice(TABLES[leaf])
+    own, embedding = (tensor_name(source.model.names, table, None) for table in (leaf, "embed_tokens"))
+    name = own if own in source.shapes else embedding
+    table = file.get_slice(table_names(source.model.names)[leaf])
     if tuple(table.get_shape()) != source.shapes[name]:
         return False
     width = source.shapes[name][1]
@@ -155,11 +161,11 @@ def load_adapter(
             f"{where}: was trained on another base (tensors {trained_on[:12]}..., this base "
             f"{base_hash[:12]}...); give the base it belongs to"
         )
-    wanted = tensor_shapes(section, cfg)
+    wanted, names = tensor_shapes(section, cfg), table_names(cfg.names)
     for leaf, name in opened.tables.items():
-        wanted[name] = wanted.pop(TABLES[leaf]) if name != TABLES[leaf] else wanted[name]
+        wanted[name] = wanted.pop(names[leaf]) if name != names[leaf] else wanted[name]
     problems = [f"{name} is missing" for name in wanted if name not in shapes]
-    problems += [f"{name} is not known" for name in shapes if name not in wanted and name not in TABLES.values()]
+    problems += [f"{name} is not known" for name in shapes if name not in wanted and name not in names.values()]
     problems += [
         f"{name} is {list(shapes[name])} instead of {list(shape)}"
         for name, shape in wanted.items()
@@ -192,9 +198,9 @@ def load_adapter(
 
     for name in section.targets:
         inputs, outputs = projection_shapes(cfg)[name]
-        widths, rank = (math.prod(inputs), math.prod(outputs)), max(layer_ranks(section, name, num_layers))
+        widths, rank = (math.prod(inputs), math.prod(outputs)), max(layer_ranks(section, name, cfg))
         a, b, m = (
-            stack(shape, [tensor_name(name, layer, factor) for layer in range(num_layers)])
+            stack(shape, [factor_name(cfg.names, name, layer, factor) for layer in range(num_layers)])
             for shape, factor in (
                 ((widths[0], rank), "lora_A.weight"),
                 ((rank, widths[1]), "lora_B.weight"),
@@ -202,16 +208,18 @@ def load_adapter(
             )
         )
         factors = jnp.asarray(a.reshape(-1, *inputs, rank)), jnp.asarray(b.reshape(-1, rank, *outputs))
-        lora = new_lora(section, name, factors, num_layers, dropout)
+        lora = new_lora(section, name, factors, cfg, dropout)
         magnitude = jnp.asarray(m.reshape(-1, *outputs)) if section.use_dora else None
         adapter[name] = replace(lora, magnitude=magnitude)
     for name, shape in saved_weights(section, cfg).items():
-        if name in OUTER:
+        if name in TABLES:
             weight = tensors[opened.tables[name]].astype(np.float32)
         else:
             projection = name.removesuffix("_bias")
             adapted = [section.transforms(projection, layer) for layer in range(num_layers)]
-            weight = stack((math.prod(shape[1:]),), [bias_name(projection, i, own) for i, own in enumerate(adapted)])
+            weight = stack(
+                (math.prod(shape[1:]),), [bias_name(cfg.names, projection, i, own) for i, own in enumerate(adapted)]
+            )
         adapter[name] = Saved(jnp.asarray(weight.reshape(shape)))
     return adapter
 
@@ -273,7 +281,7 @@ def scaled_to(part: Lora | Saved, scale: Any) -> Lora | Saved:
     return replace(part, lora_b=fold(part.lora_b), scale=new, initial=initial)
 
 
-def exported_tensors(folder: Path, adapter: Adapter) -> dict[str, np.ndarray]:
+def exported_tensors(folder: Path, adapter: Adapter, names: ModuleNames) -> dict[str, np.ndarray]:
     """Every tensor by PEFT's name, float32.
 
     Raises:
@@ -290,13 +298,13 @@ def exported_tensors(folder: Path, adapter: Adapter) -> dict[str, np.ndarray]:
     for name, part in adapter.items():
         if isinstance(part, Saved):
             weight = host(name, part.weight)
-            if name in OUTER:
-                tensors[TABLES[name]] = weight
+            if name in TABLES:
+                tensors[table_names(names)[name]] = weight
                 continue
             projection = name.removesuffix("_bias")
             adapted = layers_adapted(adapter, projection, len(weight))
             for layer, bias in enumerate(weight.reshape(len(weight), -1)):
-                tensors[bias_name(projection, layer, adapted[layer])] = bias
+                tensors[bias_name(names, projection, layer, adapted[layer])] = bias
             continue
         num_layers, rank = part.lora_b.shape[:2]
         a = host(name, part.lora_a).reshape(num_layers, -1, rank)
@@ -310,10 +318,10 @@ def exported_tensors(folder: Path, adapter: Adapter) -> dict[str, np.ndarray]:
             if a0 is not None and b0 is not None:
                 down = np.concatenate([down, a0[layer].reshape(-1, rank)[:, :kept].T])
                 up = np.concatenate([up, -b0[layer].reshape(rank, -1)[:kept].T], axis=1)
-            tensors[tensor_name(name, layer, "lora_A.weight")] = np.ascontiguousarray(down)
-            tensors[tensor_name(name, layer, "lora_B.weight")] = np.ascontiguousarray(up)
+            tensors[factor_name(names, name, layer, "lora_A.weight")] = np.ascontiguousarray(down)
+            tensors[factor_name(names, name, layer, "lora_B.weight")] = np.ascontiguousarray(up)
             if magnitude is not None:
-                tensors[tensor_name(name, layer, "lora_magnitude_vector")] = magnitude[layer]
+                tensors[factor_name(names, name, layer, "lora_magnitude_vector")] = magnitude[layer]
     return tensors
 
 
@@ -325,17 +333,20 @@ def layers_adapted(adapter: Adapter, projection: str, num_layers: int) -> list[b
     return [True] * num_layers if lora.ranks is None else [rank > 0 for rank in lora.ranks]
 
 
-def save_adapter(folder: Path, adapter: Adapter, section: LoraSection, base: str, base_hash: str) -> None:
+def save_adapter(
+    folder: Path, adapter: Adapter, section: LoraSection, base: str, base_hash: str, names: ModuleNames = LLAMA
+) -> None:
     """Write the files of a PEFT folder, made if need be; tensors in float32.
 
     Args:
       base: name or path of the base, for `base_model_name_or_path`.
+      names: what transformers calls the base's modules.
 
     Raises:
       ModelError: a factor is not finite.
     """
     adapter, section = of_one_scale(adapter, plain(section))
-    tensors = exported_tensors(folder, adapter)
+    tensors = exported_tensors(folder, adapter, names)
     config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",

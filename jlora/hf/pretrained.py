@@ -23,10 +23,13 @@ from jlora.hf.gguf import GGUFFile
 from jlora.hf.gguf_header import is_gguf
 from jlora.hf.load import load_base
 from jlora.hf.peft import WEIGHTS, load_adapter, read_options, scaled_to
+from jlora.hf.shapes import SHAPES
 from jlora.hf.source import Source, gguf_in, open_source, read_config, read_json, resolve
 from jlora.model.adapter import Adapter, Lora, layer_scales
 from jlora.model.adapter_init import new_adapter
-from jlora.model.llama import Decoder, ModelConfig, place_adapter
+from jlora.model.adapter_layout import place_adapter
+from jlora.model.config import ModelConfig
+from jlora.model.llama import Decoder
 
 # A tokenizer this much smaller than the embedding is another model's; padding of the vocabulary is not.
 SMALLEST_VOCAB_SHARE = 0.75
@@ -244,7 +247,7 @@ def first_adapter(cfg: Config, pretrained: Pretrained, mesh: Mesh) -> Adapter:
             )
     adapter = load_adapter(folder, model, pretrained.base_hash, cfg.lora.dropout, pretrained.source)
     scaled = {  # what alphas differ in is made up for by B
-        name: scaled_to(part, layer_scales(cfg.lora, name, num_layers)) if isinstance(part, Lora) else part
+        name: scaled_to(part, layer_scales(cfg.lora, name, model)) if isinstance(part, Lora) else part
         for name, part in adapter.items()
     }
     return place_adapter(scaled, model, mesh)
@@ -267,22 +270,12 @@ def make_reference(cfg: Config, pretrained: Pretrained, mesh: Mesh) -> Adapter |
     return None if fresh or cfg.objective.name in ("sft", "orpo") else first_adapter(cfg, pretrained, mesh)
 
 
-# Named shapes, for a plan without any file of the model, and the keys of a config.json that they are.
-SHAPES = {
-    "llama2-7b": (4096, 11008, 32, 32, 32),
-    "llama2-13b": (5120, 13824, 40, 40, 40),
-    "llama2-70b": (8192, 28672, 80, 64, 8),
-}
-SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-
-
 def model_shape(path: str) -> ModelConfig:
     """Shape of a named size, or of the base at `path`; no weight is read."""
     if path not in SHAPES:
         local = resolve(path, weights=False)
         return open_source(local, path).model if Path(path).exists() else read_config(local, path)[1]
-    rest = {"model_type": "llama", "vocab_size": 32000, "rms_norm_eps": 1e-5}
-    return parse_config(dict(zip(SIZES, SHAPES[path], strict=True)) | rest, path)
+    return parse_config(SHAPES[path], path)
 
 
 def stop_tokens(tokenizer: Tokenizer, config: dict[str, Any]) -> list[int]:

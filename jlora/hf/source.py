@@ -22,11 +22,11 @@ from jlora.errors import ModelError
 from jlora.files import hub
 from jlora.files.paths import inside
 from jlora.files.theirs import MAX_JSON, open_theirs, read_theirs
-from jlora.hf.architecture import parse_config
+from jlora.hf.architecture import module_names, parse_config
 from jlora.hf.gguf import GGUFFile
 from jlora.hf.gguf_header import is_gguf
-from jlora.hf.names import OUTER, Entry, name_table
-from jlora.model.llama import ModelConfig
+from jlora.hf.names import Entry, name_table, tensor_name
+from jlora.model.config import ModelConfig
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -44,8 +44,6 @@ MAX_HEADER_BYTES = 16 * 2**20
 # Weights of two tables that are compared at once.
 COMPARED_WEIGHTS = 2**20
 
-# What the names of the body's tensors begin with.
-BODY = "model."
 # How the names of what earlier versions stored beside the weights end: it is computed, and not read.
 BUFFERS = (
     *("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached", "rope.freqs"),
@@ -115,6 +113,8 @@ class SafetensorsFolder:
         """
         self.folder, self._name = folder, name
         self.config = read_json(inside(folder, "config.json"))
+        names = module_names(self.config)
+        self._table, self._head = (tensor_name(names, leaf, None) for leaf in ("embed_tokens", "lm_head"))
         self._require_one_model()
         index = inside(folder, INDEX)
         if inside(folder, SINGLE).is_file():
@@ -137,8 +137,8 @@ class SafetensorsFolder:
         if self._has_other_head():
             self.config = self.config | {"tie_word_embeddings": False}
             print(
-                f"warning: {folder}: config.json ties the embeddings, but lm_head.weight has other values than "
-                "model.embed_tokens.weight; both are taken, not tied, as transformers does",
+                f"warning: {folder}: config.json ties the embeddings, but {self._head} has other values than "
+                f"{self._table}; both are taken, not tied, as transformers does",
                 file=sys.stderr,
             )
 
@@ -162,8 +162,9 @@ class SafetensorsFolder:
 
     def _name_as_a_whole_model(self) -> None:
         """A decoder without its head, such as `LlamaModel` writes, lacks the first part of its tensors' names."""
-        if "embed_tokens.weight" in self.shapes and not any(name.startswith(BODY) for name in self.shapes):
-            whole = {name: name if name == OUTER["lm_head"] else BODY + name for name in self.shapes}
+        body, _, table = self._table.partition(".")
+        if table in self.shapes and not any(name.startswith(f"{body}.") for name in self.shapes):
+            whole = {name: name if name == self._head else f"{body}.{name}" for name in self.shapes}
             self.shapes = {whole[name]: shape for name, shape in self.shapes.items()}
             self.dtypes = {whole[name]: dtype for name, dtype in self.dtypes.items()}
             self.sizes = {whole[name]: size for name, size in self.sizes.items()}
@@ -171,7 +172,7 @@ class SafetensorsFolder:
 
     def _has_other_head(self) -> bool:
         """Whether a head is stored beside the embedding that it is said to be, in values that differ as float32."""
-        names = OUTER["lm_head"], OUTER["embed_tokens"]
+        names = self._head, self._table
         shapes = [self.shapes.get(name, ()) for name in names]
         if self.config.get("tie_word_embeddings") is not True or len(shapes[0]) != 2 or shapes[0] != shapes[1]:
             return False
@@ -347,7 +348,8 @@ def check_names(cfg: ModelConfig, shapes: dict[str, tuple[int, ...]], where: str
         raise ModelError(f"{where}: its config says {cfg.num_hidden_layers} layers, but it holds {len(shapes)} tensors")
     table = name_table(cfg)
     # A tied head may be stored too; it is the embedding once more (see `SafetensorsFolder`), or misshapen.
-    twice = {OUTER["lm_head"]: table[OUTER["embed_tokens"]]} if cfg.tie_word_embeddings else {}
+    head, embedding = (tensor_name(cfg.names, leaf, None) for leaf in ("lm_head", "embed_tokens"))
+    twice = {head: table[embedding]} if cfg.tie_word_embeddings else {}
     missing = [name for name in table if name not in shapes]
     extra = [name for name in shapes if name not in table and name not in twice and not name.endswith(BUFFERS)]
     wrong = [

@@ -16,16 +16,19 @@ from jlora.config import LoraSection
 from jlora.errors import ConfigError, ModelError
 from jlora.files.atomic import beside, new_folder
 from jlora.hf.adapter_config import CONFIG
-from jlora.hf.names import BLOCK, OUTER, name_table
+from jlora.hf.names import name_table, tensor_name
 from jlora.hf.peft import WEIGHTS, load_adapter, save_adapter
 from jlora.hf.pretrained import Pretrained
 from jlora.hf.weights import Merged, Weights, at_layer, blocks, leaf
 from jlora.model import attention
 from jlora.model.adapter import Adapter, Lora, Saved
+from jlora.model.adapter_layout import place_adapter
+from jlora.model.block import Block
+from jlora.model.config import ModelConfig
 from jlora.model.layers import rms_norm
-from jlora.model.llama import Block, Decoder, ModelConfig, place_adapter
+from jlora.model.llama import Decoder
+from jlora.model.mixing import attend, rotary_by_layer
 from jlora.model.precision import products_in
-from jlora.model.rope import rotary_table
 from jlora.model.sharding import constrain, gather
 from jlora.runtime.distributed import from_first, is_main, wait_for_all
 
@@ -76,7 +79,7 @@ class StreamedBlock:
         known, array = self._last
         if known != name or array is None:  # a layer asks for some twice
             self._last = "", None
-            stored = f"model.layers.{self._layer}.{BLOCK[name]}"
+            stored = tensor_name(self.cfg.names, name, self._layer)
             array = leaf(self._weights, self.cfg, stored, self._table[stored])
             self._last = name, array
         return array
@@ -106,19 +109,19 @@ def streamed_logits(cfg: ModelConfig, weights: Weights, adapter: Adapter) -> np.
     low_rank = {name: part for name, part in adapter.items() if isinstance(part, Lora)}
     table, tokens = name_table(cfg), probe_tokens(cfg.vocab_size)
     positions, segments = jnp.arange(PROBE_LENGTH, dtype=jnp.int32)[None], jnp.ones(tokens.shape, jnp.int32)
-    rotary = rotary_table(positions, segments, cfg.head_dim, cfg.rope_theta, cfg.rope_scaling)
+    rotary = rotary_by_layer(cfg, positions, segments)
     places = attention.Places(segments, segments, positions, positions)
-    attend = partial(attention.reference, places=places, window=cfg.sliding_window)
-    name = OUTER["embed_tokens"]
+    name = tensor_name(cfg.names, "embed_tokens", None)
     x = jnp.asarray(np.concatenate([whole.rows(name, table[name], i, i + 1) for i in tokens[0].tolist()])[None])
     for layer in range(cfg.num_hidden_layers):
         factors = {name: at_layer(lora, layer) for name, lora in low_rank.items()}
+        seeing = partial(attend, cfg, attention.reference, layer, places=places)
         x = StreamedBlock(cfg, whole, layer)(
-            x, rotary, attend, {n: f for n, f in factors.items() if f is not None}, None
+            x, rotary(layer), seeing, {n: f for n, f in factors.items() if f is not None}, None
         )
-    name = OUTER["norm"]
-    x = rms_norm(x, jnp.asarray(whole.rows(name, table[name], 0, 1)[0]), cfg.rms_norm_eps)
-    name = OUTER["embed_tokens" if cfg.tie_word_embeddings else "lm_head"]
+    name = tensor_name(cfg.names, "norm", None)
+    x = rms_norm(x, jnp.asarray(whole.rows(name, table[name], 0, 1)[0]), cfg.norm_eps)
+    name = tensor_name(cfg.names, "embed_tokens" if cfg.tie_word_embeddings else "lm_head", None)
     heads = (whole.rows(name, table[name], start, stop) for start, stop in blocks(cfg, table[name]))
     return np.concatenate([np.asarray(jnp.einsum("btd,vd->btv", x, head)[0]) for head in heads], axis=1)
 
@@ -171,7 +174,7 @@ def write_adapter(
         dtype, tolerance = jnp.dtype("float32"), 1e-5
     whole = gather(adapter, mesh)
     if is_main():
-        save_adapter(folder, whole, section, pretrained.name, pretrained.base_hash)
+        save_adapter(folder, whole, section, pretrained.name, pretrained.base_hash, pretrained.base.cfg.names)
     wait_for_all("exported")
     cfg = pretrained.base.cfg
     reread = place_adapter(load_adapter(folder, cfg, pretrained.base_hash, section.dropout), cfg, mesh)

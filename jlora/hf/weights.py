@@ -12,10 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jlora.hf.names import OUTER, Entry, to_hf
+from jlora.hf.names import Entry, tensor_name, to_hf
 from jlora.hf.source import Source
 from jlora.model.adapter import Adapter, Lora, Saved
-from jlora.model.llama import Decoder, ModelConfig
+from jlora.model.config import ModelConfig
+from jlora.model.llama import Decoder
 from jlora.model.quant import CHANNEL_TYPES, Quantized, dequantize, encode, finish
 
 # Weights of a block of rows, unless a head has more.
@@ -47,10 +48,11 @@ class Stored:
 
     def __init__(self, source: Source):
         self._source = source
+        self._embedding = tensor_name(source.model.names, "embed_tokens", None)
 
     def rows(self, name: str, entry: Entry, start: int, stop: int) -> np.ndarray:
         """See `Weights`. A head that was tied is the embedding."""
-        stored = name if name in self._source.shapes else OUTER["embed_tokens"]
+        stored = name if name in self._source.shapes else self._embedding
         return np.array(self._source.part(stored, (start, stop), (0, entry.hf_shape[-1])), np.float32)
 
 

@@ -17,7 +17,8 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from jlora.config import ATTENTION_PROJECTIONS, PROJECTIONS, LoraSection
+from jlora.config import PROJECTIONS, LoraSection
+from jlora.model.config import ModelConfig, module_path
 from jlora.model.layers import times
 from jlora.model.precision import products_in
 from jlora.model.quant import Quantized, Weight, dequantize, quantized_einsum
@@ -70,15 +71,8 @@ class Saved:
 Adapter = dict[str, Lora | Saved]
 
 
-def module_path(projection: str, layer: int) -> str:
-    """The name that PEFT matches patterns with."""
-    part = "self_attn" if projection in ATTENTION_PROJECTIONS else "mlp"
-    return f"model.layers.{layer}.{part}.{projection}"
-
-
-def _by_pattern(patterns: dict[str, float], projection: str, layer: int, default: float) -> float:
-    """The value of the first pattern that matches, as `get_pattern_key` of PEFT does."""
-    path = module_path(projection, layer)
+def _by_pattern(patterns: dict[str, float], path: str, default: float) -> float:
+    """The value of the first pattern that matches a module, as `get_pattern_key` of PEFT does."""
     return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", path)), default)
 
 
@@ -87,29 +81,32 @@ def scaling(cfg: LoraSection, alpha: float, rank: int) -> float:
     return alpha / (math.sqrt(rank) if cfg.use_rslora else rank)
 
 
-def layer_ranks(cfg: LoraSection, projection: str, num_layers: int) -> tuple[int, ...]:
+def layer_ranks(cfg: LoraSection, projection: str, model: ModelConfig) -> tuple[int, ...]:
     """The rank of each layer's adapter; 0 where it has none."""
     return tuple(
-        int(_by_pattern(dict(cfg.rank_pattern), projection, layer, cfg.rank))
+        int(_by_pattern(dict(cfg.rank_pattern), module_path(model.names, projection, layer), cfg.rank))
         if cfg.transforms(projection, layer)
         else 0
-        for layer in range(num_layers)
+        for layer in range(model.num_hidden_layers)
     )
 
 
-def layer_scales(cfg: LoraSection, projection: str, num_layers: int) -> np.ndarray:
+def layer_scales(cfg: LoraSection, projection: str, model: ModelConfig) -> np.ndarray:
     """What each layer's product BA is multiplied by, 0 where there is none; [L] float32."""
+    paths = [module_path(model.names, projection, layer) for layer in range(model.num_hidden_layers)]
     scales = [
-        scaling(cfg, _by_pattern(cfg.alpha_pattern, projection, layer, cfg.alpha), rank) if rank else 0.0
-        for layer, rank in enumerate(layer_ranks(cfg, projection, num_layers))
+        scaling(cfg, _by_pattern(cfg.alpha_pattern, path, cfg.alpha), rank) if rank else 0.0
+        for path, rank in zip(paths, layer_ranks(cfg, projection, model), strict=True)
     ]
     return np.array(scales, np.float32)
 
 
-def new_lora(cfg: LoraSection, projection: str, factors: tuple[Array, Array], num_layers: int, dropout: float) -> Lora:
+def new_lora(
+    cfg: LoraSection, projection: str, factors: tuple[Array, Array], model: ModelConfig, dropout: float
+) -> Lora:
     """Stacked factors with what the options say of them."""
-    ranks = layer_ranks(cfg, projection, num_layers)
-    scale = jnp.asarray(layer_scales(cfg, projection, num_layers))
+    ranks = layer_ranks(cfg, projection, model)
+    scale = jnp.asarray(layer_scales(cfg, projection, model))
     return Lora(*factors, scale, dropout, ranks=ranks if len(set(ranks)) > 1 else None)
 
 

@@ -18,8 +18,9 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from jlora.config import LoraSection
 from jlora.errors import ConfigError
-from jlora.model.adapter import Adapter, Lora, Saved, layer_ranks, module_path, new_lora, weight_norm
-from jlora.model.llama import Decoder, ModelConfig, block_weights, outer_weights, projection_shapes
+from jlora.model.adapter import Adapter, Lora, Saved, layer_ranks, new_lora, weight_norm
+from jlora.model.config import ModelConfig, block_weights, module_path, outer_weights, projection_shapes
+from jlora.model.llama import Decoder
 from jlora.model.precision import products_in
 from jlora.model.quant import Weight, dequantize
 
@@ -36,14 +37,17 @@ def check_options(cfg: LoraSection, model: ModelConfig) -> None:
             f"lora.layers_to_transform names layer {missing[0]}, but the model has {num_layers}, 0 to {num_layers - 1}"
         )
     paths = [
-        module_path(name, layer) for name in cfg.targets for layer in range(num_layers) if cfg.transforms(name, layer)
+        module_path(model.names, name, layer)
+        for name in cfg.targets
+        for layer in range(num_layers)
+        if cfg.transforms(name, layer)
     ]
     for key, patterns in (("rank_pattern", cfg.rank_pattern), ("alpha_pattern", cfg.alpha_pattern)):
         for pattern in patterns:
             if not any(re.match(rf"(.*\.)?({pattern})$", path) for path in paths):
                 raise ConfigError(f"lora.{key}: '{pattern}' matches no adapted module, such as {paths[0]}")
     for name in cfg.targets if cfg.takes_from_base else ():
-        most, rank = min(map(math.prod, shapes[name])), max(layer_ranks(cfg, name, num_layers))
+        most, rank = min(map(math.prod, shapes[name])), max(layer_ranks(cfg, name, model))
         if rank > most:
             raise ConfigError(
                 f"lora.init_lora_weights={cfg.init_lora_weights} takes {rank} ranks from {name}, which has {most}; "
@@ -89,7 +93,7 @@ def _drawn(cfg: LoraSection, model: ModelConfig, name: str, seed: int) -> Lora:
     a projection depends on the seed and its name alone, so adding a target does not move the others.
     """
     num_layers, (inputs, outputs) = model.num_hidden_layers, projection_shapes(model)[name]
-    ranks = layer_ranks(cfg, name, num_layers)
+    ranks = layer_ranks(cfg, name, model)
     shape = (num_layers, *inputs, max(ranks))
     key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
     lora_b = jnp.zeros((num_layers, max(ranks), *outputs), jnp.float32)
@@ -105,7 +109,7 @@ def _drawn(cfg: LoraSection, model: ModelConfig, name: str, seed: int) -> Lora:
         held = np.arange(max(ranks))[None] < np.array(ranks)[:, None]
         lora_a = jnp.where(held.reshape(num_layers, *(1 for _ in inputs), -1), lora_a, 0.0)
     return replace(
-        new_lora(cfg, name, (lora_a, lora_b), num_layers, cfg.dropout),
+        new_lora(cfg, name, (lora_a, lora_b), model, cfg.dropout),
         magnitude=jnp.zeros((num_layers, *outputs), jnp.float32) if cfg.use_dora else None,
         initial=(jnp.zeros_like(lora_a), jnp.zeros_like(lora_b)) if cfg.takes_from_base else None,
     )
@@ -118,7 +122,7 @@ def _completed(part: Lora | Saved, name: str, cfg: LoraSection, base: Decoder, s
     if isinstance(part, Saved):
         return Saved(jax.jit(lambda w: w.astype(jnp.float32), out_shardings=_whole(leaf))(leaf))
     if cfg.takes_from_base:
-        part = _taken_from(leaf, name, part, cfg, base.cfg.num_hidden_layers, seed)
+        part = _taken_from(leaf, name, part, cfg, base.cfg, seed)
     return _with_magnitude(leaf, part) if cfg.use_dora else part
 
 
@@ -139,9 +143,9 @@ def _with_magnitude(leaf: Weight, lora: Lora) -> Lora:
     return replace(lora, magnitude=jax.jit(norms, out_shardings=_whole(leaf))(leaf, lora))
 
 
-def _taken_from(leaf: Weight, name: str, lora: Lora, cfg: LoraSection, num_layers: int, seed: int) -> Lora:
+def _taken_from(leaf: Weight, name: str, lora: Lora, cfg: LoraSection, model: ModelConfig, seed: int) -> Lora:
     """Factors taken from each layer's weight, held and trained."""
-    ranks = layer_ranks(cfg, name, num_layers)
+    ranks = layer_ranks(cfg, name, model)
     make = jax.jit(principal, static_argnames=("init", "rank", "num_outputs"), out_shardings=_whole(leaf))
     how = {"init": str(cfg.init_lora_weights), "num_outputs": len(lora.lora_b.shape) - 2}
     found = []

@@ -9,6 +9,7 @@ import numpy as np
 from jlora.config import PROJECTIONS, LoraSection
 from jlora.errors import ConfigError, ModelError
 from jlora.model.adapter import Adapter, Lora, new_lora
+from jlora.model.config import ModelConfig
 
 COMBINATIONS = ("linear", "cat", "svd")
 
@@ -17,7 +18,7 @@ Factors = tuple[np.ndarray, np.ndarray, float]
 
 
 def combine_adapters(
-    adapters: dict[str, Adapter], weights: list[float], how: str, rank: int | None
+    adapters: dict[str, Adapter], weights: list[float], how: str, rank: int | None, model: ModelConfig
 ) -> tuple[Adapter, LoraSection]:
     """One adapter of scale 1, and its options. Where an adapter has nothing, the others count alone.
 
@@ -45,7 +46,7 @@ def combine_adapters(
         raise ConfigError(f"--combination linear adds factors of one rank, but {listed}; take cat or svd")
     rank = sum(ranks) if how == "cat" else rank if how == "svd" and rank else max(ranks)
     targets = [name for name in PROJECTIONS if any(name in one for one in parts)]
-    num_layers = next(iter(parts[0].values())).lora_a.shape[0]
+    num_layers = model.num_hidden_layers
     found: dict[str, list[list[Factors]]] = {
         name: [
             [_at(one[name], layer, weight) for one, weight in zip(parts, weights, strict=True) if name in one]
@@ -71,7 +72,7 @@ def combine_adapters(
                 width = factors[0].shape[1]
                 a[layer, ..., :width] = factors[0].reshape(*inputs, width)
                 b[layer, :width] = factors[1].reshape(width, *outputs)
-        combined[name] = new_lora(section, name, (jnp.asarray(a), jnp.asarray(b)), num_layers, 0.0)
+        combined[name] = new_lora(section, name, (jnp.asarray(a), jnp.asarray(b)), model, 0.0)
     return combined, section
 
 

@@ -12,7 +12,7 @@ from jax.sharding import AbstractMesh, Mesh
 from jlora.config import Config
 from jlora.errors import ConfigError
 from jlora.model import quant
-from jlora.model.llama import ModelConfig, block_weights, outer_weights, projection_shapes
+from jlora.model.config import ModelConfig, block_weights, outer_weights, projection_shapes
 from jlora.model.sharding import MESH_AXES, RULES
 
 # Logical axis -> what a user calls its size, in config.json or in the run's config.

@@ -12,13 +12,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 
-def _over_tokens(
-    gradient: Float[Array, "B T *features"], vector: Float[Array, "*features"]
-) -> Float[Array, "*features"]:
+def _over_tokens(gradient: Float[Array, "B T ..."], vector: Float[Array, "*features"]) -> Float[Array, "*features"]:
     return gradient.sum(axis=tuple(range(gradient.ndim - vector.ndim)), dtype=jnp.float32).astype(vector.dtype)
 
 
-def _spread(vector: Float[Array, "*features"], x: Float[Array, "B T *features"]) -> Float[Array, "1 1 *features"]:
+def _spread(vector: Float[Array, "*features"], x: Float[Array, "B T ..."]) -> Float[Array, "1 1 ..."]:
     return vector.astype(x.dtype).reshape((1,) * (x.ndim - vector.ndim) + vector.shape)
 
 
@@ -40,8 +38,9 @@ plus.defvjp(_plus_forward, _plus_backward)
 
 
 @jax.custom_vjp
-def times(x: Float[Array, "B T *features"], vector: Float[Array, "*features"]) -> Float[Array, "B T *features"]:
-    """`x` times one vector for all tokens, in the dtype of `x`; the vector's gradient is added up in float32."""
+def times(x: Float[Array, "B T *dims"], vector: Float[Array, "*features"]) -> Float[Array, "B T *dims"]:
+    """`x` times one vector for all tokens (and heads, where it has no dim for them), in the dtype of `x`; the vector's
+    gradient is added up in float32."""
     return _spread(vector, x) * x
 
 
@@ -61,7 +60,7 @@ def _times_backward(saved: tuple[Array | None, Array], gradient: Array) -> tuple
 times.defvjp(_times_forward, _times_backward, symbolic_zeros=True)
 
 
-def rms_norm(x: Float[Array, "B T D"], weight: Float[Array, " D"], eps: float) -> Float[Array, "B T D"]:
+def rms_norm(x: Float[Array, "B T *heads D"], weight: Float[Array, " D"], eps: float) -> Float[Array, "B T *heads D"]:
     """RMSNorm (arXiv:1910.07467), normalised in float32, scaled in the dtype of `x` as LlamaRMSNorm does."""
     x32 = x.astype(jnp.float32)
     inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)

@@ -54,20 +54,38 @@ class YarnRope:
 
 
 RopeScaling = LinearRope | DynamicRope | Llama3Rope | YarnRope
+
+
+@dataclass(frozen=True)
+class Rope:
+    """How a layer's heads are turned by position.
+
+    Attributes:
+      theta: the base of the wavelengths.
+      dim: how many of a head's dims are turned, the first ones.
+      scaling: how the frequencies are rescaled.
+    """
+
+    theta: float
+    dim: int
+    scaling: RopeScaling | None
+
+
 Rotary = tuple[Float[Array, "B T half"], Float[Array, "B T half"]]  # of head_dim
 
 
-def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> np.ndarray:
-    """Angular frequencies, [H / 2] float32; of `DynamicRope` those of segments that are not too long."""
-    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-    frequencies = 1.0 / theta**exponents
+def rope_frequencies(rope: Rope) -> np.ndarray:
+    """Angular frequencies, [dim / 2] float32; of `DynamicRope` those of segments that are not too long."""
+    scaling = rope.scaling
+    exponents = np.arange(0, rope.dim, 2, dtype=np.float32) / np.float32(rope.dim)
+    frequencies = 1.0 / rope.theta**exponents
     match scaling:
         case LinearRope():
             frequencies = frequencies / scaling.factor
         case Llama3Rope():
             frequencies = _llama3(frequencies, scaling)
         case YarnRope():
-            kept = 1.0 - _yarn_ramp(head_dim, theta, scaling)
+            kept = 1.0 - _yarn_ramp(rope.dim, rope.theta, scaling)
             frequencies = frequencies / scaling.factor * (1.0 - kept) + frequencies * kept
     return frequencies.astype(np.float32)
 
@@ -84,38 +102,35 @@ def _llama3(frequencies: np.ndarray, scaling: Llama3Rope) -> np.ndarray:
     return np.where((wavelength <= low) & (wavelength >= high), between, stretched)
 
 
-def _yarn_ramp(head_dim: int, theta: float, scaling: YarnRope) -> np.ndarray:
-    """How much of each dim is stretched, [H / 2]: 0 for those that turn often, 1 for those that hardly turn."""
+def _yarn_ramp(dim: int, theta: float, scaling: YarnRope) -> np.ndarray:
+    """How much of each dim is stretched, [dim / 2]: 0 for those that turn often, 1 for those that hardly turn."""
 
     def dim_of(turns: float) -> float:
         wavelength = scaling.original_max_position_embeddings / (turns * 2 * math.pi)
-        return head_dim * math.log(wavelength) / (2 * math.log(theta))
+        return dim * math.log(wavelength) / (2 * math.log(theta))
 
     low, high = dim_of(scaling.beta_fast), dim_of(scaling.beta_slow)
     if scaling.truncate:
         low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, head_dim - 1)
+    low, high = max(low, 0), min(high, dim - 1)
     high += 0.001 if low == high else 0.0
-    return np.clip((np.arange(head_dim // 2, dtype=np.float32) - low) / (high - low), 0, 1)
+    return np.clip((np.arange(dim // 2, dtype=np.float32) - low) / (high - low), 0, 1)
 
 
 def rotary_table(
-    positions: Int[Array, "B T"],
-    segments: Int[Array, "B T"],
-    head_dim: int,
-    theta: float,
-    scaling: RopeScaling | None,
-) -> tuple[Float[Array, "B T {head_dim//2}"], Float[Array, "B T {head_dim//2}"]]:
-    """Cosines and sines of every token's angles, float32, to be used by all layers.
+    positions: Int[Array, "B T"], segments: Int[Array, "B T"], rope: Rope
+) -> tuple[Float[Array, "B T {rope.dim//2}"], Float[Array, "B T {rope.dim//2}"]]:
+    """Cosines and sines of every token's angles, float32, to be used by all layers that turn alike.
 
     `DynamicRope` depends on a length, for which transformers takes the longest position of a whole forward
     pass, and of earlier ones. Here it is the longest position of a token's own segment: what transformers
     computes for that segment alone, whatever stands beside it in its row or batch.
     """
+    scaling = rope.scaling
     if isinstance(scaling, DynamicRope):
-        frequencies = _dynamic_frequencies(_lengths(positions, segments), head_dim, theta, scaling)
+        frequencies = _dynamic_frequencies(_lengths(positions, segments), rope.dim, rope.theta, scaling)
     else:
-        frequencies = jnp.asarray(rope_frequencies(head_dim, theta, scaling))[None, None]
+        frequencies = jnp.asarray(rope_frequencies(rope))[None, None]
     angles = positions.astype(jnp.float32)[:, :, None] * frequencies
     amplitude = scaling.attention_factor if isinstance(scaling, YarnRope) else 1.0
     return jnp.cos(angles) * amplitude, jnp.sin(angles) * amplitude
@@ -132,12 +147,12 @@ def _lengths(positions: Int[Array, "B T"], segments: Int[Array, "B T"]) -> Int[A
 
 
 def _dynamic_frequencies(
-    lengths: Int[Array, "B T"], head_dim: int, theta: float, scaling: DynamicRope
-) -> Float[Array, "B T {head_dim//2}"]:
+    lengths: Int[Array, "B T"], dim: int, theta: float, scaling: DynamicRope
+) -> Float[Array, "B T {dim//2}"]:
     longest = jnp.maximum(lengths, scaling.max_position_embeddings).astype(jnp.float32)
     growth = scaling.factor * longest / scaling.max_position_embeddings - (scaling.factor - 1)
-    thetas = theta * growth ** (head_dim / (head_dim - 2))
-    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    thetas = theta * growth ** (dim / (dim - 2))
+    exponents = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
     return 1.0 / thetas[:, :, None] ** exponents[None, None]
 
 

@@ -22,8 +22,10 @@ from jlora.hf.pretrained import model_shape
 from jlora.model import attention
 from jlora.model.adapter import without_scales
 from jlora.model.adapter_init import check_options, new_adapter
+from jlora.model.adapter_layout import place_adapter
+from jlora.model.config import ModelConfig
 from jlora.model.divisibility import check_batch_split, check_divides
-from jlora.model.llama import Decoder, ModelConfig, abstract_decoder, place_adapter
+from jlora.model.llama import Decoder, abstract_decoder
 from jlora.model.quant import is_quantized, map_axes
 from jlora.model.sharding import make_mesh, named_sharding
 from jlora.planning.flops import collective_bytes, count_flops
@@ -114,7 +116,7 @@ def abstract_step(
     adapter = {}
     if cfg.method == "lora":
         check_options(cfg.lora, model)
-        optim.check_rule(cfg, model.num_hidden_layers)
+        optim.check_rule(cfg, model)
         make = partial(new_adapter, cfg.lora, model, 0)
         adapter = place_adapter(jax.eval_shape(make), model, mesh)
     params = {"adapter": adapter, "base": base}

@@ -7,7 +7,8 @@ from typing import Any
 from jlora.config import Config
 from jlora.data import encoding
 from jlora.data.checks import count_batches
-from jlora.hf.pretrained import SHAPES, tokenizer_of
+from jlora.hf.pretrained import tokenizer_of
+from jlora.hf.shapes import SHAPES
 from jlora.planning.compiled import Plan
 from jlora.planning.topology import Target
 

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from jlora.config import Config, ModelSection
 from jlora.config.keys import assign
 from jlora.model import quant
+from jlora.model.config import ModelConfig, block_weights, outer_weights
 from jlora.model.divisibility import input_cuts, split_sizes
-from jlora.model.llama import ModelConfig, block_weights, outer_weights
 from jlora.model.remat import LADDER
 from jlora.planning.roofline import estimate, passes
 from jlora.planning.topology import Target

@@ -11,7 +11,7 @@ import jax
 
 from jlora.config import Config
 from jlora.hf.pretrained import model_shape
-from jlora.model.llama import ModelConfig
+from jlora.model.config import ModelConfig
 from jlora.model.sharding import make_mesh
 from jlora.planning.compiled import Plan, held_bytes, plan, step_flops
 from jlora.planning.layouts import HEAVIER, as_overrides, guess_seconds, layouts, smallest, with_settings

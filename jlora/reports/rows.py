@@ -10,7 +10,8 @@ from jlora.data.packing import plan_steps
 from jlora.data.preview import Shown, show_rows
 from jlora.data.tokens import Tokenizer
 from jlora.errors import ConfigError, DataError
-from jlora.hf.pretrained import SHAPES, open_tokenizer, stop_tokens, tokenizer_of
+from jlora.hf.pretrained import open_tokenizer, stop_tokens, tokenizer_of
+from jlora.hf.shapes import SHAPES
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 
 from jlora.config import Config
-from jlora.model.llama import ModelConfig
+from jlora.model.config import ModelConfig
 from jlora.model.remat import LADDER
 from jlora.runtime import distributed
 from jlora.training.layout import current, saved_bytes

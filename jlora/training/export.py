@@ -16,8 +16,10 @@ from jlora.hf import verify
 from jlora.hf.pretrained import base_of, load_pretrained, open_adapter, open_pretrained, run_config
 from jlora.model.adapter import Adapter, layer_scales, with_scales, without_scales
 from jlora.model.adapter_init import new_adapter
+from jlora.model.adapter_layout import place_adapter
 from jlora.model.adapter_merge import combine_adapters
-from jlora.model.llama import Decoder, ModelConfig, abstract_decoder, place_adapter
+from jlora.model.config import ModelConfig
+from jlora.model.llama import Decoder, abstract_decoder
 from jlora.model.sharding import named_sharding, one_device_mesh
 from jlora.training.checkpoint import Checkpoints
 from jlora.training.merge import merge as merge_run
@@ -59,8 +61,7 @@ def restore(
     if cfg.method == "lora":
         fresh = jax.eval_shape(lambda: without_scales(new_adapter(cfg.lora, model, cfg.training.seed))[0])
         adapter = checkpoints.restore_trained(step, {"adapter": place_adapter(fresh, model, mesh)})["adapter"]
-        layers = model.num_hidden_layers
-        scales = {name: jnp.asarray(layer_scales(cfg.lora, name, layers)) for name in cfg.lora.targets}
+        scales = {name: jnp.asarray(layer_scales(cfg.lora, name, model)) for name in cfg.lora.targets}
         restored = with_scales(adapter, scales), None
     else:
         whole = named_sharding(mesh, ())
@@ -176,7 +177,7 @@ def export_combined(
     with jax.set_mesh(mesh):
         pretrained = load_pretrained(open_pretrained(base or base_of(folders[0]), None, None), dtype, mesh)
         adapters = {folder: open_adapter(folder, pretrained) for folder in folders}
-        adapter, section = combine_adapters(adapters, weights, how, rank)
+        adapter, section = combine_adapters(adapters, weights, how, rank, pretrained.base.cfg)
         placed = place_adapter(adapter, pretrained.base.cfg, mesh)
         with new_folder(out) as made:
             difference = verify.write_adapter(made, placed, section, pretrained, dtype, mesh)

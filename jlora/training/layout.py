@@ -6,7 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from jlora.config import Config
-from jlora.model.llama import ModelConfig
+from jlora.model.config import ModelConfig
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,9 @@ from jlora.hf.weights import Dequantized, Merged, Stored, Trained, Weights
 from jlora.model import attention
 from jlora.model.adapter import Adapter
 from jlora.model.adapter_init import new_adapter
-from jlora.model.llama import Decoder, ModelConfig, abstract_decoder, place_adapter
+from jlora.model.adapter_layout import place_adapter
+from jlora.model.config import ModelConfig
+from jlora.model.llama import Decoder, abstract_decoder
 from jlora.model.sharding import make_mesh, one_device_mesh
 from jlora.training import auto_remat
 from jlora.training.evaluator import Evaluator

@@ -117,7 +117,7 @@ def open_run(cfg: Config, folder: Path, mesh: jax.sharding.Mesh, watch: Watch, s
     check_divides(opened.model, mesh, cfg)
     if cfg.method == "lora":
         check_options(cfg.lora, opened.model)
-        optim.check_rule(cfg, opened.model.num_hidden_layers)
+        optim.check_rule(cfg, opened.model)
     kernel, forward = make_forward(cfg, opened.model, mesh)
     if not quiet:
         warn_of_dropout(opened.source)

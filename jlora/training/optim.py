@@ -17,6 +17,7 @@ from jaxtyping import Array, Float
 from jlora.config import Config, OptimizerSection
 from jlora.errors import ConfigError
 from jlora.model.adapter import Lora, Saved, layer_ranks, with_scales, without_scales
+from jlora.model.config import ModelConfig
 
 Tree = Any
 
@@ -96,13 +97,13 @@ def learning_rate(hyper: dict[str, Float[Array, ""]], step: Array) -> Float[Arra
     return hyper["learning_rate"] * jnp.where(count < warmup, count / jnp.maximum(warmup, 1.0), decay)
 
 
-def check_rule(cfg: Config, num_layers: int) -> None:
+def check_rule(cfg: Config, model: ModelConfig) -> None:
     """Refuse a rule that takes the size of a weight, for adapters whose weights are padded with zeros.
 
     Raises:
       ConfigError: naming the keys.
     """
-    unlike = any(len({*layer_ranks(cfg.lora, name, num_layers)} - {0}) > 1 for name in cfg.lora.targets)
+    unlike = any(len({*layer_ranks(cfg.lora, name, model)} - {0}) > 1 for name in cfg.lora.targets)
     if cfg.method == "lora" and cfg.optimizer.name == "adafactor" and unlike:
         raise ConfigError(
             "optimizer.name=adafactor moves a weight by its size, which is not known of layers with ranks that differ "

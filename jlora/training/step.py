@@ -19,7 +19,8 @@ from jlora.config import Config, ObjectiveSection
 from jlora.model import attention, quant
 from jlora.model.adapter import Adapter
 from jlora.model.attention import Attention
-from jlora.model.llama import Decoder, ModelConfig
+from jlora.model.config import ModelConfig
+from jlora.model.llama import Decoder
 from jlora.model.precision import products_in
 from jlora.model.quant import is_quantized
 from jlora.model.sharding import named_sharding, place

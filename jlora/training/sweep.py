@@ -90,7 +90,7 @@ def train_together(cfg: Config, quiet: bool = False) -> dict[str, Any]:
         for each in sweep.configs.values():  # what is wrong with the last is told before the first is trained
             model = sweep.shared.open(each).model
             check_options(each.lora, model)
-            optim.check_rule(each, model.num_hidden_layers)
+            optim.check_rule(each, model)
             sweep.shared.read(each)
         write_text(folder / "config.yaml", cfg.dump_yaml())
         for name in sweep.halve() if cfg.sweep_halving else sweep.configs:

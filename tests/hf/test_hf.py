@@ -29,6 +29,7 @@ from jlora.hf.architecture import parse_config
 from jlora.hf.merged import save_checkpoint
 from jlora.hf.source import check_names, open_source, resolve
 from jlora.hf.weights import Trained
+from jlora.model.rope import Rope
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 KEY = "model.layers.1.mlp.up_proj.weight"
@@ -112,7 +113,7 @@ def test_both_spellings_of_the_config(single):
         four = bare | {"torch_dtype": "float32", "rope_theta": 523.0, "rope_scaling": scaling}
         assert parse_config(five, "here") == parse_config(four, "here")
         cfg = parse_config(four, "here")
-        assert cfg.rope_theta == 523.0 and (cfg.rope_scaling is None) == (scaling is None)
+        assert cfg.ropes[0].theta == 523.0 and (cfg.ropes[0].scaling is None) == (scaling is None)
         if scaling:
             older = scaling | {"type": scaling["rope_type"]}
             del older["rope_type"]
@@ -128,13 +129,14 @@ def test_defaults_are_those_of_transformers():
     raw = {"model_type": "llama", "hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 96}
     raw |= {"num_hidden_layers": 2, "vocab_size": 100}
     ours, theirs = parse_config(raw, "here"), LlamaConfig(**raw)
-    for name in ("num_key_value_heads", "head_dim", "rms_norm_eps", "tie_word_embeddings"):
+    for name in ("num_key_value_heads", "head_dim", "tie_word_embeddings"):
         assert getattr(ours, name) == getattr(theirs, name)
-    assert ours.rope_theta == theirs.rope_parameters["rope_theta"] and ours.rope_scaling is None
+    assert ours.norm_eps == theirs.rms_norm_eps
+    assert ours.ropes == (Rope(theirs.rope_parameters["rope_theta"], 16, None),)
     assert parse_config(raw | {"head_dim": None, "rope_scaling": None, "num_key_value_heads": None}, "here") == ours
     llama3 = {key: value for key, value in LLAMA3_ROPE.items() if key != "original_max_position_embeddings"}
     cfg = parse_config(raw | {"rope_scaling": llama3, "max_position_embeddings": 512}, "here")
-    assert cfg.rope_scaling.original_max_position_embeddings == 512
+    assert cfg.ropes[0].scaling.original_max_position_embeddings == 512
 
 
 def test_defaults_of_mistral_are_those_of_transformers():
@@ -144,12 +146,14 @@ def test_defaults_of_mistral_are_those_of_transformers():
     dynamic = {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}
     for more in ({}, {"sliding_window": None}, {"num_key_value_heads": 4}, {"sliding_window": 7}):
         ours, theirs = parse_config(raw | dynamic | more, "here"), MistralConfig(**(raw | dynamic | more))
-        for name in ("num_key_value_heads", "head_dim", "rms_norm_eps", "tie_word_embeddings", "sliding_window"):
+        for name in ("num_key_value_heads", "head_dim", "tie_word_embeddings"):
             assert getattr(ours, name) == getattr(theirs, name), (name, more)
-        assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
-        assert ours.rope_scaling.max_position_embeddings == theirs.max_position_embeddings
+        assert ours.norm_eps == theirs.rms_norm_eps and ours.windows == (theirs.sliding_window,)
+        (rope,) = ours.ropes
+        assert rope.theta == theirs.rope_parameters["rope_theta"]
+        assert rope.scaling.max_position_embeddings == theirs.max_position_embeddings
     llama = parse_config(raw | {"model_type": "llama", "sliding_window": 7}, "here")  # which does not read it
-    assert llama.sliding_window is None and llama.num_key_value_heads == 16
+    assert llama.windows == (None,) and llama.num_key_value_heads == 16
     with pytest.raises(ModelError, match="sliding_window must be a positive integer, not 0"):
         parse_config(raw | {"sliding_window": 0}, "here")
 

@@ -13,10 +13,11 @@ from tiny import OFF_DEFAULT, make_llama
 from jlora.config import LoraSection
 from jlora.hf.adapter_config import read_adapter_config
 from jlora.hf.architecture import parse_config
-from jlora.hf.peft import load_adapter, save_adapter, scaled_to, tensor_name
+from jlora.hf.peft import factor_name, load_adapter, save_adapter, scaled_to
 from jlora.hf.source import open_source
 from jlora.model.adapter import Lora, layer_ranks, layer_scales
 from jlora.model.adapter_init import new_adapter
+from jlora.model.config import LLAMA
 
 PATTERNS = {
     "ranks": {"rank_pattern": {"layers.0.self_attn.q_proj": 3, "down_proj": 7}},
@@ -55,13 +56,13 @@ def test_a_reader_that_knows_one_scale_has_the_adapter_right(model, name, tmp_pa
     one = config["lora_alpha"] / (math.sqrt(config["r"]) if config["use_rslora"] else config["r"])
     read = read_adapter_config(tmp_path, model)
     for projection in section.targets:
-        scales = layer_scales(section, projection, model.num_hidden_layers)
-        peft = layer_scales(read, projection, model.num_hidden_layers)
-        for layer, rank in enumerate(layer_ranks(section, projection, model.num_hidden_layers)):
+        scales = layer_scales(section, projection, model)
+        peft = layer_scales(read, projection, model)
+        for layer, rank in enumerate(layer_ranks(section, projection, model)):
             if not rank:
-                assert tensor_name(projection, layer, "lora_A.weight") not in tensors
+                assert factor_name(LLAMA, projection, layer, "lora_A.weight") not in tensors
                 continue
-            a, b = (tensors[tensor_name(projection, layer, f"lora_{x}.weight")] for x in "AB")
+            a, b = (tensors[factor_name(LLAMA, projection, layer, f"lora_{x}.weight")] for x in "AB")
             part = adapter[projection]
             ours_a = np.asarray(part.lora_a[layer]).reshape(-1, part.lora_a.shape[-1])[:, :rank]
             ours_b = np.asarray(part.lora_b[layer]).reshape(part.lora_b.shape[1], -1)[:rank]
@@ -76,7 +77,7 @@ def test_another_scale_is_made_up_for_by_b(model, tmp_path):
     read = load_adapter(tmp_path, model, "hash", 0.0)
     for name, part in read.items():
         assert isinstance(part, Lora)
-        scales = layer_scales(section, name, model.num_hidden_layers)
+        scales = layer_scales(section, name, model)
         back = scaled_to(part, scales)
         np.testing.assert_array_equal(back.scale, scales)
         np.testing.assert_allclose(back.lora_b, drawn(section, model)[name].lora_b, rtol=1e-6, atol=0)

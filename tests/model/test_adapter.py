@@ -30,7 +30,7 @@ from jlora.hf.source import open_source
 from jlora.hf.weights import Merged, Stored
 from jlora.model.adapter import Adapter, Lora, layer_scales, project, without_scales
 from jlora.model.adapter_init import new_adapter
-from jlora.model.llama import projection_shapes
+from jlora.model.config import projection_shapes
 from jlora.training.step import count_parameters
 
 
@@ -123,7 +123,7 @@ def test_fresh_adapter_changes_nothing(base):
 @pytest.mark.parametrize(("use_rslora", "expected"), [(False, 12 / 16), (True, 12 / 4)])
 def test_scale(base, use_rslora, expected):
     section = LoraSection(rank=16, alpha=12, use_rslora=use_rslora)
-    np.testing.assert_array_equal(layer_scales(section, "q_proj", 3), np.float32([expected] * 3))
+    np.testing.assert_array_equal(layer_scales(section, "q_proj", base.cfg), np.float32([expected] * 3))
     for lora in fresh(base, rank=16, alpha=12, use_rslora=use_rslora).values():
         np.testing.assert_array_equal(lora.scale, np.float32(expected))
 

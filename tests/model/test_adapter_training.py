@@ -123,7 +123,7 @@ def test_ten_steps_are_those_of_peft(name, bases, opened, tmp_path):
         if isinstance(part, Lora):
             start = adapter[key]
             chex.assert_trees_all_equal(part.initial, start.initial)
-            for layer, rank in enumerate(layer_ranks(cfg.lora, key, base.cfg.num_hidden_layers)):
+            for layer, rank in enumerate(layer_ranks(cfg.lora, key, base.cfg)):
                 assert not np.asarray(part.lora_a[layer, ..., rank:]).any()
                 assert not np.asarray(part.lora_b[layer, rank:]).any()
                 assert (np.asarray(part.lora_b[layer]) != np.asarray(start.lora_b[layer])).any() == (rank > 0)

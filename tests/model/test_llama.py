@@ -22,9 +22,10 @@ from jlora.errors import ModelError
 from jlora.hf.architecture import parse_config
 from jlora.hf.peft import load_adapter
 from jlora.model import attention
-from jlora.model.llama import ModelConfig, block_weights, outer_weights, require_fits
+from jlora.model.adapter_layout import require_fits
+from jlora.model.config import ModelConfig, block_weights, outer_weights
 from jlora.model.remat import LADDER
-from jlora.model.rope import DynamicRope, LinearRope, Llama3Rope, YarnRope, rotary_table
+from jlora.model.rope import DynamicRope, LinearRope, Llama3Rope, Rope, YarnRope, rotary_table
 
 # Parity
 
@@ -62,7 +63,7 @@ def test_block_equals_transformers(layer, llama, base):
 
     @jax.jit
     def ours(stacked, x):
-        rotary = rotary_table(positions, jnp.ones_like(positions), cfg.head_dim, cfg.rope_theta, cfg.rope_scaling)
+        rotary = rotary_table(positions, jnp.ones_like(positions), *cfg.ropes)
         return jax.tree.map(lambda leaf: leaf[layer], stacked)(x, rotary, attend, {}, None)
 
     mask = torch.full((24, 24), -torch.inf).triu(1)[None, None]
@@ -91,11 +92,11 @@ LINEAR = LINEAR_ROPE | {"rope_theta": 523.0}
 MISTRAL = {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 7}
 # A field of ModelConfig or of a scaling; the config.json that it stands in; and keys that give it another value.
 PERTURBED: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
-    ("rms_norm_eps", {}, {"rms_norm_eps": 3e-2}),
-    ("rope_theta", {}, {"rope_parameters": LLAMA3 | {"rope_theta": 900.0}}),
-    ("rope_scaling", {}, {"rope_parameters": {"rope_type": "default", "rope_theta": 523.0}}),
+    ("norm_eps", {}, {"rms_norm_eps": 3e-2}),
+    ("Rope.theta", {}, {"rope_parameters": LLAMA3 | {"rope_theta": 900.0}}),
+    ("Rope.scaling", {}, {"rope_parameters": {"rope_type": "default", "rope_theta": 523.0}}),
     ("tie_word_embeddings", {}, {"tie_word_embeddings": True}),
-    ("sliding_window", MISTRAL, {"sliding_window": 11}),
+    ("windows", MISTRAL, {"sliding_window": 11}),
     ("Llama3Rope.factor", {}, {"rope_parameters": LLAMA3 | {"factor": 2.0}}),
     ("Llama3Rope.low_freq_factor", {}, {"rope_parameters": LLAMA3 | {"low_freq_factor": 2.0}}),
     ("Llama3Rope.high_freq_factor", {}, {"rope_parameters": LLAMA3 | {"high_freq_factor": 8.0}}),
@@ -135,11 +136,14 @@ def test_no_numerics_field_is_forgotten():
     """Every field of the config is a dim of some weight, or is perturbed below."""
     cfg = parse_config(OFF_DEFAULT | {"model_type": "llama"}, "here")
     fields = {field.name for field in dataclasses.fields(ModelConfig)}
-    for scaling in (LinearRope, DynamicRope, Llama3Rope, YarnRope):
-        fields |= {f"{scaling.__name__}.{field.name}" for field in dataclasses.fields(scaling)}
-    for name in fields - {field for field, *_ in PERTURBED}:
+    for part in (Rope, LinearRope, DynamicRope, Llama3Rope, YarnRope):
+        fields |= {f"{part.__name__}.{field.name}" for field in dataclasses.fields(part)}
+    # What other families differ in, and what moves no number.
+    elsewhere = {"names", "ropes", "Rope.dim"}
+    for name in fields - elsewhere - {field for field, *_ in PERTURBED}:
         value = getattr(cfg, name)
-        changed = dataclasses.replace(cfg, **{name: ("up_proj",) if name == "biased" else value + 2})
+        another = ("up_proj",) if name == "biased" else not value if isinstance(value, bool) else value + 2
+        changed = dataclasses.replace(cfg, **{name: another})
         before, after = (
             [c.num_hidden_layers, *(weight.shape for weight in (block_weights(c) | outer_weights(c)).values())]
             for c in (cfg, changed)

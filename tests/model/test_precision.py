@@ -10,6 +10,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import pytest
+from tiny import shape_of
 
 from jlora.config import Config
 from jlora.hf import verify
@@ -17,7 +18,7 @@ from jlora.inference.generate import GREEDY, decode, prefill
 from jlora.model import attention
 from jlora.model.adapter import Lora, weight_norm
 from jlora.model.adapter_init import principal
-from jlora.model.llama import ModelConfig, abstract_decoder
+from jlora.model.llama import abstract_decoder
 from jlora.model.sharding import one_device_mesh
 from jlora.planning.compiled import abstract_step
 from jlora.planning.flops import subjaxprs
@@ -27,21 +28,7 @@ FLOAT32, BFLOAT16 = jnp.dtype("float32"), jnp.dtype("bfloat16")
 IN_FULL = (jax.lax.Precision.HIGHEST,) * 2
 # Splash's rows are multiples of 128 and its heads of 64; nf4's blocks are of 64.
 LENGTH = 128
-MODEL = ModelConfig(
-    vocab_size=64,
-    hidden_size=64,
-    intermediate_size=128,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    num_key_value_heads=1,
-    head_dim=64,
-    rms_norm_eps=1e-5,
-    rope_theta=1e4,
-    rope_scaling=None,
-    sliding_window=None,
-    tie_word_embeddings=False,
-    biased=("q_proj",),
-)
+MODEL = replace(shape_of(64, 128, layers=2, heads=2, kv_heads=1, head_dim=64, vocab_size=64), biased=("q_proj",))
 
 
 def products(jaxpr):

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from tiny import shape_of
 
 from jlora.config import LoraSection
 from jlora.errors import ConfigError
@@ -18,7 +19,8 @@ from jlora.model import quant
 from jlora.model.adapter import project
 from jlora.model.adapter_init import new_adapter
 from jlora.model.attention import reference
-from jlora.model.llama import ModelConfig, abstract_decoder, projection_shapes
+from jlora.model.config import projection_shapes
+from jlora.model.llama import abstract_decoder
 from jlora.training.step import Forward
 
 KINDS = ("int8", "fp8", "nf4", "int4")
@@ -266,21 +268,7 @@ def test_bits_a_weight():
     assert bits["int8"] == bits["fp8"] == pytest.approx(8.01, abs=0.01)
 
 
-MID = ModelConfig(
-    vocab_size=512,
-    hidden_size=1024,
-    intermediate_size=2816,
-    num_hidden_layers=8,
-    num_attention_heads=8,
-    num_key_value_heads=4,
-    head_dim=128,
-    rms_norm_eps=1e-5,
-    rope_theta=1e4,
-    rope_scaling=None,
-    sliding_window=None,
-    tie_word_embeddings=False,
-    biased=(),
-)
+MID = shape_of(1024, 2816, layers=8, heads=8, kv_heads=4, vocab_size=512)
 
 
 def temporary_bytes(kind: str | None, remat: str) -> int:

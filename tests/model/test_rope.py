@@ -4,7 +4,10 @@ import chex
 import jax.numpy as jnp
 import numpy as np
 
+from jlora.model import rope
 from jlora.model.rope import rope_frequencies, rotary_table, rotate
+
+ROPE = rope.Rope(523.0, 10, None)
 
 
 class Rope(chex.TestCase):
@@ -15,9 +18,9 @@ class Rope(chex.TestCase):
 
         @self.variant
         def turned(x, positions):
-            return rotate(x, rotary_table(positions, jnp.ones_like(positions), 10, 523.0, None))
+            return rotate(x, rotary_table(positions, jnp.ones_like(positions), ROPE))
 
-        angles = positions[..., None, None] * rope_frequencies(10, 523.0, None).astype(np.float64)
+        angles = positions[..., None, None] * rope_frequencies(ROPE).astype(np.float64)
         pairs = (x[..., :5] + 1j * x[..., 5:]) * np.exp(1j * angles)
         expected = np.concatenate([pairs.real, pairs.imag], axis=-1)
         np.testing.assert_allclose(turned(jnp.asarray(x), jnp.asarray(positions)), expected, rtol=0, atol=1e-4)

@@ -9,6 +9,7 @@ from pathlib import Path
 from unittest import mock
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from load_script import load_script
@@ -16,15 +17,17 @@ from tiny import make_llama, make_rows, make_tokenizer, write_config
 
 import jlora.plan
 from jlora.config import load_config
-from jlora.hf.pretrained import SHAPES, model_shape
+from jlora.hf.pretrained import model_shape
+from jlora.hf.shapes import SHAPES
 from jlora.model import attention
+from jlora.model.llama import abstract_decoder
 from jlora.model.sharding import make_mesh
 from jlora.planning import topology
 from jlora.planning.compiled import abstract_step, naive
 from jlora.planning.flops import count_flops
 from jlora.planning.hardware import GPUS, TPUS
 from jlora.planning.topology import resolve
-from jlora.training.step import Forward
+from jlora.training.step import Forward, count_parameters
 
 CONTRACT = {
     *("topology", "devices", "fits", "capacity_bytes", "peak_bytes", "argument_bytes", "temp_bytes", "base_bytes"),
@@ -183,10 +186,20 @@ def test_flops_are_the_compilers_where_it_can_count(config, monkeypatch):
     assert ours < theirs < 1.6 * ours
 
 
+# Parameters in billions, as the models' makers say them.
+PUBLISHED = {"llama2-7b": 6.74, "llama2-13b": 13.02, "llama2-70b": 68.98, "qwen3-8b": 8.19, "qwen3-32b": 32.76}
+
+
+def test_named_sizes_are_those_of_the_models():
+    assert SHAPES.keys() == PUBLISHED.keys()
+    for name, billions in PUBLISHED.items():
+        decoder = abstract_decoder(model_shape(name), jnp.dtype("bfloat16"))
+        assert count_parameters(decoder) / 1e9 == pytest.approx(billions, abs=0.005), name
+
+
 def test_naive_column_of_70b():
     model = model_shape("llama2-70b")
-    hidden, mlp, layers, heads, kv_heads = SHAPES["llama2-70b"]
-    assert (model.hidden_size, model.num_key_value_heads, model.head_dim) == (hidden, kv_heads, hidden // heads)
+    assert (model.hidden_size, model.num_key_value_heads, model.head_dim) == (8192, 8, 128)
     figures = naive(68_976_648_192)
     assert round(figures["total_min"] / 1e9) == 414 and round(figures["total"] / 1e9) == 828
 

@@ -8,7 +8,7 @@ import pytest
 from load_script import load_script
 
 from jlora.config import load_config
-from jlora.hf.pretrained import SHAPES
+from jlora.hf.shapes import SHAPES
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted(path for path in (ROOT / "configs").glob("*.yaml") if path.name.startswith("llama2"))

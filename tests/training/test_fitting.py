@@ -6,13 +6,12 @@ from types import SimpleNamespace
 
 import jax
 import pytest
-from tiny import make_completions, make_llama, make_tokenizer, write_config
+from tiny import make_completions, make_llama, make_tokenizer, shape_of, write_config
 
 import jlora.planning.compiled
 import jlora.runtime.signals
 import jlora.train
 from jlora.config import load_config
-from jlora.model.llama import ModelConfig
 from jlora.model.remat import LADDER
 from jlora.planning.compiled import held_bytes, plan
 from jlora.planning.layouts import with_settings
@@ -22,11 +21,7 @@ from jlora.training.layout import Layout, saved_bytes
 from jlora.training.run import train
 from jlora.training.summary import peak_memory
 
-SHAPE = ModelConfig(
-    **{"vocab_size": 512, "hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 24, "head_dim": 32},
-    **{"num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "rope_theta": 1e4},
-    **{"rope_scaling": None, "sliding_window": None, "tie_word_embeddings": False, "biased": ()},
-)
+SHAPE = shape_of(128, 344, layers=24, heads=4, kv_heads=2, vocab_size=512)
 ON_CPU = [name for name in LADDER if name != "offload"]
 
 

@@ -131,7 +131,7 @@ from jlora.hf.source import open_source
 from jlora.hf.load import load_base
 from jlora.model.quant import map_axes
 from jlora.model.sharding import make_mesh, named_sharding
-from jlora.model.llama import block_weights
+from jlora.model.config import block_weights
 from jlora.hf import load
 load.BLOCK_WEIGHTS = 30_000  # blocks of a few rows, of which the last overlaps the one before it
 mesh = make_mesh(MeshSection(data=1, fsdp=4, tensor=2), jax.devices())

@@ -1,0 +1,26 @@
+"""Sizes of published models by name, for a plan without any file of the model: keys of their config.json."""
+
+from typing import Any
+
+
+def _sizes(hidden: int, mlp: int, layers: int, heads: int, kv_heads: int, vocabulary: int) -> dict[str, Any]:
+    return {
+        "hidden_size": hidden,
+        "intermediate_size": mlp,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "vocab_size": vocabulary,
+    }
+
+
+_LLAMA2 = {"model_type": "llama", "rms_norm_eps": 1e-5}
+_QWEN3 = {"model_type": "qwen3", "rms_norm_eps": 1e-6, "head_dim": 128, "rope_theta": 1e6}
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama2-7b": _LLAMA2 | _sizes(4096, 11008, 32, 32, 32, 32000),
+    "llama2-13b": _LLAMA2 | _sizes(5120, 13824, 40, 40, 40, 32000),
+    "llama2-70b": _LLAMA2 | _sizes(8192, 28672, 80, 64, 8, 32000),
+    "qwen3-8b": _QWEN3 | _sizes(4096, 12288, 36, 32, 8, 151936),
+    "qwen3-32b": _QWEN3 | _sizes(5120, 25600, 64, 64, 8, 151936),
+}

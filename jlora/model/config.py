@@ -1,0 +1,129 @@
+"""The shape and numerics of a model, as its config.json says them, and the weights that follow from them.
+
+A family of models is values of these fields: nothing that computes asks for its name.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from jlora.config import ATTENTION_PROJECTIONS
+from jlora.model.rope import Rope
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class ModuleNames:
+    """What transformers calls the modules of a model: PEFT's names and patterns and the tensors of files have them.
+
+    Attributes:
+      body: the model without its head; layers: those in it.
+      renamed: leaf -> module, for those that are not called as in Llama: of a layer within it, else within the body.
+    """
+
+    body: str
+    layers: str
+    renamed: tuple[tuple[str, str], ...]
+
+
+LLAMA = ModuleNames("model", "layers", ())
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shape and numerics of a decoder, all from the base's own config.json; no field has a default.
+
+    Attributes:
+      qk_norm: each head's queries and keys go through an RMSNorm of their own before they are turned.
+      ropes, windows: of each layer, or one for all. A window is the number of tokens that a query sees, itself
+        included; None is all of them.
+      biased: projections that have a bias.
+      names: what transformers calls the modules.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    norm_eps: float
+    qk_norm: bool
+    ropes: tuple[Rope, ...]
+    windows: tuple[int | None, ...]
+    tie_word_embeddings: bool
+    biased: tuple[str, ...]
+    names: ModuleNames
+
+
+def kinds(by_layer: Sequence[T]) -> tuple[list[T], list[int]]:
+    """The values that differ, and of each layer which of them it has; one value is all layers'."""
+    found = list(dict.fromkeys(by_layer))
+    return found, [found.index(value) for value in by_layer]
+
+
+# Input dims of a projection: heads and head_dim; every other one has one.
+NUM_INPUTS = {"o_proj": 2}
+
+
+@dataclass(frozen=True)
+class Weight:
+    """Shape and logical axes of one weight."""
+
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]
+
+
+def block_weights(cfg: ModelConfig) -> dict[str, Weight]:
+    """The weights of one layer, in the order of their use, then norms of heads and the biases."""
+    d, f, h = cfg.hidden_size, cfg.intermediate_size, cfg.head_dim
+    n, k = cfg.num_attention_heads, cfg.num_key_value_heads
+    weights = {
+        "input_layernorm": Weight((d,), ("embed",)),
+        "q_proj": Weight((d, n, h), ("embed", "heads", "head_dim")),
+        "k_proj": Weight((d, k, h), ("embed", "kv_heads", "head_dim")),
+        "v_proj": Weight((d, k, h), ("embed", "kv_heads", "head_dim")),
+        "o_proj": Weight((n, h, d), ("heads", "head_dim", "embed")),
+        "post_attention_layernorm": Weight((d,), ("embed",)),
+        "gate_proj": Weight((d, f), ("embed", "mlp")),
+        "up_proj": Weight((d, f), ("embed", "mlp")),
+        "down_proj": Weight((f, d), ("mlp", "embed")),
+    }
+    if cfg.qk_norm:
+        weights |= dict.fromkeys(("q_norm", "k_norm"), Weight((h,), ("head_dim",)))
+    for name in cfg.biased:
+        weight, inputs = weights[name], NUM_INPUTS.get(name, 1)
+        weights[f"{name}_bias"] = Weight(weight.shape[inputs:], weight.axes[inputs:])
+    return weights
+
+
+def outer_weights(cfg: ModelConfig) -> dict[str, Weight]:
+    """The weights outside the layers."""
+    table = Weight((cfg.vocab_size, cfg.hidden_size), ("vocab", "embed"))
+    norm = Weight((cfg.hidden_size,), ("embed",))
+    tied = {"embed_tokens": table, "norm": norm}
+    return tied if cfg.tie_word_embeddings else tied | {"lm_head": table}
+
+
+def projection_shapes(cfg: ModelConfig) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Projection name -> (input dims, output dims) of one layer, for its adapter."""
+    return {
+        name: (weight.shape[: NUM_INPUTS.get(name, 1)], weight.shape[NUM_INPUTS.get(name, 1) :])
+        for name, weight in block_weights(cfg).items()
+        if name.endswith("_proj")
+    }
+
+
+def module_in_layer(names: ModuleNames, leaf: str) -> str:
+    """What transformers calls the module of a layer's weight, within the layer."""
+    part = "self_attn." if leaf in (*ATTENTION_PROJECTIONS, "q_norm", "k_norm") else "mlp." * leaf.endswith("_proj")
+    return dict(names.renamed).get(leaf, part + leaf)
+
+
+def module_path(names: ModuleNames, leaf: str, layer: int | None) -> str:
+    """What transformers calls the module that a leaf is the weight of; PEFT matches patterns with it."""
+    if layer is not None:
+        return f"{names.body}.{names.layers}.{layer}.{module_in_layer(names, leaf)}"
+    return leaf if leaf == "lm_head" else f"{names.body}.{dict(names.renamed).get(leaf, leaf)}"

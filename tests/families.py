@@ -1,0 +1,40 @@
+"""A tiny model of each family beside Llama, no numerics field at its default, as transformers makes it."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from tiny import LLAMA3_ROPE, OFF_DEFAULT, save_random
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 523.0}
+WINDOWED = {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 0}
+
+# Shorter than what is decoded in tests, and the windows shorter than both.
+FAMILIES: dict[str, PreTrainedConfig] = {
+    "llama_biased": LlamaConfig(
+        **OFF_DEFAULT | {"attention_bias": True, "mlp_bias": True, "rope_parameters": LLAMA3_ROPE | {"rope_theta": 9.0}}
+    ),
+    "qwen2_tied": Qwen2Config(**OFF_DEFAULT | {"tie_word_embeddings": True}),
+    "qwen2_windowed_yarn": Qwen2Config(**OFF_DEFAULT | WINDOWED | {"rope_parameters": YARN}),
+    "qwen2_window_that_is_off": Qwen2Config(**OFF_DEFAULT | WINDOWED | {"max_window_layers": 3}),
+    "qwen3": Qwen3Config(**OFF_DEFAULT | WINDOWED | {"max_window_layers": 1, "rope_parameters": YARN}),
+    "qwen3_biased_tied": Qwen3Config(**OFF_DEFAULT | {"attention_bias": True, "tie_word_embeddings": True}),
+}
+# One of each family, its windows, ropes and biases there.
+ONE_EACH = ("llama_biased", "qwen2_windowed_yarn", "qwen3")
+
+
+def make_family(folder: Path, name: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
+    """The model of that name with random weights, float32, saved to `folder`."""
+    torch.manual_seed(seed)
+    config = FAMILIES[name]
+    config = type(config)(**config.to_dict() | overrides) if overrides else config
+    return save_random(AutoModelForCausalLM.from_config(config, attn_implementation="eager"), folder)
