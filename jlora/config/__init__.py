@@ -1,5 +1,6 @@
 """The run configuration: YAML file + `dotted.key=value` overrides -> one validated `Config`."""
 
+from jlora.config.counted import Counted
 from jlora.config.lora import ATTENTION_PROJECTIONS, MLP_PROJECTIONS, PROJECTIONS, LoraSection
 from jlora.config.mixture import DataSource
 from jlora.config.reading import config_of, describe, load_config, read_yaml, read_yaml_of

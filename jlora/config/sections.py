@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import AfterValidator, Field, PositiveInt, field_validator, model_validator
 
+from jlora.config.counted import Counted, Reasoning, TrainOn, TrainOnEos
 from jlora.config.lora import LoraSection
 from jlora.config.mixture import DataSource, check_mixture
 from jlora.config.section import NonEmpty, NonNegative, Section
@@ -21,7 +22,6 @@ Quantization = Literal["int8", "fp8", "nf4", "int4"]
 # Fastest first, and each holds less than the one before it: see `jlora.model.remat`.
 Remat = Literal["none", "dots", "qkv", "attention", "full", "offload", "auto"]
 Format = Literal["alpaca", "completion", "text", "messages", "sharegpt", "preference"]
-TrainOn = Literal["response", "all"]
 Prompt = Literal["stanford", "chat"]
 
 
@@ -106,7 +106,19 @@ class DataSection(Section):
     split_long: bool = Field(
         True, description="a text row longer than max_length becomes several sequences; false cuts it at its end"
     )
-    train_on: TrainOn = Field("response", description="which tokens the loss counts")
+    train_on: TrainOn = Field(
+        "response",
+        description="which tokens the loss counts: the answers, the last answer, all, or the turns of a list of roles, "
+        "such as [assistant, tool]",
+    )
+    train_on_eos: TrainOnEos = Field(
+        "turn", description="whether the end of every answer is trained, of the last one, or of none"
+    )
+    reasoning: Reasoning = Field(
+        "keep",
+        description="reasoning of an answer (<think>, reasoning_content): trained as the chat template writes it; left "
+        "out of turns before the last question (strip); or not trained (mask)",
+    )
     on_bad_row: Literal["error", "skip"] = Field(
         "error", description="a row that cannot be trained on stops the run, or is dropped and counted"
     )
@@ -116,6 +128,14 @@ class DataSection(Section):
         description="folder in which tokenised rows are kept, by the content of their files, and from which they are "
         "read as they are needed; null: none, and all tokens are in memory",
     )
+
+    @model_validator(mode="after")
+    def _ends_of_answers(self) -> "DataSection":
+        if self.train_on == "all" and self.train_on_eos != "turn":
+            raise ValueError(
+                f"train_on=all trains every token; set train_on=response for train_on_eos={self.train_on_eos}"
+            )
+        return self
 
     @field_validator("train", mode="before")
     @classmethod
@@ -131,6 +151,11 @@ class DataSection(Section):
     def held_out(self) -> "DataSection":
         """As `eval` is read: with its own split."""
         return self.model_copy(update={"split": self.eval_split or self.split})
+
+    @property
+    def counted(self) -> Counted:
+        """What of a row the loss counts."""
+        return Counted(self.train_on, self.train_on_eos, self.reasoning)
 
     @property
     def longest(self) -> int:

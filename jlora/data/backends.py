@@ -50,6 +50,9 @@ class Fast:
     def specials(self) -> dict[int, str]:
         return {i: token.content for i, token in self.tokenizer.get_added_tokens_decoder().items() if token.special}
 
+    def added_strings(self) -> list[str]:
+        return [token.content for token in self.tokenizer.get_added_tokens_decoder().values()]
+
     def name(self, token: int) -> str:
         return self.tokenizer.id_to_token(token) or ""
 
@@ -86,6 +89,9 @@ class SentencePiece:
 
     def specials(self) -> dict[int, str]:
         return {i: content for content, i in self.added.items()}
+
+    def added_strings(self) -> list[str]:
+        return [*self.added]
 
     def name(self, token: int) -> str:
         return self.specials()[token] if token in self.added.values() else self.processor.id_to_piece(token)

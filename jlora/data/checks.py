@@ -46,7 +46,7 @@ class Scan:
       ended: bool [n], whether a token at which generation stops is trained (in both sequences of a pair).
       full: bool [n], whether a sequence is as long as allowed, and so may have been cut.
       double_bos: bool [n], whether two BOS follow each other.
-      hashes: uint64 [n], of ids and trained flags.
+      hashes: uint64 [n], of ids and weights.
     """
 
     lengths: np.ndarray
@@ -67,7 +67,7 @@ def scan(dataset: Dataset, limit: int, bos_id: int | None, stops: list[int]) -> 
     kinds = (np.int32, np.int32, bool, bool, bool, np.uint64)
     found = Scan(*(np.zeros(total, kind) for kind in kinds))
     for i, example in enumerate(dataset.examples):
-        ids, trained, _ = example
+        ids, trained = example.ids, example.trained
         sequences = example.sequences()
         found.lengths[i], found.trained[i] = len(ids), trained.sum()
         found.ended[i] = all(any(stop in sequence.ids[sequence.trained] for stop in stops) for sequence in sequences)
@@ -79,7 +79,7 @@ def scan(dataset: Dataset, limit: int, bos_id: int | None, stops: list[int]) -> 
 
 
 def _hash(example: Example) -> int:
-    digest = hashlib.blake2b(example.ids.tobytes() + example.trained.tobytes(), digest_size=8).digest()
+    digest = hashlib.blake2b(example.digested(), digest_size=8).digest()
     return int.from_bytes(digest, "little")
 
 

@@ -14,7 +14,7 @@ from jlora.data.formats import Columns, rows_of
 from jlora.data.mixture import join
 from jlora.data.prompts import Example, RowText, encode_pair, encode_texts, lay_out
 from jlora.data.row import BadRow, Row
-from jlora.data.store import Keep, content_key, digested, stamp, stored
+from jlora.data.store import Keep, content_key, stamp, stored
 from jlora.data.tokens import Tokenizer
 from jlora.errors import DataError
 
@@ -89,7 +89,7 @@ def _read_all(source: str, tokenizer: Tokenizer, cfg: DataSection, keep: Keep) -
             examples += some
             places += [row.where] * len(some)
             for example in some:
-                digest.update(digested(example.ids, example.trained))
+                digest.update(example.digested())
         if examples and not (first_bad and cfg.on_bad_row == "error"):  # else the rest is read for its bad rows alone
             keep(examples, places)
         empty = empty and not examples
@@ -109,7 +109,7 @@ def split(example: Example, length: int) -> list[Example]:
     So every token is trained once, as in the whole: a piece's first token is predicted from nothing.
     """
     starts = range(0, max(1, len(example.ids) - 1), length - 1)
-    return [Example(example.ids[i : i + length], example.trained[i : i + length]) for i in starts]
+    return [example.part(slice(i, i + length)) for i in starts]
 
 
 def encode_whole(row: Row, tokenizer: Tokenizer, cfg: DataSection) -> list[Example]:
@@ -151,7 +151,7 @@ def _lay_out(row: Row, tokenizer: Tokenizer, cfg: DataSection) -> RowText | list
         raise row.value
     if cfg.format == "preference":
         return [*encode_pair(tokenizer, row.value)]
-    return lay_out(tokenizer, row.value, format=cfg.format, prompt=cfg.prompt, train_on=cfg.train_on)
+    return lay_out(tokenizer, row.value, format=cfg.format, prompt=cfg.prompt, counted=cfg.counted)
 
 
 def _encode(
@@ -178,8 +178,8 @@ def fit(sequences: list[Example], cfg: DataSection) -> tuple[list[Example], bool
     if cfg.format == "text" and cfg.split_long:
         return split(sequences[0], limit), False
     truncated = any(len(sequence.ids) > limit for sequence in sequences)
-    cut = [Example(sequence.ids[:limit], sequence.trained[:limit]) for sequence in sequences]
-    if not all(sequence.trained[1:].any() for sequence in cut):  # the first token is predicted from nothing
+    cut = [sequence.part(slice(limit)) for sequence in sequences]
+    if not all(sequence.weights[1:].any() for sequence in cut):  # the first token is predicted from nothing
         if truncated:
             raise BadRow(
                 "prompt_too_long",
@@ -192,8 +192,8 @@ def fit(sequences: list[Example], cfg: DataSection) -> tuple[list[Example], bool
     chosen, rejected = cut
     if np.array_equal(chosen.ids, rejected.ids):
         raise BadRow("equal_answers", f"cut at {limit} tokens (half of data.max_length), both answers are equal")
-    ids, trained = np.concatenate([chosen.ids, rejected.ids]), np.concatenate([chosen.trained, rejected.trained])
-    return [Example(ids, trained, len(chosen.ids))], truncated
+    ids, weights = np.concatenate([chosen.ids, rejected.ids]), np.concatenate([chosen.weights, rejected.weights])
+    return [Example(ids, weights, len(chosen.ids))], truncated
 
 
 def read_train(cfg: DataSection, tokenizer: Tokenizer) -> Dataset:

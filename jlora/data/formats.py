@@ -25,11 +25,11 @@ COLUMNS = {
 # Those that it may have.
 OPTIONAL: dict[str, tuple[str, ...]] = {
     "preference": ("prompt",),
-    "messages": (),
-    "sharegpt": ("system",),
-    "alpaca": ("input",),
-    "completion": (),
-    "text": (),
+    "messages": ("system", "tools", "loss_mask", "weight"),
+    "sharegpt": ("system", "tools", "loss_mask", "weight"),
+    "alpaca": ("input", "weight"),
+    "completion": ("weight",),
+    "text": ("weight",),
 }
 # Other names of columns, as published data sets have them (GSM8K, Dolly, Orca, SQuAD); the more usual first.
 OTHER_NAMES: dict[str, dict[str, tuple[str, ...]]] = {

@@ -27,7 +27,7 @@ KEPT = 2**25
 class Batch(TypedDict):
     """A batch of packed rows; all int32 [B T] but `weights`, float32 [B T].
 
-    `targets` are the next tokens, and `weights` is 1 where predicting the target counts in the loss.
+    `targets` are the next tokens, and `weights` say how much predicting the target counts in the loss.
     `segments` number the sequences within a row from 1 (0 is padding); `positions` restart in each.
     """
 
@@ -228,11 +228,11 @@ def pack_row(examples: list[Example], length: int) -> Batch:
     )
     start = 0
     sequences = [sequence for example in examples for sequence in example.sequences()]
-    for number, (ids, trained, _) in enumerate(sequences, 1):
+    for number, (ids, weights, _) in enumerate(sequences, 1):
         end = start + len(ids)
         row["tokens"][start:end] = ids
         row["targets"][start : end - 1] = ids[1:]
-        row["weights"][start : end - 1] = trained[1:]
+        row["weights"][start : end - 1] = weights[1:]
         row["segments"][start:end] = number
         row["positions"][start:end] = np.arange(len(ids))
         start = end

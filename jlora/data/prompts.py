@@ -5,20 +5,18 @@ the row becomes one text and the character spans of it that are trained; the tex
 and a token is trained when it lies between the token counts of the text up to the span's two ends.
 """
 
-import itertools
-import re
 from os.path import commonprefix
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from jlora.data.formats import columns_of, format_of
-from jlora.data.rows import BadRow
+from jlora.config import Counted
+from jlora.data import chats
+from jlora.data.conversation import Conversation, Message, conversation_of, messages_of, tools_of
+from jlora.data.fields import field_of, weight_of
+from jlora.data.losses import Weighted, weigh
+from jlora.data.row import BadRow
 from jlora.data.tokens import Tokenizer
-from jlora.errors import DataError
-
-# Who speaks in a ShareGPT turn ("from") -> the role of a message, as Axolotl and LLaMA-Factory map them.
-SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
 # Stanford Alpaca's prompts (tatsu-lab/stanford_alpaca, train.py), which models know to the byte.
 STANFORD_WITH_INPUT = (
@@ -34,83 +32,110 @@ STANFORD_WITHOUT_INPUT = (
 
 
 class Example(NamedTuple):
-    """One row. `trained[i]`: the loss counts predicting token i, so `trained[0]` is always false.
+    """One row. `weights[i]`: how much the loss counts predicting token i, so `weights[0]` is always 0.
 
     Of a preference row, the chosen sequence and then the rejected one, which begins at `second`.
     """
 
     ids: np.ndarray  # int32 [n]
-    trained: np.ndarray  # bool [n]
+    weights: np.ndarray  # bool [n], or float32 [n] where one is neither 0 nor 1
     second: int | None = None
+
+    @property
+    def trained(self) -> np.ndarray:
+        """Whether the loss counts predicting a token at all, bool [n]."""
+        return self.weights > 0
 
     def sequences(self) -> "list[Example]":
         """The sequences that the row consists of: one, or both of a pair."""
         if self.second is None:
             return [self]
-        return [Example(self.ids[part], self.trained[part]) for part in (slice(self.second), slice(self.second, None))]
+        return [self.part(slice(self.second)), self.part(slice(self.second, None))]
+
+    def part(self, which: slice) -> "Example":
+        """Some tokens of a sequence."""
+        return Example(self.ids[which], self.weights[which])
+
+    @property
+    def plain(self) -> bool:
+        """Whether all weights are 0 or 1."""
+        return self.weights.dtype == bool or bool(((self.weights == 0) | (self.weights == 1)).all())
+
+    def digested(self) -> bytes:
+        """What of it goes into the digest of a dataset."""
+        weights = self.trained if self.plain else self.weights
+        return self.ids.tobytes() + weights.tobytes() + b"|"
 
 
 class RowText(NamedTuple):
-    """The text of a row, and the spans of its characters that are trained; `chat`: it comes from a chat template."""
+    """The text of a row, and spans of its characters with the weight of their loss.
+
+    Attributes:
+      spans: start, end and weight; a later one counts where two overlap.
+      eos: the weight of the EOS that is added; None where a chat template writes the text, and none is.
+    """
 
     text: str
-    spans: list[tuple[int, int]]
-    chat: bool
+    spans: list[Weighted]
+    eos: float | None
 
 
-def encode_row(tokenizer: Tokenizer, row: dict[str, Any], *, format: str, prompt: str, train_on: str) -> Example:
+def encode_row(tokenizer: Tokenizer, row: dict[str, Any], *, format: str, prompt: str, counted: Counted) -> Example:
     """The tokens of a whole row, not truncated, and which of them are trained: `lay_out` and `encode_texts` of one.
 
     Raises BadRow, and ConfigError if a chat template is needed and there is none.
     """
-    (found,) = encode_texts(tokenizer, [lay_out(tokenizer, row, format=format, prompt=prompt, train_on=train_on)])
+    (found,) = encode_texts(tokenizer, [lay_out(tokenizer, row, format=format, prompt=prompt, counted=counted)])
     if isinstance(found, BadRow):
         raise found
     return found
 
 
-def lay_out(tokenizer: Tokenizer, row: dict[str, Any], *, format: str, prompt: str, train_on: str) -> RowText:
+def lay_out(tokenizer: Tokenizer, row: dict[str, Any], *, format: str, prompt: str, counted: Counted) -> RowText:
     """The text of a row, before it is tokenised.
 
-    `format` is any but preference; `prompt` ("stanford" or "chat") matters to alpaca rows only;
-    `train_on` is "response" or "all". Text that goes through no chat template gets EOS and, where the tokenizer
-    adds it, BOS, unless it has them already; EOS is trained like the rest of the response. A token across the
-    border of prompt and response counts to the prompt, as in Stanford Alpaca's train.py, Axolotl and TRL.
+    `format` is any but preference; `prompt` ("stanford" or "chat") matters to alpaca rows only. Text that goes through
+    no chat template gets EOS and, where the tokenizer adds it, BOS, unless it has them already; EOS is trained like the
+    rest of the response. A token across the border of prompt and response counts to the prompt, as in Stanford
+    Alpaca's train.py, Axolotl and TRL.
 
     Raises BadRow, and ConfigError if a chat template is needed and there is none.
     """
+    weight = weight_of(row, "weight")
     if _is_chat(format, prompt):
-        messages = _messages(row, format, answered=True)
-        text = _render(tokenizer, messages, add_generation_prompt=False)
-        spans = _assistant_spans(tokenizer, messages, text) if train_on == "response" else [(0, len(text))]
-        return RowText(text, spans, True)
+        text, spans = weigh(tokenizer, _conversation(row, format, answered=True), counted)
+        return RowText(text, [(start, end, weight * own) for start, end, own in spans], None)
     head = _head(row, format)
     text = head + _response(row, format)
-    return RowText(text, [(len(head) if train_on == "response" else 0, len(text))], False)
+    start, end, eos = 0 if counted.train_on == "all" else len(head), len(text), weight
+    if counted.train_on_eos == "none":
+        end, eos = len(text.removesuffix(tokenizer.eos_token)), 0.0
+    return RowText(text, [(start, end, weight)], eos)
 
 
 def encode_texts(tokenizer: Tokenizer, layouts: list[RowText]) -> list[Example | BadRow]:
     """The tokens of rows laid out, encoded together, which is faster than one by one."""
-    ends = [{len(laid.text), *itertools.chain(*laid.spans)} for laid in layouts]
+    ends = [{len(laid.text), *(end for span in laid.spans for end in span[:2])} for laid in layouts]
     texts = [laid.text[:end] for laid, some in zip(layouts, ends, strict=True) for end in some]
     encoded = iter(tokenizer.encode_all(texts))
     found: list[Example | BadRow] = []
     for laid, some in zip(layouts, ends, strict=True):
-        upto = {end: _begun(tokenizer, next(encoded), laid.chat) for end in some}
+        upto = {end: _begun(tokenizer, next(encoded), laid.eos is None) for end in some}
         ids = upto[len(laid.text)]
-        trained = np.zeros(len(ids) + 1, dtype=bool)
-        for start, end in laid.spans:
-            trained[len(upto[start]) : len(upto[end])] = True
-        if not laid.chat and ids[-1] != tokenizer.eos_id:
+        plain = all(weight in (0.0, 1.0) for *_, weight in laid.spans)
+        weights = np.zeros(len(ids) + 1, dtype=bool if plain else np.float32)
+        for start, end, weight in laid.spans:
+            weights[len(upto[start]) : len(upto[end])] = weight
+        if laid.eos is not None and ids[-1] != tokenizer.eos_id:
             ids.append(tokenizer.eos_id)
-            trained[-1] = True
+            weights[-1] = laid.eos
         if beyond := tokenizer.beyond(ids):
             found.append(BadRow("no_embedding", beyond))
             continue
-        trained = trained[: len(ids)]
-        trained[0] = False
-        example = Example(np.asarray(ids, dtype=np.int32), trained)
-        found.append(example if trained.any() else BadRow("no_trained_token", "no token of it would be trained"))
+        weights = weights[: len(ids)]
+        weights[0] = 0
+        example = Example(np.asarray(ids, dtype=np.int32), weights)
+        found.append(example if weights.any() else BadRow("no_trained_token", "no token of it would be trained"))
     return found
 
 
@@ -125,7 +150,7 @@ def encode_pair(tokenizer: Tokenizer, row: dict[str, Any]) -> tuple[Example, Exa
     """
     kind = list if isinstance(row.get("chosen"), list) else str
     prompt: Any = row.get("prompt")
-    chosen, rejected = _get(row, "chosen", kind), _get(row, "rejected", kind)
+    chosen, rejected = field_of(row, "chosen", kind), field_of(row, "rejected", kind)
     if chosen == rejected:
         raise BadRow("equal_answers", 'the fields "chosen" and "rejected" are equal')
     if not isinstance(prompt, kind):
@@ -145,14 +170,15 @@ def encode_pair(tokenizer: Tokenizer, row: dict[str, Any]) -> tuple[Example, Exa
         head = _encode(tokenizer, prompt, chat=False)
         whole = [_encode(tokenizer, prompt + answer, chat=False) for answer in ended]
     else:
-        for name, turns in answers.items():
-            if not turns:
+        for name, ours in answers.items():
+            if not ours:
                 raise BadRow("empty_response", f'the field "{name}" holds no answer')
-            if _turns(turns)[-1]["role"] != "assistant":
+            if messages_of(ours)[-1]["role"] != "assistant":
                 raise BadRow("no_assistant_turn", f'the last turn of "{name}" is not the assistant\'s')
-        context = _turns(prompt)
-        head = _encode(tokenizer, _render(tokenizer, context, add_generation_prompt=True), chat=True)
-        texts = [_render(tokenizer, context + _turns(turns), add_generation_prompt=False) for turns in answers.values()]
+        context, tools = messages_of(prompt), tools_of(row)
+        head = _encode(tokenizer, _render(tokenizer, context, tools, add_generation_prompt=True), chat=True)
+        whole_turns = [context + messages_of(ours) for ours in answers.values()]
+        texts = [_render(tokenizer, each, tools, add_generation_prompt=False) for each in whole_turns]
         whole = [_encode(tokenizer, text, chat=True) for text in texts]
     start = min(_common(head, ids) for ids in whole)
     pair = [Example(np.asarray(ids, np.int32), np.arange(len(ids)) >= max(start, 1)) for ids in whole]
@@ -176,13 +202,11 @@ def encode_prompt(tokenizer: Tokenizer, row: dict[str, Any], *, format: str, pro
     if format == "preference" and isinstance(row.get("prompt"), str):
         format = "completion"
     elif format == "preference":
-        row, format = {"messages": _get(row, "prompt", list)}, "messages"
+        row, format = {"messages": field_of(row, "prompt", list), "tools": row.get("tools")}, "messages"
     if not _is_chat(format, prompt):
         return _encode(tokenizer, (_response if format == "text" else _head)(row, format), chat=False)
-    messages = _messages(row, format, answered=False)
-    roles = [message["role"] for message in messages]
-    context = messages[: roles.index("assistant")] if roles[-1] == "assistant" else messages
-    return _encode(tokenizer, _render(tokenizer, context, add_generation_prompt=True), chat=True)
+    messages, tools, _ = _conversation(row, format, answered=False)
+    return _encode(tokenizer, _render(tokenizer, _asked(messages), tools, add_generation_prompt=True), chat=True)
 
 
 def reference_answer(row: dict[str, Any], *, format: str) -> str:
@@ -193,13 +217,19 @@ def reference_answer(row: dict[str, Any], *, format: str) -> str:
     if format == "text":
         raise BadRow("no_answer", "a row of text has no prompt and so no answer to compare with")
     if format == "preference" and isinstance(row.get("chosen"), str):
-        return _get(row, "chosen", str)
+        return field_of(row, "chosen", str)
     if format in ("alpaca", "completion"):
         return _response(row, format)
-    turns = _turns(_get(row, "chosen", list)) if format == "preference" else _messages(row, format, answered=True)
-    if turns[-1]["role"] != "assistant":
+    if format == "preference":
+        messages = messages_of(field_of(row, "chosen", list))
+    else:
+        messages = _conversation(row, format, answered=True).messages
+    if messages[-1]["role"] != "assistant":
         raise BadRow("no_assistant_turn", "its last turn is not the assistant's, so it has no answer to compare with")
-    return next(turn["content"] for turn in turns if turn["role"] == "assistant")
+    answer = next(message["content"] for message in messages if message["role"] == "assistant")
+    if not answer:
+        raise BadRow("no_answer", "its first answer is a call of a tool, so there is no text to compare with")
+    return answer
 
 
 def shown_prompt(row: dict[str, Any], *, format: str) -> str:
@@ -212,11 +242,12 @@ def shown_prompt(row: dict[str, Any], *, format: str) -> str:
     if format == "text":
         return _response(row, format)
     if format == "completion" or isinstance(row.get("prompt"), str):
-        return _get(row, "prompt", str)
-    turns = _turns(_get(row, "prompt", list)) if format == "preference" else _messages(row, format, answered=False)
-    roles = [turn["role"] for turn in turns]
-    context = turns[: roles.index("assistant")] if format != "preference" and roles[-1] == "assistant" else turns
-    return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in context)
+        return field_of(row, "prompt", str)
+    if format == "preference":
+        context = messages_of(field_of(row, "prompt", list))
+    else:
+        context = _asked(_conversation(row, format, answered=False).messages)
+    return "\n\n".join(f"{message['role']}: {message['content'] or ''}" for message in context)
 
 
 def with_shots(
@@ -234,12 +265,13 @@ def with_shots(
         text = "".join(f"{_head(shot, format)}{_response(shot, format)}\n\n" for shot in shots)
         asked = {"prompt": text + _head(row, format)}
         return asked | ({"completion": _response(row, format)} if answered else {}), "completion"
-    turns = _messages(row, format, answered=answered)
-    if not answered and any(turn["role"] == "assistant" for turn in turns):
-        turns = turns[: [turn["role"] for turn in turns].index("assistant")]
-    examples = [turn for shot in shots for turn in _messages(shot, format, answered=True) if turn["role"] != "system"]
-    start = turns[0]["role"] == "system"
-    return {"messages": [*turns[:start], *examples, *turns[start:]]}, "messages"
+    messages, tools, _ = _conversation(row, format, answered=answered)
+    if not answered and any(message["role"] == "assistant" for message in messages):
+        messages = messages[: [message["role"] for message in messages].index("assistant")]
+    others = [_conversation(shot, format, answered=True).messages for shot in shots]
+    examples = [message for each in others for message in each if message["role"] != "system"]
+    start = messages[0]["role"] == "system"
+    return {"messages": [*messages[:start], *examples, *messages[start:]], "tools": tools}, "messages"
 
 
 def shots_separator(shots: list[dict[str, Any]], *, format: str, prompt: str) -> str | None:
@@ -268,30 +300,10 @@ def _is_chat(format: str, prompt: str) -> bool:
     return format in ("messages", "sharegpt") or (format == "alpaca" and prompt == "chat")
 
 
-def _get(row: Any, name: str, kind: type) -> Any:
-    """A field of a row, or of a message in it."""
-    value = row.get(name) if isinstance(row, dict) else None
-    if value is None:
-        raise BadRow("missing_field", f'the field "{name}" is missing{_instead(row)}')
-    if not isinstance(value, kind):
-        raise BadRow("wrong_type", f'the field "{name}" is {type(value).__name__}, not {kind.__name__}')
-    if isinstance(value, str) and re.search("[\ud800-\udfff]", value):
-        raise BadRow("not_unicode", f'the field "{name}" holds half of a surrogate pair')
-    return value
-
-
-def _instead(row: Any) -> str:
-    """What a row has in place of the field that it lacks."""
-    if not isinstance(row, dict) or "role" in row or "from" in row:  # a turn
-        return ""
-    other = format_of(row)
-    return f" (it has {columns_of(row)}{f'; data.format={other} reads such rows' if other else ''})"
-
-
 def _instruction(row: dict[str, Any]) -> tuple[str, str]:
     """Instruction and input of an alpaca row; an input that is missing or blank is empty."""
-    instruction = _get(row, "instruction", str)
-    given = "" if row.get("input") is None else _get(row, "input", str)
+    instruction = field_of(row, "instruction", str)
+    given = "" if row.get("input") is None else field_of(row, "input", str)
     if not (instruction + given).strip():
         raise BadRow("empty_prompt", "instruction and input are both empty")
     return instruction, given if given.strip() else ""
@@ -305,7 +317,7 @@ def _head(row: dict[str, Any], format: str) -> str:
         instruction, given = _instruction(row)
         template = STANFORD_WITH_INPUT if given else STANFORD_WITHOUT_INPUT
         return template.format(instruction=instruction, input=given)
-    head = _get(row, "prompt", str)
+    head = field_of(row, "prompt", str)
     if not head.strip():
         raise BadRow("empty_prompt", 'the field "prompt" is empty')
     return head
@@ -313,70 +325,30 @@ def _head(row: dict[str, Any], format: str) -> str:
 
 def _response(row: dict[str, Any], format: str) -> str:
     name = {"alpaca": "output", "completion": "completion", "text": "text"}[format]
-    response = _get(row, name, str)
+    response = field_of(row, name, str)
     if not response.strip():
         raise BadRow("empty_response", f'the field "{name}" is empty')
     return response
 
 
-def _messages(row: dict[str, Any], format: str, *, answered: bool) -> list[dict[str, str]]:
+def _conversation(row: dict[str, Any], format: str, *, answered: bool) -> Conversation:
     """The conversation of a row, checked; `answered`: it must have the response."""
-    if format == "alpaca":
-        user = {"role": "user", "content": "\n\n".join(filter(None, _instruction(row)))}
-        return [user, {"role": "assistant", "content": _response(row, format)}] if answered else [user]
-    messages = _turns(_sharegpt(row) if format == "sharegpt" else _get(row, "messages", list))
-    if answered and all(message["role"] != "assistant" for message in messages):
-        raise BadRow("no_assistant_turn", "no turn is the assistant's")
-    return messages
+    if format != "alpaca":
+        return conversation_of(row, format, answered=answered)
+    messages = [{"role": "user", "content": "\n\n".join(filter(None, _instruction(row)))}]
+    if answered:
+        messages.append({"role": "assistant", "content": _response(row, format)})
+    return Conversation(messages, None, [1.0] * len(messages))
 
 
-def _sharegpt(row: dict[str, Any]) -> list[dict[str, str]]:
-    """The messages of a row of `conversations`; a `system` beside them, as LLaMA-Factory has it, is the first."""
-    turns = [{key: _get(turn, key, str) for key in ("from", "value")} for turn in _get(row, "conversations", list)]
-    if not turns:
-        raise BadRow("empty_messages", 'the list "conversations" is empty')
-    system = "" if row.get("system") is None else _get(row, "system", str)
-    messages = [{"role": "system", "content": system}] if system.strip() else []
-    for turn in turns:
-        role = SHAREGPT_ROLES.get(turn["from"])
-        if role is None:
-            raise BadRow("wrong_role", f'a turn is from "{turn["from"]}", not one of {", ".join(SHAREGPT_ROLES)}')
-        messages.append({"role": role, "content": turn["value"]})
-    return messages
+def _asked(messages: list[Message]) -> list[Message]:
+    """What is before the first answer, or all where the last turn is none."""
+    roles = [message["role"] for message in messages]
+    return messages[: roles.index("assistant")] if roles[-1] == "assistant" else messages
 
 
-def _turns(turns: list[Any]) -> list[dict[str, str]]:
-    """The messages of a list, checked."""
-    messages = [{key: _get(turn, key, str) for key in ("role", "content")} for turn in turns]
-    if not messages:
-        raise BadRow("empty_messages", 'the list "messages" is empty')
-    for message in messages:
-        role, content = message["role"], message["content"]
-        if role not in ("system", "user", "assistant"):
-            raise BadRow("wrong_role", f'the role "{role}" is not one of system, user and assistant')
-        if role != "system" and not content.strip():
-            reason = "empty_response" if role == "assistant" else "empty_prompt"
-            raise BadRow(reason, f"a turn of the {role} is empty")
-    return messages
-
-
-def _render(tokenizer: Tokenizer, messages: list[dict[str, str]], *, add_generation_prompt: bool) -> str:
-    try:
-        return tokenizer.render(messages, add_generation_prompt=add_generation_prompt)
-    except DataError as error:
-        raise BadRow("template_error", str(error)) from error
-
-
-def _assistant_spans(tokenizer: Tokenizer, messages: list[dict[str, str]], text: str) -> list[tuple[int, int]]:
-    """The characters of `text`, the rendered conversation, that the assistant would have generated."""
-    spans = []
-    for i in (i for i, message in enumerate(messages) if message["role"] == "assistant"):
-        before = _render(tokenizer, messages[:i], add_generation_prompt=True)
-        after = _render(tokenizer, messages[: i + 1], add_generation_prompt=False)
-        if not (text.startswith(after) and after.startswith(before)):
-            message = "the chat template writes turns differently once others follow, so none can be located"
-            raise BadRow("unstable_template", message)
-        # Whitespace after EOS belongs to the template: generation has stopped before it.
-        bare = after.rstrip()
-        spans.append((len(before), len(bare if bare.endswith(tokenizer.eos_token) else after)))
-    return spans
+def _render(
+    tokenizer: Tokenizer, messages: list[Message], tools: list[Any] | None, *, add_generation_prompt: bool
+) -> str:
+    chat = Conversation(messages, tools, [1.0] * len(messages))
+    return chats.render(tokenizer, chat, add_generation_prompt=add_generation_prompt)

@@ -7,6 +7,7 @@ Knows nothing of formats, packing or order.
 import datetime
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import mmap
 import shutil
@@ -20,7 +21,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from jlora.config import DataSection
+from jlora.config import Counted, DataSection
 from jlora.data.dataset import Dataset, View
 from jlora.data.prompts import Example
 from jlora.data.rows import BadRow, read_rows
@@ -35,9 +36,13 @@ from jlora.files.theirs import open_theirs
 # Raised with every change of what rows become, or of how it is written down.
 VERSION = 2
 # What decides which tokens a row becomes, beside the tokenizer and the row.
-OPTIONS = ("split", "separator", "columns", "format", "prompt", "max_length", "split_long", "train_on", "on_bad_row")
+OPTIONS = (
+    *("split", "separator", "columns", "format", "prompt", "max_length", "split_long", *Counted._fields, "on_bad_row"),
+)
 # Of an entry, beside its manifest.
-FILES = ("tokens", "lengths", "places", "place_lengths", "seconds")
+FILES = ("tokens", "lengths", "places", "place_lengths", "seconds", "weights", "weighted")
+# Where a pair's second sequence begins; weights that are neither 0 nor 1, and whether an example has such.
+OPTIONAL = ("seconds", "weights", "weighted")
 LIBRARIES = ("tokenizers", "sentencepiece", "jinja2")
 # Examples read before the pages that hold them are given back, which else would count as memory of this process.
 READS = 1024
@@ -74,8 +79,11 @@ class StoredExamples(View[Example]):
         self.lengths = np.fromfile(folder / "lengths", np.int32)
         self._starts = _starts(self.lengths)
         self._tokens = _Mapped(folder / "tokens", np.int32)
-        seconds = folder / "seconds"
-        self._seconds = np.fromfile(seconds, np.int32) if seconds.is_file() else None
+        self._seconds = _optional(folder, "seconds", np.int32)
+        self._weighted = _optional(folder, "weighted", bool)
+        if self._weighted is not None:
+            self._weights = _Mapped(folder / "weights", np.float32)
+            self._weight_starts = _starts(self.lengths * self._weighted)
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -84,8 +92,11 @@ class StoredExamples(View[Example]):
         """The example at an index; a token that is not trained is written as its complement."""
         tokens = self._tokens[self._starts[index] : self._starts[index + 1]]
         trained = tokens >= 0
+        ids, weights = np.where(trained, tokens, ~tokens), trained
         second = None if self._seconds is None else int(self._seconds[index])
-        return Example(np.where(trained, tokens, ~tokens), trained, second)
+        if self._weighted is not None and self._weighted[index]:
+            weights = self._weights[self._weight_starts[index] : self._weight_starts[index + 1]]
+        return Example(ids, weights, second)
 
 
 class StoredPlaces(View[str]):
@@ -107,6 +118,10 @@ class StoredPlaces(View[str]):
         return self._text[self._starts[index] : self._starts[index + 1]].tobytes().decode("utf-8", "surrogateescape")
 
 
+def _optional(folder: Path, name: str, dtype: Any) -> np.ndarray | None:
+    return np.fromfile(folder / name, dtype) if (folder / name).is_file() else None
+
+
 def _starts(lengths: np.ndarray) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
 
@@ -119,6 +134,10 @@ def _write(files: dict[str, IO[bytes]], examples: list[Example], places: list[st
     files["lengths"].write(np.array([len(example.ids) for example in examples], np.int32).tobytes())
     files["places"].write(b"".join(names))
     files["place_lengths"].write(np.array([len(name) for name in names], np.int32).tobytes())
+    weighted = np.array([not example.plain for example in examples])
+    files["weighted"].write(weighted.tobytes())
+    for example in itertools.compress(examples, weighted):
+        files["weights"].write(example.weights.astype(np.float32).tobytes())
     if examples[0].second is not None:
         files["seconds"].write(np.array([example.second for example in examples], np.int32).tobytes())
 
@@ -192,42 +211,48 @@ def _fault(folder: Path, vocab_size: int) -> str | None:
     if wrong is not None:
         return wrong
     lengths, place_lengths = (np.fromfile(folder / name, np.int32) for name in ("lengths", "place_lengths"))
-    seconds = np.fromfile(folder / "seconds", np.int32) if (folder / "seconds").is_file() else None
+    seconds, weighted = _optional(folder, "seconds", np.int32), _optional(folder, "weighted", np.uint8)
     fits = (
         len(lengths) == len(place_lengths) and len(lengths) > 0 and np.min(lengths) > 0 and np.min(place_lengths) >= 0
         and 4 * int(lengths.sum(dtype=np.int64)) == (folder / "tokens").stat().st_size
         and int(place_lengths.sum(dtype=np.int64)) == (folder / "places").stat().st_size
         and (seconds is None or len(seconds) == len(lengths) and ((seconds > 0) & (seconds < lengths)).all())
+        and (weighted is not None) == (folder / "weights").is_file()
+        and (
+            weighted is None or len(weighted) == len(lengths) and weighted.max() == 1
+            and 4 * int(lengths[weighted == 1].sum(dtype=np.int64)) == (folder / "weights").stat().st_size
+        )
     )  # fmt: skip
     if not fits:
         return "its arrays do not fit each other"
-    largest, digest = _measure(folder / "tokens", lengths)
+    largest, digest = _measure(folder, lengths)
     if largest >= vocab_size:
         return f"holds the token {largest}, of a vocabulary of {vocab_size}"
     return None if digest == manifest.read(folder).get("digest") else "holds other tokens than it says"
 
 
-def _measure(tokens: Path, lengths: np.ndarray) -> tuple[int, str]:
+def _measure(folder: Path, lengths: np.ndarray) -> tuple[int, str]:
     """The largest token, and the digest of all examples, of which some are in memory at once."""
     digest, largest = hashlib.sha256(), 0
     ends = np.cumsum(lengths, dtype=np.int64)
+    weighted = _optional(folder, "weighted", bool)
     first = start = 0
-    with open_theirs(tokens) as stream:
+    with open_theirs(folder / "tokens") as stream, ExitStack() as opened:
+        weights = opened.enter_context(open_theirs(folder / "weights")) if weighted is not None else None
         while first < len(ends):
             last = max(first + 1, int(np.searchsorted(ends, start + AT_ONCE, "right")))
             written = np.fromfile(stream, np.int32, int(ends[last - 1]) - start)
             trained = written >= 0
             ids = np.where(trained, written, ~written)
             largest = max(largest, int(ids.max()))
-            for end, length in zip((ends[first:last] - start).tolist(), lengths[first:last].tolist(), strict=True):
-                digest.update(digested(ids[end - length : end], trained[end - length : end]))
+            for number in range(first, last):
+                part = slice(int(ends[number] - lengths[number]) - start, int(ends[number]) - start)
+                example = Example(ids[part], trained[part])
+                if weights is not None and weighted is not None and weighted[number]:
+                    example = Example(ids[part], np.fromfile(weights, np.float32, int(lengths[number])))
+                digest.update(example.digested())
             first, start = last, int(ends[last - 1])
     return largest, digest.hexdigest()
-
-
-def digested(ids: np.ndarray, trained: np.ndarray) -> bytes:
-    """What of an example, ids int32 [n] and trained bool [n], goes into the digest of a dataset."""
-    return ids.tobytes() + trained.tobytes() + b"|"
 
 
 def _make(folder: Path, make: Callable[[Keep], Dataset], alone: bool, replaced: tuple[str, ...] = ()) -> None:
@@ -245,8 +270,9 @@ def _make(folder: Path, make: Callable[[Keep], Dataset], alone: bool, replaced: 
             with ExitStack() as opened:
                 files: dict[str, IO[bytes]] = {name: opened.enter_context(open(partial / name, "wb")) for name in FILES}
                 rest = make(lambda examples, places: _write(files, examples, places))
-            if not (partial / "seconds").stat().st_size:
-                (partial / "seconds").unlink()
+            empty = [name for name in OPTIONAL if not (partial / name).stat().st_size]
+            for name in {*empty, *(["weighted"] if "weights" in empty else [])}:
+                (partial / name).unlink()
             facts = {"read": rest.read, "truncated": rest.truncated, "dropped": dict(rest.dropped)}
             facts |= {"renamed": [[*names, count] for names, count in rest.renamed.items()], "unused": rest.unused}
             manifest.write(partial, facts | {"digest": rest.digest})

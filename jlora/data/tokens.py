@@ -11,6 +11,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,6 +69,7 @@ _FILES = (
 _survived: set[str] = set()
 
 
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _STRFTIME = re.compile(r"""strftime_now\(\s*(?P<quote>['"])(?P<format>[^'"]*)(?P=quote)\s*\)""")
 
 
@@ -145,12 +147,39 @@ class Tokenizer:
             found.append((after[len(before) :].rstrip(_CUT) if after.startswith(before) else after, False))
         return found
 
-    def render(self, messages: list[dict[str, str]], *, add_generation_prompt: bool) -> str:
+    @property
+    def marks_answers(self) -> bool:
+        """Whether the chat template says itself, by `{% generation %}`, what the assistant would generate."""
+        return _GENERATION.search(self.chat_template or "") is not None
+
+    @cached_property
+    def specials(self) -> tuple[str, ...]:
+        """The special tokens as they are written out, EOS among them."""
+        return tuple(dict.fromkeys([self.eos_token, *self.backend.specials().values()]))
+
+    @cached_property
+    def whole(self) -> re.Pattern[str]:
+        """What finds in a text those tokens that stand for a string as a whole, special or not."""
+        strings = sorted({self.eos_token, *self.backend.added_strings()}, key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, strings)))
+
+    def render(self, messages: list[dict[str, Any]], *, add_generation_prompt: bool, tools: Any = None) -> str:
         """The text of a conversation by the chat template, run in a sandbox.
 
         Raises ConfigError if there is no template, it does not parse or it takes up too much time, memory or
         text, DataError if it refuses the messages.
         """
+        return self._rendered(messages, tools, add_generation_prompt=add_generation_prompt)[0][0]
+
+    def render_marked(self, messages: list[dict[str, Any]], tools: Any = None) -> tuple[str, list[tuple[int, int]]]:
+        """`render` without a generation prompt, and the characters of each `{% generation %}`.
+
+        They are those of transformers' `return_assistant_tokens_mask`.
+        """
+        texts, spans = self._rendered(messages, tools, return_assistant_tokens_mask=True)
+        return texts[0], spans[0]
+
+    def _rendered(self, messages: list[dict[str, Any]], tools: Any, **options: Any) -> Any:
         from jinja2 import TemplateSyntaxError
         from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -165,8 +194,8 @@ class Tokenizer:
         try:
             with confined():
                 rendered = render_jinja_template(
-                    [messages], chat_template=template, add_generation_prompt=add_generation_prompt,
-                    bos_token=self.bos_token or "", eos_token=self.eos_token,
+                    [messages], tools=tools, chat_template=template,
+                    bos_token=self.bos_token or "", eos_token=self.eos_token, **options,
                 )  # fmt: skip
             if len(rendered[0][0]) > MAX_TEXT:
                 raise MemoryError
@@ -180,7 +209,7 @@ class Tokenizer:
             ) from None
         except Exception as error:  # a template is a program: any error can come out of it
             raise DataError(f"the chat template refuses the messages: {error}") from error
-        return rendered[0][0]
+        return rendered
 
 
 def load_tokenizer(path: str | Path, chat_template: str | None) -> Tokenizer:

@@ -10,7 +10,7 @@ import jax
 
 from jlora.config import DataSection, ObjectiveSection
 from jlora.data import encoding
-from jlora.data.turns import Turn, turns
+from jlora.data.speakers import Turn, turns
 from jlora.errors import ConfigError
 from jlora.evaluation.scores import answer_and_score, describe_scores, require_scores
 from jlora.files.paths import short_names

@@ -186,11 +186,12 @@ def _fitting(
 
 def _scored(row: Fields, shots: list[Fields], section: DataSection, tokenizer: Tokenizer) -> Example:
     """The row's answer after its examples; of it just the tokens count that count, and fit, without them."""
-    style = {"prompt": section.prompt, "train_on": "response"}
+    counted = section.model_copy(update={"train_on": "response"}).counted
+    style: dict[str, Any] = {"prompt": section.prompt, "counted": counted}
     bare = encode_row(tokenizer, row, format=section.format, **style)
     limit = section.max_length
     if not shots:
-        return Example(bare.ids[:limit], bare.trained[:limit])
+        return bare.part(slice(limit))
     asked, format = with_shots(row, shots, format=section.format, prompt=section.prompt, answered=True)
     whole = encode_row(tokenizer, asked, format=format, **style)
     own = np.flatnonzero(whole.trained)[-int(bare.trained.sum()) :][: int(bare.trained[:limit].sum())]

@@ -7,7 +7,7 @@ from typing import Any
 from jlora.data.formats import format_of
 from jlora.data.prompts import reference_answer
 from jlora.data.row import BadRow
-from jlora.data.turns import Turn
+from jlora.data.speakers import Turn
 from jlora.errors import DataError
 from jlora.files.paths import short_names
 from jlora.files.theirs import MAX_LOG, text_of_theirs

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from jlora.data.turns import Turn
+from jlora.data.speakers import Turn
 from jlora.files.text import counted
 from jlora.reports.cards import Card, Cell, marked, whole
 from jlora.reports.page import link, render, write_page

@@ -7,7 +7,7 @@ from difflib import SequenceMatcher
 from itertools import groupby
 from typing import Any, NamedTuple
 
-from jlora.data.turns import Turn
+from jlora.data.speakers import Turn
 
 # Words and other characters, with the space behind them; writing without spaces goes character by character.
 _WORDS = re.compile("(?:[^\\W\u2e80-\u9fff]+|\\S)\\s*|\\s+")

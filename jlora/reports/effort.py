@@ -6,7 +6,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from jlora.data.turns import Turn
+from jlora.data.speakers import Turn
 from jlora.files.atomic import write_bytes
 from jlora.files.paths import short_names
 from jlora.reports.answers import SCORES, Columns, said, tabulated

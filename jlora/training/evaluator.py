@@ -26,7 +26,7 @@ class Evaluator:
         self._pairs = forward.objective.name != "sft"
 
     def mean_loss(self, base: Decoder, adapter: Adapter) -> tuple[float, int]:
-        """Mean loss, over trained tokens in nats or over pairs, and their number."""
+        """Mean loss, over trained tokens by weight in nats or over pairs, and their number."""
         figures = self.measure(base, adapter)
         return figures["loss"], figures["pairs" if self._pairs else "tokens"]
 
@@ -52,11 +52,11 @@ class Evaluator:
             for name, value in {"loss": loss, "count": count, **sums}.items():
                 totals[name] = totals.get(name, 0.0) + value.item()
             on_batch()
-        number = totals.pop("count")
+        number, tokens = totals.pop("count"), totals.pop("tokens")
         means = {name: value / number for name, value in totals.items()}
         if self._pairs:
             return means | {"pairs": int(number)}
-        return means | {"perplexity": perplexity(means["loss"]), "tokens": int(number)}
+        return means | {"perplexity": perplexity(means["loss"]), "tokens": int(tokens)}
 
     def _batches(self) -> Iterable[dict[str, Any]]:
         rows = local_rows(self._mesh, self._batch_size)

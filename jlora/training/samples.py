@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora.data.dataset import Dataset
-from jlora.data.turns import turns
+from jlora.data.speakers import turns
 from jlora.files.atomic import write_json
 from jlora.hf.pretrained import Pretrained
 from jlora.inference.generate import generate

@@ -224,7 +224,7 @@ def make_train_step(
         zeros = jax.tree.map(jnp.zeros_like, state.trained)
         gradients, figures = jax.lax.scan(accumulate, zeros, (batch, parts))
         loss, (count, sums) = jax.tree.map(lambda x: x.sum(axis=0), figures)
-        count = jnp.maximum(count, 1.0)
+        count = jnp.where(count > 0.0, count, 1.0)
         loss, sums, gradients = jax.tree.map(lambda x: x / count, (loss, sums, gradients))
         norm = optax.tree.norm(gradients)
 
@@ -243,7 +243,7 @@ def make_train_step(
             "loss": loss,
             "grad_norm": norm,
             "learning_rate": optim.learning_rate(hyper, state.step - state.skipped),
-            "trained_tokens": batch["weights"].sum(),
+            "trained_tokens": jnp.sum(batch["weights"] > 0.0, dtype=jnp.float32),
             "skipped_steps": state.skipped + (~accepted).astype(jnp.int32),
             "skip": jnp.where(finite, jnp.where(spike, 2, 0), 1),
             **sums,
@@ -276,6 +276,8 @@ def make_eval_step(
 ) -> Callable[[Decoder, Adapter, Adapter | None, dict[str, Array]], tuple[Array, Array, dict[str, Array]]]:
     """Jitted (base, adapter, the reference's adapter, batch [B T]) -> what `Forward.loss` gives without dropout.
 
+    Among the sums there is "tokens", the number of trained ones, whatever their weight.
+
     One for all that ask with an equal `forward`, so that runs of a sweep share what is compiled.
     """
 
@@ -283,7 +285,8 @@ def make_eval_step(
     def step(
         base: Decoder, adapter: Adapter, reference: Adapter | None, batch: dict[str, Array]
     ) -> tuple[Array, Array, dict[str, Array]]:
-        return forward.loss(base, adapter, batch, None, reference)
+        loss, count, sums = forward.loss(base, adapter, batch, None, reference)
+        return loss, count, sums | {"tokens": jnp.sum(batch["weights"] > 0.0, dtype=jnp.float32)}
 
     return jax.jit(step)
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from shared_data import SHARED, needs_data, read_rows
 
+from jlora.config import Counted
 from jlora.data.prompts import encode_prompt, encode_row
 from jlora.data.rows import BadRow
 from jlora.data.tokens import CHAT_TEMPLATES, load_tokenizer
@@ -99,8 +100,11 @@ def chatml(tmp_path_factory):
     return load_tokenizer(folder, None)
 
 
-def encode(tokenizer, row, format="completion", prompt="stanford", train_on="response"):
-    return encode_row(tokenizer, row, format=format, prompt=prompt, train_on=train_on)
+def encode(
+    tokenizer, row, format="completion", prompt="stanford", train_on="response", train_on_eos="turn", reasoning="keep"
+):
+    counted = Counted(train_on, train_on_eos, reasoning)
+    return encode_row(tokenizer, row, format=format, prompt=prompt, counted=counted)
 
 
 def trained_text(tokenizer, example):
@@ -348,7 +352,8 @@ BAD_ROWS = [
     ("wrong_type", "alpaca", {"instruction": "x", "output": 5}),
     ("wrong_type", "alpaca", {"instruction": "x", "input": ["y"], "output": "z"}),
     ("wrong_type", "messages", {"messages": "hello"}),
-    ("wrong_type", "messages", {"messages": [{"role": "user", "content": [{"type": "text", "text": "x"}]}]}),
+    ("wrong_type", "messages", {"messages": '{"role": "user"}'}),
+    ("wrong_type", "messages", {"messages": [USER | {"content": {"a": 1}}, ANSWER]}),
     ("not_unicode", "text", {"text": "half \ud83e"}),
     ("empty_prompt", "alpaca", {"instruction": " ", "input": "", "output": "x"}),
     ("empty_prompt", "completion", {"prompt": "", "completion": "x"}),
@@ -364,7 +369,7 @@ BAD_ROWS = [
     ("missing_field", "sharegpt", {"conversations": [{"from": "human"}]}),
     ("empty_messages", "sharegpt", {"conversations": []}),
     ("empty_response", "sharegpt", {"conversations": [HUMAN, {"from": "gpt", "value": " "}]}),
-    ("wrong_role", "sharegpt", {"conversations": [HUMAN, {"from": "observation", "value": "x"}]}),
+    ("wrong_role", "sharegpt", {"conversations": [HUMAN, {"from": "bot", "value": "x"}]}),
     ("no_assistant_turn", "sharegpt", {"conversations": [HUMAN]}),
     ("template_error", "messages", {"messages": [USER, USER, ANSWER]}),
     ("template_error", "messages", {"messages": [ANSWER]}),
@@ -383,8 +388,9 @@ def test_bad_row(reason, format, row, train_on):
 @pytest.mark.parametrize(
     ("reason", "template"),
     [
-        ("unstable_template", "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}"),
-        ("no_trained_token", "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"),
+        ("unstable_template", "{% for m in messages %}{{ m.content | length }} {{ m.content }}{% endfor %}"),
+        ("unstable_template", "{% for m in messages | reverse %}{{ m.content }}{% endfor %}"),
+        ("turn_ignored", "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"),
         ("template_error", "{{ messages[0].tool_calls[0].name }}"),
     ],
 )

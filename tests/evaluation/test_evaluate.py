@@ -13,10 +13,10 @@ from peft import LoraConfig, get_peft_model
 from report_pages import Page
 from tiny import make_completions, make_llama, make_tokenizer
 
-from jlora.config import DataSection
+from jlora.config import Counted, DataSection
 from jlora.data.prompts import encode_prompt, encode_row, reference_answer, shown_prompt
 from jlora.data.rows import BadRow
-from jlora.data.turns import Turn
+from jlora.data.speakers import Turn
 from jlora.errors import ConfigError, DataError
 from jlora.evaluation import scores
 from jlora.hf.pretrained import load_pretrained, open_adapter, open_pretrained
@@ -78,7 +78,11 @@ def by_transformers(world, pretrained, adapter=None):
     for line in (world / "rows.jsonl").read_text().splitlines():
         row = json.loads(line)
         ids, trained, _ = encode_row(
-            pretrained.tokenizer, row, format="completion", prompt="stanford", train_on="response"
+            pretrained.tokenizer,
+            row,
+            format="completion",
+            prompt="stanford",
+            counted=Counted("response", "turn", "keep"),
         )
         with torch.no_grad():
             logits = model(torch.tensor(ids[None], dtype=torch.long)).logits[0]

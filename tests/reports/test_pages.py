@@ -14,7 +14,7 @@ from report_pages import make_run
 from tiny import make_completions, make_llama, make_tokenizer, write_config
 
 from jlora.config import load_config
-from jlora.data.turns import Turn
+from jlora.data.speakers import Turn
 from jlora.evaluation.strategies import choose
 from jlora.reports.answers import write_comparison
 from jlora.reports.data import render

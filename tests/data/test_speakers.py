@@ -4,8 +4,8 @@ import pytest
 from tiny import make_tokenizer
 
 from jlora.data.prompts import STANFORD_WITH_INPUT
+from jlora.data.speakers import turns
 from jlora.data.tokens import load_tokenizer
-from jlora.data.turns import turns
 
 SPECIAL = [
     *("<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),

@@ -1,0 +1,69 @@
+"""What an assistant thinks before it answers: in a message, and in the text that a chat template makes of it."""
+
+import re
+
+from jlora.data.conversation import THOUGHTS, Message
+from jlora.data.marks import hide
+
+# A reasoning and what sets it apart, as DeepSeek, Qwen and others write it, and gpt-oss.
+_THOUGHT = re.compile(
+    r"<think>.*?</think>\s*|<\|channel\|>analysis<\|message\|>.*?<\|end\|>(?:<\|start\|>assistant(?=<))?", re.DOTALL
+)
+_EMPTY = re.compile(r"\s*<think>\s*</think>\n{0,2}")
+# The same after a prompt that has begun it.
+_REST = re.compile(r".*?</think>\s*", re.DOTALL)
+_EMPTY_REST = re.compile(r"\s*</think>\n{0,2}")
+_BEGUN, _TAG = re.compile(r"<think>\s*$"), 64  # and how many characters are looked at for it
+
+
+def last_answer(messages: list[Message]) -> int | None:
+    """The last message of the assistant, if no user's follows."""
+    last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=-1)
+    return last if last > _last_query(messages) else None
+
+
+def without_history(messages: list[Message]) -> list[Message]:
+    """The messages without the reasoning of answers that a user's turn follows."""
+    last = _last_query(messages)
+    return [_without(m) if m["role"] == "assistant" and i < last else m for i, m in enumerate(messages)]
+
+
+def in_content(message: Message) -> Message | None:
+    """An answer with its reasoning in its content, where a template does not see it; None without one."""
+    content = message["content"] or ""
+    thought = next((message[key] for key in THOUGHTS if isinstance(message.get(key), str)), "")
+    if thought.strip():
+        content = f"<think>\n{thought.strip()}\n</think>\n\n{content.lstrip()}"
+    begun, tag, _ = content.partition("</think>")
+    if not (tag and begun.replace("<think>", "").strip()):
+        return None
+    return {key: value for key, value in message.items() if key not in THOUGHTS} | {"content": hide(content)}
+
+
+def answered(text: str, start: int, end: int, *, mask: bool) -> list[tuple[int, int]]:
+    """The parts of an answer's characters without an empty reasoning, and with `mask` without any."""
+    begun = _BEGUN.search(text[max(0, start - _TAG) : start]) is not None
+    if begun:
+        first = _REST if mask else _EMPTY_REST
+    else:
+        first = _EMPTY
+    if skipped := first.match(text, start, end):
+        start = skipped.end()
+    if not mask:
+        return [(start, end)]
+    parts = []
+    for thought in _THOUGHT.finditer(text, start, end):
+        parts.append((start, thought.start()))
+        start = thought.end()
+    return [part for part in [*parts, (start, end)] if part[0] < part[1]]
+
+
+def _last_query(messages: list[Message]) -> int:
+    return max((i for i, message in enumerate(messages) if message["role"] == "user"), default=-1)
+
+
+def _without(message: Message) -> Message:
+    content = message["content"]
+    if content and "</think>" in content:
+        content = content.rpartition("</think>")[2].lstrip()
+    return {key: value for key, value in message.items() if key not in THOUGHTS} | {"content": content}
