@@ -38,8 +38,10 @@ def write_report(run_dir: Path, out: Path | None = None) -> Path:
         data=_data(run),
         cards=_cards(run),
         origin=[
-            *((f"{name} version", value) for name, value in run.summary["versions"].items()),
-            *((f"{name} hash", value) for name, value in run.summary["hashes"].items()),
+            (f"{name} {what}", str(value))
+            for key, what in (("versions", "version"), ("hashes", "hash"))
+            for name, value in run.summary[key].items()
+            if value is not None
         ],
     )
     write_page(path, page)
