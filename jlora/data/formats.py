@@ -27,7 +27,7 @@ OPTIONAL: dict[str, tuple[str, ...]] = {
     "preference": ("prompt",),
     "messages": ("system", "tools", "loss_mask", "weight"),
     "sharegpt": ("system", "tools", "loss_mask", "weight"),
-    "alpaca": ("input", "weight"),
+    "alpaca": ("input", "system", "history", "weight"),
     "completion": ("weight",),
     "text": ("weight",),
 }
@@ -39,6 +39,7 @@ OTHER_NAMES: dict[str, dict[str, tuple[str, ...]]] = {
     "alpaca": {
         "instruction": ("question", "query", "prompt"),
         "input": ("context",),
+        "system": ("system_prompt",),
         "output": ("response", "answer", "completion"),
     },
     "completion": {

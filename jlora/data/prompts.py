@@ -12,23 +12,12 @@ import numpy as np
 
 from jlora.config import Counted
 from jlora.data import chats
+from jlora.data.alpaca import asked_messages, instruction_of, stanford_prompt
 from jlora.data.conversation import Conversation, Message, conversation_of, messages_of, tools_of
 from jlora.data.fields import field_of, weight_of
 from jlora.data.losses import Weighted, weigh
 from jlora.data.row import BadRow
 from jlora.data.tokens import Tokenizer
-
-# Stanford Alpaca's prompts (tatsu-lab/stanford_alpaca, train.py), which models know to the byte.
-STANFORD_WITH_INPUT = (
-    "Below is an instruction that describes a task, paired with an input that provides further context. "
-    "Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
-)
-STANFORD_WITHOUT_INPUT = (
-    "Below is an instruction that describes a task. "
-    "Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Response:"
-)
 
 
 class Example(NamedTuple):
@@ -143,8 +132,9 @@ def encode_pair(tokenizer: Tokenizer, row: dict[str, Any]) -> tuple[Example, Exa
     """The chosen and the rejected sequence of a preference row, not truncated, as TRL's `DPOTrainer` makes them.
 
     `prompt`, `chosen` and `rejected` are strings, or lists of messages that go through the chat template. Without a
-    prompt, or with one in string form beside lists, what both answers begin with is the prompt. An answer begins
-    where its tokens part from those of the prompt alone; EOS is added to strings.
+    prompt, or with one in string form beside lists, what both answers begin with is the prompt; lists that begin with
+    the prompt do not repeat it. An answer begins where its tokens part from those of the prompt alone; EOS is added to
+    strings.
 
     Raises BadRow, and ConfigError if a chat template is needed and there is none.
     """
@@ -153,7 +143,11 @@ def encode_pair(tokenizer: Tokenizer, row: dict[str, Any]) -> tuple[Example, Exa
     chosen, rejected = field_of(row, "chosen", kind), field_of(row, "rejected", kind)
     if chosen == rejected:
         raise BadRow("equal_answers", 'the fields "chosen" and "rejected" are equal')
-    if not isinstance(prompt, kind):
+    if prompt is not None and not isinstance(prompt, kind if kind is str else str | list):
+        raise BadRow("wrong_type", f'the field "prompt" is {type(prompt).__name__}, not {kind.__name__}')
+    if kind is list and isinstance(prompt, list) and chosen[: len(prompt)] == rejected[: len(prompt)] == prompt:
+        chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
+    elif not isinstance(prompt, kind):
         common = _common(chosen, rejected)
         if kind is str and chosen[common - 1 : common] == " ":
             common -= 1  # a space goes with the word behind it
@@ -238,7 +232,7 @@ def shown_prompt(row: dict[str, Any], *, format: str) -> str:
     Raises BadRow.
     """
     if format == "alpaca":
-        return "\n\n".join(filter(None, _instruction(row)))
+        return "\n\n".join(filter(None, instruction_of(row)))
     if format == "text":
         return _response(row, format)
     if format == "completion" or isinstance(row.get("prompt"), str):
@@ -300,23 +294,12 @@ def _is_chat(format: str, prompt: str) -> bool:
     return format in ("messages", "sharegpt") or (format == "alpaca" and prompt == "chat")
 
 
-def _instruction(row: dict[str, Any]) -> tuple[str, str]:
-    """Instruction and input of an alpaca row; an input that is missing or blank is empty."""
-    instruction = field_of(row, "instruction", str)
-    given = "" if row.get("input") is None else field_of(row, "input", str)
-    if not (instruction + given).strip():
-        raise BadRow("empty_prompt", "instruction and input are both empty")
-    return instruction, given if given.strip() else ""
-
-
 def _head(row: dict[str, Any], format: str) -> str:
     """What comes before the response, of a row that goes through no chat template."""
     if format == "text":
         return ""
     if format == "alpaca":
-        instruction, given = _instruction(row)
-        template = STANFORD_WITH_INPUT if given else STANFORD_WITHOUT_INPUT
-        return template.format(instruction=instruction, input=given)
+        return stanford_prompt(row)
     head = field_of(row, "prompt", str)
     if not head.strip():
         raise BadRow("empty_prompt", 'the field "prompt" is empty')
@@ -335,7 +318,7 @@ def _conversation(row: dict[str, Any], format: str, *, answered: bool) -> Conver
     """The conversation of a row, checked; `answered`: it must have the response."""
     if format != "alpaca":
         return conversation_of(row, format, answered=answered)
-    messages = [{"role": "user", "content": "\n\n".join(filter(None, _instruction(row)))}]
+    messages = asked_messages(row)
     if answered:
         messages.append({"role": "assistant", "content": _response(row, format)})
     return Conversation(messages, None, [1.0] * len(messages))

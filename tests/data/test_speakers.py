@@ -3,7 +3,7 @@
 import pytest
 from tiny import make_tokenizer
 
-from jlora.data.prompts import STANFORD_WITH_INPUT
+from jlora.data.alpaca import stanford_prompt
 from jlora.data.speakers import turns
 from jlora.data.tokens import load_tokenizer
 
@@ -44,7 +44,7 @@ def test_a_conversation_keeps_its_order(tokenizer):
 
 
 def test_parts_of_a_stanford_prompt(tokenizer):
-    text = STANFORD_WITH_INPUT.format(instruction="Say it.\nTwice.", input="blue")
+    text = stanford_prompt({"instruction": "Say it.\nTwice.", "input": "blue"})
     before, *rest = turns(tokenizer, tokenizer.encode(text))
     assert before.role == "" and before.text.startswith("Below is an instruction")
     assert rest == [("Instruction", "Say it.\nTwice."), ("Input", "blue")]
