@@ -1,8 +1,8 @@
 """Devices to compile for that need not be there, by name.
 
 A SPEC is `tpu:v5p:2x2x1` (generation and slice), `gpu:h100-80gb:2` (card and number), `gpu:CARD.yaml:2` (a card
-that a file describes) or `cpu:8`. The TPU and CUDA compilers come with the extras `tpu` and `cuda12`; no device of
-the kind is needed.
+that a file describes) or `cpu:8`. The TPU and CUDA compilers come with the extras `tpu`, and `cuda12` or `cuda13`; no
+device of the kind is needed.
 """
 
 import importlib.util
@@ -68,13 +68,13 @@ def resolve(spec: str) -> Target:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // int(size)
         return Target(spec, "cpu", jax.devices("cpu"), memory)
     if kind == "tpu" and name in TPUS and size:
-        _require("libtpu", "tpu")
+        _require("tpu", "libtpu")
         tpu, devices = TPUS[name], _tpu_devices(spec, name, size)
         return Target(spec, "tpu", devices, tpu.memory, tpu.peak_flops, tpu.bandwidth, tpu.link_bandwidth)
     described = name.endswith((".yaml", ".yml"))
     if kind == "gpu" and (name in GPUS or described) and _number(size):
         gpu = read_gpu(Path(name)) if described else GPUS[name]
-        _require("jax_cuda12_plugin", "cuda12")
+        _require("cuda12", "jax_cuda12_plugin", "jax_cuda13_plugin")
         topology = topologies.get_topology_desc(
             platform="cuda", target_config=_target_config(gpu, Path(name).stem), topology=f"1x1x{size}"
         )
@@ -104,8 +104,9 @@ def larger(target: Target) -> Iterator[Target]:
                 yield resolve(f"tpu:{name}:{slice_}")
 
 
-def _require(module: str, extra: str) -> None:
-    if importlib.util.find_spec(module) is None:
+def _require(extra: str, *modules: str) -> None:
+    """One of the modules, of which the extra brings the first."""
+    if not any(map(importlib.util.find_spec, modules)):
         raise ConfigError(f"this topology needs a compiler that is not installed; pip install 'jlora[{extra}]'")
 
 

@@ -4,7 +4,6 @@ splash runs here in Pallas's interpreter. cuDNN does not run without a GPU: the 
 the program is compiled for an absent GPU where JAX's CUDA plugin is installed.
 """
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -17,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compilers import needs_gpu_compiler
 
 from jlora.errors import ConfigError
 from jlora.model import attention
@@ -307,7 +307,7 @@ print(text.count('custom_call_target="__cudnn$fmha'), "all-gather" in text, "[2,
 """
 
 
-@pytest.mark.skipif(importlib.util.find_spec("jax_cuda12_plugin") is None, reason="JAX's CUDA plugin is not here")
+@needs_gpu_compiler
 def test_cudnn_compiles_for_an_absent_gpu():
     """Forward and backward over a mesh become cuDNN calls on a device's own rows and heads; no mask has a gradient."""
     done = subprocess.run(

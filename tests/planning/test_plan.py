@@ -12,11 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compilers import GPU_COMPILERS, needs_gpu_compiler
 from load_script import load_script
 from tiny import make_llama, make_rows, make_tokenizer, write_config
 
 import jlora.plan
 from jlora.config import load_config
+from jlora.errors import ConfigError
 from jlora.hf.pretrained import model_shape
 from jlora.hf.shapes import SHAPES
 from jlora.model import attention
@@ -249,7 +251,19 @@ def test_a_missing_compiler_is_named():
         resolve("tpu:v5e:2x4")
 
 
-@pytest.mark.skipif(importlib.util.find_spec("jax_cuda12_plugin") is None, reason="needs the extra cuda12")
+@pytest.mark.parametrize("installed", GPU_COMPILERS)
+def test_either_compiler_for_gpus_will_do(installed, monkeypatch):
+    """None is looked for where one is there; what compiles is JAX's own choice."""
+    monkeypatch.setattr(topology.importlib.util, "find_spec", lambda name: name == installed or None)
+    described = mock.Mock(return_value=mock.Mock(devices=["a", "b"]))
+    monkeypatch.setattr(topology.topologies, "get_topology_desc", described)
+    assert resolve("gpu:h100-80gb:2").devices == ["a", "b"]
+    monkeypatch.setattr(topology.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"pip install 'jlora\[cuda12\]'"):
+        resolve("gpu:h100-80gb:2")
+
+
+@needs_gpu_compiler
 def test_7b_on_an_absent_h100(config):
     overrides = ("model.path=llama2-7b", "model.remat=full", "model.dtype=bfloat16", "data.max_length=4096")
     done = plan(config, "--topology", "gpu:h100-80gb:1", "--json", "training.batch_size=1", *overrides)

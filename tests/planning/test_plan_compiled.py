@@ -1,10 +1,9 @@
 """Peaks that the real compilers give for absent hardware, against the most that each may take.
 
 LoRA of rank 16 on q, k, v, o, bfloat16, everything rematerialised. A line runs where its compiler is installed:
-the extras cuda12 and tpu, each in an environment of its own (`scripts/test` makes both).
+the extras cuda12 (or cuda13) and tpu, each in an environment of its own (`scripts/test` makes both).
 """
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -13,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from compilers import needs_gpu_compiler, needs_tpu_compiler
 
 CONFIG = """
 model: {path: llama2-70b, dtype: bfloat16, remat: full}
@@ -22,10 +22,7 @@ output_dir: run
 """
 GIB = 2**30
 MOST_SECONDS = 180
-needs = {
-    "gpu": pytest.mark.skipif(importlib.util.find_spec("jax_cuda12_plugin") is None, reason="needs the extra cuda12"),
-    "tpu": pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the extra tpu"),
-}
+needs = {"gpu": needs_gpu_compiler, "tpu": needs_tpu_compiler}
 
 
 def line(model, topology, batch, length, mesh, most, *, slow=False):

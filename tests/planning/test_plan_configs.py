@@ -1,10 +1,10 @@
 """The headers of configs/: one form, the planner's own figures, and configs that load."""
 
-import importlib.util
 import re
 from pathlib import Path
 
 import pytest
+from compilers import needs_gpu_compiler
 from load_script import load_script
 
 from jlora.config import load_config
@@ -42,7 +42,7 @@ def test_figures_are_possible(path, found):
     assert found["model"] in SHAPES and 0 < peak and (found["word"] == "fits") == (peak <= capacity)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("jax_cuda12_plugin") is None, reason="needs the extra cuda12")
+@needs_gpu_compiler
 @pytest.mark.parametrize(
     ("path", "found"),
     [pytest.param(*line, id=line[0].stem) for line in LINES if line[1]["topology"].startswith("gpu:")],
