@@ -7,6 +7,7 @@ import torch
 from tiny import LLAMA3_ROPE, OFF_DEFAULT, save_random
 from transformers import (
     AutoModelForCausalLM,
+    GPT2Config,
     LlamaConfig,
     PreTrainedConfig,
     PreTrainedModel,
@@ -27,9 +28,19 @@ FAMILIES: dict[str, PreTrainedConfig] = {
     "qwen2_window_that_is_off": Qwen2Config(**OFF_DEFAULT | WINDOWED | {"max_window_layers": 3}),
     "qwen3": Qwen3Config(**OFF_DEFAULT | WINDOWED | {"max_window_layers": 1, "rope_parameters": YARN}),
     "qwen3_biased_tied": Qwen3Config(**OFF_DEFAULT | {"attention_bias": True, "tie_word_embeddings": True}),
+    "gpt2": GPT2Config(
+        **{"vocab_size": 300, "n_embd": 48, "n_inner": 88, "n_layer": 3, "n_head": 6, "n_positions": 90},
+        **{"layer_norm_epsilon": 3e-4, "activation_function": "gelu", "initializer_range": 0.2},
+        **{"tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2, "resid_pdrop": 0.0},
+        **{"attn_pdrop": 0.0, "embd_pdrop": 0.0},
+    ),
+    "gpt2_tied": GPT2Config(
+        **{"vocab_size": 300, "n_embd": 48, "n_layer": 3, "n_head": 4, "n_positions": 90, "initializer_range": 0.2},
+        **{"bos_token_id": 1, "eos_token_id": 2},
+    ),
 }
 # One of each family, its windows, ropes and biases there.
-ONE_EACH = ("llama_biased", "qwen2_windowed_yarn", "qwen3")
+ONE_EACH = ("llama_biased", "qwen2_windowed_yarn", "qwen3", "gpt2")
 
 
 def make_family(folder: Path, name: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:

@@ -89,7 +89,7 @@ def save_random(model: PreTrainedModel, folder: Path, shard: str | None = None) 
     """The fresh model in float32, its norms and biases random too, as it was saved to `folder`."""
     model = model.float().eval()
     for name, parameter in model.named_parameters():
-        if "norm" in name:
+        if name.endswith("weight") and any(norm in name for norm in ("norm", "ln_")):
             torch.nn.init.uniform_(parameter, 0.5, 1.5)
         elif name.endswith("bias"):
             torch.nn.init.normal_(parameter, std=0.5)

@@ -1,7 +1,14 @@
 """The run configuration: YAML file + `dotted.key=value` overrides -> one validated `Config`."""
 
 from jlora.config.counted import Counted
-from jlora.config.lora import ATTENTION_PROJECTIONS, MLP_PROJECTIONS, PROJECTIONS, LoraSection
+from jlora.config.lora import (
+    ALL_PROJECTIONS,
+    ATTENTION_PROJECTIONS,
+    FUSED_PROJECTIONS,
+    MLP_PROJECTIONS,
+    PROJECTIONS,
+    LoraSection,
+)
 from jlora.config.mixture import DataSource
 from jlora.config.reading import config_of, describe, load_config, read_yaml, read_yaml_of
 from jlora.config.reference import yaml_scalar

@@ -10,6 +10,9 @@ from jlora.config.section import Section, nearest
 ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 PROJECTIONS = ATTENTION_PROJECTIONS + MLP_PROJECTIONS
+# What some models have in place of several: one weight with all their outputs.
+FUSED_PROJECTIONS = {"qkv_proj": ATTENTION_PROJECTIONS[:3], "gate_up_proj": MLP_PROJECTIONS[:2]}
+ALL_PROJECTIONS = (*PROJECTIONS, *FUSED_PROJECTIONS)
 
 MOST_RANKS = 2**17  # more than any projection has
 
@@ -24,7 +27,8 @@ class LoraSection(Section):
     )
     target_modules: list[str] | Literal["all-linear"] = Field(
         list(ATTENTION_PROJECTIONS),
-        description="projections that get an adapter, of " + ", ".join(PROJECTIONS) + "; or all-linear",
+        description="projections that get an adapter, of " + ", ".join(PROJECTIONS) + "; or all-linear; a model that "
+        "has qkv_proj or gate_up_proj in place of some is given an adapter there where all of those are named",
     )
     init_from: str | None = Field(None, description="PEFT adapter folder to start from")
     use_rslora: bool = Field(False, description="scale by alpha / sqrt(rank) (arXiv:2312.03732)")
@@ -58,8 +62,8 @@ class LoraSection(Section):
             if not self.target_modules:
                 raise ValueError("target_modules is empty; name at least one projection")
             for name in self.target_modules:
-                if name not in PROJECTIONS:
-                    raise ValueError(f"target_modules holds '{name}'{nearest(name, PROJECTIONS)}")
+                if name not in ALL_PROJECTIONS:
+                    raise ValueError(f"target_modules holds '{name}'{nearest(name, ALL_PROJECTIONS)}")
         return self
 
     @model_validator(mode="after")
@@ -83,7 +87,7 @@ class LoraSection(Section):
 
     def transforms(self, projection: str, layer: int) -> bool:
         """Whether a projection of a layer gets an adapter."""
-        return projection in self.targets and (self.layers_to_transform is None or layer in self.layers_to_transform)
+        return self.means(projection) and (self.layers_to_transform is None or layer in self.layers_to_transform)
 
     @property
     def takes_from_base(self) -> bool:
@@ -92,6 +96,11 @@ class LoraSection(Section):
 
     @property
     def targets(self) -> tuple[str, ...]:
-        """The targeted projections, in the model's own order."""
+        """The projections that are named, in a model's own order."""
         chosen = PROJECTIONS if self.target_modules == "all-linear" else self.target_modules
-        return tuple(name for name in PROJECTIONS if name in chosen)
+        return tuple(name for name in ALL_PROJECTIONS if name in chosen)
+
+    def means(self, projection: str) -> bool:
+        """Whether a projection is targeted: by its own name, or by those of all that it stands for."""
+        parts = FUSED_PROJECTIONS.get(projection)
+        return projection in self.targets or (parts is not None and {*parts} <= {*self.targets})

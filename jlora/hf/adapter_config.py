@@ -7,13 +7,13 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from jlora.config import PROJECTIONS, LoraSection, describe
+from jlora.config import LoraSection, describe
 from jlora.errors import ModelError
 from jlora.files.paths import inside
 from jlora.files.sandbox import SECONDS, timed
 from jlora.hf.source import read_json
-from jlora.model.adapter import layer_scales
-from jlora.model.config import ModelConfig, block_weights, module_path, projection_shapes
+from jlora.model.adapter import layer_scales, targets
+from jlora.model.config import ModelConfig, block_weights, module_in_layer, module_path, projection_shapes
 
 CONFIG = "adapter_config.json"
 
@@ -33,9 +33,9 @@ SILENT = (
     *("eva_config", "corda_config", "loftq_config", "lora_ga_config", "runtime_config"),
 )
 
-# What PEFT takes for a key that is not there. The targets are those of Llama, Mistral and Qwen2.
+# What PEFT takes for a key that is not there.
 DEFAULTS = {"r": 8, "lora_alpha": 8}
-DEFAULT_TARGETS = ["q_proj", "v_proj"]
+DEFAULT_TARGETS, DEFAULT_TARGETS_FUSED = ["q_proj", "v_proj"], ["c_attn", "qkv_proj"]
 
 
 class AdapterSection(LoraSection):
@@ -82,24 +82,24 @@ def read_adapter_config(folder: Path, model: ModelConfig) -> AdapterSection:
         with timed():  # patterns are somebody else's program
             modules = _adapted(raw, model, where)
             section = _section(raw, modules, model, where)
-            for name in section.targets:
+            for name in targets(section, model):
                 layer_scales(section, name, model)
     except TimeoutError:
         raise ModelError(
             f"{where}: matching its patterns with the base's modules takes more than {SECONDS} seconds; write "
             "target_modules as a list of names"
         ) from None
-    if raw.get("fan_in_fan_out"):
+    if raw.get("fan_in_fan_out") and not model.names.input_first:
         print(f"warning: {where}: fan_in_fan_out is taken as false, as by PEFT for these projections", file=sys.stderr)
     return section
 
 
 def _section(raw: dict[str, Any], modules: set[tuple[str, int]], model: ModelConfig, where: Path) -> AdapterSection:
     """The options as a section, once it is known which modules they mean."""
-    targets = [name for name in PROJECTIONS if any(name == adapted for adapted, _ in modules)]
+    adapted = [name for name in projection_shapes(model) if any(name == module for module, _ in modules)]
     layers = sorted({layer for _, layer in modules})
-    even = len(modules) == len(targets) * len(layers)
-    every = len(modules) == len(targets) * model.num_hidden_layers
+    even = len(modules) == len(adapted) * len(layers)
+    every = len(modules) == len(adapted) * model.num_hidden_layers
     if raw.get("bias") == "lora_only" and not every:
         raise ModelError(f"{where}: bias=lora_only is supported only where the adapter is on all layers")
     try:
@@ -107,18 +107,30 @@ def _section(raw: dict[str, Any], modules: set[tuple[str, int]], model: ModelCon
             rank=raw["r"],
             alpha=raw["lora_alpha"],
             dropout=raw.get("lora_dropout") or 0.0,
-            target_modules=targets,
+            target_modules=adapted,
             use_rslora=bool(raw.get("use_rslora")),
             use_dora=bool(raw.get("use_dora")),
             rank_pattern=raw.get("rank_pattern") or {},
             alpha_pattern=raw.get("alpha_pattern") or {},
             layers_to_transform=layers if even and not every else None,
-            modules_to_save=[name.rpartition(".")[2] for name in _names(raw, "modules_to_save", where)],  # type: ignore[misc]
+            modules_to_save=_saved(raw, model, where),  # type: ignore[arg-type]
             bias=raw.get("bias") or "none",
             modules=frozenset(modules),
         )
     except ValidationError as error:
         raise ModelError(f"{where}: not a usable LoRA configuration ({describe(error)})") from None
+
+
+def _ends_of_projections(model: ModelConfig) -> list[str]:
+    paths = (module_in_layer(model.names, name) for name in projection_shapes(model))
+    return list(dict.fromkeys(path.rpartition(".")[2] for path in paths))
+
+
+def _saved(raw: dict[str, Any], model: ModelConfig, where: Path) -> list[str]:
+    """`modules_to_save` by our names, those that we do not know by PEFT's."""
+    ours = {module_path(model.names, leaf, None).rpartition(".")[2]: leaf for leaf in ("embed_tokens", "lm_head")}
+    given = [name.rpartition(".")[2] for name in _names(raw, "modules_to_save", where)]
+    return [ours.get(name, name) for name in given]
 
 
 def _adapted(raw: dict[str, Any], model: ModelConfig, where: Path) -> set[tuple[str, int]]:
@@ -127,8 +139,8 @@ def _adapted(raw: dict[str, Any], model: ModelConfig, where: Path) -> set[tuple[
     Raises:
       ModelError: there are none, or there are other modules among them.
     """
-    excluded, targeted = (_Names(raw, key, where) for key in ("exclude_modules", "target_modules"))
-    saved = _Names({"saved": _names(raw, "modules_to_save", where)}, "saved", where)
+    excluded, targeted = (_Names(raw, key, where, model) for key in ("exclude_modules", "target_modules"))
+    saved = _Names({"saved": _names(raw, "modules_to_save", where)}, "saved", where, model)
     layers = _Layers(raw, targeted, where)
     found: set[tuple[str, int]] = set()
     for path, module in _modules(model).items():
@@ -137,7 +149,7 @@ def _adapted(raw: dict[str, Any], model: ModelConfig, where: Path) -> set[tuple[
         if module is None:
             raise ModelError(
                 f"{where}: target_modules={targeted.given!r} selects {path}, but adapters are computed for "
-                f"{', '.join(PROJECTIONS)} alone, so nothing is loaded"
+                f"{', '.join(_ends_of_projections(model))} alone, so nothing is loaded"
             )
         found.add(module)
     if not found:
@@ -160,16 +172,16 @@ class _Names:
       given: the value.
     """
 
-    def __init__(self, raw: dict[str, Any], key: str, where: Path):
+    def __init__(self, raw: dict[str, Any], key: str, where: Path, model: ModelConfig):
         self.given: Any = raw.get(key)
         self.names: frozenset[str] = frozenset()
         self.pattern: re.Pattern[str] | None = None
         if key == "target_modules" and self.given is None:
-            self.given = DEFAULT_TARGETS
+            self.given = DEFAULT_TARGETS_FUSED if model.fused else DEFAULT_TARGETS
         if not isinstance(self.given, str):
             self.names = frozenset(_names({key: self.given}, key, where))
         elif key == "target_modules" and self.given.lower() == "all-linear":
-            self.names = frozenset(PROJECTIONS)
+            self.names = frozenset(_ends_of_projections(model))
         elif self.given:
             self.pattern = _compiled(self.given, key, where)
 
@@ -231,15 +243,18 @@ def _ends(path: str) -> list[str]:
 def _modules(model: ModelConfig) -> dict[str, tuple[str, int] | None]:
     """Path in transformers -> projection and layer of every module of a base; None for what is no projection."""
     names, projections = model.names, projection_shapes(model)
-    found: dict[str, tuple[str, int] | None] = {}
+    weighted: dict[str, tuple[str, int] | None] = {}
     for layer in range(model.num_hidden_layers):
         for leaf in block_weights(model):
             if not leaf.endswith("_bias"):
-                found[module_path(names, leaf, layer)] = (leaf, layer) if leaf in projections else None
-    found |= dict.fromkeys(module_path(names, leaf, None) for leaf in ("embed_tokens", "norm", "lm_head"))
-    # And those that hold these, or have no weights.
-    for path in list(found):
+                weighted[module_path(names, leaf, layer)] = (leaf, layer) if leaf in projections else None
+    weighted |= dict.fromkeys(module_path(names, leaf, None) for leaf in ("embed_tokens", "norm", "lm_head"))
+    found: dict[str, tuple[str, int] | None] = {}
+    for path, module in weighted.items():
         parts = path.split(".")
-        found |= dict.fromkeys(holder for end in range(1, len(parts)) if (holder := ".".join(parts[:end])) not in found)
+        for end in range(1, len(parts)):  # what holds it
+            found.setdefault(".".join(parts[:end]), None)
+        found[path] = module
+    # And those without weights.
     mlps = [path for path in found if path.endswith(".mlp")]
     return found | dict.fromkeys([*(f"{mlp}.act_fn" for mlp in mlps), f"{names.body}.rotary_emb"])

@@ -11,7 +11,7 @@ from typing import Any
 
 from jlora.config import ATTENTION_PROJECTIONS, MLP_PROJECTIONS
 from jlora.errors import ModelError
-from jlora.model.config import LLAMA, ModelConfig, ModuleNames
+from jlora.model.config import GPT2, LLAMA, ModelConfig, ModuleNames
 from jlora.model.rope import DynamicRope, LinearRope, Llama3Rope, Rope, RopeScaling, YarnRope
 
 
@@ -26,10 +26,20 @@ class Family:
         and then from layer `max_window_layers` on.
       biased: projections with a bias, whatever config.json says.
       bias_keys: those of config.json that give projections a bias.
+      keys: of config.json, where they are not called as Llama's: ours -> theirs.
+      required: keys that change the numerics, with the value that is computed, which is also the default.
+    The others are fields of `ModelConfig`, or defaults of a key of that name.
     """
 
     architecture: str
     max_position_embeddings: int
+    norm_eps: float = 1e-6
+    tied: bool = False
+    activation: str = "silu"
+    gated: bool = True
+    layer_norm: bool = False
+    fused: bool = False
+    learned_positions: bool = False
     kv_heads: int | None = None
     head_dim: int | None = None
     windowed: bool = False
@@ -39,6 +49,8 @@ class Family:
     bias_keys: tuple[str, ...] = ()
     qk_norm: bool = False
     names: ModuleNames = LLAMA
+    keys: tuple[tuple[str, str], ...] = ()
+    required: tuple[tuple[str, Any], ...] = ()
 
 
 FAMILIES = {
@@ -65,6 +77,35 @@ FAMILIES = {
         qk_norm=True,
     ),
 }
+FAMILIES["gpt2"] = Family(
+    "GPT2LMHeadModel",
+    1024,
+    norm_eps=1e-5,
+    tied=True,
+    activation="gelu_new",
+    gated=False,
+    layer_norm=True,
+    fused=True,
+    learned_positions=True,
+    biased=("qkv_proj", "o_proj", "up_proj", "down_proj"),
+    names=GPT2,
+    keys=(
+        *(("hidden_size", "n_embd"), ("num_hidden_layers", "n_layer"), ("num_attention_heads", "n_head")),
+        *(("intermediate_size", "n_inner"), ("max_position_embeddings", "n_positions")),
+        *(("hidden_act", "activation_function"), ("rms_norm_eps", "layer_norm_epsilon")),
+    ),
+    required=(
+        *(("scale_attn_weights", True), ("scale_attn_by_inverse_layer_idx", False), ("add_cross_attention", False)),
+    ),
+)
+# What transformers calls activations, and which of ours they are.
+ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+}
 # Projections that get a bias by a key of config.json.
 BIAS_KEYS = {"attention_bias": ATTENTION_PROJECTIONS, "mlp_bias": MLP_PROJECTIONS}
 
@@ -72,7 +113,7 @@ BIAS_KEYS = {"attention_bias": ATTENTION_PROJECTIONS, "mlp_bias": MLP_PROJECTION
 # cannot change its numerics and is not looked at; of rotary settings it is named, as transformers names it.
 ONLY_SUPPORTED: dict[str, tuple[Any, ...]] = {
     "model_type": tuple(FAMILIES),
-    "hidden_act": ("silu", "swish", None),
+    "hidden_act": (*ACTIVATIONS, None),
     "partial_rotary_factor": (1, None),
     "quantization_config": (None,),
 }
@@ -101,8 +142,9 @@ def parse_config(raw: dict[str, Any], where: str) -> ModelConfig:
       ModelError: an architecture or a field that changes the numerics and is not supported, by name.
     """
     family = _family(raw, where)
+    raw = raw | {ours: raw[theirs] for ours, theirs in family.keys if theirs in raw}
     _check_ignored(raw, family, where)
-    for field, allowed in ONLY_SUPPORTED.items():
+    for field, allowed in (ONLY_SUPPORTED | {key: (value, None) for key, value in family.required}).items():
         if raw.get(field) not in allowed and (field in raw or None not in allowed):
             raise ModelError(f"{where}: {field}={raw.get(field)!r} changes the numerics and is not supported")
 
@@ -111,29 +153,36 @@ def parse_config(raw: dict[str, Any], where: str) -> ModelConfig:
         return _integer(fallback if value is None else value, field, where)
 
     heads, hidden = integer("num_attention_heads"), integer("hidden_size")
+    mlp = None if family.gated else 4 * hidden  # GPT-2's n_inner may be null
     # A key that is null has as many heads as there are; one that is not there, what the family has.
     kv_heads = heads if "num_key_value_heads" in raw else family.kv_heads or heads
     kv_heads = integer("num_key_value_heads", kv_heads)
     head_dim = integer("head_dim", family.head_dim or max(1, hidden // heads))
     if heads % kv_heads or head_dim % 2:
         raise ModelError(f"{where}: {heads} heads of {head_dim} with {kv_heads} key/value heads do not divide")
-    tied = raw.get("tie_word_embeddings", False)
+    tied = raw.get("tie_word_embeddings", family.tied)
     if not isinstance(tied, bool):
         raise ModelError(f"{where}: tie_word_embeddings must be true or false, not {tied!r}")
-    theta, scaling = _rope(raw, integer("max_position_embeddings", family.max_position_embeddings), where)
+    positions = integer("max_position_embeddings", family.max_position_embeddings)
+    theta, scaling = _rope(raw, positions, where)
     if isinstance(scaling, DynamicRope) and head_dim < 4:
         raise ModelError(f"{where}: rope_scaling of type 'dynamic' needs a head_dim of at least 4, not {head_dim}")
     return ModelConfig(
         vocab_size=integer("vocab_size"),
         hidden_size=hidden,
-        intermediate_size=integer("intermediate_size"),
+        intermediate_size=integer("intermediate_size", mlp),
         num_hidden_layers=integer("num_hidden_layers"),
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         head_dim=head_dim,
-        norm_eps=_real(raw.get("rms_norm_eps", 1e-6), "rms_norm_eps", where),
+        norm_eps=_real(raw.get("rms_norm_eps", family.norm_eps), "rms_norm_eps", where),
+        layer_norm=family.layer_norm,
+        activation=ACTIVATIONS[raw.get("hidden_act") or family.activation],
+        gated=family.gated,
+        fused=family.fused,
+        learned_positions=positions if family.learned_positions else None,
         qk_norm=family.qk_norm,
-        ropes=(Rope(theta, head_dim, scaling),),
+        ropes=() if family.learned_positions else (Rope(theta, head_dim, scaling),),
         windows=_windows(raw, family, where),
         tie_word_embeddings=tied,
         biased=_biased(raw, family, where),
@@ -164,7 +213,7 @@ def _family(raw: dict[str, Any], where: str) -> Family:
     """The family of `model_type`, which must be that of `architectures` too, in any letters; or of its body alone."""
     known: dict[str, str] = {}
     for name, family in FAMILIES.items():
-        body = family.architecture.removesuffix("ForCausalLM") + "Model"
+        body = family.architecture.removesuffix("ForCausalLM").removesuffix("LMHeadModel") + "Model"
         known |= {family.architecture.lower(): name, body.lower(): name}
     architectures = raw.get("architectures")
     if not architectures:

@@ -5,7 +5,7 @@ A few rows of a tensor at a time, so that the host holds no more than those.
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -64,11 +64,15 @@ def save_checkpoint(
     )
     for file, shard in shards.filename_to_tensors.items():
         with (folder / file).open("wb") as out:
-            out.write(header({name: table[name].hf_shape for name in shard}, dtype))
+            out.write(header({name: table[name].file_shape for name in shard}, dtype))
             for name in shard:
-                for start, stop in blocks(cfg, table[name]):
+                entry = table[name]
+                pieces: Iterable[np.ndarray] = (weights.rows(name, entry, *rows) for rows in blocks(cfg, entry))
+                if entry.input_first:  # whole, since its rows are the columns of all pieces
+                    pieces = [np.concatenate(list(pieces)).T]
+                for piece in pieces:
                     with np.errstate(over="ignore"):
-                        rows = weights.rows(name, table[name], start, stop).astype(DTYPES[dtype])
+                        rows = piece.astype(DTYPES[dtype])
                     if not np.isfinite(rows).all():
                         raise ModelError(
                             f"{folder}: tensor {name} does not fit {dtype}; export with --dtype bfloat16 or float32"

@@ -21,6 +21,7 @@ class Entry:
       hf_shape: shape in the file.
       shape: shape of one layer's leaf.
       transposed: the file has the output dim first.
+      input_first: the file has the input dim first after all, and `Source` turns what it reads.
     """
 
     leaf: str
@@ -28,6 +29,12 @@ class Entry:
     hf_shape: tuple[int, ...]
     shape: tuple[int, ...]
     transposed: bool
+    input_first: bool = False
+
+    @property
+    def file_shape(self) -> tuple[int, ...]:
+        """Shape of the tensor as files keep it."""
+        return self.hf_shape[::-1] if self.input_first else self.hf_shape
 
 
 def tensor_name(names: ModuleNames, leaf: str, layer: int | None) -> str:
@@ -52,7 +59,8 @@ def name_table(cfg: ModelConfig) -> dict[str, Entry]:
             elif leaf.endswith("_bias"):
                 hf_shape = (int(np.prod(weight.shape)),)
             name = tensor_name(cfg.names, leaf, layer)
-            table[name] = Entry(leaf, layer, hf_shape, weight.shape, leaf in projections)
+            turned = leaf in projections
+            table[name] = Entry(leaf, layer, hf_shape, weight.shape, turned, turned and cfg.names.input_first)
     return table
 
 

@@ -14,16 +14,16 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save
 
-from jlora.config import PROJECTIONS, LoraSection
+from jlora.config import ALL_PROJECTIONS, LoraSection
 from jlora.errors import ModelError
 from jlora.files.atomic import write_json
 from jlora.files.paths import inside
 from jlora.hf.adapter_config import CONFIG, AdapterSection, read_adapter_config
 from jlora.hf.names import tensor_name
 from jlora.hf.source import Source, open_safetensors, read_floats, same_tables
-from jlora.model.adapter import Adapter, Lora, Saved, layer_ranks, new_lora, scaling
+from jlora.model.adapter import Adapter, Lora, Saved, layer_ranks, new_lora, scaling, targets
 from jlora.model.adapter_init import saved_weights
-from jlora.model.config import LLAMA, ModelConfig, ModuleNames, module_path, projection_shapes
+from jlora.model.config import LLAMA, ModelConfig, ModuleNames, module_in_layer, module_path, projection_shapes
 
 WEIGHTS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
 # What may be trained in full, the head last.
@@ -33,6 +33,12 @@ TABLES = ("embed_tokens", "lm_head")
 def table_names(names: ModuleNames) -> dict[str, str]:
     """PEFT's names of what is trained in full, by leaf."""
     return {leaf: f"base_model.model.{module_path(names, leaf, None)}.weight" for leaf in TABLES}
+
+
+def target_name(names: ModuleNames, projection: str) -> str:
+    """How `target_modules` names a projection: by the end of its path that no other module's has."""
+    module = module_in_layer(names, projection)
+    return module if projection in dict(names.renamed) else module.rpartition(".")[2]
 
 
 def factor_name(names: ModuleNames, projection: str, layer: int, factor: str) -> str:
@@ -48,7 +54,7 @@ def bias_name(names: ModuleNames, projection: str, layer: int, adapted: bool) ->
 def tensor_shapes(section: LoraSection, cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every tensor of an adapter with these options."""
     shapes: dict[str, tuple[int, ...]] = {}
-    for name in section.targets:
+    for name in targets(section, cfg):
         width_in, width_out = (math.prod(dims) for dims in projection_shapes(cfg)[name])
         for layer, rank in enumerate(layer_ranks(section, name, cfg)):
             if rank:
@@ -196,7 +202,7 @@ def load_adapter(
                 stacked[front] = value
         return stacked
 
-    for name in section.targets:
+    for name in targets(section, cfg):
         inputs, outputs = projection_shapes(cfg)[name]
         widths, rank = (math.prod(inputs), math.prod(outputs)), max(layer_ranks(section, name, cfg))
         a, b, m = (
@@ -347,6 +353,7 @@ def save_adapter(
     """
     adapter, section = of_one_scale(adapter, plain(section))
     tensors = exported_tensors(folder, adapter, names)
+    saved = [module_path(names, leaf, None).rpartition(".")[2] for leaf in section.modules_to_save]
     config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -354,13 +361,13 @@ def save_adapter(
         "r": section.rank,
         "lora_alpha": int(section.alpha) if section.alpha == int(section.alpha) else section.alpha,
         "lora_dropout": section.dropout,
-        "target_modules": [name for name in PROJECTIONS if name in adapter],
+        "target_modules": [target_name(names, name) for name in ALL_PROJECTIONS if name in adapter],
         "use_rslora": section.use_rslora,
         "bias": section.bias,
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": names.input_first,
         "inference_mode": True,
         "init_lora_weights": True,
-        "modules_to_save": section.modules_to_save or None,
+        "modules_to_save": saved or None,
         "use_dora": section.use_dora,
         "rank_pattern": section.rank_pattern,
         "alpha_pattern": section.alpha_pattern,

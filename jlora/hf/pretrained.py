@@ -25,15 +25,18 @@ from jlora.hf.load import load_base
 from jlora.hf.peft import WEIGHTS, load_adapter, read_options, scaled_to
 from jlora.hf.shapes import SHAPES
 from jlora.hf.source import Source, gguf_in, open_source, read_config, read_json, resolve
-from jlora.model.adapter import Adapter, Lora, layer_scales
+from jlora.model.adapter import Adapter, Lora, layer_scales, targets
 from jlora.model.adapter_init import new_adapter
 from jlora.model.adapter_layout import place_adapter
-from jlora.model.config import ModelConfig
+from jlora.model.config import ModelConfig, check_length
 from jlora.model.llama import Decoder
 
 # A tokenizer this much smaller than the embedding is another model's; padding of the vocabulary is not.
 SMALLEST_VOCAB_SHARE = 0.75
 
+
+# What models drop at random in training by keys of their own.
+DROPOUTS = ("attention_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop")
 
 # Options that an adapter to start from must have as the config says.
 COMPARED = (
@@ -109,7 +112,12 @@ def _fitting_tokenizer(path: str, tokenizer_path: str, chat_template: str | None
 
 
 def warn_of_length(source: Source, what: str, length: int) -> None:
-    """Say on stderr that `what` has more tokens than the base has positions: it is computed, but not well."""
+    """Say on stderr that `what` has more tokens than the base has positions: it is computed, but not well.
+
+    Raises:
+      ConfigError: the base has no such positions at all, since it learned each.
+    """
+    check_length(source.model, length, what.removesuffix(f" of {length} tokens"))
     limit = source.config.get("max_position_embeddings")
     if isinstance(limit, int) and length > limit:
         print(f"warning: {what} is beyond the base's {limit} positions", file=sys.stderr)
@@ -117,11 +125,11 @@ def warn_of_length(source: Source, what: str, length: int) -> None:
 
 def warn_of_dropout(source: Source) -> None:
     """Say on stderr that the config drops attention at random in training, which jlora does not."""
-    if dropout := source.config.get("attention_dropout"):
-        print(
-            f"warning: attention_dropout={dropout} of the base's config.json is not applied; lora.dropout is",
-            file=sys.stderr,
-        )
+    for key in DROPOUTS:
+        if dropout := source.config.get(key):
+            print(
+                f"warning: {key}={dropout} of the base's config.json is not applied; lora.dropout is", file=sys.stderr
+            )
 
 
 def open_tokenizer(path: str, chat_template: str | None) -> Tokenizer:
@@ -230,15 +238,15 @@ def first_adapter(cfg: Config, pretrained: Pretrained, mesh: Mesh) -> Adapter:
         return place_adapter(new_adapter(cfg.lora, model, cfg.training.seed, pretrained.base), model, mesh)
     folder = find_adapter(cfg.lora.init_from)
     theirs = read_options(folder, model, pretrained.source)
-    num_layers = model.num_hidden_layers
-    if any(theirs.layers(name) != theirs.layers(theirs.targets[0]) for name in theirs.targets):
-        on = "; ".join(f"{name} on {', '.join(map(str, theirs.layers(name)))}" for name in theirs.targets)
+    own = targets(theirs, model)
+    if any(theirs.layers(name) != theirs.layers(own[0]) for name in own):
+        on = "; ".join(f"{name} on {', '.join(map(str, theirs.layers(name)))}" for name in own)
         raise ModelError(
             f"{folder}: the adapter's projections are on different layers ({on}), which a config cannot say; "
             "start from another adapter, or merge this one into its base"
         )
     for key in COMPARED:
-        found, ours = (_compared(section, key, num_layers) for section in (theirs, cfg.lora))
+        found, ours = (_compared(section, key, model) for section in (theirs, cfg.lora))
         if found != ours:
             name = "target_modules" if key == "targets" else key
             value = json.dumps(found)
@@ -253,11 +261,11 @@ def first_adapter(cfg: Config, pretrained: Pretrained, mesh: Mesh) -> Adapter:
     return place_adapter(scaled, model, mesh)
 
 
-def _compared(section: LoraSection, key: str, num_layers: int) -> Any:
+def _compared(section: LoraSection, key: str, model: ModelConfig) -> Any:
     """An option in the one form that means it."""
-    value = getattr(section, key)
+    value = targets(section, model) if key == "targets" else getattr(section, key)
     if key == "layers_to_transform" and value is not None:
-        return None if {*range(num_layers)} <= {*value} else sorted(set(value))
+        return None if {*range(model.num_hidden_layers)} <= {*value} else sorted(set(value))
     return sorted(value) if key == "modules_to_save" else value
 
 

@@ -17,10 +17,20 @@ def _sizes(hidden: int, mlp: int, layers: int, heads: int, kv_heads: int, vocabu
 _LLAMA2 = {"model_type": "llama", "rms_norm_eps": 1e-5}
 _QWEN3 = {"model_type": "qwen3", "rms_norm_eps": 1e-6, "head_dim": 128, "rope_theta": 1e6}
 
+
+def _gpt2(hidden: int, layers: int, heads: int) -> dict[str, Any]:
+    return {"model_type": "gpt2", "n_embd": hidden, "n_layer": layers, "n_head": heads, "vocab_size": 50257}
+
+
 SHAPES: dict[str, dict[str, Any]] = {
     "llama2-7b": _LLAMA2 | _sizes(4096, 11008, 32, 32, 32, 32000),
     "llama2-13b": _LLAMA2 | _sizes(5120, 13824, 40, 40, 40, 32000),
     "llama2-70b": _LLAMA2 | _sizes(8192, 28672, 80, 64, 8, 32000),
     "qwen3-8b": _QWEN3 | _sizes(4096, 12288, 36, 32, 8, 151936),
     "qwen3-32b": _QWEN3 | _sizes(5120, 25600, 64, 64, 8, 151936),
+    "distilgpt2": _gpt2(768, 6, 12),
+    "gpt2": _gpt2(768, 12, 12),
+    "gpt2-medium": _gpt2(1024, 24, 16),
+    "gpt2-large": _gpt2(1280, 36, 20),
+    "gpt2-xl": _gpt2(1600, 48, 25),
 }

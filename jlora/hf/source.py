@@ -18,6 +18,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from jlora.config import ALL_PROJECTIONS
 from jlora.errors import ModelError
 from jlora.files import hub
 from jlora.files.paths import inside
@@ -47,7 +48,7 @@ COMPARED_WEIGHTS = 2**20
 # How the names of what earlier versions stored beside the weights end: it is computed, and not read.
 BUFFERS = (
     *("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached", "rope.freqs"),
-    *("self_attn.masked_bias", "self_attn.bias"),
+    *("attn.masked_bias", "self_attn.bias", ".attn.bias"),
 )
 # Of a base on the hub, all but its weights.
 SMALL_FILES = ["*.json", "tokenizer.model", "*.jinja"]
@@ -115,6 +116,9 @@ class SafetensorsFolder:
         self.config = read_json(inside(folder, "config.json"))
         names = module_names(self.config)
         self._table, self._head = (tensor_name(names, leaf, None) for leaf in ("embed_tokens", "lm_head"))
+        self._input_first = tuple(
+            f".{module}.weight" for leaf, module in names.renamed if names.input_first and leaf in ALL_PROJECTIONS
+        )
         self._require_one_model()
         index = inside(folder, INDEX)
         if inside(folder, SINGLE).is_file():
@@ -187,13 +191,18 @@ class SafetensorsFolder:
         for name, tensor in header.items():
             if name != "__metadata__":
                 start, stop = tensor["data_offsets"]
-                self.shapes[name] = tuple(tensor["shape"])
+                shape = tuple(tensor["shape"])
+                self.shapes[name] = shape[::-1] if self._turned(name, len(shape)) else shape
                 self.dtypes[name] = tensor["dtype"]
                 self.sizes[name] = stop - start
                 self._places[name] = path, 8 + size + start
 
+    def _turned(self, name: str, rank: int) -> bool:
+        """Whether a projection is stored as [in, out]: it is given out as [out, in], like every other."""
+        return rank == 2 and f".{name}".endswith(self._input_first)
+
     def read(self, name: str) -> np.ndarray:
-        """One tensor as it is stored; bfloat16 comes as ml_dtypes.bfloat16."""
+        """One tensor as it is stored, or turned; bfloat16 comes as ml_dtypes.bfloat16."""
         shape = self.shapes[name]
         rows, columns = shape if len(shape) == 2 else (1, math.prod(shape))
         return np.array(self.part(name, (0, rows), (0, columns))).reshape(shape)
@@ -201,9 +210,12 @@ class SafetensorsFolder:
     def part(self, name: str, rows: tuple[int, int], columns: tuple[int, int]) -> np.ndarray:
         """A read-only view of the mapped file, [rows columns]; only the pages that it is read on are loaded."""
         path, offset = self._places[name]
-        dtype, width = floats(self.dtypes[name], name, path), self.shapes[name][-1]
+        dtype, shape = floats(self.dtypes[name], name, path), self.shapes[name]
+        turned = self._turned(name, len(shape))
+        rows, columns, width = (columns, rows, shape[0]) if turned else (rows, columns, shape[-1])
         mapped = map_file(path, dtype, offset + rows[0] * width * dtype.itemsize, (rows[1] - rows[0], width))
-        return mapped[:, slice(*columns)]
+        part = mapped[:, slice(*columns)]
+        return part.T if turned else part
 
     def stored(self, name: str, start: int, stop: int) -> np.ndarray:
         """A read-only view of the mapped file."""

@@ -23,9 +23,8 @@ from jlora.hf.weights import Merged, Weights, at_layer, blocks, leaf
 from jlora.model import attention
 from jlora.model.adapter import Adapter, Lora, Saved
 from jlora.model.adapter_layout import place_adapter
-from jlora.model.block import Block
+from jlora.model.block import Block, normalize
 from jlora.model.config import ModelConfig
-from jlora.model.layers import rms_norm
 from jlora.model.llama import Decoder
 from jlora.model.mixing import attend, rotary_by_layer
 from jlora.model.precision import products_in
@@ -113,14 +112,18 @@ def streamed_logits(cfg: ModelConfig, weights: Weights, adapter: Adapter) -> np.
     places = attention.Places(segments, segments, positions, positions)
     name = tensor_name(cfg.names, "embed_tokens", None)
     x = jnp.asarray(np.concatenate([whole.rows(name, table[name], i, i + 1) for i in tokens[0].tolist()])[None])
+    if cfg.learned_positions is not None:
+        name = tensor_name(cfg.names, "embed_positions", None)
+        x = x + whole.rows(name, table[name], 0, PROBE_LENGTH)[None]
     for layer in range(cfg.num_hidden_layers):
         factors = {name: at_layer(lora, layer) for name, lora in low_rank.items()}
         seeing = partial(attend, cfg, attention.reference, layer, places=places)
         x = StreamedBlock(cfg, whole, layer)(
             x, rotary(layer), seeing, {n: f for n, f in factors.items() if f is not None}, None
         )
-    name = tensor_name(cfg.names, "norm", None)
-    x = rms_norm(x, jnp.asarray(whole.rows(name, table[name], 0, 1)[0]), cfg.norm_eps)
+    norm = [tensor_name(cfg.names, leaf, None) for leaf in ("norm", "norm_bias")[: 1 + cfg.layer_norm]]
+    vectors = [jnp.asarray(whole.rows(name, table[name], 0, 1)[0]) for name in norm]
+    x = normalize(cfg, x, vectors[0], vectors[1] if cfg.layer_norm else None)
     name = tensor_name(cfg.names, "embed_tokens" if cfg.tie_word_embeddings else "lm_head", None)
     heads = (whole.rows(name, table[name], start, stop) for start, stop in blocks(cfg, table[name]))
     return np.concatenate([np.asarray(jnp.einsum("btd,vd->btv", x, head)[0]) for head in heads], axis=1)

@@ -18,6 +18,7 @@ from jlora.hf.pretrained import stop_tokens
 from jlora.inference.model import Adapted
 from jlora.model import attention
 from jlora.model.adapter import Adapter
+from jlora.model.config import check_length
 from jlora.model.llama import Cache, Decoder, empty_cache
 from jlora.model.precision import products_in
 
@@ -157,6 +158,7 @@ def generate(
       width: tokens that each prompt is padded to, where it is not to follow from the longest; each is compiled for.
     """
     base, stops = model.pretrained.base, stop_tokens(model.pretrained.tokenizer, model.pretrained.source.config)
+    check_length(base.cfg, max(map(len, prompts)) + max_new_tokens, "a prompt with its answer")
     width = width or -(-max(map(len, prompts)) // LENGTH_STEP) * LENGTH_STEP
     tokens = np.zeros((len(prompts), width), np.int32)
     for row, ids in enumerate(prompts):

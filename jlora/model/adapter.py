@@ -17,8 +17,8 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from jlora.config import PROJECTIONS, LoraSection
-from jlora.model.config import ModelConfig, module_path
+from jlora.config import ALL_PROJECTIONS, LoraSection
+from jlora.model.config import ModelConfig, module_path, projection_shapes
 from jlora.model.layers import times
 from jlora.model.precision import products_in
 from jlora.model.quant import Quantized, Weight, dequantize, quantized_einsum
@@ -74,6 +74,11 @@ Adapter = dict[str, Lora | Saved]
 def _by_pattern(patterns: dict[str, float], path: str, default: float) -> float:
     """The value of the first pattern that matches a module, as `get_pattern_key` of PEFT does."""
     return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", path)), default)
+
+
+def targets(cfg: LoraSection, model: ModelConfig) -> tuple[str, ...]:
+    """The model's projections that the options mean."""
+    return tuple(name for name in projection_shapes(model) if cfg.means(name))
 
 
 def scaling(cfg: LoraSection, alpha: float, rank: int) -> float:
@@ -261,4 +266,4 @@ _low_rank.defvjp(_low_rank_forward, _low_rank_backward)
 
 def layer_keys(dropout_key: PRNGKeyArray, name: str) -> PRNGKeyArray:
     """The dropout key of one projection of one layer, from the layer's key."""
-    return jax.random.fold_in(dropout_key, PROJECTIONS.index(name))
+    return jax.random.fold_in(dropout_key, ALL_PROJECTIONS.index(name))

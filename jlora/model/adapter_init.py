@@ -16,9 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from jlora.config import LoraSection
+from jlora.config import FUSED_PROJECTIONS, LoraSection
 from jlora.errors import ConfigError
-from jlora.model.adapter import Adapter, Lora, Saved, layer_ranks, new_lora, weight_norm
+from jlora.model.adapter import Adapter, Lora, Saved, layer_ranks, new_lora, targets, weight_norm
 from jlora.model.config import ModelConfig, block_weights, module_path, outer_weights, projection_shapes
 from jlora.model.llama import Decoder
 from jlora.model.precision import products_in
@@ -32,13 +32,17 @@ def check_options(cfg: LoraSection, model: ModelConfig) -> None:
       ConfigError: a layer or pattern that names nothing, a rank that a weight does not have, no biases to train.
     """
     num_layers, shapes = model.num_hidden_layers, projection_shapes(model)
+    if lost := _without_part(cfg, model):
+        raise ConfigError(
+            f"lora.target_modules names {lost[0]}, which this model has no projection for; it has {', '.join(shapes)}"
+        )
     if missing := [layer for layer in cfg.layers_to_transform or () if layer >= num_layers]:
         raise ConfigError(
             f"lora.layers_to_transform names layer {missing[0]}, but the model has {num_layers}, 0 to {num_layers - 1}"
         )
     paths = [
         module_path(model.names, name, layer)
-        for name in cfg.targets
+        for name in targets(cfg, model)
         for layer in range(num_layers)
         if cfg.transforms(name, layer)
     ]
@@ -46,20 +50,33 @@ def check_options(cfg: LoraSection, model: ModelConfig) -> None:
         for pattern in patterns:
             if not any(re.match(rf"(.*\.)?({pattern})$", path) for path in paths):
                 raise ConfigError(f"lora.{key}: '{pattern}' matches no adapted module, such as {paths[0]}")
-    for name in cfg.targets if cfg.takes_from_base else ():
+    for name in targets(cfg, model) if cfg.takes_from_base else ():
         most, rank = min(map(math.prod, shapes[name])), max(layer_ranks(cfg, name, model))
         if rank > most:
             raise ConfigError(
                 f"lora.init_lora_weights={cfg.init_lora_weights} takes {rank} ranks from {name}, which has {most}; "
                 "lower lora.rank"
             )
+    if cfg.bias == "all" and model.layer_norm:
+        raise ConfigError(
+            "lora.bias=all would train the biases of norms too, which is not supported; set it to lora_only"
+        )
     if cfg.bias != "none" and not trained_biases(cfg, model):
         raise ConfigError(f"lora.bias={cfg.bias}, but the model has no biases to train there; set lora.bias=none")
 
 
+def _without_part(cfg: LoraSection, model: ModelConfig) -> list[str]:
+    """Names of `target_modules` that mean no projection of the model, alone or with others."""
+    if cfg.target_modules == "all-linear":
+        return []
+    meant = {part for name in targets(cfg, model) for part in (name, *FUSED_PROJECTIONS.get(name, ()))}
+    # In a model without a gate the others are all of its MLP.
+    return [name for name in cfg.target_modules if name not in meant]
+
+
 def trained_biases(cfg: LoraSection, model: ModelConfig) -> tuple[str, ...]:
     """The projections whose biases are trained."""
-    chosen = {"none": (), "all": model.biased, "lora_only": cfg.targets}[cfg.bias]
+    chosen = {"none": (), "all": model.biased, "lora_only": targets(cfg, model)}[cfg.bias]
     return tuple(name for name in model.biased if name in chosen)
 
 
@@ -79,7 +96,7 @@ def new_adapter(cfg: LoraSection, model: ModelConfig, seed: int, base: Decoder |
       base: whose weights go into DoRA's magnitudes, the factors of PiSSA and OLoRA, and what is trained in full. All of
         it is zero without one, which shapes alone ask for.
     """
-    adapter: Adapter = {name: _drawn(cfg, model, name, seed) for name in cfg.targets}
+    adapter: Adapter = {name: _drawn(cfg, model, name, seed) for name in targets(cfg, model)}
     adapter |= {name: Saved(jnp.zeros(shape, jnp.float32)) for name, shape in saved_weights(cfg, model).items()}
     if base is None:
         return adapter

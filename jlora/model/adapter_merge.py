@@ -6,10 +6,10 @@ Knows nothing of files or of the base; runs on the host, a layer at a time.
 import jax.numpy as jnp
 import numpy as np
 
-from jlora.config import PROJECTIONS, LoraSection
+from jlora.config import LoraSection
 from jlora.errors import ConfigError, ModelError
 from jlora.model.adapter import Adapter, Lora, new_lora
-from jlora.model.config import ModelConfig
+from jlora.model.config import ModelConfig, projection_shapes
 
 COMBINATIONS = ("linear", "cat", "svd")
 
@@ -45,7 +45,7 @@ def combine_adapters(
         listed = ", ".join(f"{name} has {rank}" for name, rank in zip(adapters, ranks, strict=True))
         raise ConfigError(f"--combination linear adds factors of one rank, but {listed}; take cat or svd")
     rank = sum(ranks) if how == "cat" else rank if how == "svd" and rank else max(ranks)
-    targets = [name for name in PROJECTIONS if any(name in one for one in parts)]
+    targets = [name for name in projection_shapes(model) if any(name in one for one in parts)]
     num_layers = model.num_hidden_layers
     found: dict[str, list[list[Factors]]] = {
         name: [

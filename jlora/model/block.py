@@ -2,18 +2,23 @@
 
 from collections.abc import Callable
 
-import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from jlora.model.adapter import Lora, layer_keys, project
 from jlora.model.config import ModelConfig, Weight, block_weights
-from jlora.model.layers import plus, rms_norm
+from jlora.model.layers import ACTIVATIONS, layer_norm, plus, rms_norm
 from jlora.model.quant import in_turn
 from jlora.model.remat import ATTENTION_INPUT
 from jlora.model.rope import Rotary, rotate
 from jlora.model.sharding import constrain
+
+
+def normalize(cfg: ModelConfig, x: Array, weight: Array, bias: Array | None) -> Array:
+    """The model's norm over the last dim of `x` [B T ... D]."""
+    return rms_norm(x, weight, cfg.norm_eps) if bias is None else layer_norm(x, weight, bias, cfg.norm_eps)
 
 
 class Block(nnx.Module):
@@ -23,12 +28,14 @@ class Block(nnx.Module):
     q_proj: nnx.Param
     k_proj: nnx.Param
     v_proj: nnx.Param
+    qkv_proj: nnx.Param
     q_norm: nnx.Param
     k_norm: nnx.Param
     o_proj: nnx.Param
     post_attention_layernorm: nnx.Param
     gate_proj: nnx.Param
     up_proj: nnx.Param
+    gate_up_proj: nnx.Param
     down_proj: nnx.Param
 
     def __init__(self, cfg: ModelConfig, fill: Callable[[Weight], Array]):
@@ -40,7 +47,7 @@ class Block(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        rotary: Rotary,
+        rotary: Rotary | None,
         attend: Callable[..., Array],
         adapter: dict[str, Lora],
         dropout_key: PRNGKeyArray | None,
@@ -48,7 +55,7 @@ class Block(nnx.Module):
         """One layer.
 
         Args:
-          rotary: cosines and sines of the tokens' angles.
+          rotary: cosines and sines of the tokens' angles; None where heads are not turned.
           attend: (q [B T N H], k [B T K H], v [B T K H]) -> [B T N H], with the mask inside.
           adapter: this layer's factors by projection name.
         """
@@ -60,20 +67,41 @@ class Block(nnx.Module):
             return plus(y, getattr(self, f"{name}_bias")[...]) if name in cfg.biased else y
 
         def norm(name: str, inputs: Array) -> Array:
-            return rms_norm(inputs, getattr(self, name)[...], cfg.norm_eps)
+            bias = getattr(self, f"{name}_bias")[...] if cfg.layer_norm else None
+            return normalize(cfg, inputs, getattr(self, name)[...], bias)
+
+        def into_mlp(name: str, inputs: Array) -> Array:
+            return constrain(weighted(name, "btd,df->btf", inputs), "act_batch", None, "act_mlp")
+
+        def gate_and_up(inputs: Array) -> tuple[Array, Array]:
+            if cfg.fused:
+                gate, up = jnp.split(weighted("gate_up_proj", "btd,df->btf", inputs), 2, axis=-1)
+                return constrain(gate, "act_batch", None, "act_mlp"), constrain(up, "act_batch", None, "act_mlp")
+            gate = into_mlp("gate_proj", inputs)
+            gate, inputs = in_turn(self.gate_proj.get_value(), gate, inputs)
+            return gate, into_mlp("up_proj", inputs)
 
         normed = norm("input_layernorm", x)
-        q = constrain(weighted("q_proj", "btd,dnh->btnh", normed), "act_batch", None, "act_heads", None)
-        k = constrain(weighted("k_proj", "btd,dnh->btnh", normed), "act_batch", None, "act_kv_heads", None)
-        v = constrain(weighted("v_proj", "btd,dnh->btnh", normed), "act_batch", None, "act_kv_heads", None)
-        q, k, v = (checkpoint_name(projected, ATTENTION_INPUT) for projected in (q, k, v))
+        if cfg.fused:
+            ends = [cfg.num_attention_heads, cfg.num_attention_heads + cfg.num_key_value_heads]
+            q, k, v = jnp.split(weighted("qkv_proj", "btd,dnh->btnh", normed), ends, axis=2)
+        else:
+            q, k, v = (weighted(name, "btd,dnh->btnh", normed) for name in ("q_proj", "k_proj", "v_proj"))
+        q = checkpoint_name(constrain(q, "act_batch", None, "act_heads", None), ATTENTION_INPUT)
+        k = checkpoint_name(constrain(k, "act_batch", None, "act_kv_heads", None), ATTENTION_INPUT)
+        v = checkpoint_name(constrain(v, "act_batch", None, "act_kv_heads", None), ATTENTION_INPUT)
         if cfg.qk_norm:
             q, k = norm("q_norm", q), norm("k_norm", k)
-        mixed = attend(rotate(q, rotary), rotate(k, rotary), v)
+        if rotary is not None:
+            q, k = rotate(q, rotary), rotate(k, rotary)
+        mixed = attend(q, k, v)
         x = x + constrain(weighted("o_proj", "btnh,nhd->btd", mixed), "act_batch", "act_seq", "act_embed")
         normed = norm("post_attention_layernorm", x)
-        gate = constrain(weighted("gate_proj", "btd,df->btf", normed), "act_batch", None, "act_mlp")
-        gate, normed = in_turn(self.gate_proj.get_value(), gate, normed)
-        up = constrain(weighted("up_proj", "btd,df->btf", normed), "act_batch", None, "act_mlp")
-        down = weighted("down_proj", "btf,fd->btd", jax.nn.silu(gate) * up)
+        activation = ACTIVATIONS[cfg.activation]
+        if cfg.gated:
+            gate, up = gate_and_up(normed)
+            inner = activation(gate) * up
+        else:
+            inner = activation(into_mlp("up_proj", normed))
+        down = weighted("down_proj", "btf,fd->btd", inner)
         return x + constrain(down, "act_batch", "act_seq", "act_embed")

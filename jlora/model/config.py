@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from jlora.config import ATTENTION_PROJECTIONS
+from jlora.errors import ConfigError
 from jlora.model.rope import Rope
 
 T = TypeVar("T")
@@ -20,14 +21,26 @@ class ModuleNames:
     Attributes:
       body: the model without its head; layers: those in it.
       renamed: leaf -> module, for those that are not called as in Llama: of a layer within it, else within the body.
+      input_first: files keep projections as [in, out], as Conv1D does, and not as [out, in].
     """
 
     body: str
     layers: str
     renamed: tuple[tuple[str, str], ...]
+    input_first: bool
 
 
-LLAMA = ModuleNames("model", "layers", ())
+LLAMA = ModuleNames("model", "layers", (), input_first=False)
+GPT2 = ModuleNames(
+    "transformer",
+    "h",
+    (
+        *(("embed_tokens", "wte"), ("embed_positions", "wpe"), ("norm", "ln_f")),
+        *(("input_layernorm", "ln_1"), ("post_attention_layernorm", "ln_2")),
+        *(("qkv_proj", "attn.c_attn"), ("o_proj", "attn.c_proj"), ("up_proj", "mlp.c_fc"), ("down_proj", "mlp.c_proj")),
+    ),
+    input_first=True,
+)
 
 
 @dataclass(frozen=True)
@@ -35,9 +48,14 @@ class ModelConfig:
     """Shape and numerics of a decoder, all from the base's own config.json; no field has a default.
 
     Attributes:
+      layer_norm: norms are LayerNorms, with biases, and not RMSNorms.
+      activation: of the MLP: silu, gelu or gelu_tanh, its approximation.
+      gated: the MLP is activation(gate) * up, and not activation(up).
+      fused: queries, keys and values are one projection, and so are gate and up.
+      learned_positions: rows of a table that is added to the embedding; None where there is none.
       qk_norm: each head's queries and keys go through an RMSNorm of their own before they are turned.
-      ropes, windows: of each layer, or one for all. A window is the number of tokens that a query sees, itself
-        included; None is all of them.
+      ropes, windows: of each layer, or one for all; no rope where heads are not turned. A window is the number of
+        tokens that a query sees, itself included; None is all of them.
       biased: projections that have a bias.
       names: what transformers calls the modules.
     """
@@ -50,12 +68,29 @@ class ModelConfig:
     num_key_value_heads: int
     head_dim: int
     norm_eps: float
+    layer_norm: bool
+    activation: str
+    gated: bool
+    fused: bool
+    learned_positions: int | None
     qk_norm: bool
     ropes: tuple[Rope, ...]
     windows: tuple[int | None, ...]
     tie_word_embeddings: bool
     biased: tuple[str, ...]
     names: ModuleNames
+
+
+def check_length(cfg: ModelConfig, length: int, what: str) -> None:
+    """Positions that are learned end where their table does.
+
+    Raises:
+      ConfigError: `what` has more tokens.
+    """
+    if cfg.learned_positions is not None and length > cfg.learned_positions:
+        raise ConfigError(
+            f"{what} of {length} tokens is beyond the {cfg.learned_positions} positions that the base learned"
+        )
 
 
 def kinds(by_layer: Sequence[T]) -> tuple[list[T], list[int]]:
@@ -80,17 +115,26 @@ def block_weights(cfg: ModelConfig) -> dict[str, Weight]:
     """The weights of one layer, in the order of their use, then norms of heads and the biases."""
     d, f, h = cfg.hidden_size, cfg.intermediate_size, cfg.head_dim
     n, k = cfg.num_attention_heads, cfg.num_key_value_heads
-    weights = {
-        "input_layernorm": Weight((d,), ("embed",)),
+    norm = Weight((d,), ("embed",))
+    qkv = {
         "q_proj": Weight((d, n, h), ("embed", "heads", "head_dim")),
         "k_proj": Weight((d, k, h), ("embed", "kv_heads", "head_dim")),
         "v_proj": Weight((d, k, h), ("embed", "kv_heads", "head_dim")),
+    }
+    into_mlp = dict.fromkeys(("gate_proj", "up_proj") if cfg.gated else ("up_proj",), Weight((d, f), ("embed", "mlp")))
+    if cfg.fused:
+        qkv = {"qkv_proj": Weight((d, n + 2 * k, h), ("embed", "qkv_heads", "head_dim"))}
+        into_mlp = {"gate_up_proj": Weight((d, 2 * f), ("embed", "mlp"))} if cfg.gated else into_mlp
+    weights = {
+        "input_layernorm": norm,
+        **qkv,
         "o_proj": Weight((n, h, d), ("heads", "head_dim", "embed")),
-        "post_attention_layernorm": Weight((d,), ("embed",)),
-        "gate_proj": Weight((d, f), ("embed", "mlp")),
-        "up_proj": Weight((d, f), ("embed", "mlp")),
+        "post_attention_layernorm": norm,
+        **into_mlp,
         "down_proj": Weight((f, d), ("mlp", "embed")),
     }
+    if cfg.layer_norm:
+        weights |= {f"{name}_bias": norm for name in weights if name.endswith("norm")}
     if cfg.qk_norm:
         weights |= dict.fromkeys(("q_norm", "k_norm"), Weight((h,), ("head_dim",)))
     for name in cfg.biased:
@@ -103,8 +147,12 @@ def outer_weights(cfg: ModelConfig) -> dict[str, Weight]:
     """The weights outside the layers."""
     table = Weight((cfg.vocab_size, cfg.hidden_size), ("vocab", "embed"))
     norm = Weight((cfg.hidden_size,), ("embed",))
-    tied = {"embed_tokens": table, "norm": norm}
-    return tied if cfg.tie_word_embeddings else tied | {"lm_head": table}
+    weights = {"embed_tokens": table, "norm": norm}
+    if cfg.learned_positions is not None:
+        weights["embed_positions"] = Weight((cfg.learned_positions, cfg.hidden_size), ("positions", "embed"))
+    if cfg.layer_norm:
+        weights["norm_bias"] = norm
+    return weights if cfg.tie_word_embeddings else weights | {"lm_head": table}
 
 
 def projection_shapes(cfg: ModelConfig) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
@@ -118,7 +166,11 @@ def projection_shapes(cfg: ModelConfig) -> dict[str, tuple[tuple[int, ...], tupl
 
 def module_in_layer(names: ModuleNames, leaf: str) -> str:
     """What transformers calls the module of a layer's weight, within the layer."""
-    part = "self_attn." if leaf in (*ATTENTION_PROJECTIONS, "q_norm", "k_norm") else "mlp." * leaf.endswith("_proj")
+    part = (
+        "self_attn."
+        if leaf in (*ATTENTION_PROJECTIONS, "qkv_proj", "q_norm", "k_norm")
+        else "mlp." * leaf.endswith("_proj")
+    )
     return dict(names.renamed).get(leaf, part + leaf)
 
 

@@ -20,6 +20,7 @@ NAMES = {
     "embed": "hidden_size",
     "heads": "num_attention_heads",
     "kv_heads": "num_key_value_heads",
+    "qkv_heads": "num_attention_heads + 2 num_key_value_heads",
     "mlp": "intermediate_size",
     "vocab": "vocab_size",
     "act_seq": "data.max_length",

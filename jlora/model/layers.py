@@ -5,6 +5,8 @@ the dtype of the activations, and in bfloat16 a sum stands still once it is some
 `plus` compute forward in that dtype, and add up in float32.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -58,6 +60,24 @@ def _times_backward(saved: tuple[Array | None, Array], gradient: Array) -> tuple
 
 
 times.defvjp(_times_forward, _times_backward, symbolic_zeros=True)
+
+
+def layer_norm(
+    x: Float[Array, "B T D"], weight: Float[Array, " D"], bias: Float[Array, " D"], eps: float
+) -> Float[Array, "B T D"]:
+    """LayerNorm (arXiv:1607.06450) in float32; result in the dtype of `x`, as torch's."""
+    x32 = x.astype(jnp.float32)
+    centered = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(centered), axis=-1, keepdims=True) + eps)
+    return plus(times(centered * inverse, weight), bias).astype(x.dtype)
+
+
+# By the names of `ModelConfig.activation`.
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": partial(jax.nn.gelu, approximate=True),
+}
 
 
 def rms_norm(x: Float[Array, "B T *heads D"], weight: Float[Array, " D"], eps: float) -> Float[Array, "B T *heads D"]:

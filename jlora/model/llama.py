@@ -19,9 +19,8 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jlora.model.adapter import Adapter, Lora, Saved
 from jlora.model.attention import Attention, Places
-from jlora.model.block import Block
+from jlora.model.block import Block, normalize
 from jlora.model.config import ModelConfig, Weight, outer_weights, projection_shapes
-from jlora.model.layers import rms_norm
 from jlora.model.mixing import attend, rotary_by_layer
 from jlora.model.quant import quantize
 from jlora.model.remat import LAYER_INPUT, checkpointed
@@ -58,7 +57,9 @@ class Decoder(nnx.Module):
     """A Llama with its language-model head; logits match transformers' class of its family."""
 
     embed_tokens: nnx.Param
+    embed_positions: nnx.Param  # where positions are learned
     norm: nnx.Param
+    norm_bias: nnx.Param  # of a LayerNorm
     lm_head: nnx.Param  # absent where the embedding is tied
 
     def __init__(self, cfg: ModelConfig, fill: Callable[[Weight], Array]):
@@ -124,11 +125,11 @@ class Decoder(nnx.Module):
             return block(checkpoint_name(x, LAYER_INPUT), rotary(index), seeing, factors, key), None
 
         keys = None if dropout_key is None else jax.random.split(dropout_key, self.cfg.num_hidden_layers)
-        x = model._embed(tokens, dtype)
+        x = model._embed(tokens, positions, dtype)
         if dropout_key is not None and neftune_noise_alpha > 0.0:
             x = x + embedding_noise(dropout_key, x, neftune_noise_alpha)
         x, _ = jax.lax.scan(checkpointed(layer, remat), x, (model.layers, low_rank, keys, self._numbers()))
-        return rms_norm(x, self.norm[...], self.cfg.norm_eps)
+        return self._normed(x)
 
     def hidden_cached(
         self,
@@ -162,7 +163,7 @@ class Decoder(nnx.Module):
 
             return (block(x, rotary(index), seeing, factors, None), keys, values), None
 
-        x = model._embed(tokens, cache.keys.dtype)
+        x = model._embed(tokens, positions, cache.keys.dtype)
         # The cache is carried, not scanned over, so that a step writes its own slots and copies nothing.
         (x, keys, values), _ = jax.lax.scan(
             layer,
@@ -170,7 +171,7 @@ class Decoder(nnx.Module):
             (model.layers, low_rank, self._numbers()),
         )
         cache = Cache(keys, values, all_segments, all_positions, slot + tokens.shape[1])
-        return rms_norm(x, self.norm[...], self.cfg.norm_eps), cache
+        return self._normed(x), cache
 
     def logits(self, hidden: Float[Array, "B T D"], adapter: Adapter) -> Float[Array, "B T V"]:
         """Logits in float32."""
@@ -180,8 +181,15 @@ class Decoder(nnx.Module):
     def _numbers(self) -> Int[Array, " L"]:
         return jnp.arange(self.cfg.num_hidden_layers, dtype=jnp.int32)
 
-    def _embed(self, tokens: Int[Array, "B T"], dtype: jnp.dtype) -> Float[Array, "B T D"]:
+    def _normed(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        return normalize(self.cfg, x, self.norm[...], self.norm_bias[...] if self.cfg.layer_norm else None)
+
+    def _embed(
+        self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], dtype: jnp.dtype
+    ) -> Float[Array, "B T D"]:
         x = self.embed_tokens[...][tokens].astype(dtype)
+        if self.cfg.learned_positions is not None:
+            x = x + self.embed_positions[...][positions].astype(dtype)
         return constrain(x, "act_batch", "act_seq", "act_embed")
 
 

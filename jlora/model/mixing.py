@@ -22,15 +22,18 @@ Layer = Int[Array, ""] | int
 
 def rotary_by_layer(
     cfg: ModelConfig, positions: Int[Array, "B T"], segments: Int[Array, "B T"]
-) -> Callable[[Layer], Rotary]:
-    """Layer -> cosines and sines of the tokens' angles, each computed once for all layers that turn alike."""
+) -> Callable[[Layer], Rotary | None]:
+    """Layer -> cosines and sines of the tokens' angles, each computed once for all layers that turn alike.
+
+    None where heads are not turned.
+    """
     ropes, which = kinds(cfg.ropes)
     tables = [
         jax.tree.map(lambda table: constrain(table, "act_batch", None, None), rotary_table(positions, segments, rope))
         for rope in ropes
     ]
-    if len(tables) == 1:
-        return lambda _: tables[0]
+    if len(tables) <= 1:
+        return lambda _: tables[0] if tables else None
     stacked: Rotary = jax.tree.map(lambda *same: jnp.stack(same), *tables)
     return lambda layer: jax.tree.map(lambda table: table[jnp.asarray(np.array(which, np.int32))[layer]], stacked)
 

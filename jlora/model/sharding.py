@@ -23,9 +23,11 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "embed": "fsdp",
     "heads": "tensor",
     "kv_heads": "tensor",
+    "qkv_heads": "tensor",
     "head_dim": None,
     "mlp": "tensor",
     "vocab": "tensor",
+    "positions": None,
     "rank": None,
     # activations
     "act_batch": ("data", "fsdp"),

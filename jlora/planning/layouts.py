@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jlora.config import Config, ModelSection
 from jlora.config.keys import assign
 from jlora.model import quant
+from jlora.model.adapter import targets
 from jlora.model.config import ModelConfig, block_weights, outer_weights
 from jlora.model.divisibility import input_cuts, split_sizes
 from jlora.model.remat import LADDER
@@ -128,7 +129,7 @@ def guess_seconds(
     sent = often * weights * (layout.fsdp - 1) / layout.fsdp
     sent += often * 4 * stream * (layout.tensor - 1) / layout.tensor
     shards, adapted = layout.data * layout.fsdp, model.num_hidden_layers * model.hidden_size * cfg.lora.rank
-    sent += 2 * 4 * len(cfg.lora.targets) * 2 * adapted * (shards - 1) / shards / layout.tensor
+    sent += 2 * 4 * len(targets(cfg.lora, model)) * 2 * adapted * (shards - 1) / shards / layout.tensor
     tokens = layout.batch_size * cfg.data.max_length
     flops *= layout.batch_size / cfg.training.batch_size
     guessed = estimate(

@@ -14,7 +14,7 @@ from jlora.errors import ConfigError, ModelError
 from jlora.files.atomic import new_folder
 from jlora.hf import verify
 from jlora.hf.pretrained import base_of, load_pretrained, open_adapter, open_pretrained, run_config
-from jlora.model.adapter import Adapter, layer_scales, with_scales, without_scales
+from jlora.model.adapter import Adapter, layer_scales, targets, with_scales, without_scales
 from jlora.model.adapter_init import new_adapter
 from jlora.model.adapter_layout import place_adapter
 from jlora.model.adapter_merge import combine_adapters
@@ -61,7 +61,7 @@ def restore(
     if cfg.method == "lora":
         fresh = jax.eval_shape(lambda: without_scales(new_adapter(cfg.lora, model, cfg.training.seed))[0])
         adapter = checkpoints.restore_trained(step, {"adapter": place_adapter(fresh, model, mesh)})["adapter"]
-        scales = {name: jnp.asarray(layer_scales(cfg.lora, name, model)) for name in cfg.lora.targets}
+        scales = {name: jnp.asarray(layer_scales(cfg.lora, name, model)) for name in targets(cfg.lora, model)}
         restored = with_scales(adapter, scales), None
     else:
         whole = named_sharding(mesh, ())

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 from jlora.config import Config, OptimizerSection
 from jlora.errors import ConfigError
-from jlora.model.adapter import Lora, Saved, layer_ranks, with_scales, without_scales
+from jlora.model.adapter import Lora, Saved, layer_ranks, targets, with_scales, without_scales
 from jlora.model.config import ModelConfig
 
 Tree = Any
@@ -103,7 +103,7 @@ def check_rule(cfg: Config, model: ModelConfig) -> None:
     Raises:
       ConfigError: naming the keys.
     """
-    unlike = any(len({*layer_ranks(cfg.lora, name, model)} - {0}) > 1 for name in cfg.lora.targets)
+    unlike = any(len({*layer_ranks(cfg.lora, name, model)} - {0}) > 1 for name in targets(cfg.lora, model))
     if cfg.method == "lora" and cfg.optimizer.name == "adafactor" and unlike:
         raise ConfigError(
             "optimizer.name=adafactor moves a weight by its size, which is not known of layers with ranks that differ "

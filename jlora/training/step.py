@@ -19,7 +19,7 @@ from jlora.config import Config, ObjectiveSection
 from jlora.model import attention, quant
 from jlora.model.adapter import Adapter
 from jlora.model.attention import Attention
-from jlora.model.config import ModelConfig
+from jlora.model.config import ModelConfig, check_length
 from jlora.model.llama import Decoder
 from jlora.model.precision import products_in
 from jlora.model.quant import is_quantized
@@ -295,6 +295,7 @@ def make_forward(cfg: Config, model: ModelConfig, mesh: jax.sharding.Mesh) -> tu
     """The static choices of the forward pass, and what attention runs, for the log."""
     dtype, device = jnp.dtype(cfg.model.dtype), mesh.devices.flat[0]
     quant.check_device(cfg.model.quantization, device)
+    check_length(model, cfg.data.longest, "data.max_length")
     shown, kernel = attention.choose(
         cfg.model.attention, device, model.head_dim, cfg.data.max_length, dtype, cfg.data.one_segment
     )

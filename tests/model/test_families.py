@@ -49,7 +49,7 @@ def test_logits_equal_transformers(name, opened):
     _, model, base = opened(name)
     assert_close(logits(base, {}, TOKENS), torch_logits(model, TOKENS), 1e-4)
     biases = {leaf for leaf in vars(base.layers) if leaf.endswith("_bias")}
-    assert len(biases) == sum(leaf.endswith("bias") for leaf in model.state_dict()) / base.cfg.num_hidden_layers
+    assert len(biases) == sum(path.endswith("bias") for path in model.state_dict()) // base.cfg.num_hidden_layers
 
 
 @pytest.mark.parametrize("name", ONE_EACH)

@@ -139,10 +139,10 @@ def test_no_numerics_field_is_forgotten():
     for part in (Rope, LinearRope, DynamicRope, Llama3Rope, YarnRope):
         fields |= {f"{part.__name__}.{field.name}" for field in dataclasses.fields(part)}
     # What other families differ in, and what moves no number.
-    elsewhere = {"names", "ropes", "Rope.dim"}
+    elsewhere = {"names", "ropes", "Rope.dim", "activation"}
     for name in fields - elsewhere - {field for field, *_ in PERTURBED}:
         value = getattr(cfg, name)
-        another = ("up_proj",) if name == "biased" else not value if isinstance(value, bool) else value + 2
+        another = ("up_proj",) if name == "biased" else not value if isinstance(value, bool) else (value or 0) + 2
         changed = dataclasses.replace(cfg, **{name: another})
         before, after = (
             [c.num_hidden_layers, *(weight.shape for weight in (block_weights(c) | outer_weights(c)).values())]

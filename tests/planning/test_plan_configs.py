@@ -11,7 +11,7 @@ from jlora.config import load_config
 from jlora.hf.shapes import SHAPES
 
 ROOT = Path(__file__).parents[2]
-CONFIGS = sorted(path for path in (ROOT / "configs").glob("*.yaml") if path.name.startswith("llama2"))
+CONFIGS = sorted(path for path in (ROOT / "configs").glob("*.yaml") if path.name.startswith(("llama2", "gpt2")))
 plan_configs = load_script("plan_configs")
 LINES = [(path, found) for path in CONFIGS for found in plan_configs.LINE.finditer(path.read_text(encoding="utf-8"))]
 
@@ -19,7 +19,7 @@ LINES = [(path, found) for path in CONFIGS for found in plan_configs.LINE.findit
 def test_the_promised_configs_are_there():
     names = {path.stem for path in CONFIGS}
     assert names >= {
-        *("llama2_7b_alpaca", "llama2_13b_alpaca", "llama2_70b_2xh100"),
+        *("gpt2_full", "llama2_7b_alpaca", "llama2_13b_alpaca", "llama2_70b_2xh100"),
         *("llama2_70b_v5p-8", "llama2_7b_v5e-8", "llama2_70b_mlperf", "llama2_70b_nf4_l40s"),
     }
 

@@ -6,10 +6,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from families import make_family
 from safetensors.numpy import load_file
 from shared_data import needs_data
 from steps import STORIES, digest, largest, open_base, restore_raw, review_config, tiny_config
-from transformers import LlamaForCausalLM, get_cosine_schedule_with_warmup
+from tiny import make_tokenizer
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, get_cosine_schedule_with_warmup
 
 from jlora.data.encoding import read_data
 from jlora.data.packing import Epochs
@@ -117,7 +119,13 @@ def test_lora_curve_is_that_of_peft(tmp_path, record_property, targets):
     assert largest(trained, load_file(init / "adapter_model.safetensors")) > 1e-3
 
 
-def test_full_fine_tuning_is_that_of_torch(tiny, tmp_path, record_property):
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_full_fine_tuning_is_that_of_torch(family, tiny, tmp_path, record_property):
+    """With GPT-2 that is token and position embeddings, norms with their biases, all projections, and the tied head."""
+    if family == "gpt2":
+        make_family(tmp_path / "gpt2", "gpt2", tie_word_embeddings=True, initializer_range=0.05)
+        make_tokenizer(tmp_path / "gpt2")
+        tiny = tmp_path / "gpt2", tiny[1]
     sections = {"training": {"max_steps": 20, "save_every": 12}, "optimizer": {"learning_rate": 5e-4}}
     cfg = tiny_config(tiny, tmp_path, method="full", **sections)
     pretrained = open_base(str(tiny[0]), jnp.dtype("float32"))
@@ -128,7 +136,8 @@ def test_full_fine_tuning_is_that_of_torch(tiny, tmp_path, record_property):
     run_dir = tmp_path / "run"
     assert summary["frozen_params"] == 0 and summary["trainable_params"] > 0
     assert summary["adapter"] is None and not (run_dir / "adapter").exists()
-    theirs = LlamaForCausalLM.from_pretrained(tiny[0]).train()
+    theirs = AutoModelForCausalLM.from_pretrained(tiny[0]).train()
+    assert summary["trainable_params"] == sum(parameter.numel() for parameter in theirs.parameters())
     lines = read_metrics(run_dir / "metrics.jsonl")
     assert_same_curve(lines, torch_curve(theirs, cfg, steps), record_property)
 
@@ -142,7 +151,8 @@ def test_full_fine_tuning_is_that_of_torch(tiny, tmp_path, record_property):
 
     out = tmp_path / "out"
     export(run_dir, out, None, merge=False, dtype="float32", peft=False)
-    exported = LlamaForCausalLM.from_pretrained(out, dtype=torch.float32)
+    exported = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
+    theirs.eval()
     probe = torch.randint(0, 300, (2, 40), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         difference = (exported(probe).logits - theirs(probe).logits).abs().max().item()
@@ -151,7 +161,9 @@ def test_full_fine_tuning_is_that_of_torch(tiny, tmp_path, record_property):
     found = {name: p.detach().numpy() for name, p in exported.named_parameters()}
     record_property("largest_weight_difference", largest(found, weights))
     restored = restore_raw(run_dir / "checkpoints" / "20")
-    np.testing.assert_array_equal(restored["trained/base/embed_tokens/value"], found["model.embed_tokens.weight"])
+    np.testing.assert_array_equal(
+        restored["trained/base/embed_tokens/value"], exported.get_input_embeddings().weight.detach()
+    )
     assert difference <= 1e-4
 
 
