@@ -148,6 +148,8 @@ def encode_pair(tokenizer: Tokenizer, row: dict[str, Any]) -> tuple[Example, Exa
 
     Raises BadRow, and ConfigError if a chat template is needed and there is none.
     """
+    if weight_of(row, "weight") != 1.0:
+        raise BadRow("wrong_weight", 'a pair has no weight; take "weight" out, or repeat the row')
     kind = list if isinstance(row.get("chosen"), list) else str
     prompt: Any = row.get("prompt")
     chosen, rejected = field_of(row, "chosen", kind), field_of(row, "rejected", kind)

@@ -8,6 +8,7 @@ from chat_templates import SHAPES, TOOLS, answer, call, encode, ours, shown, use
 
 from jlora.config import DataSection
 from jlora.data.encoding import tokenize
+from jlora.data.prompts import encode_pair
 from jlora.data.row import BadRow
 from jlora.errors import DataError
 
@@ -254,6 +255,17 @@ def test_the_same_conversation_in_every_form():
         == text({"messages": [system, *TWO], "system": "Be brief."})
         == wanted
     )
+
+
+def test_pairs_have_tools_but_no_weight():
+    pair = {"prompt": [user("Rome?")], "chosen": [answer(None, tool_calls=[call("Rome")])], "rejected": [answer("Hm.")]}
+    chosen, rejected = encode_pair(ours(QWEN), pair | {"tools": TOOLS})
+    assert shown(QWEN, chosen) == text({"messages": SHAPES["tools"]["messages"], "tools": TOOLS})[:-2] + "\n⟧"
+    assert shown(QWEN, rejected).endswith(
+        "</tool_call><|im_end|>\n<|im_start|>user\nRome?<|im_end|>\n<|im_start|>assistant\n⟦Hm.<|im_end|>\n⟧"
+    )
+    with pytest.raises(BadRow, match="a pair has no weight"):
+        encode_pair(ours(QWEN), pair | {"weight": 0.5})
 
 
 # In a data set
