@@ -23,7 +23,9 @@ def make_parser() -> cli.Parser:
     cli.add_model_arguments(parser)
     parser.add_argument("--data", type="path", required=True, help="rows: a file, folder or hub data set")
     parser.add_argument("--max-length", type=int, help="tokens in a row of a batch; default: as the run did")
-    parser.add_argument("--train-on", choices=("response", "all"), help="tokens that count; default: as the run")
+    parser.add_argument(
+        "--train-on", choices=("response", "last", "all"), help="tokens that count; default: as the run"
+    )
     parser.add_argument("--on-bad-row", choices=("error", "skip"), help="default: as the run")
     parser.add_argument("--generate", type=int, metavar="N", help="answer the first N rows greedily, and score them")
     parser.add_argument(

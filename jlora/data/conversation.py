@@ -36,7 +36,7 @@ class Conversation(NamedTuple):
 
 
 def conversation_of(row: dict[str, Any], format: str, *, answered: bool) -> Conversation:
-    """The conversation of a row of format messages or sharegpt, checked.
+    """The conversation of a row of format messages, sharegpt, or completion where that is in turns, checked.
 
     Either format takes turns of `role` and `content` or of `from` and `value`; as transformers' templates want them,
     arguments of tool calls are objects, and text parts one text.
@@ -50,12 +50,9 @@ def conversation_of(row: dict[str, Any], format: str, *, answered: bool) -> Conv
     for name in MEDIA:
         if row.get(name):
             raise BadRow("media", f'the row has "{name}", and text alone is read; drop such rows')
-    column = "conversations" if format == "sharegpt" or row.get("messages") is None else "messages"
-    if row.get(column) is None:
-        column = "conversations" if format == "sharegpt" else "messages"
-    turns = _parsed(row, column) if isinstance(row.get(column), str) else field_of(row, column, list)
+    turns, column, asked = _turns(row, format, answered)
     messages = messages_of(turns, column)
-    weights = _weights(row, turns, messages)
+    weights = [0.0] * asked + _weights(row, turns, messages)[asked:]
     system = "" if row.get("system") is None else field_of(row, "system", str)
     if system.strip() and messages[0] != {"role": "system", "content": system}:
         if messages[0]["role"] == "system":
@@ -64,6 +61,18 @@ def conversation_of(row: dict[str, Any], format: str, *, answered: bool) -> Conv
     if answered and all(message["role"] != "assistant" for message in messages):
         raise BadRow("no_assistant_turn", "no turn is the assistant's")
     return Conversation(messages, tools_of(row), weights)
+
+
+def _turns(row: dict[str, Any], format: str, answered: bool) -> tuple[list[Any], str, int]:
+    """The turns of a row, the column that they are from, and how many of them are a prompt."""
+    if format == "completion":
+        prompt = field_of(row, "prompt", list)
+        return prompt + (field_of(row, "completion", list) if answered else []), "prompt", len(prompt)
+    column = "messages"
+    if format == "sharegpt" or (row.get("messages") is None and row.get("conversations") is not None):
+        column = "conversations"
+    turns = _parsed(row, column) if isinstance(row.get(column), str) else field_of(row, column, list)
+    return turns, column, 0
 
 
 def messages_of(turns: list[Any], column: str = "messages") -> list[Message]:

@@ -91,7 +91,7 @@ def lay_out(tokenizer: Tokenizer, row: dict[str, Any], *, format: str, prompt: s
     Raises BadRow, and ConfigError if a chat template is needed and there is none.
     """
     weight = weight_of(row, "weight")
-    if _is_chat(format, prompt):
+    if _is_chat(row, format, prompt):
         text, spans = weigh(tokenizer, _conversation(row, format, answered=True), counted)
         return RowText(text, [(start, end, weight * own) for start, end, own in spans], None)
     head = _head(row, format)
@@ -138,6 +138,8 @@ def encode_pair(tokenizer: Tokenizer, row: dict[str, Any]) -> tuple[Example, Exa
 
     Raises BadRow, and ConfigError if a chat template is needed and there is none.
     """
+    if weight_of(row, "weight") != 1.0:
+        raise BadRow("wrong_weight", 'a pair has no weight; take "weight" out, or repeat the row')
     kind = list if isinstance(row.get("chosen"), list) else str
     prompt: Any = row.get("prompt")
     chosen, rejected = field_of(row, "chosen", kind), field_of(row, "rejected", kind)
@@ -197,10 +199,10 @@ def encode_prompt(tokenizer: Tokenizer, row: dict[str, Any], *, format: str, pro
         format = "completion"
     elif format == "preference":
         row, format = {"messages": field_of(row, "prompt", list), "tools": row.get("tools")}, "messages"
-    if not _is_chat(format, prompt):
+    if not _is_chat(row, format, prompt):
         return _encode(tokenizer, (_response if format == "text" else _head)(row, format), chat=False)
-    messages, tools, _ = _conversation(row, format, answered=False)
-    return _encode(tokenizer, _render(tokenizer, _asked(messages), tools, add_generation_prompt=True), chat=True)
+    chat = _conversation(row, format, answered=False)
+    return _encode(tokenizer, _render(tokenizer, _asked(chat), chat.tools, add_generation_prompt=True), chat=True)
 
 
 def reference_answer(row: dict[str, Any], *, format: str) -> str:
@@ -212,10 +214,12 @@ def reference_answer(row: dict[str, Any], *, format: str) -> str:
         raise BadRow("no_answer", "a row of text has no prompt and so no answer to compare with")
     if format == "preference" and isinstance(row.get("chosen"), str):
         return field_of(row, "chosen", str)
-    if format in ("alpaca", "completion"):
+    if format == "alpaca" or (format == "completion" and not isinstance(row.get("prompt"), list)):
         return _response(row, format)
     if format == "preference":
         messages = messages_of(field_of(row, "chosen", list))
+    elif format == "completion":
+        messages = messages_of(field_of(row, "completion", list))
     else:
         messages = _conversation(row, format, answered=True).messages
     if messages[-1]["role"] != "assistant":
@@ -235,12 +239,12 @@ def shown_prompt(row: dict[str, Any], *, format: str) -> str:
         return "\n\n".join(filter(None, instruction_of(row)))
     if format == "text":
         return _response(row, format)
-    if format == "completion" or isinstance(row.get("prompt"), str):
+    if isinstance(row.get("prompt"), str):
         return field_of(row, "prompt", str)
     if format == "preference":
         context = messages_of(field_of(row, "prompt", list))
     else:
-        context = _asked(_conversation(row, format, answered=False).messages)
+        context = _asked(_conversation(row, format, answered=False))
     return "\n\n".join(f"{message['role']}: {message['content'] or ''}" for message in context)
 
 
@@ -255,22 +259,21 @@ def with_shots(
 
     Raises BadRow.
     """
-    if not _is_chat(format, prompt):
+    if not _is_chat(row, format, prompt):
         text = "".join(f"{_head(shot, format)}{_response(shot, format)}\n\n" for shot in shots)
         asked = {"prompt": text + _head(row, format)}
         return asked | ({"completion": _response(row, format)} if answered else {}), "completion"
-    messages, tools, _ = _conversation(row, format, answered=answered)
-    if not answered and any(message["role"] == "assistant" for message in messages):
-        messages = messages[: [message["role"] for message in messages].index("assistant")]
+    chat = _conversation(row, format, answered=answered)
+    messages = chat.messages if answered else _asked(chat)
     others = [_conversation(shot, format, answered=True).messages for shot in shots]
     examples = [message for each in others for message in each if message["role"] != "system"]
     start = messages[0]["role"] == "system"
-    return {"messages": [*messages[:start], *examples, *messages[start:]], "tools": tools}, "messages"
+    return {"messages": [*messages[:start], *examples, *messages[start:]], "tools": chat.tools}, "messages"
 
 
 def shots_separator(shots: list[dict[str, Any]], *, format: str, prompt: str) -> str | None:
     """With what a model that goes on writing examples after its answer would begin the next; None in a chat."""
-    if _is_chat(format, prompt):
+    if _is_chat(shots[0], format, prompt):
         return None
     return "\n\n" + commonprefix([_head(shot, format) for shot in shots])
 
@@ -290,8 +293,10 @@ def _begun(tokenizer: Tokenizer, ids: list[int], chat: bool) -> list[int]:
     return ids
 
 
-def _is_chat(format: str, prompt: str) -> bool:
-    return format in ("messages", "sharegpt") or (format == "alpaca" and prompt == "chat")
+def _is_chat(row: dict[str, Any], format: str, prompt: str) -> bool:
+    """Whether a row goes through the chat template; one of `completion` where its prompt is a list of turns."""
+    turns = format == "completion" and isinstance(row.get("prompt"), list)
+    return turns or format in ("messages", "sharegpt") or (format == "alpaca" and prompt == "chat")
 
 
 def _head(row: dict[str, Any], format: str) -> str:
@@ -324,10 +329,10 @@ def _conversation(row: dict[str, Any], format: str, *, answered: bool) -> Conver
     return Conversation(messages, None, [1.0] * len(messages))
 
 
-def _asked(messages: list[Message]) -> list[Message]:
-    """What is before the first answer, or all where the last turn is none."""
-    roles = [message["role"] for message in messages]
-    return messages[: roles.index("assistant")] if roles[-1] == "assistant" else messages
+def _asked(chat: Conversation) -> list[Message]:
+    """What is before the first answer that is trained, or all where the last turn is none."""
+    answers = [i for i, m in enumerate(chat.messages) if m["role"] == "assistant" and chat.weights[i] > 0.0]
+    return chat.messages[: answers[0]] if answers and chat.messages[-1]["role"] == "assistant" else chat.messages
 
 
 def _render(

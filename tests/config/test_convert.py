@@ -76,11 +76,14 @@ EXPECTED: dict[str, tuple[int, dict[str, object], list[str]]] = {
         1,
         {
             "model": {"remat": "offload"},
-            "data": {"format": "messages", "chat_template": "chatml", "packing": True},
+            "data": {
+                **{"format": "messages", "chat_template": "chatml", "packing": True},
+                **{"train_on": ["assistant", "tool"], "train_on_eos": "last"},
+            },
             "training": {"epochs": 2.5, "batch_size": 4},
             "optimizer": {"warmup_steps": 0, "warmup_ratio": 0.03},
         },
-        ["datasets.roles_to_train"],
+        [],
     ),
     "axolotl_int8_sharegpt": (
         1,

@@ -8,6 +8,7 @@ from chat_templates import SHAPES, TOOLS, answer, call, encode, ours, shown, use
 
 from jlora.config import DataSection
 from jlora.data.encoding import tokenize
+from jlora.data.prompts import encode_pair, encode_prompt, reference_answer, shown_prompt, with_shots
 from jlora.data.row import BadRow
 from jlora.errors import DataError
 
@@ -254,6 +255,43 @@ def test_the_same_conversation_in_every_form():
         == text({"messages": [system, *TWO], "system": "Be brief."})
         == wanted
     )
+
+
+def test_pairs_have_tools_but_no_weight():
+    pair = {"prompt": [user("Rome?")], "chosen": [answer(None, tool_calls=[call("Rome")])], "rejected": [answer("Hm.")]}
+    chosen, rejected = encode_pair(ours(QWEN), pair | {"tools": TOOLS})
+    assert shown(QWEN, chosen) == text({"messages": SHAPES["tools"]["messages"], "tools": TOOLS})[:-2] + "\n⟧"
+    assert shown(QWEN, rejected).endswith(
+        "</tool_call><|im_end|>\n<|im_start|>user\nRome?<|im_end|>\n<|im_start|>assistant\n⟦Hm.<|im_end|>\n⟧"
+    )
+    with pytest.raises(BadRow, match="a pair has no weight"):
+        encode_pair(ours(QWEN), pair | {"weight": 0.5})
+
+
+def test_prompt_and_completion_in_turns():
+    """As TRL has them: earlier answers belong to the prompt."""
+    row = {"prompt": TWO[:3], "completion": TWO[3:]}
+    assert text(row, format="completion") == SECOND
+    asked = encode_prompt(ours(QWEN), {"prompt": TWO[:3]}, format="completion", prompt="stanford")
+    assert asked == encode(ours(QWEN), row, format="completion").ids[: len(asked)].tolist()
+    assert reference_answer(row, format="completion") == "Dear."
+    assert shown_prompt(row, format="completion") == "user: Say 0.\n\nassistant: BAD.\n\nuser: No, kindly."
+    with pytest.raises(BadRow, match='the field "completion" is str, not list'):
+        encode(ours(QWEN), {"prompt": TWO[:3], "completion": "Dear."}, format="completion")
+
+
+def test_prompts_of_rows_with_tools():
+    row = SHAPES["results"]
+    ids = encode(ours(QWEN), row).ids.tolist()
+    asked = encode_prompt(ours(QWEN), row, format="messages", prompt="stanford")
+    assert asked == ids[: len(asked)] and shown_prompt(row, format="messages") == "user: Rome?"
+    with pytest.raises(BadRow, match="its first answer is a call of a tool"):
+        reference_answer(row, format="messages")
+    later = {"messages": row["messages"][:3], "tools": TOOLS}
+    asked = encode_prompt(ours(QWEN), later, format="messages", prompt="stanford")
+    assert asked == ids[: len(asked)] and ours(QWEN).decode(asked[-20:]).endswith("assistant\n")
+    bare, format = with_shots(row, [{"messages": TWO[:2]}], format="messages", prompt="chat", answered=False)
+    assert format == "messages" and bare == {"messages": [*TWO[:2], row["messages"][0]], "tools": TOOLS}
 
 
 # In a data set

@@ -1,5 +1,6 @@
 """Runs against plain loops in PyTorch, transformers and PEFT: loss, gradient norm and weights, step for step."""
 
+import json
 import shutil
 
 import jax.numpy as jnp
@@ -25,6 +26,11 @@ from jlora.training.run import train
 pytestmark = pytest.mark.usefixtures("optimized", "mesh_of_one")
 
 
+def examples_of(cfg, pretrained):
+    """The examples of the training rows."""
+    return list(read_data(cfg, pretrained.tokenizer)[0].examples)
+
+
 def examples_of_steps(cfg, pretrained, num_steps):
     """The examples of each step, unpacked."""
     train_data, _ = read_data(cfg, pretrained.tokenizer)
@@ -38,6 +44,20 @@ def examples_of_steps(cfg, pretrained, num_steps):
         [train_data.examples[i] for row in rows[step * size : (step + 1) * size] for i in row]
         for step in range(num_steps)
     ]
+
+
+def torch_loss(model, examples):
+    """Mean loss of padded rows by the weights of their tokens."""
+    length = max(len(example.ids) for example in examples)
+    ids, mask = torch.zeros(2, len(examples), length, dtype=torch.long)
+    weights = torch.zeros(len(examples), length)
+    for i, example in enumerate(examples):
+        row = torch.tensor(np.asarray(example.ids), dtype=torch.long)
+        ids[i, : len(row)], mask[i, : len(row)] = row, 1
+        weights[i, : len(row)] = torch.tensor(np.asarray(example.weights, np.float32))
+    logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1]
+    each = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+    return (each * weights[:, 1:].flatten()).sum() / weights.sum()
 
 
 def torch_curve(model, cfg, steps):
@@ -54,17 +74,7 @@ def torch_curve(model, cfg, steps):
     schedule = get_cosine_schedule_with_warmup(optimizer, section.warmup_steps, len(steps))
     lines = []
     for examples in steps:
-        length = max(len(example.ids) for example in examples)
-        ids, mask = torch.zeros(2, len(examples), length, dtype=torch.long)
-        labels = torch.full_like(ids, -100)
-        for i, example in enumerate(examples):
-            row = torch.tensor(np.asarray(example.ids), dtype=torch.long)
-            ids[i, : len(row)], mask[i, : len(row)] = row, 1
-            labels[i, : len(row)] = torch.where(torch.tensor(np.asarray(example.trained)), row, -100)
-        logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1]
-        targets = labels[:, 1:]
-        total = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
-        loss = total / (targets != -100).sum()
+        loss = torch_loss(model, examples)
         optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(parameters, section.max_grad_norm)
@@ -117,6 +127,31 @@ def test_lora_curve_is_that_of_peft(tmp_path, record_property, targets):
     record_property("largest_adapter_difference", difference)
     assert difference <= 1e-4
     assert largest(trained, load_file(init / "adapter_model.safetensors")) > 1e-3
+
+
+def test_weights_of_rows_are_those_of_torch(tiny, tmp_path, record_property):
+    """Of batches whose weights sum up to more and to less than one, in micro-batches, packed; and of held-out rows."""
+    rows = [json.loads(line) for line in tiny[1].read_text().splitlines()]
+    for i, row in enumerate(rows):
+        row["weight"] = (0.0, 0.5, 1.0, 3.0)[i % 4] if i < 12 else 0.002 * (i % 5)
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    held_out = [{**row, "instruction": f"Now {row['instruction']}"} for row in rows]
+    (tmp_path / "held.jsonl").write_text("".join(json.dumps(row) + "\n" for row in held_out))
+    data = {"train": str(tmp_path / "rows.jsonl"), "eval": str(tmp_path / "held.jsonl"), "on_bad_row": "skip"}
+    sections = {"training": {"max_steps": 6, "gradient_accumulation_steps": 2}, "optimizer": {"learning_rate": 5e-4}}
+    cfg = tiny_config(tiny, tmp_path, method="full", data=data, **sections)
+    pretrained = open_base(str(tiny[0]), jnp.dtype("float32"))
+    steps = examples_of_steps(cfg, pretrained, 6)
+    sums = [sum(float(example.weights.sum()) for example in examples) for examples in steps]
+    assert min(sums) < 0.8 and max(sums) > 5
+    train(cfg, quiet=True)
+    theirs = LlamaForCausalLM.from_pretrained(tiny[0]).train()
+    held = torch_loss(theirs, read_data(cfg, pretrained.tokenizer)[1].examples).item()
+    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert_same_curve(lines, torch_curve(theirs, cfg, steps), record_property)
+    counts = [sum(int(example.trained.sum()) for example in examples) for examples in steps]
+    assert [line["trained_tokens"] for line in lines if "trained_tokens" in line] == counts
+    assert abs(next(line["eval_loss"] for line in lines if "eval_loss" in line) - held) <= 1e-5
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

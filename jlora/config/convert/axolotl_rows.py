@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from jlora.config.convert.rules import Conversion, Differs, To, is_set
+from jlora.config.convert.rules import Conversion, Differs, To, is_set, one_of
 
 
 def _template(value: Any) -> str | None:
@@ -11,6 +11,17 @@ def _template(value: Any) -> str | None:
     if str(value) == "tokenizer_default":
         return None
     raise Differs("the tokenizer's own chat template is taken; give a .jinja file as data.chat_template for another")
+
+
+# Fields of a turn that say whether it is trained, as `jlora.data.conversation` knows them.
+FLAGS = ("weight", "train", "training", "trainable", "loss", "loss_mask")
+_ROLES = {"gpt": "assistant", "human": "user"}
+_ENDS = one_of({name: name for name in ("turn", "last", "none")}, "turn")
+
+
+def _roles(value: Any) -> str | list[str]:
+    roles = [_ROLES.get(role, role) for role in value]
+    return "response" if roles == ["assistant"] else roles
 
 
 TEMPLATE = To("data.chat_template", _template)
@@ -37,6 +48,7 @@ def datasets(given: dict[str, Any], out: Conversion) -> None:
         out.set("data.split", str(first["split"]))
     kind = first.get("type")
     known = {"path", "data_files", "ds_type", "split", "type", "chat_template", "field", "name", "field_messages"}
+    known |= {"roles_to_train", "train_on_eos", "message_field_training"}
     if isinstance(kind, str):
         _row_format(kind, first, given, out)
     else:
@@ -76,6 +88,13 @@ def _row_format(kind: str, first: dict[str, Any], given: dict[str, Any], out: Co
             out.note("datasets.field_messages", column, "result", "rows need messages, a list of role and content")
         if is_set(first.get("chat_template")):
             out.apply("chat_template", first["chat_template"], TEMPLATE)
+        if is_set(first.get("roles_to_train")):
+            out.apply("datasets.roles_to_train", first["roles_to_train"], To("data.train_on", _roles))
+        if is_set(first.get("train_on_eos")):
+            out.apply("datasets.train_on_eos", first["train_on_eos"], To("data.train_on_eos", _ENDS))
+        if first.get("message_field_training", "train") not in FLAGS:
+            why = f"call the field of a turn that is not to be trained one of {', '.join(FLAGS)}"
+            out.note("datasets.message_field_training", first["message_field_training"], "result", why)
     else:
         out.set("data.format", "completion")
         out.note("datasets.type", kind, "result", "write rows of prompt and completion, or of another data.format")
