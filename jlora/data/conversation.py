@@ -23,8 +23,6 @@ ROLES = ("system", "developer", "user", "assistant", *TOOL_ROLES)
 WEIGHTS = ("weight", "train", "training", "trainable", "loss", "loss_mask")
 # Where a turn's reasoning stands, by the names that transformers knows.
 THOUGHTS = ("reasoning_content", "thinking", "reasoning")
-# Columns and parts of what is no text.
-MEDIA = ("image", "images", "audio", "audios", "video", "videos")
 
 
 class Conversation(NamedTuple):
@@ -47,9 +45,6 @@ def conversation_of(row: dict[str, Any], format: str, *, answered: bool) -> Conv
     Raises:
       BadRow: what is wrong with it.
     """
-    for name in MEDIA:
-        if row.get(name):
-            raise BadRow("media", f'the row has "{name}", and text alone is read; drop such rows')
     turns, column, asked = _turns(row, format, answered)
     messages = messages_of(turns, column)
     weights = [0.0] * asked + _weights(row, turns, messages)[asked:]

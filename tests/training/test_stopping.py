@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 
 import pytest
 from command_line import sentence_of
@@ -127,6 +129,40 @@ def test_killed_within_its_patience_it_stops_at_the_same_step_with_the_same_bits
     assert {key: again[key] for key in ("steps", "exported_step", "stopped_early")} == {
         key: summary[key] for key in ("steps", "exported_step", "stopped_early")
     }
+
+
+KILLED = """
+import os, signal, sys
+import jlora.training.run as run
+from jlora.config import load_config
+took = run.StepMeter.took
+def kill_at(self, step, *args):
+    if step == int(sys.argv[2]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return took(self, step, *args)
+run.StepMeter.took = kill_at
+run.train(load_config(sys.argv[1], sys.argv[3:]), quiet=True)
+"""
+
+
+def test_kill_9_within_its_patience_changes_nothing(tiny, overfitted):
+    """Steps since the last checkpoint are taken again, and their evaluations count once."""
+    whole, summary = overfitted
+    run = tiny / "shot"
+    waiting = list(held_out(whole))[-2] + 1
+    configure(tiny, run)
+    overrides = ["training.early_stopping_patience=2", "training.save_every=2"]
+    for step in (5, waiting):
+        command = [sys.executable, "-c", KILLED, str(tiny / "c.yaml"), str(step), *overrides]
+        assert subprocess.run(command, capture_output=True, timeout=300).returncode == -signal.SIGKILL
+        assert 0 < max(int(path.name) for path in (run / "checkpoints").iterdir() if path.name.isdecimal()) < step
+    again = train(configure(tiny, run, "training.save_every=2"), quiet=True)
+    assert {key: again[key] for key in ("steps", "exported_step", "stopped_early")} == {
+        key: summary[key] for key in ("steps", "exported_step", "stopped_early")
+    }
+    assert held_out(run) == held_out(whole)
+    ours, theirs = weights(run / "adapter"), weights(whole / "adapter")
+    assert all((ours[name] == theirs[name]).all() for name in theirs)
 
 
 def test_more_patience_lets_it_go_on(tiny, overfitted, tmp_path):
