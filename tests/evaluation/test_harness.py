@@ -11,8 +11,8 @@ from shared_data import SHARED, needs_data
 from tiny import make_completions, make_llama, make_tokenizer
 from transformers import AutoModelForCausalLM
 
-from jlora import harness as command
 from jlora.errors import ConfigError
+from jlora.evaluation import __main__ as command
 from jlora.evaluation import harness
 
 
