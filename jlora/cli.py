@@ -233,7 +233,8 @@ def add_output_arguments(parser: Parser, json: str | None = None) -> None:
 
 def add_model_arguments(parser: Parser) -> None:
     """The arguments of every command that runs a base with an adapter."""
-    from jlora.config.sections import Format, Quantization
+    from jlora.config.data import Format
+    from jlora.config.sections import Quantization
 
     parser.add_argument(
         "--base", type="path", help="Hugging Face folder, .gguf file or hub name; default: the adapter's own"

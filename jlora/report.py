@@ -19,6 +19,7 @@ def main() -> None:
         description="Write a run's report, or compare runs in one page.",
         examples=(
             "jlora report runs/mine",
+            "jlora report runs/mine --watch",
             "jlora report runs/a runs/b --out compared.html",
             "jlora report a.jsonl b.jsonl --out answers.html",
         ),
@@ -33,6 +34,10 @@ def main() -> None:
     parser.add_argument(
         "--out", type="path", metavar="FILE", help="HTML file; default for one run: its own report.html"
     )
+    parser.add_argument(
+        "--watch", action="store_true", help="serve a page that follows the run while it trains, to this machine alone"
+    )
+    parser.add_argument("--port", type=int, help="of --watch, on 127.0.0.1; default: a free one")
     cli.add_output_arguments(parser)
     args = parser.parse_args()
 
@@ -44,10 +49,16 @@ def main() -> None:
         runs = [Path(run) for run in args.runs]
         if all(run.is_file() for run in runs):
             return compare_answers(runs, args.out, args.quiet)
+        if args.port is not None and not args.watch:
+            raise ConfigError("--port is of --watch; add it, or leave --port out")
+        if not 0 <= (args.port or 0) < 2**16:
+            raise ConfigError(f"--port {args.port}: is no port; name one of 1 to 65535, or leave it out for a free one")
         for run in runs:
             require_own(run, ConfigError)
             if not any((run / name).is_file() for name in ("metrics.jsonl", "summary.json", "config.yaml")):
                 raise ConfigError(f"{run}: is not a run folder (no metrics.jsonl, summary.json or config.yaml in it)")
+        if args.watch:
+            return watch(runs, args.port or 0, args.out)
         if len(runs) > 1 and not args.out:
             raise ConfigError("several runs are compared in one page; name it with --out FILE")
         if len(runs) > MOST_RUNS:
@@ -62,6 +73,19 @@ def main() -> None:
                 print(out)
 
     cli.run(body)
+
+
+def watch(runs: list[Path], port: int, out: str | None) -> None:
+    """Serve the page that follows a run until Ctrl-C."""
+    if len(runs) > 1 or out:
+        raise ConfigError("--watch follows one run and writes no file; name one run, without --out")
+
+    from jlora.reports.live import serve
+
+    def tell(url: str) -> None:
+        print(f"following {runs[0]} at {url}; Ctrl-C ends it", flush=True)
+
+    serve(runs[0], port, tell)
 
 
 def compare_answers(files: list[Path], out: str | None, quiet: bool) -> None:

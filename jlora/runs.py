@@ -15,10 +15,11 @@ def main() -> None:
     parser = cli.Parser(
         prog="jlora runs",
         description="List run folders with their figures, the newest first.",
-        examples=("jlora runs", "jlora runs runs/sweep --json"),
+        examples=("jlora runs", "jlora runs runs/sweep --json", "jlora runs --html runs/index.html"),
     )
     parser.add_argument("folders", type="path", nargs="*", metavar="FOLDER", help="where to look; default: runs")
     parser.add_argument("--json", action="store_true", help="one JSON array")
+    parser.add_argument("--html", type="path", metavar="FILE", help="write the list as a page that leads to each run's")
     args = parser.parse_args()
 
     def body() -> None:
@@ -31,8 +32,14 @@ def main() -> None:
 
         found = dict.fromkeys(run for folder in folders for run in run_folders(folder, DEPTH))
         listed = sorted(map(described, found), key=lambda run: run["changed"], reverse=True)
+        if args.html and listed:
+            from jlora.reports.index import write_index
+
+            write_index(Path(args.html), [Path(run["run"]) for run in listed])
         if args.json:
             cli.print_json(listed)
+        elif args.html and listed:
+            print(args.html)
         elif listed:
             print_runs(listed)
         else:

@@ -10,13 +10,14 @@ from jlora.config.lora import (
     LoraSection,
 )
 from jlora.config.mixture import DataSource
-from jlora.config.places import DistributedSection, MeshSection
 from jlora.config.reading import config_of, describe, load_config, read_yaml, read_yaml_of
 from jlora.config.reference import yaml_scalar
 from jlora.config.section import nearest
 from jlora.config.sections import (
     Config,
     DataSection,
+    DistributedSection,
+    MeshSection,
     ModelSection,
     ObjectiveSection,
     OptimizerSection,

@@ -4,16 +4,13 @@ Owns every default, each exactly once, and the line that documents it. Knows not
 model shapes (they come from the base's own config.json, see `jlora.hf`) or of what a key causes.
 """
 
-import datetime
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, Field, PositiveInt, field_validator, model_validator
+from pydantic import Field, PositiveInt, model_validator
 
-from jlora.config.counted import Counted, Reasoning, TrainOn, TrainOnEos
+from jlora.config.data import DataSection
 from jlora.config.lora import LoraSection
-from jlora.config.mixture import DataSource, check_mixture
-from jlora.config.places import DistributedSection, MeshSection
 from jlora.config.section import NonEmpty, NonNegative, Section
 
 MOST_STEPS = 2**31 - 1  # of int32, which steps are counted in
@@ -22,13 +19,6 @@ Dtype = Literal["bfloat16", "float32"]
 Quantization = Literal["int8", "fp8", "nf4", "int4"]
 # Fastest first, and each holds less than the one before it: see `jlora.model.remat`.
 Remat = Literal["none", "dots", "qkv", "attention", "full", "offload", "auto"]
-Format = Literal["alpaca", "completion", "text", "messages", "sharegpt", "preference"]
-Prompt = Literal["stanford", "chat"]
-
-
-def _day(text: str) -> str:
-    datetime.date.fromisoformat(text)
-    return text
 
 
 class ModelSection(Section):
@@ -58,115 +48,6 @@ class ModelSection(Section):
         "attention's inputs and output (qkv), its output (attention), a layer's input alone (full), or that in the "
         "host's memory (offload); auto takes the first of them that fits",
     )
-
-
-class DataSection(Section):
-    """Rows, and how they become batches."""
-
-    train: NonEmpty | Annotated[list[DataSource], Field(min_length=1)] = Field(
-        description="json, jsonl, parquet, csv or txt file, a folder of them, or a hub data set; or a list of such, "
-        "each {path, weight}, of which an epoch has shares by weight: see docs/data.md"
-    )
-    eval: NonEmpty | Annotated[float, Field(gt=0.0, lt=1.0)] | None = Field(
-        None, description="held-out rows: another file or data set, or a fraction of train"
-    )
-    split: NonEmpty = Field(
-        "train",
-        description="split to read of a hub data set, or of a folder, where names of files tell it; or some of its "
-        "rows, such as train[:1000], which serves for files too",
-    )
-    eval_split: NonEmpty | None = Field(None, description="split that data.eval reads; null: that of data.split")
-    separator: Annotated[str, Field(min_length=1, max_length=1)] | None = Field(
-        None, description="what parts the fields of a csv file; null: what parts the names in its first line"
-    )
-    format: Format = Field(
-        "alpaca",
-        description="alpaca (instruction, input, output), completion (prompt, completion), text (text), "
-        "messages (messages: role, content), sharegpt (conversations: from, value) or preference (prompt, chosen, "
-        "rejected)",
-    )
-    columns: dict[str, NonEmpty] = Field(
-        {},
-        description="column of the format -> its name in the rows, such as {instruction: question, output: answer}; "
-        "usual names are found without",
-    )
-    prompt: Prompt = Field(
-        "stanford", description="how an alpaca row is written: Stanford's prompt, or the model's chat template"
-    )
-    chat_template: str | None = Field(
-        None, description="llama2, chatml or a .jinja file; null takes the tokenizer's own"
-    )
-    date: Annotated[str, AfterValidator(_day)] | None = Field(
-        None, description="day that a chat template with `strftime_now` writes, such as 2026-11-28; null: today"
-    )
-    max_length: Annotated[int, Field(ge=2, le=2**20)] = Field(
-        1024,
-        description="tokens in a row of a batch; the two sequences of a preference pair share a row, half of it each",
-    )
-    packing: bool = Field(True, description="several short rows in one row of a batch, isolated from each other")
-    split_long: bool = Field(
-        True, description="a text row longer than max_length becomes several sequences; false cuts it at its end"
-    )
-    train_on: TrainOn = Field(
-        "response",
-        description="which tokens the loss counts: the answers, the last answer, all, or the turns of a list of roles, "
-        "such as [assistant, tool]",
-    )
-    train_on_eos: TrainOnEos = Field(
-        "turn", description="whether the end of every answer is trained, of the last one, or of none"
-    )
-    reasoning: Reasoning = Field(
-        "keep",
-        description="reasoning of an answer (<think>, reasoning_content): trained as the chat template writes it; left "
-        "out of turns before the last question (strip); or not trained (mask)",
-    )
-    on_bad_row: Literal["error", "skip"] = Field(
-        "error", description="a row that cannot be trained on stops the run, or is dropped and counted"
-    )
-
-    cache_dir: NonEmpty | None = Field(
-        None,
-        description="folder in which tokenised rows are kept, by the content of their files, and from which they are "
-        "read as they are needed; null: none, and all tokens are in memory",
-    )
-
-    @model_validator(mode="after")
-    def _ends_of_answers(self) -> "DataSection":
-        if self.train_on == "all" and self.train_on_eos != "turn":
-            raise ValueError(
-                f"train_on=all trains every token; set train_on=response for train_on_eos={self.train_on_eos}"
-            )
-        return self
-
-    @field_validator("train", mode="before")
-    @classmethod
-    def _mixture(cls, value: Any) -> Any:
-        return check_mixture(value) if isinstance(value, list) else value
-
-    @property
-    def sources(self) -> list[DataSource]:
-        """The sources of `train`; one without weight where it is no mixture."""
-        return [DataSource(path=self.train)] if isinstance(self.train, str) else self.train
-
-    @property
-    def held_out(self) -> "DataSection":
-        """As `eval` is read: with its own split."""
-        return self.model_copy(update={"split": self.eval_split or self.split})
-
-    @property
-    def counted(self) -> Counted:
-        """What of a row the loss counts."""
-        return Counted(self.train_on, self.train_on_eos, self.reasoning)
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest sequence: those of a row of a batch, or of half of it for a pair's."""
-        return self.max_length // 2 if self.format == "preference" else self.max_length
-
-    @property
-    def one_segment(self) -> bool:
-        """Whether no row of a batch holds more than one sequence: a pair's two share one, packed or not."""
-        return not self.packing and self.format != "preference"
 
 
 class ObjectiveSection(Section):
@@ -317,6 +198,46 @@ class ResumeSection(Section):
         description="what may differ from the run that wrote the checkpoint, by the names of the refusal, such as "
         "config.optimizer.learning_rate or hashes.data; recorded in summary.json",
     )
+
+
+class MeshSection(Section):
+    """How devices share the work."""
+
+    data: int = Field(1, description="devices over which batches are split, weights copied")
+    fsdp: int = Field(-1, description="devices over which batches and weights are split; -1: the rest")
+    tensor: int = Field(1, description="devices over which heads and mlp are split")
+
+    @model_validator(mode="after")
+    def _one_rest(self) -> "MeshSection":
+        sizes = (self.data, self.fsdp, self.tensor)
+        if sizes.count(-1) > 1 or any(size == 0 or size < -1 for size in sizes):
+            raise ValueError("axes are positive device counts, and at most one is -1 (the rest)")
+        return self
+
+
+class DistributedSection(Section):
+    """Several processes as one job. Left alone, SLURM, TPU pods, Kubernetes and Open MPI are detected."""
+
+    coordinator: str | None = Field(None, description="host:port of process 0; null: detected, or one process alone")
+    num_processes: PositiveInt | None = Field(None, description="processes of the job")
+    process_id: Annotated[int, Field(ge=0)] | None = Field(
+        None, description="number of this process, from 0; the one key in which the hosts of a job differ"
+    )
+    start_timeout: PositiveInt = Field(300, description="seconds in which all processes must have started")
+    host_timeout: PositiveInt = Field(100, description="seconds after which a silent process ends the job")
+    step_timeout: PositiveInt = Field(
+        1800, description="seconds without a finished step after which a job of several processes ends"
+    )
+
+    @model_validator(mode="after")
+    def _all_or_none(self) -> "DistributedSection":
+        if len({self.coordinator is None, self.num_processes is None, self.process_id is None}) > 1:
+            raise ValueError("set coordinator, num_processes and process_id, or none of them")
+        if self.coordinator is not None and not self.coordinator.rpartition(":")[2].isdigit():
+            raise ValueError(f"coordinator must be host:port, not '{self.coordinator}'")
+        if self.process_id is not None and self.num_processes is not None and self.process_id >= self.num_processes:
+            raise ValueError(f"process_id {self.process_id} must be below num_processes {self.num_processes}")
+        return self
 
 
 class Config(Section):

@@ -56,8 +56,11 @@ def write(tokenizer: Tokenizer, chat: Conversation, reasoning: str, roles: list[
     messages, text, marked, marks = _accepted(renders, given)
     last = thoughts.last_answer(messages)
     if last is not None and not any(each[1:] == (THOUGHT, last) for each in marks):
-        if told := thoughts.in_content(messages[last]):
-            messages, text, marked, marks = _accepted(renders, [*messages[:last], told, *messages[last + 1 :]])
+        for begun in (False, True):
+            if told := thoughts.in_content(given[last], begun=begun):
+                messages, text, marked, marks = _accepted(renders, [*given[:last], told, *given[last + 1 :]])
+            if not thoughts.TWICE.search(text):
+                break
     _check_tools(tokenizer, chat, messages, text, False)
     layout = Layout(tokenizer, renders, marked, text, marks)
     answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]

@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from jlora.config import DataSection
+from jlora.data.characters import characters
 from jlora.data.encoding import encode_whole, fit
 from jlora.data.formats import rows_of
 from jlora.data.row import BadRow
@@ -84,7 +85,7 @@ def _pieces(tokenizer: Tokenizer, ids: np.ndarray, trained: np.ndarray, limit: i
     """Pieces of a sequence, of which the model gets `limit` tokens."""
 
     def part(first: int, last: int) -> list[Piece]:
-        found = zip(range(first, last), tokenizer.pieces(ids[first:last]), strict=True)
+        found = zip(range(first, last), characters(tokenizer, ids[first:last]), strict=True)
         return [
             Piece(
                 int(ids[i]), text.replace("\r", "").translate(_CONTROLS),

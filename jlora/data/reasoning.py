@@ -13,6 +13,7 @@ _EMPTY = re.compile(r"\s*<think>\s*</think>\n{0,2}")
 # The same after a prompt that has begun it.
 _REST = re.compile(r".*?</think>\s*", re.DOTALL)
 _EMPTY_REST = re.compile(r"\s*</think>\n{0,2}")
+TWICE = re.compile(r"<think>\s*<think>")
 _BEGUN, _TAG = re.compile(r"<think>\s*$"), 64  # and how many characters are looked at for it
 
 
@@ -28,15 +29,21 @@ def without_history(messages: list[Message]) -> list[Message]:
     return [_without(m) if m["role"] == "assistant" and i < last else m for i, m in enumerate(messages)]
 
 
-def in_content(message: Message) -> Message | None:
-    """An answer with its reasoning in its content, where a template does not see it; None without one."""
+def in_content(message: Message, *, begun: bool = False) -> Message | None:
+    """An answer with its reasoning in its content, where a template does not see it; None without one.
+
+    Args:
+      begun: the template writes the tag before it.
+    """
     content = message["content"] or ""
     thought = next((message[key] for key in THOUGHTS if isinstance(message.get(key), str)), "")
     if thought.strip():
         content = f"<think>\n{thought.strip()}\n</think>\n\n{content.lstrip()}"
-    begun, tag, _ = content.partition("</think>")
-    if not (tag and begun.replace("<think>", "").strip()):
+    inside, tag, _ = content.partition("</think>")
+    if not (tag and inside.replace("<think>", "").strip()):
         return None
+    if begun:
+        content = content.removeprefix("<think>").lstrip("\n")
     return {key: value for key, value in message.items() if key not in THOUGHTS} | {"content": hide(content)}
 
 

@@ -34,7 +34,7 @@ class Layout:
         self._messages, self._text, self._marks = marked, text, marks
         # After a message of a role: the generation prompt; after the assistant's content: the end of its turn.
         self._prompts: dict[str, str] = {}
-        self._ending: str | None = None
+        self._ending = ""
 
     def anchor(self, i: int) -> Mark:
         """The mark of a message that its end is looked for from."""
@@ -81,12 +81,12 @@ class Layout:
         role = self._messages[i - 1]["role"] if i else ""
         known = self._prompts.get(role)
         near = max((mark for mark in self._marks if mark.message < i and mark.at <= first), default=None)
-        if known is not None and near is not None and near.message == i - 1 and self._text.startswith(known, near.at):
+        if known and near is not None and near.message == i - 1 and self._text.startswith(known, near.at):
             return near.at + len(known)
         try:
             asked, marks = read(self._renders(self._messages[:i], True))
         except BadRow:
-            return self._start_by_prompt(i, first)
+            return self._start_by_prompt(i, first, self._content_start(i))
         place, tail = 0, asked
         if marks:
             found = self._last_of(marks[-1], first)
@@ -97,32 +97,34 @@ class Layout:
             self._prompts[role] = tail
             return place + len(tail)
         if not i:
-            return self._start_by_prompt(i, first)
+            return self._start_by_prompt(i, first, self._content_start(i))
         shared = _common(tail, self._text[place : place + len(tail)])
         plain, own = read(self._renders(self._messages[:i], False))
         ended = plain[own[-1].at :] if own else plain
         start = min(self._border(place + shared), self._content_start(i))
-        if not tail.startswith(ended) or start <= place + len(ended):
-            raise self._lost(i)
-        return start
+        if tail.startswith(ended) and start > place + len(ended):
+            return start
+        return self._start_by_prompt(i, first, None)  # the message before it ends otherwise
 
-    def _start_by_prompt(self, i: int, first: int) -> int:
+    def _start_by_prompt(self, i: int, first: int, otherwise: int | None) -> int:
         """Where a message begins if the template does not ask for it alone: behind what it asks with elsewhere."""
         before = max((mark.at for mark in self._marks if mark.message < i and mark.at <= first), default=0)
         users = [n for n, message in enumerate(self._messages) if message["role"] == "user"]
         for count in (*(n + 1 for n in users[:1]), len(self._messages)):
             asked, plain = (read(self._renders(self._messages[:count], prompt))[0] for prompt in (True, False))
-            prompt = asked.removeprefix(plain)
-            if plain and len(prompt) < len(asked) and (at := self._text.rfind(prompt, before, first)) >= 0:
+            prompt = asked.removeprefix(plain) if plain and asked.startswith(plain) else ""
+            if prompt and (at := self._text.rfind(prompt, before, first)) >= 0:
                 return at + len(prompt)
-        return self._content_start(i)
+        if otherwise is None:
+            raise self._lost(i)
+        return otherwise
 
     def _end(self, i: int) -> int:
         """Where the text of the conversation up to a message ends: the longest beginning of it that the text has."""
         if i == len(self._messages) - 1:
             return len(self._text)
         anchor, plain = self.anchor(i), "tool_calls" not in self._messages[i]
-        if plain and self._ending is not None and self._text.startswith(self._ending, anchor.at):
+        if plain and self._ending and self._text.startswith(self._ending, anchor.at):
             return anchor.at + len(self._ending)
         try:
             upto, marks = read(self._renders(self._messages[: i + 1], False))

@@ -67,6 +67,20 @@ def waited_for(path: Path) -> Iterator[bool]:
         os.close(descriptor)
 
 
+def held(run_dir: Path) -> bool:
+    """Whether a process is training in a run folder; nobody is kept from beginning to."""
+    try:
+        descriptor = os.open(run_dir / NAME, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        return not lock_descriptor(descriptor, blocking=False)
+    except OSError:  # no locks there
+        return False
+    finally:
+        os.close(descriptor)
+
+
 def _require_there(descriptor: int, run_dir: Path) -> None:
     with suppress(OSError):
         if os.path.samestat(os.fstat(descriptor), os.stat(run_dir / NAME)):

@@ -1,6 +1,7 @@
 """A single-file HTML page about one training run: figures, curves, data, samples and provenance."""
 
 from pathlib import Path
+from typing import Any
 
 from jlora.reports.cards import Card, sample_cell, turns_of
 from jlora.reports.charts import MOST_DOTS, Chart, Line, chart, smoothed
@@ -24,28 +25,31 @@ def write_report(run_dir: Path, out: Path | None = None) -> Path:
     """
     run = read_run(Path(run_dir))
     path = out or Path(run_dir) / "report.html"
-    status = str(run.summary.get("status"))
-    page = render(
-        "report.html",
-        run=run,
-        facts=heading(run),
-        state=status if status in STATUS else "",
-        status=STATUS.get(status, status),
-        note=_note(run),
-        change=_change(run),
-        share=_share(run),
-        charts=_charts(run),
-        data=_data(run),
-        cards=_cards(run),
-        origin=[
-            (f"{name} {what}", str(value))
-            for key, what in (("versions", "version"), ("hashes", "hash"))
-            for name, value in run.summary[key].items()
-            if value is not None
-        ],
-    )
-    write_page(path, page)
+    origin = [
+        (f"{name} {what}", str(value))
+        for key, what in (("versions", "version"), ("hashes", "hash"))
+        for name, value in run.summary[key].items()
+        if value is not None
+    ]
+    write_page(path, render("report.html", origin=origin, **told(run)))
     return path
+
+
+def told(run: RunFiles) -> dict[str, Any]:
+    """What a page tells of a run, by the names that the templates know."""
+    status = str(run.summary.get("status"))
+    return {
+        "run": run,
+        "facts": heading(run),
+        "state": status if status in STATUS else "",
+        "status": STATUS.get(status, status),
+        "note": _note(run),
+        "change": _change(run),
+        "share": _share(run),
+        "charts": _charts(run),
+        "data": _data(run),
+        "cards": _cards(run),
+    }
 
 
 def _note(run: RunFiles) -> str:

@@ -38,7 +38,7 @@ def compare(folders: list[Path]) -> str:
         lead=f"{lowest}Lines of training loss are smoothed.",
         figures=(HEADS, [(run.name, *_figures(run)) for run in runs]),
         charts=_charts(runs),
-        differences=(["Key", *names], _differences(runs)),
+        differences=(["Key", *names], [[key, *values] for key, values in differences(runs)]),
         samples=_samples(runs),
     )
 
@@ -72,11 +72,12 @@ def _charts(runs: list[RunFiles]) -> list[Chart]:
     return charts
 
 
-def _differences(runs: list[RunFiles]) -> list[list[str]]:
+def differences(runs: list[RunFiles]) -> list[tuple[str, list[str]]]:
+    """The keys in which the configs of runs differ, with each run's value; the folder is none."""
     configs = [dotted(run.keys()) for run in runs]
     keys = dict.fromkeys(key for config in configs for key in config if key != "output_dir")
-    rows = [[key, *(yaml_scalar(config[key]) if key in config else "–" for config in configs)] for key in keys]
-    return [row for row in rows if len({*row[1:]}) > 1]
+    rows = [(key, [yaml_scalar(config[key]) if key in config else "–" for config in configs]) for key in keys]
+    return [(key, values) for key, values in rows if len({*values}) > 1]
 
 
 def _samples(runs: list[RunFiles]) -> list[Card]:

@@ -19,7 +19,7 @@ from jlora.training.metrics import read_metrics
 
 def kills(campaign: Campaign, count: int) -> str:
     """kill -9 at random moments, over run after run."""
-    killed = runs = while_saving = 0
+    killed = runs = while_saving = resumed = 0
     while killed < count and not campaign.over():
         runs += 1
         run_dir = campaign.folder / f"run{runs}"
@@ -36,6 +36,7 @@ def kills(campaign: Campaign, count: int) -> str:
             began = began_at(campaign.log(run_dir))
             if began not in (None, before):
                 raise Lost(f"{run_dir}: checkpoint {before} was committed, the next start went on from {began}")
+            resumed += bool(began)
             steps = committed(run_dir)
             if max(steps, default=0) < before or (run_dir / "quarantine").exists():
                 raise Lost(f"{run_dir}: checkpoint {before} was committed, and now there are {steps}")
@@ -43,7 +44,11 @@ def kills(campaign: Campaign, count: int) -> str:
             if code and (run_dir / "checkpoints").is_dir():
                 while_saving += any(not path.name.isdecimal() for path in (run_dir / "checkpoints").iterdir())
         campaign.require_equal(run_dir)
-    return f"{killed} kills over {runs} runs, {while_saving} while a checkpoint was written or deleted"
+    if not resumed:
+        raise Lost(f"none of {killed} starts said from which step it resumed, so nothing was shown")
+    return (
+        f"{killed} kills over {runs} runs, {while_saving} while a checkpoint was written or deleted, {resumed} resumes"
+    )
 
 
 CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate")

@@ -153,7 +153,7 @@ def committed(run_dir: Path) -> list[int]:
 def began_at(log: Path) -> int | None:
     """The step from which the start in a log went on; None if it did not come as far as to say so."""
     text = log.read_text(encoding="utf-8") if log.exists() else ""
-    said = re.search(r"^\d+ steps(?:, going on from step (\d+))?$", text, flags=re.MULTILINE)
+    said = re.search(r"^\d+ steps?(?:, resumed from step (\d+))?$", text, flags=re.MULTILINE)
     return None if said is None else int(said[1] or 0)
 
 

@@ -34,8 +34,8 @@ FLAGS = {
         *("--adapter", "--adapters", "--base", "--combination", "--rank", "--step", "--out", "--merge", "--dtype"),
         *("--cost", "--verify", "-q", "--json"),
     ],
-    "report": ["--out", "-q"],
-    "runs": ["--json"],
+    "report": ["--out", "--watch", "--port", "-q"],
+    "runs": ["--json", "--html"],
     "init": ["--data", "--base", "--eval", "--out", "-q"],
     "config": ["--schema", "--from", "--devices", "--out", "--json"],
 }

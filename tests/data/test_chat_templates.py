@@ -1,9 +1,13 @@
 """Published templates x rows of every shape: ids as transformers', masks as transformers' and TRL's."""
 
 import itertools
+import re
+from dataclasses import replace
 
 import pytest
-from chat_templates import PUBLISHED, SHAPES, answer, encode, ours, shown, theirs
+from chat_templates import PUBLISHED, SHAPES, answer, encode, ours, shown, theirs, user
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 
 from jlora.data.row import BadRow
 
@@ -142,3 +146,97 @@ def test_located_turns_are_those_that_trl_marks(name, shape):
         return
     tokens = [theirs(name).decode([token]) for token in expected.input_ids]
     assert example.trained.tolist() == corrected(name, row, tokens, expected.assistant_masks)
+
+
+# Ways of templates, made small: `[role]` begins a turn and `<|end|>` ends it, which is a token.
+HEAD = "{{ '[' + m.role + ']' + (m.content or '') "
+ASKED = "{% if add_generation_prompt %}{{ '[assistant]' }}{% endif %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        # The end of a turn is written by what follows it, so that of the last turn is not.
+        (
+            "{% for m in messages %}{{ '<|end|>' if not loop.first }}" + HEAD + "}}{% endfor %}"
+            "{% if add_generation_prompt %}{{ '<|end|>[assistant]' }}{% endif %}",
+            "[user] a \n<|end|>[assistant]⟦ b \n⟧<|end|>[user]c<|end|>[assistant]⟦d⟧",
+        ),
+        # A user's turn is ended otherwise if it is the last.
+        (
+            "{% for m in messages %}" + HEAD + "+ ('' if loop.last and m.role == 'user' else '<|end|>') }}{% endfor %}"
+            + ASKED,
+            "[user] a \n<|end|>[assistant]⟦ b \n<|end|>⟧[user]c<|end|>[assistant]⟦d<|end|>⟧",
+        ),
+        # The last turn alone has another end, and white space stands behind every end.
+        (
+            "{% for m in messages %}" + HEAD + "+ '<|end|>\n' }}{% endfor %}"
+            "{% if add_generation_prompt %}{{ '[assistant]' }}{% else %}{{ '<|endoftext|>' }}{% endif %}",
+            "[user] a \n<|end|>\n[assistant]⟦ b \n<|end|>⟧\n[user]c<|end|>\n[assistant]⟦d<|end|>\n<|endoftext|>⟧",
+        ),
+        # The generation prompt begins something that is not in the text.
+        (
+            "{% for m in messages %}" + HEAD + "+ '<|end|>' }}{% endfor %}"
+            "{% if add_generation_prompt %}{{ '[assistant] <think>\n' }}{% endif %}",
+            "[user] a \n<|end|>[assistant]⟦ b \n<|end|>⟧[user]c<|end|>[assistant]⟦d<|end|>⟧",
+        ),
+        # Contents are looked at by their ends.
+        (
+            "{% for m in messages %}{% if m.content.endswith('c') %}{{ '!' }}{% endif %}" + HEAD + "+ '<|end|>' }}"
+            "{% endfor %}" + ASKED,
+            "[user] a \n<|end|>[assistant]⟦ b \n<|end|>⟧![user]c<|end|>[assistant]⟦d<|end|>⟧",
+        ),
+        # No turn is headed, and nothing is added to ask with.
+        (
+            "{% for m in messages %}{{ m.content + '<|end|>' }}{% endfor %}",
+            " a \n<|end|>⟦ b \n<|end|>⟧c<|end|>⟦d<|end|>⟧",
+        ),
+        # The generation prompt stands behind every conversation, so that no answer shows where it begins.
+        ("{% for m in messages %}" + HEAD + "+ '<|end|>' }}{% endfor %}{{ '[assistant]?' }}", None),
+    ],
+)  # fmt: skip
+def test_ways_of_templates(template, expected):
+    row = {"messages": [user(" a \n"), answer(" b \n"), user("c"), answer("d")]}
+    tokenizer = replace(ours("phi3"), chat_template=template)
+    if expected is None:
+        with pytest.raises(BadRow) as caught:
+            encode(tokenizer, row)
+        assert caught.value.reason == "unstable_template" and "{% generation %}" in caught.value.message
+    else:
+        assert shown("phi3", encode(tokenizer, row)) == expected
+
+
+def test_a_tag_that_the_template_writes_is_not_written_twice():
+    template = (
+        "{% for m in messages %}{{ '[' + m.role + ']' + ('<think>\n' if m.role == 'assistant' and loop.last else '') "
+        "+ m.content.split('</think>')[-1] + '<|end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '[assistant]<think>\n' }}{% endif %}"
+    )
+    tokenizer = replace(ours("phi3"), chat_template=template)
+    for message in (answer("4", reasoning_content="two"), answer("<think>\ntwo\n</think>\n\n4")):
+        example = encode(tokenizer, {"messages": [user("2+2?"), message]})
+        assert shown("phi3", example) == "[user]2+2?<|end|>[assistant]<think>\n⟦two\n</think>\n\n4<|end|>⟧"
+
+
+TEXTS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.tuples(TEXTS, TEXTS), min_size=1, max_size=3))
+def test_whatever_stands_in_the_turns(rounds):
+    """What is trained decodes to the answers, however they look, and the text is that of transformers."""
+    rounds = [pair for pair in rounds if all(text.strip() and not ERRATIC.search(text) for text in pair)]
+    assume(rounds)
+    turns = [turn for asked, told in rounds for turn in (user(asked), answer(told))]
+    example = encode(ours("qwen2_5"), {"messages": turns})
+    assert example.ids.tolist() == by_transformers("qwen2_5", {"messages": turns}).input_ids
+    answers = [shown_part(example, start, end) for start, end in runs(example.trained.tolist())]
+    assert answers == [told + "<|im_end|>" for _, told in rounds]
+
+
+# What `check_text` refuses, and reasoning, which is another test's.
+ERRATIC = re.compile("[\ufdd0-\ufdef]|think>|<[|]")
+
+
+def shown_part(example, start, end):
+    return theirs("qwen2_5").decode(example.ids[start:end].tolist())

@@ -19,6 +19,7 @@ from jlora.evaluation.strategies import choose
 from jlora.reports.answers import write_comparison
 from jlora.reports.data import render
 from jlora.reports.effort import write_effort
+from jlora.reports.index import write_index
 from jlora.reports.rows import look
 from jlora.reports.run import write_report
 from jlora.reports.runs import compare
@@ -97,6 +98,16 @@ def effort_page(folder: Path) -> Path:
     return folder / "effort.html"
 
 
+def index_page(folder: Path) -> Path:
+    names = ("rank-8", "a-run-with-a-name-as-long-as-people-give-them-when-they-try-many-settings", "last", "sweep/a")
+    runs = [make_run(folder / name, 3 - i / 2, 8 * (i + 1)) for i, name in enumerate(names)]
+    write_report(runs[0])
+    (runs[2] / "summary.json").unlink()
+    runs += [make_run(folder / "more" / f"seed-{i}", 2, 8) for i in range(4)]
+    write_index(folder / "index.html", runs)
+    return folder / "index.html"
+
+
 # A page more is a line more: who makes it, in an empty folder, and how many charts it has.
 PAGES: dict[str, tuple[Callable[[Path], Path], int]] = {
     "report": (report_page, 4),
@@ -104,6 +115,7 @@ PAGES: dict[str, tuple[Callable[[Path], Path], int]] = {
     "data": (data_page, 2),
     "judged": (judged_page, 0),
     "effort": (effort_page, 4),
+    "index": (index_page, 0),
 }
 WIDTHS = (390, 1280)
 ACROSS = {"training step", "tokens in a sequence", "minutes of training (wall time)"}
@@ -120,7 +132,7 @@ def test_page_is_laid_out_well(name, tmp_path):
         if kept := os.environ.get("JLORA_SCREENSHOTS"):
             Path(kept).mkdir(parents=True, exist_ok=True)
             browser.screenshot(page, width, found["height"], Path(kept).resolve() / f"{name}-{width}.png", tmp_path)
-        assert found["wide"] == width and found["height"] > 800
+        assert found["wide"] == width and found["height"] > 500
         assert found["wrong"] == [] and found["small"] == []
         assert len(found["charts"]) == num_charts
         for chart in found["charts"]:

@@ -1,7 +1,14 @@
-"""Run folders of others, compared."""
+"""Run folders of others, compared, and an index of them."""
+
+import json
+import re
 
 import pytest
+from report_pages import Page, make_run
 
+import jlora.runs
+from jlora.reports.index import HEIGHT, WIDTH, sparkline, write_index
+from jlora.reports.run import write_report
 from jlora.reports.runs import compare
 
 ANCHORS = "a: &a {x: 1, y: 2}\n" + "".join(
@@ -25,3 +32,47 @@ def test_a_hostile_config_is_left_out_of_the_comparison(name, tmp_path):
         (tmp_path / run / "config.yaml").write_text(text, encoding="utf-8")
         (tmp_path / run / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n', encoding="utf-8")
     assert "lora.rank" in compare([tmp_path / "good", tmp_path / "bad"])
+
+
+def test_an_index_leads_to_each_run(tmp_path):
+    folders = [make_run(tmp_path / "runs" / name, scale, rank) for name, scale, rank in (("a", 3, 4), ("b<i>", 2, 8))]
+    write_report(folders[1])
+    write_index(tmp_path / "index.html", folders)
+    markup = (tmp_path / "index.html").read_text(encoding="utf-8")
+    page = Page(markup)
+    assert page.problems == [] and "b<i>" in page.text
+    assert [attrs["href"] for tag, attrs in page.tags if tag == "a"] == ["./runs/b%3Ci%3E/report.html"]
+    assert page.text.count("lora.rank 4") == page.text.count("lora.rank 8") == 1 and "lora.alpha" not in page.text
+    assert markup.index("2.5000 → 1.0968") < markup.index('class="best"') < markup.index("2.5000 → 1.0645")
+    assert len(re.findall('class="spark"', markup)) == 2
+
+
+def test_an_index_of_broken_runs(tmp_path):
+    for name, text in (("bad", CONFIGS["anchors"]), ("empty", "")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.yaml").write_text(text, encoding="utf-8")
+        (tmp_path / name / "metrics.jsonl").write_text('{"step": 1, "loss": null}\n[', encoding="utf-8")
+    write_index(tmp_path / "index.html", [tmp_path / "bad", tmp_path / "empty"])
+    assert Page((tmp_path / "index.html").read_text(encoding="utf-8")).problems == []
+
+
+def test_a_sparkline_fills_its_box():
+    spots = sparkline([(float(step), 5.0 - step / 10) for step in range(1, 31)] + [(31.0, None)])
+    assert spots[0] == (1.0, 1.0) and spots[-1] == (WIDTH - 1, HEIGHT - 1)
+    assert sparkline([(1.0, 2.0)]) == [] and {y for _, y in sparkline([(1.0, 2.0), (2.0, 2.0)])} == {HEIGHT - 1.0}
+
+
+def test_the_command_writes_the_index(tmp_path, capsys, monkeypatch):
+    make_run(tmp_path / "runs" / "a", 2, 4)
+
+    def listed(*arguments):
+        monkeypatch.setattr("sys.argv", ["jlora runs", str(tmp_path / "runs"), *arguments])
+        with pytest.raises(SystemExit) as ended:
+            jlora.runs.main()
+        assert ended.value.code == 0
+        return capsys.readouterr().out
+
+    page = tmp_path / "index.html"
+    assert listed("--html", str(page)).strip() == str(page) and "Runs" in Page(page.read_text(encoding="utf-8")).text
+    page.unlink()
+    assert json.loads(listed("--html", str(page), "--json"))[0]["steps"] == 40 and page.is_file()

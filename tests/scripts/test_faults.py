@@ -1,11 +1,17 @@
 """The table of fault cases names tests that exist; the campaigns of scripts/faults, a little of each (slow)."""
 
+import importlib
+import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
+
+from jlora.training import opening
 
 ROOT = Path(__file__).parents[2]
 TABLE = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
@@ -37,6 +43,26 @@ def campaign(name: str, count: int) -> str:
         pytest.skip(done.stdout)
     assert "0 commits lost" in done.stdout
     return done.stdout
+
+
+@pytest.mark.parametrize("start", [0, 12])
+def test_campaigns_read_where_a_start_began(tmp_path, monkeypatch, start):
+    """What `train` says of it, which a campaign that reads nothing there would take for no fault."""
+    monkeypatch.syspath_prepend(ROOT / "scripts" / "faults")
+    said: list[str] = []
+    cfg = SimpleNamespace(
+        model=SimpleNamespace(path="base", quantization=None), data=SimpleNamespace(max_length=64, sources=[])
+    )
+    rows = SimpleNamespace(examples=[], read=0, dropped={}, truncated=0)
+    run = SimpleNamespace(
+        cfg=cfg, train_data=rows, pretrained=SimpleNamespace(base={}), state=SimpleNamespace(trained={}), kernel="x",
+        num_steps=40, start=start,
+    )  # fmt: skip
+    opening.announce.__wrapped__(run, SimpleNamespace(say=said.append))
+    (tmp_path / "log").write_text("\n".join(said) + "\n")
+    with mock.patch.dict(os.environ), mock.patch.object(sys, "path", [*sys.path]):  # which it sets for campaigns
+        trials = importlib.import_module("trials")
+    assert trials.began_at(tmp_path / "log") == start
 
 
 @pytest.mark.slow

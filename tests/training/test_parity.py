@@ -135,7 +135,7 @@ def test_weights_of_rows_are_those_of_torch(tiny, tmp_path, record_property):
     for i, row in enumerate(rows):
         row["weight"] = (0.0, 0.5, 1.0, 3.0)[i % 4] if i < 12 else 0.002 * (i % 5)
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    held_out = [{**row, "instruction": f"Now {row['instruction']}"} for row in rows]
+    held_out = [{**row, "prompt": f"Now {row['prompt']}"} for row in rows]
     (tmp_path / "held.jsonl").write_text("".join(json.dumps(row) + "\n" for row in held_out))
     data = {"train": str(tmp_path / "rows.jsonl"), "eval": str(tmp_path / "held.jsonl"), "on_bad_row": "skip"}
     sections = {"training": {"max_steps": 6, "gradient_accumulation_steps": 2}, "optimizer": {"learning_rate": 5e-4}}
