@@ -9,10 +9,6 @@ from pathlib import Path
 from jlora import cli
 from jlora.errors import ConfigError
 from jlora.files.paths import require_own
-from jlora.reports.answer_files import MOST_FILES, compare_files
-from jlora.reports.page import write_page
-from jlora.reports.run import write_report
-from jlora.reports.runs import MOST_RUNS, compare
 from jlora.runtime import streams
 
 
@@ -33,7 +29,7 @@ def main() -> None:
         type="path",
         nargs="+",
         metavar="RUN",
-        help="run folder; or files that jlora generate --json has printed",
+        help="run folder; or files of answers, as jlora generate prints them as JSON",
     )
     parser.add_argument(
         "--out", type="path", metavar="FILE", help="HTML file; default for one run: its own report.html"
@@ -46,9 +42,13 @@ def main() -> None:
     args = parser.parse_args()
 
     def body() -> None:
+        from jlora.reports.page import write_page
+        from jlora.reports.run import write_report
+        from jlora.reports.runs import MOST_RUNS, compare
+
         runs = [Path(run) for run in args.runs]
         if all(run.is_file() for run in runs):
-            return compare_answers(runs, args.out)
+            return compare_answers(runs, args.out, args.quiet)
         if args.port is not None and not args.watch:
             raise ConfigError("--port is of --watch; add it, or leave --port out")
         if not 0 <= (args.port or 0) < 2**16:
@@ -88,15 +88,18 @@ def watch(runs: list[Path], port: int, out: str | None) -> None:
     serve(runs[0], port, tell)
 
 
-def compare_answers(files: list[Path], out: str | None) -> None:
+def compare_answers(files: list[Path], out: str | None, quiet: bool) -> None:
     """Write the page of some files of answers."""
+    from jlora.reports.answer_files import MOST_FILES, compare_files
+
     if not out:
         raise ConfigError("answers are compared in one page; name it with --out FILE")
     if len(files) > MOST_FILES:
         raise ConfigError(f"{len(files)} files of answers are too many for one page; name at most {MOST_FILES}")
     compare_files(Path(out), files)
-    with streams.told():
-        print(out)
+    if not quiet:
+        with streams.told():
+            print(out)
 
 
 if __name__ == "__main__":
