@@ -1,11 +1,15 @@
 """Pages as a browser lays them out: headless Chromium, a probe script within the page, and screenshots."""
 
+import base64
 import html
 import json
+import os
 import re
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -126,3 +130,53 @@ def screenshot(page: Path, width: int, height: int, out: Path, folder: Path) -> 
     window = f"--window-size={max(width, 500)},{height}"
     _run(window, f"--screenshot={out}", _framed(page, [(width, height)], "", folder).as_uri())
     return out
+
+
+@contextmanager
+def open_page(url: str) -> Iterator[Any]:
+    """A page of a server, alive: yields a function that asks Chromium over its debugging pipe, such as
+    `ask("Runtime.evaluate", expression="1 + 1")`; see the Chrome DevTools Protocol."""
+    (theirs_in, ours_out), (ours_in, theirs_out) = os.pipe(), os.pipe()
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
+        # Chromium reads descriptor 3 and writes 4.
+        shell = f'exec "$@" 3<&{theirs_in} 4>&{theirs_out}'
+        command = (str(find()), *FLAGS, f"--user-data-dir={profile}", "--remote-debugging-pipe", "about:blank")
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        with subprocess.Popen(
+            ["bash", "-c", shell, "-", *command], pass_fds=(theirs_in, theirs_out), **quiet
+        ) as chromium:
+            os.close(theirs_in)
+            os.close(theirs_out)
+            with open(ours_in, "rb") as answers, open(ours_out, "wb", buffering=0) as questions:
+                left, number, session = b"", 0, {}
+
+                def ask(method: str, **parameters: Any) -> dict[str, Any]:
+                    nonlocal left, number
+                    number += 1
+                    question = {"id": number, "method": method, "params": parameters} | session
+                    questions.write(json.dumps(question).encode() + b"\0")
+                    while True:
+                        while b"\0" not in left:
+                            some = os.read(answers.fileno(), 65536)
+                            assert some, "Chromium has ended"
+                            left += some
+                        message, _, left = left.partition(b"\0")
+                        found = json.loads(message)
+                        if found.get("id") == number:
+                            assert "error" not in found, found
+                            return found["result"]
+
+                target = ask("Target.createTarget", url=url)["targetId"]
+                session = {"sessionId": ask("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]}
+                yield ask
+                session = {}
+                ask("Browser.close")
+            chromium.wait(30)
+
+
+def picture(ask: Any, width: int, height: int, dark: bool, out: Path) -> None:
+    """A PNG of a page that is open."""
+    ask("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600)
+    scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+    ask("Emulation.setEmulatedMedia", features=[scheme])
+    out.write_bytes(base64.b64decode(ask("Page.captureScreenshot")["data"]))

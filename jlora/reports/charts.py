@@ -189,7 +189,7 @@ def _axis(low: float, high: float, least: float) -> tuple[float, int, int]:
 def _labels(step: float, first: int, last: int) -> tuple[list[str], str]:
     """Labels that fit beside the axis, and the power of ten that stands above it for all: 2.0 and ×10⁻⁴."""
     power = math.floor(math.log10(max(abs(first), abs(last)) * step) + 1e-9)
-    power = 0 if -3 < power < 5 else power
+    power = 0 if -2 < power < 5 else power  # as the ticks of any learning rate
     decimals = max(0, power - math.floor(math.log10(step) + 1e-9))
     labels = [f"{k * step / 10.0**power:,.{decimals}f}".replace("-", "−") for k in range(first, last + 1)]
     exponent = str(power).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))

@@ -46,6 +46,8 @@ def render(title: str, report: dict[str, Any], rows: list[Shown]) -> str:
 def _rows(sets: dict[str, dict[str, Any]]) -> Table:
     reasons = sorted({reason for found in sets.values() for reason in found["dropped"]})
     rows = [[name, *(f"{found[key]:,}" for found in sets.values())] for key, name in COUNTS.items()]
+    if "held_out" in sets["train"]:
+        rows.insert(1, ["of them held out", f"{sets['train']['held_out']:,}", *[""] * (len(sets) - 1)])
     rows += [[f"tokens, {k}", *(f"{found['lengths'][key]:,}" for found in sets.values())] for key, k in LENGTHS.items()]
     rows += [[f"dropped: {k}", *(f"{found['dropped'].get(k, 0):,}" for found in sets.values())] for k in reasons]
     return ["", *(f"data.{name}" for name in sets)], rows

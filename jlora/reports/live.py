@@ -86,7 +86,7 @@ class Followed:
         if training:
             shown |= {"state": "training", "status": "training"}
         elif run.summary.get("status") is None:
-            shown |= {"state": "warning", "status": "stopped, can be resumed"}
+            shown |= {"state": "warning", "status": "stopped, can be resumed" if run.records else "has not begun"}
         return page.render("live.html", **shown)
 
 

@@ -56,6 +56,8 @@ def look(cfg: Config, num_rows: int) -> Seen:
         report[name] = describe(dataset, found)
         checks += check(dataset, found, cfg, name)
     report["train"]["batches"] = count_batches(train_data, cfg)
+    if eval_data is not None and isinstance(cfg.data.eval, float):  # a part of the rows that were read
+        report["train"]["held_out"] = len(eval_data.examples)
     if eval_data is not None:
         checks += check_overlap(train_data, eval_data)
     _, num_steps = plan_steps(cfg, train_data)

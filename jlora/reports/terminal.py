@@ -42,8 +42,9 @@ def print_report(report: dict[str, Any], rows: list[Shown], console: Console) ->
 
 def _print_set(name: str, found: dict[str, Any], say: Any) -> None:
     lengths = found["lengths"]
+    held_out = f" ({found['held_out']:,} of them held out)" if "held_out" in found else ""
     say(
-        f"{name}: {found['rows']:,} rows, {found['examples']:,} sequences, {found['tokens']:,} tokens, "
+        f"{name}: {found['rows']:,} rows{held_out}, {found['examples']:,} sequences, {found['tokens']:,} tokens, "
         f"{found['trained_tokens']:,} of them trained ({found['trained_tokens'] / found['tokens']:.1%})"
     )
     say(

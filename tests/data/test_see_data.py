@@ -88,6 +88,7 @@ def test_figures_are_those_of_the_batches(config, base, tmp_path):
     train_data, eval_data = read_data(cfg, load_tokenizer(base, None))
     lengths = [len(example.ids) for example in train_data.examples]
     found = seen.report["train"]
+    assert found["held_out"] == len(eval_data.examples)
     assert found["rows"] == 24 and found["examples"] == len(lengths) == 24 - len(eval_data.examples)
     assert found["tokens"] == sum(lengths) and found["lengths"]["max"] == max(lengths)
     assert found["trained_tokens"] == sum(int(example.trained.sum()) for example in train_data.examples)

@@ -83,3 +83,9 @@ def test_a_page_says_its_values(tmp_path):
     assert page.problems == [] and sum(dict(attrs).get("class") == "at" for _, attrs in page.tags) == 4 * 3
     for words in ("step 1", "train 3", "train 5"):
         assert words in page.text
+
+
+def test_rates_have_ticks_of_one_kind():
+    for rate, power in ((5e-3, "⁻³"), (0.01, "⁻²"), (2e-4, "⁻⁴")):
+        assert chart("Learning rate", "rate", [Line("train", "", [(1.0, rate)])], (0, 1)).unit == f"rate, ×10{power}"
+    assert chart("Gradient norm", "norm", [Line("train", "", [(1.0, 0.5)])], (0, 1)).unit == "norm"
