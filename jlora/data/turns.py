@@ -144,7 +144,8 @@ class Layout:
 
     def _end_by_token(self, i: int, start: int) -> int:
         """Where a message ends if the template does not write it as the last: with the next special token."""
-        after = min(mark.at for mark in self._marks if mark.message > i and mark.at >= start)
+        later = [mark.at for mark in self._marks if mark.message > i and mark.at >= start]
+        after = min(later, default=len(self._text))
         ends = [
             at + len(token) for token in self._tokenizer.specials if (at := self._text.find(token, start, after)) >= 0
         ]

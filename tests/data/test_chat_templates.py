@@ -206,6 +206,17 @@ def test_ways_of_templates(template, expected):
         assert shown("phi3", encode(tokenizer, row)) == expected
 
 
+def test_a_template_that_wants_a_user_before_anything_else():
+    """So a first turn of the assistant's cannot be rendered alone, nor be asked for."""
+    template = (
+        "{% if not messages | selectattr('role', 'equalto', 'user') | list %}{{ raise_exception('none') }}{% endif %}"
+        "{% for m in messages %}" + HEAD + "+ '<|end|>' }}{% endfor %}" + ASKED
+    )
+    row = {"messages": [{"role": "system", "content": "x"}, answer(" a "), user("b"), answer("c")]}
+    found = shown("phi3", encode(replace(ours("phi3"), chat_template=template), row))
+    assert found == "[system]x<|end|>[assistant]⟦ a <|end|>⟧[user]b<|end|>[assistant]⟦c<|end|>⟧"
+
+
 def test_a_tag_that_the_template_writes_is_not_written_twice():
     template = (
         "{% for m in messages %}{{ '[' + m.role + ']' + ('<think>\n' if m.role == 'assistant' and loop.last else '') "
