@@ -7,8 +7,11 @@ import torch
 from tiny import LLAMA3_ROPE, OFF_DEFAULT, save_random
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
     GPT2Config,
     LlamaConfig,
+    Phi3Config,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2Config,
@@ -16,6 +19,8 @@ from transformers import (
 )
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 523.0}
+PLAIN = {"rope_type": "default"}
+LINEAR = {"rope_type": "linear", "factor": 3.0, "rope_theta": 523.0}
 WINDOWED = {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 0}
 
 # Shorter than what is decoded in tests, and the windows shorter than both.
@@ -38,9 +43,29 @@ FAMILIES: dict[str, PreTrainedConfig] = {
         **{"vocab_size": 300, "n_embd": 48, "n_layer": 3, "n_head": 4, "n_positions": 90, "initializer_range": 0.2},
         **{"bos_token_id": 1, "eos_token_id": 2},
     ),
+    "gemma3": Gemma3TextConfig(
+        **OFF_DEFAULT
+        | {"sliding_window": 7, "query_pre_attn_scalar": 23, "attention_bias": True}
+        | {"final_logit_softcapping": 9.0, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+        | {"rope_parameters": {"sliding_attention": PLAIN | {"rope_theta": 91.0}, "full_attention": LINEAR}},
+        hidden_activation="gelu",
+    ),
+    "gemma3_pattern_tied": Gemma3TextConfig(
+        **OFF_DEFAULT | {"tie_word_embeddings": True, "sliding_window": 9, "sliding_window_pattern": 2},
+    ),
+    "gemma2": Gemma2Config(
+        **OFF_DEFAULT
+        | {"sliding_window": 7, "query_pre_attn_scalar": 23, "attn_logit_softcapping": 3.0}
+        | {"final_logit_softcapping": 5.0, "hidden_activation": "gelu"}
+    ),
+    "phi3": Phi3Config(
+        **OFF_DEFAULT
+        | {"sliding_window": 7, "hidden_act": "gelu", "pad_token_id": 0, "head_dim": 8, "num_key_value_heads": 3}
+        | {"rope_parameters": PLAIN | {"rope_theta": 91.0, "partial_rotary_factor": 0.75}}
+    ),
 }
 # One of each family, its windows, ropes and biases there.
-ONE_EACH = ("llama_biased", "qwen2_windowed_yarn", "qwen3", "gpt2")
+ONE_EACH = ("llama_biased", "qwen2_windowed_yarn", "qwen3", "gpt2", "gemma3", "gemma2", "phi3")
 
 
 def make_family(folder: Path, name: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:

@@ -26,7 +26,7 @@ class ModelSection(Section):
 
     path: NonEmpty = Field(
         description="base model: a Hugging Face folder, a .gguf file or a hub name; for plan also llama2-7b, -13b, "
-        "-70b, qwen3-8b, -32b, gpt2 to gpt2-xl, distilgpt2"
+        "-70b, qwen3-8b, -32b, gemma3-12b, -27b, phi4-14b, gpt2 to gpt2-xl, distilgpt2"
     )
     tokenizer: str | None = Field(None, description="another folder for the tokenizer, where the base has none")
     dtype: Dtype = Field(

@@ -279,8 +279,9 @@ def judge(model: Adapted, way: Strategy, rows: Rows, cfg: Config, options: Optio
     longest = max(len(example.ids) for example in asked.dataset.examples)
     length = max(cfg.data.max_length, -(-longest // LENGTH_STEP) * LENGTH_STEP)
     section = cfg.data.model_copy(update={"max_length": length})
-    device, head_dim = mesh.devices.flat[0], pretrained.base.cfg.head_dim
-    _, kernel = attention.choose(cfg.model.attention, device, head_dim, length, dtype, section.one_segment)
+    device, shape = mesh.devices.flat[0], pretrained.base.cfg
+    head_dim, softcap = shape.head_dim, shape.attention_softcap
+    _, kernel = attention.choose(cfg.model.attention, device, head_dim, length, dtype, section.one_segment, softcap)
     size = cfg.training.batch_size // cfg.training.gradient_accumulation_steps
     evaluator = Evaluator(asked.dataset, section, size, Forward(kernel, "none", dtype, token_accuracy=True), mesh)
     figures = evaluator.measure(pretrained.base, model.adapter)

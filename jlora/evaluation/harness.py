@@ -187,7 +187,7 @@ class JloraLM(LM or object):  # type: ignore[misc]
         base, dtype = self.model.pretrained.base, self.model.dtype
         if width not in self._steps:
             device, head_dim = self._mesh.devices.flat[0], base.cfg.head_dim
-            _, kernel = attention.choose("auto", device, head_dim, width, dtype, one_segment=True)
+            _, kernel = attention.choose("auto", device, head_dim, width, dtype, True, base.cfg.attention_softcap)
             self._steps[width] = jax.jit(Forward(kernel, "none", dtype).by_token)
         with jax.set_mesh(self._mesh):
             names = Batch.__annotations__

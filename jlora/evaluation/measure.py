@@ -54,8 +54,9 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         if not args.quiet:
             longest = max(len(one.ids) for row in dataset.examples for one in row.sequences())
             warn_of_length(pretrained.source, f"a row of {longest} tokens", longest)
-        device, head_dim = mesh.devices.flat[0], pretrained.base.cfg.head_dim
-        _, kernel = attention.choose("auto", device, head_dim, section.max_length, model.dtype, section.one_segment)
+        device, shape = mesh.devices.flat[0], pretrained.base.cfg
+        shapes = shape.head_dim, section.max_length, model.dtype, section.one_segment
+        _, kernel = attention.choose("auto", device, *shapes, shape.attention_softcap)
         forward = Forward(kernel, "none", model.dtype, objective, token_accuracy=True)
         evaluator = Evaluator(dataset, section, args.batch_size, forward, mesh)
         questions: list[Question] = []

@@ -1,103 +1,19 @@
 """What a Hugging Face config.json says of a model: its shape and numerics, or why they are not supported.
 
-A family is a class of transformers, some defaults of its own, and nothing else: the tensors have the same names.
+What families differ in is their table's, `families.py`.
 """
 
 import math
 import sys
-from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
 from jlora.config import ATTENTION_PROJECTIONS, MLP_PROJECTIONS
 from jlora.errors import ModelError
-from jlora.model.config import GPT2, LLAMA, ModelConfig, ModuleNames
+from jlora.hf.families import FAMILIES, Family
+from jlora.model.config import ModelConfig, ModuleNames
 from jlora.model.rope import DynamicRope, LinearRope, Llama3Rope, Rope, RopeScaling, YarnRope
 
-
-@dataclass(frozen=True)
-class Family:
-    """A model type: its class in transformers, and what its config assumes where config.json is silent.
-
-    Attributes:
-      kv_heads, head_dim, sliding_window: None where there are as many as attention heads, as the hidden size has
-        for each, and no window.
-      windowed: config.json's `sliding_window` is read at all; with a switch, only where `use_sliding_window` is true,
-        and then from layer `max_window_layers` on.
-      biased: projections with a bias, whatever config.json says.
-      bias_keys: those of config.json that give projections a bias.
-      keys: of config.json, where they are not called as Llama's: ours -> theirs.
-      required: keys that change the numerics, with the value that is computed, which is also the default.
-    The others are fields of `ModelConfig`, or defaults of a key of that name.
-    """
-
-    architecture: str
-    max_position_embeddings: int
-    norm_eps: float = 1e-6
-    tied: bool = False
-    activation: str = "silu"
-    gated: bool = True
-    layer_norm: bool = False
-    fused: bool = False
-    learned_positions: bool = False
-    kv_heads: int | None = None
-    head_dim: int | None = None
-    windowed: bool = False
-    switch: bool = False
-    sliding_window: int | None = None
-    biased: tuple[str, ...] = ()
-    bias_keys: tuple[str, ...] = ()
-    qk_norm: bool = False
-    names: ModuleNames = LLAMA
-    keys: tuple[tuple[str, str], ...] = ()
-    required: tuple[tuple[str, Any], ...] = ()
-
-
-FAMILIES = {
-    "llama": Family("LlamaForCausalLM", 2048, bias_keys=("attention_bias", "mlp_bias")),
-    "mistral": Family("MistralForCausalLM", 4096 * 32, kv_heads=8, windowed=True, sliding_window=4096),
-    "qwen2": Family(
-        "Qwen2ForCausalLM",
-        32768,
-        kv_heads=32,
-        windowed=True,
-        switch=True,
-        sliding_window=4096,
-        biased=("q_proj", "k_proj", "v_proj"),
-    ),
-    "qwen3": Family(
-        "Qwen3ForCausalLM",
-        32768,
-        kv_heads=32,
-        head_dim=128,
-        windowed=True,
-        switch=True,
-        sliding_window=4096,
-        bias_keys=("attention_bias",),
-        qk_norm=True,
-    ),
-}
-FAMILIES["gpt2"] = Family(
-    "GPT2LMHeadModel",
-    1024,
-    norm_eps=1e-5,
-    tied=True,
-    activation="gelu_new",
-    gated=False,
-    layer_norm=True,
-    fused=True,
-    learned_positions=True,
-    biased=("qkv_proj", "o_proj", "up_proj", "down_proj"),
-    names=GPT2,
-    keys=(
-        *(("hidden_size", "n_embd"), ("num_hidden_layers", "n_layer"), ("num_attention_heads", "n_head")),
-        *(("intermediate_size", "n_inner"), ("max_position_embeddings", "n_positions")),
-        *(("hidden_act", "activation_function"), ("rms_norm_eps", "layer_norm_epsilon")),
-    ),
-    required=(
-        *(("scale_attn_weights", True), ("scale_attn_by_inverse_layer_idx", False), ("add_cross_attention", False)),
-    ),
-)
 # What transformers calls activations, and which of ours they are.
 ACTIVATIONS = {
     "silu": "silu",
@@ -114,7 +30,6 @@ BIAS_KEYS = {"attention_bias": ATTENTION_PROJECTIONS, "mlp_bias": MLP_PROJECTION
 ONLY_SUPPORTED: dict[str, tuple[Any, ...]] = {
     "model_type": tuple(FAMILIES),
     "hidden_act": (*ACTIVATIONS, None),
-    "partial_rotary_factor": (1, None),
     "quantization_config": (None,),
 }
 # What config.json calls layers in `layer_types`.
@@ -144,13 +59,17 @@ def parse_config(raw: dict[str, Any], where: str) -> ModelConfig:
     family = _family(raw, where)
     raw = raw | {ours: raw[theirs] for ours, theirs in family.keys if theirs in raw}
     _check_ignored(raw, family, where)
-    for field, allowed in (ONLY_SUPPORTED | {key: (value, None) for key, value in family.required}).items():
+    for field, allowed in (ONLY_SUPPORTED | _required(family)).items():
         if raw.get(field) not in allowed and (field in raw or None not in allowed):
             raise ModelError(f"{where}: {field}={raw.get(field)!r} changes the numerics and is not supported")
 
     def integer(field: str, fallback: int | None = None) -> int:
         value = raw.get(field)
         return _integer(fallback if value is None else value, field, where)
+
+    def real(field: str, fallback: float | None) -> float | None:
+        value = raw.get(field, fallback)
+        return None if value is None else _real(value, field, where)
 
     heads, hidden = integer("num_attention_heads"), integer("hidden_size")
     mlp = None if family.gated else 4 * hidden  # GPT-2's n_inner may be null
@@ -164,9 +83,7 @@ def parse_config(raw: dict[str, Any], where: str) -> ModelConfig:
     if not isinstance(tied, bool):
         raise ModelError(f"{where}: tie_word_embeddings must be true or false, not {tied!r}")
     positions = integer("max_position_embeddings", family.max_position_embeddings)
-    theta, scaling = _rope(raw, positions, where)
-    if isinstance(scaling, DynamicRope) and head_dim < 4:
-        raise ModelError(f"{where}: rope_scaling of type 'dynamic' needs a head_dim of at least 4, not {head_dim}")
+    kinds = _layer_kinds(raw, family, integer("num_hidden_layers"), where)
     return ModelConfig(
         vocab_size=integer("vocab_size"),
         hidden_size=hidden,
@@ -182,8 +99,14 @@ def parse_config(raw: dict[str, Any], where: str) -> ModelConfig:
         fused=family.fused,
         learned_positions=positions if family.learned_positions else None,
         qk_norm=family.qk_norm,
-        ropes=() if family.learned_positions else (Rope(theta, head_dim, scaling),),
-        windows=_windows(raw, family, where),
+        norm_offset=family.norm_offset,
+        post_norms=family.post_norms,
+        embedding_scale=math.sqrt(hidden) if family.scaled_embedding else 1.0,
+        query_scale=math.sqrt(head_dim / integer("query_pre_attn_scalar", 256)) if family.scaled_queries else 1.0,
+        attention_softcap=real("attn_logit_softcapping", family.attention_softcap) if family.soft_caps else None,
+        logits_softcap=real("final_logit_softcapping", family.logits_softcap) if family.soft_caps else None,
+        ropes=_ropes(raw, family, kinds, (positions, head_dim), where),
+        windows=_windows(raw, family, kinds, where),
         tie_word_embeddings=tied,
         biased=_biased(raw, family, where),
         names=family.names,
@@ -193,6 +116,11 @@ def parse_config(raw: dict[str, Any], where: str) -> ModelConfig:
 def module_names(raw: dict[str, Any]) -> ModuleNames:
     """What transformers calls the modules, also where `parse_config` will refuse the config."""
     return FAMILIES.get(str(raw.get("model_type")), FAMILIES["llama"]).names
+
+
+def _required(family: Family) -> dict[str, tuple[Any, ...]]:
+    whole = {} if family.partial_rotary else {"partial_rotary_factor": (1, None)}
+    return whole | {key: (value, None) for key, value in family.required}
 
 
 def _check_ignored(raw: dict[str, Any], family: Family, where: str) -> None:
@@ -235,22 +163,73 @@ def _family(raw: dict[str, Any], where: str) -> Family:
     return FAMILIES[model_type]
 
 
-def _windows(raw: dict[str, Any], family: Family, where: str) -> tuple[int | None, ...]:
+def _layer_kinds(raw: dict[str, Any], family: Family, layers: int, where: str) -> list[str]:
+    """Which layers have the window, if there is one."""
+    if not family.by_layer:
+        return [SLIDING]
+    kinds, first = raw.get("layer_types"), raw.get("max_window_layers", 28)
+    if kinds is None and family.switch:
+        if not isinstance(first, int):
+            raise ModelError(f"{where}: max_window_layers must be an integer, not {first!r}")
+        kinds = [FULL if i < first else SLIDING for i in range(layers)]
+    elif kinds is None:
+        key = family.full_every_key
+        every = _integer(raw.get(key, family.full_every) if key else family.full_every, str(key), where)
+        kinds = [SLIDING if (i + 1) % every else FULL for i in range(layers)]
+    if not isinstance(kinds, list) or len(kinds) != layers or not all(kind in (FULL, SLIDING) for kind in kinds):
+        raise ModelError(f"{where}: layer_types must be a list of {layers} of {FULL} and {SLIDING}, not {kinds!r}")
+    return kinds
+
+
+def _windows(raw: dict[str, Any], family: Family, kinds: list[str], where: str) -> tuple[int | None, ...]:
     """The window of every layer, or one for all."""
     window = raw.get("sliding_window", family.sliding_window)
     if not family.windowed or window is None or (family.switch and not raw.get("use_sliding_window")):
         return (None,)
     window = _integer(window, "sliding_window", where)
-    if not family.switch:
-        return (window,)
-    layers, first = raw["num_hidden_layers"], raw.get("max_window_layers", 28)
-    if not isinstance(first, int):
-        raise ModelError(f"{where}: max_window_layers must be an integer, not {first!r}")
-    kinds = raw.get("layer_types") or [FULL if i < first else SLIDING for i in range(layers)]
-    if not isinstance(kinds, list) or len(kinds) != layers or not set(kinds) <= {FULL, SLIDING}:
-        raise ModelError(f"{where}: layer_types must be a list of {layers} of {FULL} and {SLIDING}, not {kinds!r}")
     by_layer = tuple(window if kind == SLIDING else None for kind in kinds)
     return by_layer if len(set(by_layer)) > 1 else by_layer[:1]
+
+
+def _ropes(
+    raw: dict[str, Any], family: Family, kinds: list[str], sizes: tuple[int, int], where: str
+) -> tuple[Rope, ...]:
+    """How the heads of every layer are turned, or one way for all.
+
+    Args:
+      sizes: most positions, and head_dim.
+    """
+    if family.learned_positions:
+        return ()
+    settings = {SLIDING: raw}
+    if family.local_theta is not None:
+        nested = raw.get("rope_parameters") or {}
+        if not isinstance(nested, dict):
+            raise ModelError(f"{where}: rope_parameters must be a JSON object, not {nested!r}")
+        local = {"rope_theta": raw.get("rope_local_base_freq", family.local_theta), "rope_scaling": None}
+        own = {SLIDING: local, FULL: {"rope_theta": raw.get("rope_theta", family.theta)}}
+        settings = {kind: raw | keys | {"rope_parameters": nested.get(kind)} for kind, keys in own.items()}
+    found = {kind: _one_rope(one, family, sizes, where) for kind, one in settings.items()}
+    by_layer = tuple(found.get(kind, found[SLIDING]) for kind in kinds)
+    return by_layer if len(set(by_layer)) > 1 else by_layer[:1]
+
+
+def _one_rope(raw: dict[str, Any], family: Family, sizes: tuple[int, int], where: str) -> Rope:
+    positions, head_dim = sizes
+    share = 1.0
+    settings = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+    if family.partial_rotary and isinstance(settings, dict):
+        values = (settings.get("partial_rotary_factor"), raw.get("partial_rotary_factor"), 1.0)
+        share = _real(next(value for value in values if value is not None), "partial_rotary_factor", where)
+        settings = {key: value for key, value in settings.items() if key != "partial_rotary_factor"}
+        raw = raw | {"rope_parameters": settings, "rope_scaling": None}
+    dim = int(head_dim * share)
+    if not 2 <= dim <= head_dim or dim % 2:
+        raise ModelError(f"{where}: partial_rotary_factor={share} turns {dim} of {head_dim} dims, not an even part")
+    theta, scaling = _rope(raw, positions, where)
+    if isinstance(scaling, DynamicRope) and dim < 4:
+        raise ModelError(f"{where}: rope_scaling of type 'dynamic' needs a head_dim of at least 4, not {dim}")
+    return Rope(theta, dim, scaling)
 
 
 def _biased(raw: dict[str, Any], family: Family, where: str) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from huggingface_hub import split_state_dict_into_shards_factory
 
 from jlora.errors import ModelError
 from jlora.files.atomic import write_json
-from jlora.hf.architecture import FAMILIES
+from jlora.hf.families import FAMILIES
 from jlora.hf.names import name_table
 from jlora.hf.source import FLOATS
 from jlora.hf.weights import Weights, blocks

@@ -15,6 +15,8 @@ def _sizes(hidden: int, mlp: int, layers: int, heads: int, kv_heads: int, vocabu
 
 
 _LLAMA2 = {"model_type": "llama", "rms_norm_eps": 1e-5}
+_GEMMA3 = {"model_type": "gemma3_text", "sliding_window": 1024, "rope_scaling": {"rope_type": "linear", "factor": 8.0}}
+_PHI4 = {"model_type": "phi3", "rms_norm_eps": 1e-5, "rope_theta": 250000.0, "max_position_embeddings": 16384}
 _QWEN3 = {"model_type": "qwen3", "rms_norm_eps": 1e-6, "head_dim": 128, "rope_theta": 1e6}
 
 
@@ -28,6 +30,9 @@ SHAPES: dict[str, dict[str, Any]] = {
     "llama2-70b": _LLAMA2 | _sizes(8192, 28672, 80, 64, 8, 32000),
     "qwen3-8b": _QWEN3 | _sizes(4096, 12288, 36, 32, 8, 151936),
     "qwen3-32b": _QWEN3 | _sizes(5120, 25600, 64, 64, 8, 151936),
+    "gemma3-12b": _GEMMA3 | _sizes(3840, 15360, 48, 16, 8, 262208) | {"head_dim": 256},
+    "gemma3-27b": _GEMMA3 | _sizes(5376, 21504, 62, 32, 16, 262208) | {"head_dim": 128, "query_pre_attn_scalar": 168},
+    "phi4-14b": _PHI4 | _sizes(5120, 17920, 40, 40, 10, 100352),
     "distilgpt2": _gpt2(768, 6, 12),
     "gpt2": _gpt2(768, 12, 12),
     "gpt2-medium": _gpt2(1024, 24, 16),

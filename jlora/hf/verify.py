@@ -25,6 +25,7 @@ from jlora.model.adapter import Adapter, Lora, Saved
 from jlora.model.adapter_layout import place_adapter
 from jlora.model.block import Block, normalize
 from jlora.model.config import ModelConfig
+from jlora.model.layers import capped
 from jlora.model.llama import Decoder
 from jlora.model.mixing import attend, rotary_by_layer
 from jlora.model.precision import products_in
@@ -112,6 +113,7 @@ def streamed_logits(cfg: ModelConfig, weights: Weights, adapter: Adapter) -> np.
     places = attention.Places(segments, segments, positions, positions)
     name = tensor_name(cfg.names, "embed_tokens", None)
     x = jnp.asarray(np.concatenate([whole.rows(name, table[name], i, i + 1) for i in tokens[0].tolist()])[None])
+    x = x * cfg.embedding_scale
     if cfg.learned_positions is not None:
         name = tensor_name(cfg.names, "embed_positions", None)
         x = x + whole.rows(name, table[name], 0, PROBE_LENGTH)[None]
@@ -126,7 +128,8 @@ def streamed_logits(cfg: ModelConfig, weights: Weights, adapter: Adapter) -> np.
     x = normalize(cfg, x, vectors[0], vectors[1] if cfg.layer_norm else None)
     name = tensor_name(cfg.names, "embed_tokens" if cfg.tie_word_embeddings else "lm_head", None)
     heads = (whole.rows(name, table[name], start, stop) for start, stop in blocks(cfg, table[name]))
-    return np.concatenate([np.asarray(jnp.einsum("btd,vd->btv", x, head)[0]) for head in heads], axis=1)
+    pieces = (capped(jnp.einsum("btd,vd->btv", x, head)[0], cfg.logits_softcap) for head in heads)
+    return np.concatenate([np.asarray(piece) for piece in pieces], axis=1)
 
 
 def require_equal(where: Path, expected: np.ndarray, found: np.ndarray, tolerance: float) -> float:

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from jlora.model.adapter import Lora, layer_keys, project
 from jlora.model.config import ModelConfig, Weight, block_weights
-from jlora.model.layers import ACTIVATIONS, layer_norm, plus, rms_norm
+from jlora.model.layers import ACTIVATIONS, layer_norm, offset_rms_norm, plus, rms_norm
 from jlora.model.quant import in_turn
 from jlora.model.remat import ATTENTION_INPUT
 from jlora.model.rope import Rotary, rotate
@@ -18,7 +18,9 @@ from jlora.model.sharding import constrain
 
 def normalize(cfg: ModelConfig, x: Array, weight: Array, bias: Array | None) -> Array:
     """The model's norm over the last dim of `x` [B T ... D]."""
-    return rms_norm(x, weight, cfg.norm_eps) if bias is None else layer_norm(x, weight, bias, cfg.norm_eps)
+    if bias is not None:
+        return layer_norm(x, weight, bias, cfg.norm_eps)
+    return (offset_rms_norm if cfg.norm_offset else rms_norm)(x, weight, cfg.norm_eps)
 
 
 class Block(nnx.Module):
@@ -33,6 +35,8 @@ class Block(nnx.Module):
     k_norm: nnx.Param
     o_proj: nnx.Param
     post_attention_layernorm: nnx.Param
+    pre_feedforward_layernorm: nnx.Param
+    post_feedforward_layernorm: nnx.Param
     gate_proj: nnx.Param
     up_proj: nnx.Param
     gate_up_proj: nnx.Param
@@ -94,14 +98,16 @@ class Block(nnx.Module):
             q, k = norm("q_norm", q), norm("k_norm", k)
         if rotary is not None:
             q, k = rotate(q, rotary), rotate(k, rotary)
-        mixed = attend(q, k, v)
-        x = x + constrain(weighted("o_proj", "btnh,nhd->btd", mixed), "act_batch", "act_seq", "act_embed")
-        normed = norm("post_attention_layernorm", x)
+        if cfg.query_scale != 1.0:
+            q = q * cfg.query_scale
+        mixed = constrain(weighted("o_proj", "btnh,nhd->btd", attend(q, k, v)), "act_batch", "act_seq", "act_embed")
+        x = x + (norm("post_attention_layernorm", mixed) if cfg.post_norms else mixed)
+        normed = norm("pre_feedforward_layernorm" if cfg.post_norms else "post_attention_layernorm", x)
         activation = ACTIVATIONS[cfg.activation]
         if cfg.gated:
             gate, up = gate_and_up(normed)
             inner = activation(gate) * up
         else:
             inner = activation(into_mlp("up_proj", normed))
-        down = weighted("down_proj", "btf,fd->btd", inner)
-        return x + constrain(down, "act_batch", "act_seq", "act_embed")
+        down = constrain(weighted("down_proj", "btf,fd->btd", inner), "act_batch", "act_seq", "act_embed")
+        return x + (norm("post_feedforward_layernorm", down) if cfg.post_norms else down)

@@ -53,6 +53,11 @@ class ModelConfig:
       gated: the MLP is activation(gate) * up, and not activation(up).
       fused: queries, keys and values are one projection, and so are gate and up.
       learned_positions: rows of a table that is added to the embedding; None where there is none.
+      norm_offset: norms multiply by 1 + w, in float32.
+      post_norms: what attention and the MLP give goes through a norm of its own, too.
+      embedding_scale: what the embedding is multiplied by.
+      query_scale: what turned queries are multiplied by, before scores are divided by the root of head_dim.
+      attention_softcap, logits_softcap: c of c tanh(x / c), which scores and logits go through; None leaves them.
       qk_norm: each head's queries and keys go through an RMSNorm of their own before they are turned.
       ropes, windows: of each layer, or one for all; no rope where heads are not turned. A window is the number of
         tokens that a query sees, itself included; None is all of them.
@@ -74,6 +79,12 @@ class ModelConfig:
     fused: bool
     learned_positions: int | None
     qk_norm: bool
+    norm_offset: bool
+    post_norms: bool
+    embedding_scale: float
+    query_scale: float
+    attention_softcap: float | None
+    logits_softcap: float | None
     ropes: tuple[Rope, ...]
     windows: tuple[int | None, ...]
     tie_word_embeddings: bool
@@ -133,6 +144,8 @@ def block_weights(cfg: ModelConfig) -> dict[str, Weight]:
         **into_mlp,
         "down_proj": Weight((f, d), ("mlp", "embed")),
     }
+    if cfg.post_norms:  # here one is called as Llama's second, which comes before the MLP
+        weights |= {"pre_feedforward_layernorm": norm, "post_feedforward_layernorm": norm}
     if cfg.layer_norm:
         weights |= {f"{name}_bias": norm for name in weights if name.endswith("norm")}
     if cfg.qk_norm:

@@ -72,12 +72,24 @@ def layer_norm(
     return plus(times(centered * inverse, weight), bias).astype(x.dtype)
 
 
+def capped(x: Float[Array, "..."], softcap: float | None) -> Float[Array, "..."]:
+    """Softly limited to plus and minus `softcap`; as it is without one."""
+    return x if softcap is None else softcap * jnp.tanh(x / softcap)
+
+
 # By the names of `ModelConfig.activation`.
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
     "gelu": partial(jax.nn.gelu, approximate=False),
     "gelu_tanh": partial(jax.nn.gelu, approximate=True),
 }
+
+
+def offset_rms_norm(
+    x: Float[Array, "B T *heads D"], weight: Float[Array, " D"], eps: float
+) -> Float[Array, "B T *heads D"]:
+    """RMSNorm that multiplies by 1 + weight, all in float32, as Gemma's."""
+    return rms_norm(x.astype(jnp.float32), 1.0 + weight.astype(jnp.float32), eps).astype(x.dtype)
 
 
 def rms_norm(x: Float[Array, "B T *heads D"], weight: Float[Array, " D"], eps: float) -> Float[Array, "B T *heads D"]:

@@ -21,6 +21,7 @@ from jlora.model.adapter import Adapter, Lora, Saved
 from jlora.model.attention import Attention, Places
 from jlora.model.block import Block, normalize
 from jlora.model.config import ModelConfig, Weight, outer_weights, projection_shapes
+from jlora.model.layers import capped
 from jlora.model.mixing import attend, rotary_by_layer
 from jlora.model.quant import quantize
 from jlora.model.remat import LAYER_INPUT, checkpointed
@@ -176,7 +177,8 @@ class Decoder(nnx.Module):
     def logits(self, hidden: Float[Array, "B T D"], adapter: Adapter) -> Float[Array, "B T V"]:
         """Logits in float32."""
         head = self.head(adapter).astype(hidden.dtype)
-        return jnp.einsum("btd,vd->btv", hidden, head, preferred_element_type=jnp.float32)
+        logits = jnp.einsum("btd,vd->btv", hidden, head, preferred_element_type=jnp.float32)
+        return capped(logits, self.cfg.logits_softcap)
 
     def _numbers(self) -> Int[Array, " L"]:
         return jnp.arange(self.cfg.num_hidden_layers, dtype=jnp.int32)
@@ -188,6 +190,8 @@ class Decoder(nnx.Module):
         self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], dtype: jnp.dtype
     ) -> Float[Array, "B T D"]:
         x = self.embed_tokens[...][tokens].astype(dtype)
+        if self.cfg.embedding_scale != 1.0:
+            x = x * jnp.asarray(self.cfg.embedding_scale, dtype)
         if self.cfg.learned_positions is not None:
             x = x + self.embed_positions[...][positions].astype(dtype)
         return constrain(x, "act_batch", "act_seq", "act_embed")

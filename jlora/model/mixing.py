@@ -49,7 +49,7 @@ def attend(
 ) -> Float[Array, "B T N H"]:
     """`attention` with the window of a layer. A kernel is compiled for one window, so there is a branch for each."""
     windows, which = kinds(cfg.windows)
-    branches = [partial(attention, places=places, window=window) for window in windows]
+    branches = [partial(attention, places=places, window=window, softcap=cfg.attention_softcap) for window in windows]
     if len(branches) == 1:
         return branches[0](q, k, v)
     return jax.lax.switch(jnp.asarray(np.array(which, np.int32))[layer], branches, q, k, v)

@@ -71,7 +71,7 @@ class Rope:
     scaling: RopeScaling | None
 
 
-Rotary = tuple[Float[Array, "B T half"], Float[Array, "B T half"]]  # of head_dim
+Rotary = tuple[Float[Array, "B T half"], Float[Array, "B T half"]]  # of the dims that are turned
 
 
 def rope_frequencies(rope: Rope) -> np.ndarray:
@@ -156,14 +156,13 @@ def _dynamic_frequencies(
     return 1.0 / thetas[:, :, None] ** exponents[None, None]
 
 
-def rotate(
-    x: Float[Array, "B T N H"], rotary: tuple[Float[Array, "B T H//2"], Float[Array, "B T H//2"]]
-) -> Float[Array, "B T N H"]:
+def rotate(x: Float[Array, "B T N H"], rotary: Rotary) -> Float[Array, "B T N H"]:
     """Rotary embedding (arXiv:2104.09864) in the half-rotation layout of `apply_rotary_pos_emb`.
 
-    Rotation in float32; result in the dtype of `x`.
+    Rotation in float32; result in the dtype of `x`. Dims beyond those that the table has angles for stay as they are.
     """
     cos, sin = (table[:, :, None] for table in rotary)
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x.dtype)
+    dim = 2 * cos.shape[-1]
+    first, second = jnp.split(x[..., :dim].astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    return rotated if dim == x.shape[-1] else jnp.concatenate([rotated, x[..., dim:]], axis=-1)

@@ -12,10 +12,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jlora.model.layers import capped
 from jlora.model.sharding import constrain
 
 # Logits that are held at once on a device, and the fewest tokens that still keep its matmul units busy.
 CHUNK_LOGITS, MIN_CHUNK = 2**24, 256
+
+How = tuple[int, float | None]  # tokens of a chunk, and the soft cap of logits
 
 
 def chunked_cross_entropy(
@@ -23,6 +26,7 @@ def chunked_cross_entropy(
     head: Float[Array, "V D"],
     targets: Int[Array, "B T"],
     weights: Float[Array, "B T"],
+    softcap: float | None = None,
 ) -> Float[Array, ""]:
     """Cross-entropy of the next token, summed by weight, without ever holding logits for more than a chunk of tokens.
 
@@ -34,7 +38,8 @@ def chunked_cross_entropy(
     are there, as Liger Kernel does (arXiv:2410.10989, section 3.2): two products with the head for a
     frozen head, where recomputing the logits takes three. There is no gradient for `weights`.
     """
-    return _cross_entropy(*_grouped(hidden, head, targets, weights))
+    chunk, *grouped = _grouped(hidden, head, targets, weights)
+    return _cross_entropy((chunk, softcap), *grouped)
 
 
 def token_cross_entropy(
@@ -42,13 +47,15 @@ def token_cross_entropy(
     head: Float[Array, "V D"],
     targets: Int[Array, "B T"],
     weights: Float[Array, "B T"],
+    softcap: float | None = None,
 ) -> Float[Array, "B T"]:
     """Weighted cross-entropy of each token, for losses that are no sum over tokens.
 
     Held in memory as `chunked_cross_entropy` is. What a token's loss counts is known only once all are
     added up, so the backward pass computes the logits again: three products with a frozen head.
     """
-    losses = _token_losses(*_grouped(hidden, head, targets, weights))
+    chunk, *grouped = _grouped(hidden, head, targets, weights)
+    losses = _token_losses((chunk, softcap), *grouped)
     return constrain(losses.reshape(targets.shape), "act_batch", None)
 
 
@@ -120,7 +127,7 @@ def _in_place(x: Array, order: Int[Array, "G N"]) -> Array:
 
 
 def _over_chunks(
-    chunk: int,
+    how: How,
     to_hidden: bool,
     to_head: bool,
     hidden: Float[Array, "G N D"],
@@ -129,18 +136,22 @@ def _over_chunks(
     weights: Float[Array, "G N"],
 ) -> tuple[Float[Array, "G N"], Float[Array, "G N D"] | None, Float[Array, "V D"] | None]:
     """Each token's loss, and the gradients of their sum as far as they are asked for; the head's in float32."""
+    chunk, softcap = how
     order = jnp.argsort(weights == 0.0, axis=1, stable=True)
 
     def computed(h: Array, t: Array, w: Array) -> tuple[Array, Array | None, Array | None]:
         logits = jnp.einsum("gnd,vd->gnv", h, head, preferred_element_type=jnp.float32)
-        logits = constrain(logits, "act_batch", None, "act_vocab")
+        logits = capped(constrain(logits, "act_batch", None, "act_vocab"), softcap)
         normalizer = jax.nn.logsumexp(logits, axis=2, keepdims=True)
         target_logit = jnp.take_along_axis(logits, t[:, :, None], axis=2)
         loss = (normalizer - target_logit)[:, :, 0] * w
         if not (to_hidden or to_head):
             return loss, None, None
         is_target = (jnp.arange(head.shape[0])[None, None] == t[:, :, None]).astype(jnp.float32)
-        to_logits = ((jnp.exp(logits - normalizer) - is_target) * w[:, :, None]).astype(h.dtype)
+        to_logits = (jnp.exp(logits - normalizer) - is_target) * w[:, :, None]
+        if softcap is not None:
+            to_logits *= 1.0 - jnp.square(logits / softcap)
+        to_logits = to_logits.astype(h.dtype)
         to_h = jnp.einsum("gnv,vd->gnd", to_logits, head) if to_hidden else None
         to_w = None
         if to_head:
@@ -166,17 +177,17 @@ def _over_chunks(
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _cross_entropy(chunk: int, hidden: Array, head: Array, targets: Array, weights: Array) -> Array:
-    return _over_chunks(chunk, False, False, hidden, head, targets, weights)[0].sum()
+def _cross_entropy(how: How, hidden: Array, head: Array, targets: Array, weights: Array) -> Array:
+    return _over_chunks(how, False, False, hidden, head, targets, weights)[0].sum()
 
 
-def _forward(chunk: int, hidden: Any, head: Any, targets: Any, weights: Any) -> tuple[Array, Any]:
+def _forward(how: How, hidden: Any, head: Any, targets: Any, weights: Any) -> tuple[Array, Any]:
     values = hidden.value, head.value, targets.value, weights.value
-    losses, to_hidden, to_head = _over_chunks(chunk, hidden.perturbed, head.perturbed, *values)
+    losses, to_hidden, to_head = _over_chunks(how, hidden.perturbed, head.perturbed, *values)
     return losses.sum(), (to_hidden, None if to_head is None else to_head.astype(head.value.dtype))
 
 
-def _backward(chunk: int, gradients: tuple[Array | None, Array | None], scale: Array) -> tuple[Array | None, ...]:
+def _backward(how: How, gradients: tuple[Array | None, Array | None], scale: Array) -> tuple[Array | None, ...]:
     to_hidden, to_head = jax.tree.map(lambda g: (g.astype(scale.dtype) * scale).astype(g.dtype), gradients)
     return to_hidden, to_head, None, None
 
@@ -185,19 +196,19 @@ _cross_entropy.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _token_losses(chunk: int, hidden: Array, head: Array, targets: Array, weights: Array) -> Array:
-    return _over_chunks(chunk, False, False, hidden, head, targets, weights)[0]
+def _token_losses(how: How, hidden: Array, head: Array, targets: Array, weights: Array) -> Array:
+    return _over_chunks(how, False, False, hidden, head, targets, weights)[0]
 
 
-def _token_forward(chunk: int, hidden: Any, head: Any, targets: Any, weights: Any) -> tuple[Array, Any]:
+def _token_forward(how: How, hidden: Any, head: Any, targets: Any, weights: Any) -> tuple[Array, Any]:
     values = hidden.value, head.value, targets.value, weights.value
-    return _token_losses(chunk, *values), (values, () if head.perturbed else None)
+    return _token_losses(how, *values), (values, () if head.perturbed else None)
 
 
-def _token_backward(chunk: int, saved: Any, scales: Array) -> tuple[Array | None, ...]:
+def _token_backward(how: How, saved: Any, scales: Array) -> tuple[Array | None, ...]:
     (hidden, head, targets, weights), head_is_trained = saved
     to_head = head_is_trained is not None
-    _, to_h, to_w = _over_chunks(chunk, True, to_head, hidden, head, targets, weights * scales)
+    _, to_h, to_w = _over_chunks(how, True, to_head, hidden, head, targets, weights * scales)
     return to_h, None if to_w is None else to_w.astype(head.dtype), None, None
 
 

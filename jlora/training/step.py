@@ -99,11 +99,12 @@ class Forward:
             hidden = self._hidden(base, adapter, batch, dropout_key)
             scored = hidden, base.head(adapter), batch["targets"], batch["weights"]
             sums = {"token_accuracy": correct_tokens(*scored).sum()} if self.token_accuracy else {}
-            return chunked_cross_entropy(*scored), batch["weights"].sum(), sums
+            return chunked_cross_entropy(*scored, base.cfg.logits_softcap), batch["weights"].sum(), sums
 
         def answers(adapter: Adapter, dropout_key: Array | None) -> Float[Array, "B P 2"]:
             hidden = self._hidden(base, adapter, batch, dropout_key)
-            losses = token_cross_entropy(hidden, base.head(adapter), batch["targets"], batch["weights"])
+            scored = hidden, base.head(adapter), batch["targets"], batch["weights"]
+            losses = token_cross_entropy(*scored, base.cfg.logits_softcap)
             return pair_sums(-losses, batch["segments"])
 
         policy = answers(adapter, dropout_key)
@@ -119,7 +120,7 @@ class Forward:
         with products_in(self.dtype):
             hidden = self._hidden(base, adapter, batch, None)
             scored = hidden, base.head(adapter), batch["targets"], batch["weights"]
-            return -token_cross_entropy(*scored), correct_tokens(*scored)
+            return -token_cross_entropy(*scored, base.cfg.logits_softcap), correct_tokens(*scored)
 
     def _hidden(
         self, base: Decoder, adapter: Adapter, batch: dict[str, Array], dropout_key: Array | None
@@ -297,7 +298,13 @@ def make_forward(cfg: Config, model: ModelConfig, mesh: jax.sharding.Mesh) -> tu
     quant.check_device(cfg.model.quantization, device)
     check_length(model, cfg.data.longest, "data.max_length")
     shown, kernel = attention.choose(
-        cfg.model.attention, device, model.head_dim, cfg.data.max_length, dtype, cfg.data.one_segment
+        cfg.model.attention,
+        device,
+        model.head_dim,
+        cfg.data.max_length,
+        dtype,
+        cfg.data.one_segment,
+        model.attention_softcap,
     )
     noise = cfg.training.neftune_noise_alpha or 0.0
     return shown, Forward(kernel, cfg.model.remat, dtype, cfg.objective, noise)

@@ -11,7 +11,7 @@ from parity import assert_close, logits, open_base, random_tokens, torch_logits
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.numpy import load_file, save_file
 from tiny import make_completions, make_tokenizer, write_config
-from transformers import AutoModelForCausalLM, Qwen2Config, Qwen3Config
+from transformers import AutoModelForCausalLM, Gemma2Config, Gemma3TextConfig, Phi3Config, Qwen2Config, Qwen3Config
 
 from jlora.config import LoraSection, load_config
 from jlora.errors import ConfigError, ModelError
@@ -46,6 +46,27 @@ def test_defaults_are_those_of_transformers(config):
         assert rope.scaling.max_position_embeddings == theirs.max_position_embeddings
 
 
+@pytest.mark.parametrize("config", [Gemma2Config, Gemma3TextConfig, Phi3Config])
+def test_what_gemma_and_phi_leave_unsaid(config):
+    """A config.json as transformers 4 wrote it, with nothing that its class knows by itself."""
+    raw = {"model_type": config.model_type, "hidden_size": 256, "num_attention_heads": 8, "intermediate_size": 96}
+    raw |= {"num_hidden_layers": 14, "vocab_size": 100}
+    told = {"sliding_window": 5, "sliding_window_pattern": 3, "rope_theta": 9.0, "tie_word_embeddings": False}
+    for more in ({}, told, {"sliding_window": None, "rope_scaling": None}):
+        ours, theirs = parse_config(raw | more, "here"), config(**(raw | more))
+        kinds = getattr(theirs, "layer_types", None) or ["sliding_attention"] * 14
+        windows = [theirs.sliding_window if kind == "sliding_attention" else None for kind in kinds]
+        assert list(ours.windows * (14 // len(ours.windows))) == windows, more
+        settings = theirs.rope_parameters
+        thetas = [(settings.get(kind) or settings)["rope_theta"] for kind in kinds]
+        assert [rope.theta for rope in ours.ropes * (14 // len(ours.ropes))] == thetas, more
+        assert ours.norm_eps == theirs.rms_norm_eps and ours.tie_word_embeddings == theirs.tie_word_embeddings
+        assert ours.num_key_value_heads == theirs.num_key_value_heads
+        assert ours.head_dim == getattr(theirs, "head_dim", 32)
+        assert ours.attention_softcap == (50.0 if config is Gemma2Config else None)
+        assert ours.logits_softcap == getattr(theirs, "final_logit_softcapping", None)
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
@@ -58,6 +79,18 @@ def test_defaults_are_those_of_transformers(config):
         (
             {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "scale_attn_by_inverse_layer_idx": True},
             "scale_attn_by_inverse_layer_idx=True",
+        ),
+        (
+            {"model_type": "phi3", "architectures": ["Phi3ForCausalLM"], "rope_scaling": {"rope_type": "longrope"}},
+            "rope_scaling of type 'longrope' is not supported",
+        ),
+        (
+            {"model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"], "use_bidirectional_attention": True},
+            "use_bidirectional_attention=True",
+        ),
+        (
+            {"model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"], "text_config": {}},
+            "the nearest is Gemma3ForCausalLM",
         ),
         ({"hidden_act": "relu2"}, "hidden_act='relu2'"),
     ],

@@ -217,7 +217,7 @@ CONFIG_REFUSALS = [
     ("attention_bias", True, "12 missing (model.layers.0.self_attn.q_proj.bias"),
     ("attention_bias", "yes", "attention_bias='yes'"),
     ("mlp_bias", True, "9 missing (model.layers.0.mlp.gate_proj.bias"),
-    ("hidden_act", "gelu", "hidden_act='gelu'"),
+    ("hidden_act", "relu2", "hidden_act='relu2'"),
     ("attention_dropout", "0.1", "attention_dropout must be a number from 0 to 1"),
     ("attention_dropout", 1, "attention_dropout must be a number from 0 to 1"),
     ("partial_rotary_factor", 0.5, "partial_rotary_factor"),

@@ -54,11 +54,11 @@ def outputs_and_gradients(kernel, qkv, weights):
     return out, *gradients
 
 
-def assert_equals_reference(kernel, qkv, segments, positions, window, tolerance):
+def assert_equals_reference(kernel, qkv, segments, positions, window, tolerance, softcap=None):
     """Forward and backward, float32, wherever there is a token."""
     draw = np.random.default_rng(2)
     weights = draw.standard_normal(qkv[0].shape).astype(np.float32) * (segments > 0)[:, :, None, None]
-    rows = attention.Places(*map(jnp.asarray, (segments, segments, positions, positions))), window
+    rows = attention.Places(*map(jnp.asarray, (segments, segments, positions, positions))), window, softcap
     ours = outputs_and_gradients(lambda q, k, v: kernel(q, k, v, *rows), qkv, weights)
     theirs = outputs_and_gradients(lambda q, k, v: attention.reference(q, k, v, *rows), qkv, weights)
     for name, found, expected in zip(("out", "dq", "dk", "dv"), ours, theirs, strict=True):
@@ -142,21 +142,21 @@ def test_cudnn_needs_no_mask_where_a_row_is_one_segment(window, asked):
 
 
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "head_dim", "window"),
-    [(4, 2, 128, None), (2, 2, 64, None), (4, 2, 64, 100), (2, 1, 64, 1)],
-    ids=["grouped", "head dim 64", "window", "window of one"],
+    ("heads", "kv_heads", "head_dim", "window", "softcap"),
+    [(4, 2, 128, None, None), (2, 2, 64, None, None), (4, 2, 64, 100, None), (2, 1, 64, 1, None), (2, 1, 256, 60, 2.0)],
+    ids=["grouped", "head dim 64", "window", "window of one", "head dim 256 and a soft cap"],
 )
-def test_splash_equals_the_reference_forward_and_backward(heads, kv_heads, head_dim, window, monkeypatch):
+def test_splash_equals_the_reference_forward_and_backward(heads, kv_heads, head_dim, window, softcap, monkeypatch):
     monkeypatch.setattr(tpu, "MAX_SPLASH_BLOCK", 128)  # several blocks
     rng = np.random.default_rng(1)
     segments, positions = packed_rows(rng, 2, 256, 5)
     segments[1], positions[1] = 1, np.arange(256)  # one whole row
     qkv = random_qkv(rng, 2, 256, heads, kv_heads, head_dim)
 
-    def splash(q, k, v, places, window):
-        return tpu._splash_rows(q, k, v, jnp.asarray(places.q_segments), window, interpret=True)
+    def splash(q, k, v, places, window, softcap):
+        return tpu._splash_rows(q, k, v, jnp.asarray(places.q_segments), window, softcap, interpret=True)
 
-    assert_equals_reference(splash, qkv, segments, positions, window, 1e-4)
+    assert_equals_reference(splash, qkv, segments, positions, window, 1e-4, softcap)
 
 
 # Tile by tile
@@ -173,6 +173,19 @@ def test_blocked_equals_the_reference_forward_and_backward(heads, kv_heads, leng
     segments[2], positions[2] = 0, 0
     qkv = random_qkv(rng, 5, length, heads, kv_heads, 8)
     assert_equals_reference(attention.blocked, qkv, segments, positions, window, 1e-5)
+
+
+@pytest.mark.parametrize("window", [None, 40])
+def test_blocked_has_soft_caps(window, monkeypatch):
+    """Tight enough to bend most scores."""
+    monkeypatch.setattr(tiles, "TILE", 32)
+    rng = np.random.default_rng(5)
+    segments, positions = packed_rows(rng, 2, 101, 3)
+    qkv = random_qkv(rng, 2, 101, 4, 2, 8)
+    assert_equals_reference(attention.blocked, qkv, segments, positions, window, 1e-5, softcap=0.7)
+    places = attention.Places(*map(jnp.asarray, (segments, segments, positions, positions)))
+    capped, free = (attention.reference(*map(jnp.asarray, qkv), places, window, cap) for cap in (0.7, None))
+    assert np.abs(capped - free)[segments > 0].max() > 0.1
 
 
 def test_blocked_does_not_visit_tiles_that_see_nothing(monkeypatch):
@@ -245,6 +258,13 @@ def test_auto_takes_what_runs(device, head_dim, length, dtype, expected):
     fell_back = device is not CPU and expected is attention.blocked
     assert ("because" in shown) == fell_back and "\n" not in shown
     assert attention.choose("reference", device, head_dim, length, dtype, False) == ("reference", attention.reference)
+
+
+def test_only_kernels_with_soft_caps_are_taken_for_them():
+    for device, kernel in ((GPU, attention.blocked), (TPU, attention.splash), (CPU, attention.blocked)):
+        assert attention.choose("auto", device, 256, 4096, BF16, False, 50.0)[1] is kernel
+    with pytest.raises(ConfigError, match="cudnn needs a model whose attention has no soft cap"):
+        attention.choose("cudnn", GPU, 128, 4096, BF16, False, 50.0)
 
 
 def test_rows_of_one_segment_need_no_mask():

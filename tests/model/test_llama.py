@@ -139,7 +139,8 @@ def test_no_numerics_field_is_forgotten():
     for part in (Rope, LinearRope, DynamicRope, Llama3Rope, YarnRope):
         fields |= {f"{part.__name__}.{field.name}" for field in dataclasses.fields(part)}
     # What other families differ in, and what moves no number.
-    elsewhere = {"names", "ropes", "Rope.dim", "activation"}
+    elsewhere = {"names", "ropes", "Rope.dim", "activation", "norm_offset", "embedding_scale", "query_scale"}
+    elsewhere |= {"attention_softcap", "logits_softcap"}
     for name in fields - elsewhere - {field for field, *_ in PERTURBED}:
         value = getattr(cfg, name)
         another = ("up_proj",) if name == "biased" else not value if isinstance(value, bool) else (value or 0) + 2

@@ -191,6 +191,7 @@ def test_flops_are_the_compilers_where_it_can_count(config, monkeypatch):
 # Parameters in billions, as the models' makers say them.
 PUBLISHED = {"llama2-7b": 6.74, "llama2-13b": 13.02, "llama2-70b": 68.98, "qwen3-8b": 8.19, "qwen3-32b": 32.76}
 PUBLISHED |= {"distilgpt2": 0.0819, "gpt2": 0.1244, "gpt2-medium": 0.3548, "gpt2-large": 0.7740, "gpt2-xl": 1.5576}
+PUBLISHED |= {"gemma3-12b": 11.77, "gemma3-27b": 27.01, "phi4-14b": 14.66}
 
 
 def test_named_sizes_are_those_of_the_models():

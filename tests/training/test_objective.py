@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from jlora.training import objective
-from jlora.training.objective import chunked_cross_entropy, correct_tokens
+from jlora.training.objective import chunked_cross_entropy, correct_tokens, token_cross_entropy
 
 VOCAB, WIDTH = 37, 12
 
@@ -26,17 +26,20 @@ def set_chunk(monkeypatch, tokens: int) -> None:
     monkeypatch.setattr(objective, "chunk_size", lambda num_tokens, vocab: min(num_tokens, tokens))
 
 
-def by_torch(hidden, head, targets, weights):
+def by_torch(hidden, head, targets, weights, softcap=None):
     """Sum of the loss, and its gradients for hidden and head; untrained labels are ignored, as HF's -100."""
     hidden, head = (torch.tensor(x, requires_grad=True) for x in (hidden, head))
     labels = torch.tensor(np.where(weights > 0, targets, -100)).long()
-    loss = torch.nn.functional.cross_entropy((hidden @ head.T).flatten(0, 1), labels.flatten(), reduction="sum")
+    logits = (hidden @ head.T).flatten(0, 1)
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    loss = torch.nn.functional.cross_entropy(logits, labels.flatten(), reduction="sum")
     loss.backward()
     return loss.detach().numpy(), (hidden.grad.numpy(), head.grad.numpy())
 
 
-def by_us(*args):
-    return jax.jit(jax.value_and_grad(lambda *a: chunked_cross_entropy(*a), argnums=(0, 1)))(*args)
+def by_us(*args, softcap=None):
+    return jax.jit(jax.value_and_grad(lambda *a: chunked_cross_entropy(*a, softcap), argnums=(0, 1)))(*args)
 
 
 def assert_equal(found, expected) -> None:
@@ -55,6 +58,18 @@ def test_equals_torch(chunk, length, share, monkeypatch):
     loss = chunked_cross_entropy(*map(jnp.asarray, args))
     assert loss.dtype == jnp.float32
     np.testing.assert_allclose(loss, by_torch(*args)[0], rtol=1e-5)
+
+
+@pytest.mark.parametrize("softcap", [0.8, 5.0])
+def test_soft_caps_equal_torch(softcap, monkeypatch):
+    """Of the summed loss, and of that by token, whose backward pass is another."""
+    set_chunk(monkeypatch, 4)
+    args = inputs(3, 21, 0.4)
+    expected = by_torch(*args, softcap)
+    assert_equal(by_us(*args, softcap=softcap), expected)
+    summed = jax.value_and_grad(lambda *a: token_cross_entropy(*a, softcap).sum(), argnums=(0, 1))
+    assert_equal(jax.jit(summed)(*args), expected)
+    assert abs(float(expected[0]) - float(by_torch(*args)[0])) > 0.5
 
 
 def test_correct_tokens_are_the_likeliest(monkeypatch):

@@ -12,7 +12,13 @@ from jlora.model.attention.tpu import splash
 
 
 def choose(
-    name: str, device: jax.Device, head_dim: int, length: int, dtype: jnp.dtype, one_segment: bool
+    name: str,
+    device: jax.Device,
+    head_dim: int,
+    length: int,
+    dtype: jnp.dtype,
+    one_segment: bool,
+    softcap: float | None = None,
 ) -> tuple[str, Attention]:
     """The implementation for a config's `model.attention`, and its name for the log.
 
@@ -36,6 +42,7 @@ def choose(
             "model.dtype bfloat16 or float16": dtype in (jnp.bfloat16, jnp.float16),
             "a head dim that is a multiple of 8 and at most 128": head_dim % 8 == 0 and head_dim <= 128,
             "a length that is a multiple of 64": length % 64 == 0,
+            "a model whose attention has no soft cap": softcap is None,
         }
         kernel: Attention = cudnn_one_segment if one_segment else cudnn
     else:

@@ -29,8 +29,10 @@ def cudnn(
     v: Float[Array, "B S K H"],
     places: Places,
     window: int | None,
+    softcap: float | None = None,
 ) -> Float[Array, "B T N H"]:
     """Over rows of any number of segments; the mask of a long one exists for `QUERY_BLOCK` queries at a time."""
+    assert softcap is None, "cuDNN has none through JAX"
     return per_device(partial(_packed_rows, window=window), q, k, v, places.q_segments)
 
 
@@ -40,11 +42,13 @@ def cudnn_one_segment(
     v: Float[Array, "B S K H"],
     places: Places,
     window: int | None,
+    softcap: float | None = None,
 ) -> Float[Array, "B T N H"]:
     """Over rows that hold one segment from their start, and padding behind it: causality is all the mask.
 
     What padding sees is not what it sees in the reference; no token before it ever looks at it.
     """
+    assert softcap is None, "cuDNN has none through JAX"
     return per_device(partial(_one_segment_rows, window=window), q, k, v, places.q_segments)
 
 

@@ -31,7 +31,8 @@ class Places(NamedTuple):
 class Attention(Protocol):
     """What every implementation takes; a query sees the keys of its own segment up to its position.
 
-    Of those only the last `window` (itself included), where the model has a sliding window.
+    Of those only the last `window` (itself included), where the model has a sliding window. With a `softcap` c a score
+    s is c tanh(s / c); `choose` takes no kernel that cannot have it.
     """
 
     def __call__(
@@ -41,6 +42,7 @@ class Attention(Protocol):
         v: Float[Array, "B S K H"],
         places: Places,
         window: int | None,
+        softcap: float | None = None,
     ) -> Float[Array, "B T N H"]: ...
 
 

@@ -6,6 +6,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from jlora.model.attention.interface import ATTENTION_OUTPUT, Places
+from jlora.model.layers import capped
 
 
 def reference(
@@ -14,6 +15,7 @@ def reference(
     v: Float[Array, "B S K H"],
     places: Places,
     window: int | None,
+    softcap: float | None = None,
 ) -> Float[Array, "B T N H"]:
     """Softmax attention with grouped queries, scores and softmax in float32.
 
@@ -27,6 +29,7 @@ def reference(
     visible = (places.q_segments[:, :, None] == places.kv_segments[:, None, :]) & (key_position <= position)
     if window is not None:
         visible &= key_position > position - window
-    scores = jnp.where(visible[:, None, None], scores * q.shape[-1] ** -0.5, jnp.finfo(jnp.float32).min)
+    scores = capped(scores * q.shape[-1] ** -0.5, softcap)
+    scores = jnp.where(visible[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     return checkpoint_name(jnp.einsum("bkgts,bskh->btkgh", weights, v).reshape(q.shape), ATTENTION_OUTPUT)

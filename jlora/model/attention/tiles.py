@@ -11,7 +11,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from jlora.model.attention.interface import ATTENTION_OUTPUT, Places, per_device
+from jlora.model.layers import capped
 
+Limits = tuple[int | None, float | None]  # a window and a soft cap
 TILE = 128  # tokens; the scores of a few heads stay in a core's cache
 HIDDEN = -1e30  # added to a score that is not to be seen
 
@@ -22,6 +24,7 @@ def blocked(
     v: Float[Array, "B S K H"],
     places: Places,
     window: int | None,
+    softcap: float | None = None,
 ) -> Float[Array, "B T N H"]:
     """Softmax attention that holds the scores of one pair of tiles, with grouped queries as they are.
 
@@ -29,14 +32,14 @@ def blocked(
     from the logarithm of their sum. Pairs of tiles in which no query sees a key are not visited: later ones, those
     of other segments, those beyond the window.
     """
-    return per_device(partial(_attend, window), q, k, v, places.q_segments)
+    return per_device(partial(_attend, (window, softcap)), q, k, v, places.q_segments)
 
 
-def _attend(window: int | None, q: Array, k: Array, v: Array, segments: Array) -> Array:
+def _attend(limits: Limits, q: Array, k: Array, v: Array, segments: Array) -> Array:
     """The rows and heads of one device."""
     grouped = (*k.shape[:3], q.shape[2] // k.shape[2], q.shape[3])
     queries, keys, values = _tiles(q.reshape(grouped)), _tiles(k[:, :, :, None]), _tiles(v[:, :, :, None])
-    return _rows(_tiled(window, queries, keys, values, segments), grouped).reshape(q.shape)
+    return _rows(_tiled(limits, queries, keys, values, segments), grouped).reshape(q.shape)
 
 
 def _tile_length(length: int) -> tuple[int, int]:
@@ -102,26 +105,26 @@ def _bias(window: int | None, segments: Int[Array, "I B t"], i: Array, j: Array)
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _tiled(
-    window: int | None,
+    limits: Limits,
     queries: Float[Array, "I n m H"],
     keys: Float[Array, "I n t H"],
     values: Float[Array, "I n t H"],
     segments: Int[Array, "B T"],
 ) -> Float[Array, "I n m H"]:
-    return _forward(window, queries, keys, values, segments)[0]
+    return _forward(limits, queries, keys, values, segments)[0]
 
 
 def _forward(
-    window: int | None, queries: Array, keys: Array, values: Array, segments: Array
+    limits: Limits, queries: Array, keys: Array, values: Array, segments: Array
 ) -> tuple[Array, tuple[Array, ...]]:
-    batch, head_dim = len(segments), queries.shape[3]
+    (window, softcap), batch, head_dim = limits, len(segments), queries.shape[3]
     by_tile, first, _ = _pairs(window, segments)
     size = by_tile.shape[2]
 
     def of_queries(i: Array) -> tuple[Array, Array]:
         def add(j: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             mixed, highest, total = carry
-            scores = _product("nth,nsh->nts", queries[i], keys[j]) * head_dim**-0.5
+            scores = capped(_product("nth,nsh->nts", queries[i], keys[j]) * head_dim**-0.5, softcap)
             by_head = scores.reshape(batch, -1, size, size) + _bias(window, by_tile, i, j)[:, None]
             scores = by_head.reshape(scores.shape)
             now = jnp.maximum(highest, scores.max(axis=-1, keepdims=True))
@@ -140,9 +143,9 @@ def _forward(
 
 
 def _backward(
-    window: int | None, saved: tuple[Array, ...], gradients: Float[Array, "I n m H"]
+    limits: Limits, saved: tuple[Array, ...], gradients: Float[Array, "I n m H"]
 ) -> tuple[Array, Array, Array, None]:
-    queries, keys, values, segments, mixed, normalizer = saved
+    (window, softcap), (queries, keys, values, segments, mixed, normalizer) = limits, saved
     batch, head_dim, dtype = len(segments), queries.shape[3], queries.dtype
     kv_heads = queries.shape[1] // batch
     by_tile, _, end = _pairs(window, segments)
@@ -156,12 +159,14 @@ def _backward(
 
         def add(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             to_queries, to_keys, to_values = carry
-            scores = _product("nsh,nth->nst", keys[j], queries[i]) * head_dim**-0.5
+            scores = capped(_product("nsh,nth->nst", keys[j], queries[i]) * head_dim**-0.5, softcap)
             bias = jnp.swapaxes(_bias(window, by_tile, i, j), 1, 2)[:, None, :, None]
             by_head = scores.reshape(batch, kv_heads, size, -1, size) + bias
             weights = jnp.exp(by_head.reshape(scores.shape) - normalizer[i][:, None])
             to_weights = _product("nsh,nth->nst", values[j], gradients[i])
             to_scores = weights * (to_weights - mean[i][:, None]) * head_dim**-0.5
+            if softcap is not None:
+                to_scores *= 1.0 - jnp.square(scores / softcap)
             # A barrier, or the exponential is taken again for each product that wants it.
             weights, to_scores = jax.lax.optimization_barrier((weights.astype(dtype), to_scores.astype(dtype)))
             to_values += _product("nst,nth->nsh", weights, gradients[i])

@@ -18,15 +18,20 @@ def splash(
     v: Float[Array, "B S K H"],
     places: Places,
     window: int | None,
+    softcap: float | None = None,
 ) -> Float[Array, "B T N H"]:
     """Flash attention in Pallas for TPUs, with segment ids. Grouped queries as they are.
 
     Blocks that no query of a window sees are not computed.
     """
-    return per_device(partial(_splash_rows, window=window, interpret=False), q, k, v, places.q_segments)
+    return per_device(
+        partial(_splash_rows, window=window, softcap=softcap, interpret=False), q, k, v, places.q_segments
+    )
 
 
-def _splash_rows(q: Array, k: Array, v: Array, segments: Array, window: int | None, interpret: bool) -> Array:
+def _splash_rows(
+    q: Array, k: Array, v: Array, segments: Array, window: int | None, softcap: float | None = None, *, interpret: bool
+) -> Array:
     """The kernel over the rows of one device; `interpret` runs it anywhere, slowly."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
@@ -50,6 +55,7 @@ def _splash_rows(q: Array, k: Array, v: Array, segments: Array, window: int | No
         head_shards=1,
         q_seq_shards=1,
         residual_checkpoint_name=ATTENTION_OUTPUT,
+        attn_logits_soft_cap=softcap,
         interpret=interpret,
     )
 
