@@ -33,8 +33,8 @@ FLAGS = {
         *("--run", "--adapters", "--base", "--combination", "--rank", "--step", "--out", "--merge", "--dtype"),
         *("--cost", "--verify", "-q", "--json"),
     ],
-    "report": ["--out"],
-    "runs": ["--json"],
+    "report": ["--out", "--watch", "--port"],
+    "runs": ["--json", "--html"],
     "init": ["--data", "--model", "--eval", "--out", "-q"],
     "config": ["--schema", "--from", "--devices", "--out", "--json"],
 }
