@@ -31,7 +31,7 @@ def main() -> None:
         type="path",
         nargs="+",
         metavar="RUN",
-        help="run folder; or files that jlora generate --json has printed",
+        help="run folder; or files of answers, as jlora generate prints them as JSON",
     )
     parser.add_argument(
         "--out", type="path", metavar="FILE", help="HTML file; default for one run: its own report.html"
