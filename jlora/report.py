@@ -18,10 +18,8 @@ def main() -> None:
         prog="jlora report",
         description="Write a run's report, or compare runs in one page.",
         examples=(
-            "jlora report runs/mine",
             "jlora report runs/mine --watch",
             "jlora report runs/a runs/b --out compared.html",
-            "jlora report a.jsonl b.jsonl --out answers.html",
         ),
     )
     parser.add_argument(

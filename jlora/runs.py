@@ -15,7 +15,7 @@ def main() -> None:
     parser = cli.Parser(
         prog="jlora runs",
         description="List run folders with their figures, the newest first.",
-        examples=("jlora runs", "jlora runs runs/sweep --json", "jlora runs --html runs/index.html"),
+        examples=("jlora runs runs/sweep --json", "jlora runs --html runs/index.html"),
     )
     parser.add_argument("folders", type="path", nargs="*", metavar="FOLDER", help="where to look; default: runs")
     parser.add_argument("--json", action="store_true", help="one JSON array")
