@@ -216,7 +216,6 @@ def test_a_template_of_json_arguments():
             {"messages": [user("a"), answer(None, tool_calls=[{"name": "f", "arguments": "[1]"}])]},
             'the "arguments" of a tool call are list, not an object',
         ),
-        ({"messages": TWO, "images": ["a.png"]}, 'the row has "images", and text alone is read'),
         (
             {"messages": [user([{"type": "text", "text": "a"}, {"type": "image_url", "image_url": "x"}]), answer("b")]},
             'a turn holds a part of type "image_url", and text alone is read',
