@@ -348,3 +348,9 @@ def test_a_row_without_weight_is_named(tmp_path):
     (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": TWO, "weight": 0}) + "\n")
     with pytest.raises(DataError, match=r"rows.jsonl:1: no token of it would be trained"):
         tokenize(str(tmp_path / "rows.jsonl"), ours(QWEN), section())
+
+
+def test_a_row_with_images_is_named(tmp_path):
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": TWO, "images": ["a.png"]}) + "\n")
+    with pytest.raises(DataError, match='rows.jsonl:1: the field "images" holds no text'):
+        tokenize(str(tmp_path / "rows.jsonl"), ours(QWEN), section())
