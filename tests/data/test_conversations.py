@@ -216,7 +216,6 @@ def test_a_template_of_json_arguments():
             {"messages": [user("a"), answer(None, tool_calls=[{"name": "f", "arguments": "[1]"}])]},
             'the "arguments" of a tool call are list, not an object',
         ),
-        ({"messages": TWO, "images": ["a.png"]}, 'the row has "images", and text alone is read'),
         (
             {"messages": [user([{"type": "text", "text": "a"}, {"type": "image_url", "image_url": "x"}]), answer("b")]},
             'a turn holds a part of type "image_url", and text alone is read',
@@ -348,4 +347,10 @@ def test_what_counts_is_part_of_an_entry(weighted_rows, tmp_path):
 def test_a_row_without_weight_is_named(tmp_path):
     (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": TWO, "weight": 0}) + "\n")
     with pytest.raises(DataError, match=r"rows.jsonl:1: no token of it would be trained"):
+        tokenize(str(tmp_path / "rows.jsonl"), ours(QWEN), section())
+
+
+def test_a_row_with_images_is_named(tmp_path):
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": TWO, "images": ["a.png"]}) + "\n")
+    with pytest.raises(DataError, match='rows.jsonl:1: the field "images" holds no text'):
         tokenize(str(tmp_path / "rows.jsonl"), ours(QWEN), section())
