@@ -49,9 +49,6 @@ CHAT_TEMPLATES = {
     ),
 }
 
-# Tokens before one that decide how it reads: bytes of a character, or the space of a word.
-PIECE_CONTEXT = 8
-_CUT = "\N{REPLACEMENT CHARACTER}"  # what a part of a character decodes to
 
 # Characters of one conversation's text.
 MAX_TEXT = 16 * 2**20
@@ -129,23 +126,6 @@ class Tokenizer:
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of `ids` ([n] integers), special tokens left out."""
         return self.backend.decode([int(i) for i in ids])
-
-    def pieces(self, ids: Sequence[int] | np.ndarray) -> list[tuple[str, bool]]:
-        """What each of `ids` ([n] integers) adds to the text, and whether it is a special token, which is written out.
-
-        A character of several tokens is the last one's.
-        """
-        specials, found, start = self.backend.specials(), [], 0
-        for i, token in enumerate(ids):
-            if int(token) in specials:
-                found.append((specials[int(token)], True))
-                start = i + 1  # text on both sides of a special token is decoded apart
-                continue
-            first = max(start, i - PIECE_CONTEXT)
-            before = self.decode(ids[first:i]).rstrip(_CUT)
-            after = self.decode(ids[first : i + 1])
-            found.append((after[len(before) :].rstrip(_CUT) if after.startswith(before) else after, False))
-        return found
 
     @property
     def marks_answers(self) -> bool:
