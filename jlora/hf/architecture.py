@@ -11,6 +11,7 @@ from typing import Any
 from jlora.config import ATTENTION_PROJECTIONS, MLP_PROJECTIONS
 from jlora.errors import ModelError
 from jlora.hf.families import FAMILIES, Family
+from jlora.hf.wrapped import WRAPPERS, names_in, text_of
 from jlora.model.config import ModelConfig, ModuleNames
 from jlora.model.rope import DynamicRope, LinearRope, Llama3Rope, Rope, RopeScaling, YarnRope
 
@@ -56,6 +57,7 @@ def parse_config(raw: dict[str, Any], where: str) -> ModelConfig:
     Raises:
       ModelError: an architecture or a field that changes the numerics and is not supported, by name.
     """
+    raw = text_of(raw, where)
     family = _family(raw, where)
     raw = raw | {ours: raw[theirs] for ours, theirs in family.keys if theirs in raw}
     _check_ignored(raw, family, where)
@@ -109,13 +111,13 @@ def parse_config(raw: dict[str, Any], where: str) -> ModelConfig:
         windows=_windows(raw, family, kinds, where),
         tie_word_embeddings=tied,
         biased=_biased(raw, family, where),
-        names=family.names,
+        names=names_in(family.names, raw),
     )
 
 
 def module_names(raw: dict[str, Any]) -> ModuleNames:
     """What transformers calls the modules, also where `parse_config` will refuse the config."""
-    return FAMILIES.get(str(raw.get("model_type")), FAMILIES["llama"]).names
+    return names_in(FAMILIES.get(str(raw.get("model_type")), FAMILIES["llama"]).names, raw)
 
 
 def _required(family: Family) -> dict[str, tuple[Any, ...]]:
@@ -148,7 +150,7 @@ def _family(raw: dict[str, Any], where: str) -> Family:
         return FAMILIES.get(str(raw.get("model_type")), FAMILIES["llama"])  # an unknown type is refused later
     if not isinstance(architectures, list) or len(architectures) != 1 or str(architectures[0]).lower() not in known:
         named = ", ".join(map(str, architectures)) if isinstance(architectures, list) else repr(architectures)
-        *others, last = (family.architecture for family in FAMILIES.values())
+        *others, last = (*(family.architecture for family in FAMILIES.values()), *WRAPPERS)
         (nearest,) = get_close_matches(named, [*others, last], 1, cutoff=0.0)
         raise ModelError(
             f"{where}: architecture {named} is not supported, only {', '.join(others)} and {last}; "

@@ -12,6 +12,7 @@ import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 
 from jlora.errors import ModelError
+from jlora.files.paths import inside
 from jlora.files.theirs import open_theirs
 
 CONVERT = "convert the model to GGUF again"
@@ -206,3 +207,19 @@ class _Reader:
         if shape and shape[-1] % per_block:
             raise ValueError(f"tensor {name!r} has rows of {shape[-1]} in blocks of {per_block}")
         return StoredTensor(name, shape, kind, self._int(8), math.prod(shape) // per_block * block_bytes)
+
+
+def gguf_in(folder: Path) -> Path | None:
+    """The GGUF file of a folder, by its first bytes; None where there is none.
+
+    Raises:
+      ModelError: there are several.
+    """
+    try:
+        found = sorted(file.name for file in folder.iterdir() if is_gguf(file))
+    except OSError as error:
+        raise ModelError(f"{folder}: cannot be looked into ({error.strerror}); check its permissions") from None
+    if len(found) > 1:
+        named = ", ".join(found[:3]) + (", ..." if len(found) > 3 else "")
+        raise ModelError(f"{folder}: holds {len(found)} GGUF files ({named}); give the path of one of them")
+    return inside(folder, found[0]) if found else None

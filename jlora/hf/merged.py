@@ -20,6 +20,7 @@ from jlora.hf.families import FAMILIES
 from jlora.hf.names import name_table
 from jlora.hf.source import FLOATS
 from jlora.hf.weights import Weights, blocks
+from jlora.hf.wrapped import WRAPPED_IN
 from jlora.model.adapter import Adapter
 from jlora.model.config import ModelConfig
 
@@ -49,6 +50,8 @@ def save_checkpoint(
 ) -> None:
     """Write config.json, sharded safetensors and what `add_files` puts beside them.
 
+    A text model that was taken out of another is written as one of its own.
+
     Args:
       dtype: bfloat16, float16 or float32, of the tensors written.
 
@@ -56,7 +59,9 @@ def save_checkpoint(
       ModelError: a tensor is not finite in `dtype`.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    table, width = name_table(cfg), np.dtype(DTYPES[dtype]).itemsize
+    architecture, names = FAMILIES[config["model_type"]].architecture, FAMILIES[config["model_type"]].names
+    table, width = name_table(replace(cfg, names=names)), np.dtype(DTYPES[dtype]).itemsize
+    found = dict(zip(table, name_table(cfg), strict=True))  # where the weights are read
     sizes = {name: math.prod(entry.hf_shape) * width for name, entry in table.items()}
     pattern = "model{suffix}.safetensors"
     shards = split_state_dict_into_shards_factory(
@@ -67,7 +72,7 @@ def save_checkpoint(
             out.write(header({name: table[name].file_shape for name in shard}, dtype))
             for name in shard:
                 entry = table[name]
-                pieces: Iterable[np.ndarray] = (weights.rows(name, entry, *rows) for rows in blocks(cfg, entry))
+                pieces: Iterable[np.ndarray] = (weights.rows(found[name], entry, *rows) for rows in blocks(cfg, entry))
                 if entry.input_first:  # whole, since its rows are the columns of all pieces
                     pieces = [np.concatenate(list(pieces)).T]
                 for piece in pieces:
@@ -81,8 +86,7 @@ def save_checkpoint(
     if shards.is_sharded:
         index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
         write_json(folder / "model.safetensors.index.json", index)
-    config = {key: value for key, value in config.items() if key not in ("torch_dtype", "dtype")}
-    architecture = FAMILIES[config["model_type"]].architecture
+    config = {key: value for key, value in config.items() if key not in ("torch_dtype", "dtype", WRAPPED_IN)}
     config |= {"architectures": [architecture], "dtype": dtype, "torch_dtype": dtype}
     write_json(folder / "config.json", config)
     add_files(folder)

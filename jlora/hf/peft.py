@@ -373,6 +373,8 @@ def save_adapter(
         "alpha_pattern": section.alpha_pattern,
         "layers_to_transform": section.layers_to_transform,
     }
+    if names.beside:  # whose projections PEFT would adapt as well, by their names
+        config["exclude_modules"] = rf"(.*\.)?({'|'.join(names.beside)})\..*"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / WEIGHTS).write_bytes(serialize(tensors, {"format": "pt", "jlora_base_sha256": base_hash}))
     write_json(folder / CONFIG, config)

@@ -20,11 +20,11 @@ from jlora.files.theirs import open_theirs
 from jlora.hf.adapter_config import CONFIG
 from jlora.hf.architecture import parse_config
 from jlora.hf.gguf import GGUFFile
-from jlora.hf.gguf_header import is_gguf
+from jlora.hf.gguf_header import gguf_in, is_gguf
 from jlora.hf.load import load_base
 from jlora.hf.peft import WEIGHTS, load_adapter, read_options, scaled_to
 from jlora.hf.shapes import SHAPES
-from jlora.hf.source import Source, gguf_in, open_source, read_config, read_json, resolve
+from jlora.hf.source import Source, open_source, read_config, read_json, resolve
 from jlora.model.adapter import Adapter, Lora, layer_scales, targets
 from jlora.model.adapter_init import new_adapter
 from jlora.model.adapter_layout import place_adapter

@@ -25,8 +25,9 @@ from jlora.files.paths import inside
 from jlora.files.theirs import MAX_JSON, open_theirs, read_theirs
 from jlora.hf.architecture import module_names, parse_config
 from jlora.hf.gguf import GGUFFile
-from jlora.hf.gguf_header import is_gguf
+from jlora.hf.gguf_header import gguf_in
 from jlora.hf.names import Entry, name_table, tensor_name
+from jlora.hf.wrapped import WRAPPED_IN, tensor_in, text_of
 from jlora.model.config import ModelConfig
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -113,7 +114,7 @@ class SafetensorsFolder:
           name: what messages about its config call it.
         """
         self.folder, self._name = folder, name
-        self.config = read_json(inside(folder, "config.json"))
+        self.config = text_of(read_json(inside(folder, "config.json")), name)
         names = module_names(self.config)
         self._table, self._head = (tensor_name(names, leaf, None) for leaf in ("embed_tokens", "lm_head"))
         self._input_first = tuple(
@@ -137,7 +138,10 @@ class SafetensorsFolder:
         self._places: dict[str, tuple[Path, int]] = {}
         for file in files:
             self._read_header(inside(folder, file))
-        self._name_as_a_whole_model()
+        if WRAPPED_IN in self.config:
+            self._rename({name: tensor_in(name) for name in self.shapes})
+        else:
+            self._name_as_a_whole_model()
         if self._has_other_head():
             self.config = self.config | {"tie_word_embeddings": False}
             print(
@@ -168,11 +172,15 @@ class SafetensorsFolder:
         """A decoder without its head, such as `LlamaModel` writes, lacks the first part of its tensors' names."""
         body, _, table = self._table.partition(".")
         if table in self.shapes and not any(name.startswith(f"{body}.") for name in self.shapes):
-            whole = {name: name if name == self._head else f"{body}.{name}" for name in self.shapes}
-            self.shapes = {whole[name]: shape for name, shape in self.shapes.items()}
-            self.dtypes = {whole[name]: dtype for name, dtype in self.dtypes.items()}
-            self.sizes = {whole[name]: size for name, size in self.sizes.items()}
-            self._places = {whole[name]: place for name, place in self._places.items()}
+            self._rename({name: name if name == self._head else f"{body}.{name}" for name in self.shapes})
+
+    def _rename(self, names: dict[str, str | None]) -> None:
+        """Give tensors other names; without one, a tensor is none of this model's."""
+        kept = [(old, new) for old, new in names.items() if new is not None]
+        self.shapes = {new: self.shapes[old] for old, new in kept}
+        self.dtypes = {new: self.dtypes[old] for old, new in kept}
+        self.sizes = {new: self.sizes[old] for old, new in kept}
+        self._places = {new: self._places[old] for old, new in kept}
 
     def _has_other_head(self) -> bool:
         """Whether a head is stored beside the embedding that it is said to be, in values that differ as float32."""
@@ -308,7 +316,7 @@ def read_config(path: Path, name: str) -> tuple[dict[str, Any], ModelConfig]:
     if path.is_file():
         source = GGUFFile(path)
         return source.config, source.model
-    config = read_json(inside(path, "config.json"))
+    config = text_of(read_json(inside(path, "config.json")), name)
     return config, parse_config(config, name)
 
 
@@ -327,22 +335,6 @@ def same_tables(
         if not np.array_equal(ours, theirs):
             return False
     return True
-
-
-def gguf_in(folder: Path) -> Path | None:
-    """The GGUF file of a folder, by its first bytes; None where there is none.
-
-    Raises:
-      ModelError: there are several.
-    """
-    try:
-        found = sorted(file.name for file in folder.iterdir() if is_gguf(file))
-    except OSError as error:
-        raise ModelError(f"{folder}: cannot be looked into ({error.strerror}); check its permissions") from None
-    if len(found) > 1:
-        named = ", ".join(found[:3]) + (", ..." if len(found) > 3 else "")
-        raise ModelError(f"{folder}: holds {len(found)} GGUF files ({named}); give the path of one of them")
-    return inside(folder, found[0]) if found else None
 
 
 def open_source(path: Path, name: str | None = None) -> Source:

@@ -20,6 +20,7 @@ from jlora.hf.names import name_table, tensor_name
 from jlora.hf.peft import WEIGHTS, load_adapter, save_adapter
 from jlora.hf.pretrained import Pretrained
 from jlora.hf.weights import Merged, Weights, at_layer, blocks, leaf
+from jlora.hf.wrapped import WRAPPED_IN
 from jlora.model import attention
 from jlora.model.adapter import Adapter, Lora, Saved
 from jlora.model.adapter_layout import place_adapter
@@ -215,7 +216,7 @@ def compare_with_peft(folder: Path, adapter: Adapter, pretrained: Pretrained) ->
 def transformers_base(pretrained: Pretrained) -> tuple[Any, str]:
     """The base in transformers, float32, and who read its file; see `compare_with_peft`."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
@@ -223,8 +224,9 @@ def transformers_base(pretrained: Pretrained) -> tuple[Any, str]:
     gguf = {} if path.is_dir() else {"gguf_file": path.name}
     folder = path if path.is_dir() else path.parent
     options: dict[str, Any] = {"dtype": torch.float32, "local_files_only": True, "use_safetensors": True}
+    auto = AutoModelForImageTextToText if WRAPPED_IN in source.config else AutoModelForCausalLM
     try:
-        return AutoModelForCausalLM.from_pretrained(str(folder), **options, **gguf), "transformers"
+        return auto.from_pretrained(str(folder), **options, **gguf), "transformers"
     except Exception as error:  # of any kind: it is another's reader
         if not gguf:
             reason = " ".join(str(error).split())[:300]

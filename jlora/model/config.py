@@ -22,15 +22,17 @@ class ModuleNames:
       body: the model without its head; layers: those in it.
       renamed: leaf -> module, for those that are not called as in Llama: of a layer within it, else within the body.
       input_first: files keep projections as [in, out], as Conv1D does, and not as [out, in].
+      beside: modules beside the body of a model that reads more than text; they have projections of the same names.
     """
 
     body: str
     layers: str
     renamed: tuple[tuple[str, str], ...]
     input_first: bool
+    beside: tuple[str, ...]
 
 
-LLAMA = ModuleNames("model", "layers", (), input_first=False)
+LLAMA = ModuleNames("model", "layers", (), input_first=False, beside=())
 GPT2 = ModuleNames(
     "transformer",
     "h",
@@ -40,6 +42,7 @@ GPT2 = ModuleNames(
         *(("qkv_proj", "attn.c_attn"), ("o_proj", "attn.c_proj"), ("up_proj", "mlp.c_fc"), ("down_proj", "mlp.c_proj")),
     ),
     input_first=True,
+    beside=(),
 )
 
 

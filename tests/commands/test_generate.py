@@ -129,7 +129,7 @@ def test_chat_goes_on_after_an_empty_answer(world, here, monkeypatch):
     ],
 )
 def test_bad_prompts(world, here, tmp_path, prompts, words):
-    (tmp_path / "second.jsonl").write_text('{"prompt": "a"}\n\n{"instruction": "a"}\n')
+    (tmp_path / "second.jsonl").write_text('{"prompt": "a"}\n\n{"text": "a"}\n')
     (tmp_path / "empty.jsonl").write_text("\n")
     (tmp_path / "torn.jsonl").write_text('{"prompt": "a"}\n{"prompt"\n')
     (tmp_path / "bytes.jsonl").write_bytes(b'{"prompt": "\xff"}\n')

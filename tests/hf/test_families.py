@@ -89,8 +89,8 @@ def test_what_gemma_and_phi_leave_unsaid(config):
             "use_bidirectional_attention=True",
         ),
         (
-            {"model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"], "text_config": {}},
-            "the nearest is Gemma3ForCausalLM",
+            {"model_type": "gemma3n", "architectures": ["Gemma3nForConditionalGeneration"], "text_config": {}},
+            "the nearest is Gemma3ForConditionalGeneration",
         ),
         ({"hidden_act": "relu2"}, "hidden_act='relu2'"),
     ],
