@@ -121,7 +121,7 @@ class Columns:
                 raise ConfigError(f"data.columns.{column}: data.format={self.format} reads {', '.join(own)} alone")
 
     def read(self, row: dict[str, Any]) -> dict[str, Any]:
-        """A row with the format's columns under their own names; as it is where it lacks one.
+        """A row with the format's columns under their own names; as it is where it lacks one, or is of another format.
 
         Raises:
           BadRow: it has pictures or sounds, or lacks a column that `data.columns` names.
@@ -136,6 +136,9 @@ class Columns:
                 raise BadRow("missing_field", f"{lacking} (it has {columns_of(row)})")
             if used[column] is None:
                 return row
+        if any(used[column] != column for column in required if column not in self.given):
+            if any(all(row.get(name) is not None for name in names) for names in COLUMNS.values()):
+                return row  # of another format, whose answers stand elsewhere
         names = {name for name in used.values() if name in row}
         for name, value in row.items():
             if name in names or value in (None, "", [], {}):

@@ -25,13 +25,16 @@ KINDS = {
 }
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 NAMED = "json, jsonl, csv, tsv, parquet, arrow or txt"
-# Words in a name that tell its split, and files that describe a data set, as the `datasets` library has them.
+# Words in a name that tell its split, as the `datasets` library has them; and files that describe rows, or a model.
 SPLITS = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "dev", "val"),
     "test": ("test", "testing", "eval", "evaluation"),
 }
-DESCRIPTIONS = re.compile(r"readme\b.*|licen[cs]e\b.*|config\.json|dataset_infos?\.json", re.IGNORECASE)
+DESCRIPTIONS = re.compile(
+    r"(readme|licen[cs]e)\b.*|(\w+_)?config\.json|dataset_infos?\.json|tokenizer\.json|special_tokens_map\.json",
+    re.IGNORECASE,
+)
 _SHARD = re.compile(r"data/([^/]+)-\d{5}-of-\d{5}\..+")
 _SLICE = re.compile(r"([^\[\]+]+)(?:\[(\d*):(\d*)\])?")
 

@@ -37,7 +37,7 @@ def test_a_row_is_of_the_format_that_reads_it(format):
 
 
 def test_a_row_of_no_format():
-    assert format_of({"question": "a", "answer": "b", "output": None}) is None
+    assert format_of({"title": "a", "body": "b", "output": None}) is None
     assert columns_of({str(n): n for n in range(9)}) == "0, 1, 2, 3, 4, 5, 6, 7, ..." and columns_of({}) == "no column"
 
 
@@ -73,7 +73,7 @@ def test_held_out_rows_of_ones_own_and_a_name(world, here, tmp_path):
 @pytest.mark.parametrize(
     ("rows", "code", "words"),
     [
-        ([{"question": "a", "answer": "b"}], 3, "has the columns question, answer"),
+        ([{"title": "a", "body": "b"}], 3, "has the columns title, body"),
         ([ROWS["alpaca"], ROWS["text"]], 3, ":2: is of format text, the rows before it of alpaca"),
         ([[1, 2], "text"], 3, "none of the first rows"),
         ([ROWS["messages"]] * 3, 2, "chat template"),

@@ -109,7 +109,7 @@ def damage(world, tmp_path, how):
     elif how == "another size":
         (base / "config.json").write_text(json.dumps(config | {"hidden_size": 64}))
     elif how == "another architecture":
-        (base / "config.json").write_text(json.dumps(config | {"architectures": ["GPT2LMHeadModel"]}))
+        (base / "config.json").write_text(json.dumps(config | {"architectures": ["BloomForCausalLM"]}))
     elif how == "torn tokenizer":
         (base / "tokenizer.json").write_text((base / "tokenizer.json").read_text()[:200])
     elif how == "no tokenizer":
@@ -124,7 +124,7 @@ BASE_ERRORS = [
     ("missing config", ["config.json: missing"]),
     ("torn config", ["config.json: cannot be read as JSON"]),
     ("another size", ["misshapen", "embed_tokens"]),
-    ("another architecture", ["GPT2LMHeadModel", "LlamaForCausalLM"]),
+    ("another architecture", ["BloomForCausalLM", "LlamaForCausalLM"]),
     ("torn tokenizer", ["tokenizer"]),
     ("no tokenizer", ["tokenizer.json", "tokenizer.model"]),
 ]

@@ -76,6 +76,15 @@ def test_mapping_that_is_asked_for(tmp_path, tokenizer):
     assert len(data.examples) == 1 and check_rows(Config.model_validate(cfg), data, None) == []
 
 
+def test_row_of_another_format_is_left_to_it():
+    """Else rows of prompt and completion would get Stanford's prompt, which is the default."""
+    for format, row in (
+        ("alpaca", {"prompt": "a", "completion": "b"}),
+        ("completion", {"instruction": "a", "output": "b"}),
+    ):
+        assert Columns(format, {}).read(row) is row
+
+
 def test_row_that_lacks_a_column_keeps_its_own_names_for_the_message():
     row = {"question": "a", "label": "b"}
     assert Columns("alpaca", {}).read(row) is row

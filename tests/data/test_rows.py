@@ -237,6 +237,7 @@ def test_no_usable_row_says_why(tmp_path, tokenizer):
 
 def test_rows_of_another_format(tmp_path, tokenizer):
     path = write(tmp_path / "rows.jsonl", jsonl([{"instruction": "a", "output": "b"}]))
+    assert 'the field "prompt" is missing' in error_of(path, tokenizer=tokenizer)
     assert 'the field "chosen" is missing' in error_of(path, tokenizer=tokenizer, format="preference")
     assert 'the field "messages" is missing' in error_of(path, tokenizer=tokenizer, format="messages")
     assert len(tokenize(str(path), tokenizer, section(format="alpaca", max_length=320)).examples) == 1
