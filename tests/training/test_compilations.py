@@ -7,9 +7,13 @@ from tiny import make_completions, make_llama, make_tokenizer, write_config
 
 import jlora.training.run
 from jlora.config import load_config
+from jlora.hf.source import read_config
 from jlora.inference import generate
+from jlora.model.sharding import one_device_mesh
+from jlora.planning.compiled import abstract_step
 from jlora.training import evaluator
 from jlora.training.run import train
+from jlora.training.step import make_forward
 
 COMPILED = "/jax/core/compile/backend_compile_duration"  # also where the program came from a cache
 
@@ -72,3 +76,34 @@ def test_nothing_is_compiled_after_the_first_step(tmp_path, monkeypatch, compila
     assert 0 < before_each_step[0] < before_each_step[1]
     assert compilations[before_each_step[1] : before_each_step[-1]] == []
     assert compilations.count("jit(step)") == 2, compilations
+
+
+@pytest.mark.parametrize(
+    ("override", "same"),
+    [
+        ("optimizer.learning_rate=3e-5", True),
+        ("optimizer.schedule=linear", True),
+        ("optimizer.warmup_steps=7", True),
+        ("optimizer.min_learning_rate_ratio=0.1", True),
+        ("optimizer.weight_decay=0.3", True),
+        ("training.max_steps=77", True),
+        ("training.seed=9", True),
+        ("lora.dropout=0.2", False),
+        ("data.max_length=32", False),
+    ],
+)
+def test_another_rate_schedule_seed_or_length_is_the_same_program(tmp_path, override, same):
+    """So it comes from the compilation cache; what the program computes otherwise does not."""
+    make_llama(tmp_path / "base")
+    data = {"format": "completion", "max_length": 64}
+    rows = make_completions(tmp_path / "rows.jsonl", 4)
+    path = write_config(tmp_path / "c.yaml", tmp_path / "base", rows, tmp_path / "run", data=data)
+    _, model = read_config(tmp_path / "base", "base")
+
+    def program(*overrides):
+        cfg, mesh = load_config(path, overrides), one_device_mesh()
+        with jax.set_mesh(mesh):
+            step, arguments, _ = abstract_step(cfg, model, mesh, make_forward(cfg, model, mesh)[1])
+            return jax.jit(step).lower(*arguments).as_text()
+
+    assert (program() == program(override)) == same
