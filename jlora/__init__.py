@@ -1,4 +1,4 @@
-"""LoRA fine-tuning of Llama models in JAX and Flax.
+"""LoRA fine-tuning of language models in JAX and Flax.
 
 Letters used in array annotations and einsum equations, in every module:
 B batch, T query length, S key/value length, D embed, N query heads, K key/value heads, G = N / K,

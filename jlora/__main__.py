@@ -35,7 +35,7 @@ def main() -> None:
     parser = cli.Parser(
         prog="jlora",
         usage="jlora COMMAND ...",
-        description="LoRA fine-tuning of Llama models in JAX.",
+        description="LoRA fine-tuning of language models in JAX.",
         epilog=f"commands:\n{commands}\n\njlora COMMAND --help says more of each.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

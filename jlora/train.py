@@ -16,8 +16,8 @@ def main() -> None:
     """Command line."""
     parser = cli.Parser(
         prog="jlora train",
-        description="Fine-tune a Llama with LoRA.",
-        examples=("jlora train quickstart.yaml", "jlora train run.yaml lora.rank=8 output_dir=runs/r8"),
+        description="Fine-tune a model, or resume.",
+        examples=("jlora train quickstart.yaml", "jlora train run.yaml training.epochs=2 output_dir=runs/two"),
     )
     cli.add_config_arguments(parser)
     parser.add_argument(

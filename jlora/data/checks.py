@@ -237,13 +237,14 @@ def check_run(cfg: Config, num_steps: int, positions: Any) -> list[Check]:
     training, warmup = cfg.training, cfg.optimizer.warmup_steps
     if num_steps < FEW_STEPS:
         more = "raise training.max_steps" if training.max_steps else "raise training.epochs"
+        fewer = ", or lower training.batch_size" if training.batch_size > 1 and not training.max_steps else ""
         checks.append(
             Check(
                 "few_steps",
                 "warning",
                 num_steps,
                 f"the run is over after {counted(num_steps, 'optimizer step')} of {training.batch_size} rows each, "
-                f"which hardly changes a model; {more}, or lower training.batch_size or data.max_length",
+                f"which hardly changes a model; {more}{fewer}",
             )  # fmt: skip
         )
     if warmup >= num_steps:

@@ -232,7 +232,9 @@ def _record(opened: Opened, way: Strategy, identity: str) -> Record:
 def tuned_config(cfg: Config, opened: Opened, way: Strategy, folder: Path, files: dict[str, Path]) -> Config:
     """The config of one fine-tuning: the user's own, on fewer rows."""
     model = cfg.model.model_copy(update={"path": opened.name, "tokenizer": _tokenizer(cfg, opened.name)})
-    rows = cfg.data.model_copy(update={"train": str(files[way.key]), "eval": str(files["heldout"])})
+    ours = {"train": str(files[way.key]), "eval": str(files["heldout"])}
+    # They hold the rows that were chosen, under the format's own names.
+    rows = cfg.data.model_copy(update=ours | {"split": "train", "eval_split": None, "columns": {}})
     output_dir = str(folder / folder_of(opened) / way.key)
     return cfg.model_copy(update={"model": model, "data": rows, "output_dir": output_dir})
 
@@ -244,13 +246,12 @@ def folder_of(opened: Opened) -> str:
 
 def fine_tune(cfg: Config, record: Record, quiet: bool, shared: Shared) -> bool:
     """Train by `jlora.train`, and note in `record` what it took; False where it was stopped and saved."""
-    before = (record["training"] or {}).get("seconds", 0.0)
     with own_signals():
         summary = train(cfg, quiet, shared)
     record["training"] = {
         "run": cfg.output_dir,
         "finished": summary["status"] == "finished",
-        "seconds": before + summary["wall_seconds"],
+        "seconds": summary["wall_seconds"],
         "tokens": summary["tokens"]["total"],
         "steps": summary["steps"],
         "epochs": summary["epochs"],

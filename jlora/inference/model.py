@@ -76,7 +76,10 @@ def open_model(args: argparse.Namespace, rows: str | None) -> tuple[Adapted, Dat
     section = (run.data if run else DataSection(train="-")).model_copy(update=chosen)
     given = {name: getattr(args, name) for name in ("tokenizer", "chat_template", "dtype", "quantization")}
     try:
-        return open_adapted(base, args.adapter, **given), section
+        opened = open_adapted(base, args.adapter, **given)
+        if not (args.format or run or rows) and opened.pretrained.tokenizer.chat_template:
+            section = section.model_copy(update={"format": "messages"})  # a text alone is what a user says
+        return opened, section
     except ModelError as error:
         if args.base or Path(base).exists():
             raise

@@ -53,7 +53,8 @@ def prompted(args: argparse.Namespace) -> None:
     with jax.set_mesh(one_device_mesh()):
         model, section = open_model(args, args.prompts)
         if not args.quiet and not args.json:
-            print(f"format {section.format}, prompt style {section.prompt}", file=sys.stderr)
+            style = f", prompt style {section.prompt}" if section.format == "alpaca" else ""
+            print(f"format {section.format}{style}", file=sys.stderr)
         sampling = Sampling(args.temperature, args.top_p)
         run = partial(generate, model, max_new_tokens=args.max_new_tokens, sampling=sampling)
         (chat if args.chat else answer_rows)(args, run, section, model.pretrained)

@@ -17,9 +17,11 @@ from jlora.reports.rows import Seen, look
 # Rows that are looked at for their format; the first of a large file stand for it.
 LOOKED_AT = 1000
 # Tokens of a row of a batch: at least so many, for rows to be packed into, and not more unless asked for.
-LENGTHS = (512, 1024, 2048, 4096)
-# A run should take so many steps an epoch, for its schedule and its evaluations to mean something.
-STEPS = 20
+LENGTHS = (128, 256, 512, 1024, 2048, 4096)
+# A run should take so many steps an epoch, for its schedule and its evaluations to mean something, and in all.
+STEPS, ALL_STEPS = 20, 100
+# Of fewer rows more epochs, up to where they are learnt by heart.
+EPOCHS = (3, 5, 10)
 BATCHES = (16, 8, 4, 2, 1)
 # Rows held out: a tenth, and of many no more than so many.
 MOST_HELD_OUT = 500
@@ -57,6 +59,10 @@ def propose(data: str, model: str, held_out: str | None, name: str) -> tuple[str
     packed = rows["tokens"] / tree["data"]["max_length"]
     tree["training"]["batch_size"] = next((size for size in BATCHES if packed / size >= STEPS), BATCHES[-1])
     seen = look(Config.model_validate(tree), 0)
+    if tree["training"]["epochs"] == EPOCHS[0]:
+        each = seen.report["steps"] / EPOCHS[0]
+        tree["training"]["epochs"] = next((count for count in EPOCHS if count * each >= ALL_STEPS), EPOCHS[-1])
+        seen = look(Config.model_validate(tree), 0)
     return written(tree, seen.report), seen
 
 
@@ -107,7 +113,7 @@ def written(tree: dict[str, Any], report: dict[str, Any]) -> str:
         ("data:", None, ""),
         ("  train:", data["train"], f"{rows['rows']:,} rows"),
         ("  eval:", data["eval"], "held out, to see whether training helps" if data["eval"] else "too few rows"),
-        ("  format:", data["format"], f"by the columns {', '.join(COLUMNS[data['format']])}"),
+        ("  format:", data["format"], "by the columns of the rows"),
     ]
     if data["format"] == "alpaca":
         why = "the tokenizer's own chat template" if data["prompt"] == "chat" else "it has no chat template"
@@ -123,6 +129,7 @@ def written(tree: dict[str, Any], report: dict[str, Any]) -> str:
         ("  batch_size:", training["batch_size"], f"{batches:,} steps an epoch; several rows are packed into one"),
         ("  gradient_accumulation_steps:", 1, "raise it, to a divisor of batch_size, if memory runs out"),
     ]
+    lines.append(("  samples:", 3, "rows answered before and after, in report.html"))
     if data["eval"]:
         lines += [
             ("  evals_per_epoch:", 2, ""),

@@ -17,6 +17,9 @@ COUNTS = {
 }  # fmt: skip
 LENGTHS = {"min": "shortest", "median": "median", "p90": "90 % at most", "max": "longest"}
 
+# Of checks, the worst first.
+LEVELS = ("error", "warning", "note")
+
 
 def render(title: str, report: dict[str, Any], rows: list[Shown]) -> str:
     """The page of a report (`jlora.reports.rows.Seen`) and its first rows.
@@ -32,7 +35,7 @@ def render(title: str, report: dict[str, Any], rows: list[Shown]) -> str:
     return page.render(
         "data.html",
         name=title,
-        checks=sorted(report["checks"], key=lambda found: found["level"]),
+        checks=sorted(report["checks"], key=lambda found: LEVELS.index(found["level"])),
         train=report["train"],
         held_out=report["eval"],
         charts=[_lengths(f"data.{name}", found) for name, found in sets.items()],

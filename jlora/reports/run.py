@@ -12,7 +12,7 @@ from jlora.reports.run_files import RunFiles, read_run
 
 STATUS = {
     "finished": "finished",
-    "preempted": "preempted, can be resumed",
+    "preempted": "stopped, can be resumed",
     "failed": "failed",
     "None": "in progress, or stopped early",
 }

@@ -15,7 +15,7 @@ BAR = 40
 
 
 def print_report(report: dict[str, Any], rows: list[Shown], console: Console) -> None:
-    """Figures, checks that only warn, and the first rows."""
+    """Figures, warnings and notes, and the first rows."""
 
     def say(text: str = "") -> None:
         console.print(clean(text), markup=False, highlight=False, soft_wrap=True)
@@ -24,8 +24,8 @@ def print_report(report: dict[str, Any], rows: list[Shown], console: Console) ->
         if report[name] is not None:
             _print_set(name, report[name], say)
     for found in report["checks"]:
-        if found["level"] == "warning":
-            say(f"warning: {found['sentence']}")
+        if found["level"] != "error":
+            say(f"{found['level']}: {found['sentence']}")
     errors, warnings = (sum(found["level"] == level for found in report["checks"]) for level in ("error", "warning"))
     verdict = "would train wrongly" if errors else counted(warnings, "warning") if warnings else "nothing found wrong"
     say(f"{counted(report['steps'], 'optimizer step')}; {verdict}")

@@ -37,6 +37,9 @@ def save_on_signals() -> Callable[[int], bool]:
     """
 
     def handler(number: int, frame: Any) -> None:
+        if not _received and os.isatty(2):
+            with suppress(OSError):  # and not by `print`, which the main thread may be in the middle of
+                os.write(2, b"\nstopping after this step\n")
         _received.append(number)
 
     def to_jax(number: int, frame: Any) -> None:

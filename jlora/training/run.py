@@ -44,7 +44,7 @@ from jlora.training.step import (
     count_trained,
     make_train_step,
 )
-from jlora.training.summary import measured, origin, rows_of
+from jlora.training.summary import measured, origin, rows_of, seconds_before
 from jlora.training.trackers import open_trackers, require_trackers
 
 
@@ -197,7 +197,7 @@ def finish(run: Run, meter: StepMeter, began: float) -> dict[str, Any]:
         "history": run.identity.get("history", []),
         "adapter": str(run.folder / "adapter") if exported else None,
         **origin(began),
-        "wall_seconds": time.monotonic() - began,
+        "wall_seconds": time.monotonic() - began + seconds_before(run.folder, run.start),
         **measured(run.folder, meter, run.compiled),
     }
     if distributed.is_main():

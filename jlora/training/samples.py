@@ -35,14 +35,17 @@ def choose(
         sequence = example.sequences()[0]
         start = int(np.argmax(sequence.trained))
         start = start if start > 1 else min(TEXT_PROMPT, len(sequence.ids) // 2)
+        end = start + int(
+            np.argmin([*sequence.trained[start:], False])
+        )  # of a conversation, where its first answer ends
         tokenizer, prompt = pretrained.tokenizer, sequence.ids[:start].tolist()
-        cut = len(sequence.ids) >= longest and int(sequence.ids[-1]) != tokenizer.eos_id
+        cut = end == len(sequence.ids) >= longest and int(sequence.ids[-1]) != tokenizer.eos_id
         prompts.append(prompt)
         samples.append(
             {
                 "prompt": tokenizer.decode(prompt),
                 "turns": turns(tokenizer, prompt),
-                "wanted": tokenizer.decode(sequence.ids[start:].tolist()),
+                "wanted": tokenizer.decode(sequence.ids[start:end].tolist()),
                 "cut": ["wanted"] * cut,
             }
         )

@@ -48,6 +48,16 @@ def origin(began: float) -> dict[str, Any]:
     }
 
 
+def seconds_before(run_dir: Path, start: int) -> float:
+    """Seconds of the starts before this one that ended in order, by the summary that the last of them left.
+
+    Args:
+      start: the step that this one resumed from; 0 where it began anew.
+    """
+    before = (parse(read_text(run_dir / "summary.json")) or {}).get("wall_seconds") if start else None
+    return float(before) if isinstance(before, int | float) else 0.0
+
+
 def measured(run_dir: Path, meter: StepMeter, compiled: Any) -> dict[str, Any]:
     """The measured part of summary.json.
 

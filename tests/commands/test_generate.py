@@ -78,7 +78,7 @@ def test_prompt_is_the_instruction_of_an_alpaca_run(world, here, tmp_path):
 
 def test_generate_says_its_format_on_stderr_alone(world, here):
     code, out, err = here("generate", "--base", world / "base", "--prompt", "a", "--max-new-tokens", 1)
-    assert (code, err) == (0, "format completion, prompt style stanford\n") and "format" not in out
+    assert (code, err) == (0, "format completion\n") and "format" not in out
 
 
 def test_chat_over_a_pipe(world):
@@ -114,6 +114,17 @@ def test_chat_goes_on_after_an_empty_answer(world, here, monkeypatch):
     monkeypatch.setattr(prompting, "generate", silent)
     out = generate(here, world, "--chat", "--chat-template", "llama2", stdin="one\none\n")
     assert out == "\n\n" and len(seen) == 2 and seen[0] == seen[1]
+
+
+def test_a_base_with_a_chat_template_is_talked_to(world, here, tmp_path):
+    """Such as a merged model: a bare text is what a user says, unless another format is asked for."""
+    shutil.copytree(world / "base", tmp_path / "base")
+    file = tmp_path / "base" / "tokenizer_config.json"
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"chat_template": template}))
+    given = ("generate", "--base", tmp_path / "base", "--prompt", "a", "--max-new-tokens", 2)
+    assert here(*given)[::2] == (0, "format messages\n")
+    assert here(*given, "--format", "completion")[::2] == (0, "format completion\n")
 
 
 @pytest.mark.parametrize(

@@ -63,6 +63,16 @@ def levels(seen):
     return {found["name"]: found["level"] for found in seen.report["checks"] if found["name"] not in OF_RUN}
 
 
+def test_notes_are_said_and_drawn_and_nothing_wrong(config, here, tmp_path):
+    """Columns under other names, which a row of a question and an answer has."""
+    path = config([{"question": f"{i}?", "answer": " " + "abc" * (1 + i % 3)} for i in range(6)])
+    code, out, err = here("data", path, "--html", tmp_path / "page.html")
+    assert (code, err) == (0, "") and 'note: data.train: the column "question" is read as prompt (in 6 rows)' in out
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert '<b class="note">note</b>' in page
+    assert page.index('class="warning">warning') < page.index('class="note">note')
+
+
 @pytest.mark.parametrize(
     ("overrides", "positions", "expected"),
     [

@@ -21,6 +21,7 @@ from jlora.hf.pretrained import find_adapter, run_config
 from jlora.reports.run import write_report
 from jlora.training.metrics import MetricsLog
 from jlora.training.run import train
+from jlora.training.summary import seconds_before
 from jlora.training.sweep import train_together
 from jlora.training.trackers import open_trackers
 
@@ -302,3 +303,11 @@ def test_a_run_folder_that_goes_while_it_trains_ends_the_run(world, tmp_path, mo
     if another:
         names = {path.relative_to(world / "run") for path in (world / "run").rglob("*")}
         assert {path.relative_to(tmp_path / "run") for path in (tmp_path / "run").rglob("*")} == names
+
+
+def test_seconds_of_earlier_starts_are_counted(tmp_path):
+    assert seconds_before(tmp_path, 4) == 0.0
+    (tmp_path / "summary.json").write_text('{"wall_seconds": 12.5}')
+    assert (seconds_before(tmp_path, 4), seconds_before(tmp_path, 0)) == (12.5, 0.0)
+    (tmp_path / "summary.json").write_text('{"wall_seconds": "a"')
+    assert seconds_before(tmp_path, 4) == 0.0
