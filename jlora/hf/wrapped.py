@@ -49,7 +49,7 @@ def text_of(raw: dict[str, Any], where: str) -> dict[str, Any]:
     """
     named = raw.get("architectures")
     whole = named[0] if isinstance(named, list) and len(named) == 1 else None
-    if whole not in WRAPPERS:
+    if not isinstance(whole, str) or whole not in WRAPPERS:
         return raw
     text, families = raw.get("text_config"), WRAPPERS[whole]
     if not isinstance(text, dict):

@@ -425,7 +425,9 @@ def test_written_in_half_precision(dtype, theirs, single, tmp_path):
 
 def test_failure_leaves_no_checkpoint(single, tmp_path):
     base, _ = open_base(single)
-    save = partial(save_checkpoint, cfg=base.cfg, config={}, dtype="float32", add_files=lambda folder: None)
+    save = partial(
+        save_checkpoint, cfg=base.cfg, config={"model_type": "llama"}, dtype="float32", add_files=lambda folder: None
+    )
 
     class Broken(Trained):
         def rows(self, name, entry, start, stop):

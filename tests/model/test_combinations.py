@@ -37,8 +37,8 @@ SHAPE = {
 }
 
 
-def splash(q, k, v, places, window):
-    return tpu._splash_rows(q, k, v, places.q_segments, window, interpret=True)
+def splash(q, k, v, places, window, softcap):
+    return tpu._splash_rows(q, k, v, places.q_segments, window, softcap, interpret=True)
 
 
 ATTENTION = {

@@ -162,7 +162,11 @@ def test_a_lock_is_looked_at_and_left(tmp_path):
 
 
 def test_the_command_ends_well_by_ctrl_c(run):
-    command = [sys.executable, "-m", "jlora.report", str(run), "--watch"]
+    # As in a terminal: what a shell starts in the background ignores SIGINT, and so does all that it starts.
+    heard = (
+        "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.executable, sys.argv[1:])"
+    )
+    command = [sys.executable, "-c", heard, sys.executable, "-m", "jlora.report", str(run), "--watch"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as done:
         line = done.stdout.readline()

@@ -48,11 +48,12 @@ def tiny(tmp_path_factory):
     make_tokenizer(folder / "base")
     make_completions(folder / "rows.jsonl")
     make_completions(folder / "other.jsonl", 17, first=100)
+    make_completions(folder / "held.jsonl", 17, first=200)
     return folder
 
 
 def configure(tiny, sweep, name="run.yaml", **sections):
-    sections["data"] = {"format": "completion", "max_length": 64, "eval": str(tiny / "other.jsonl")}
+    sections["data"] = {"format": "completion", "max_length": 64, "eval": str(tiny / "held.jsonl")}
     sections["training"] = {"max_steps": 4, "batch_size": 4, "gradient_accumulation_steps": 2}
     sections["lora"] = {"rank": 4, "alpha": 8, "dropout": 0.1}
     path = write_config(tiny / name, tiny / "base", tiny / "rows.jsonl", tiny / "together", **sections)
