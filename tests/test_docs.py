@@ -323,7 +323,7 @@ def test_notebook_runs_on_the_tiny_model(world, tmp_path, monkeypatch, capfd):
     monkeypatch.setitem(sys.modules, "IPython", types.ModuleType("IPython"))
     monkeypatch.setitem(sys.modules, "IPython.display", fake)
     few = str(world / "few.jsonl")
-    tiny = {"BASE": str(world / "base"), "ROWS": few, "HELD_OUT": few, "STEPS": 2, "TOKENS": 3}
+    tiny = {"BASE": str(world / "base"), "ROWS": few, "HELD_OUT": str(world / "rows.jsonl"), "STEPS": 2, "TOKENS": 3}
     scope: dict[str, object] = {"__name__": "__main__"}
     cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
     assert "".join(cells[0]["source"]).splitlines()[-1].startswith("%pip install ")

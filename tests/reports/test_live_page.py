@@ -45,6 +45,7 @@ def test_chromium_sees_a_run_train(tmp_path):
                     steps.append(int(found[1].replace(",", "")))
                 states += re.findall(r"^(training|finished|stopped)\b", text, re.MULTILINE)[:1]
                 if (kept := os.environ.get("JLORA_SCREENSHOTS")) and len({*steps}) == 4:
+                    Path(kept).mkdir(parents=True, exist_ok=True)
                     for width in (390, 1280):
                         for dark in (False, True):
                             name = f"live-{width}{'-dark' * dark}.png"
