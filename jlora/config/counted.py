@@ -9,6 +9,8 @@ Role = Literal["system", "developer", "user", "assistant", "tool", "ipython", "f
 TrainOn = Literal["response", "last", "all"] | Annotated[list[Role], Field(min_length=1)]
 TrainOnEos = Literal["turn", "last", "none"]
 Reasoning = Literal["keep", "strip", "mask"]
+# Fields of a turn that say how much its loss counts: as OpenAI, Axolotl, LLaMA-Factory, torchtune and verl name them.
+TURN_WEIGHTS = ("weight", "train", "training", "trainable", "loss", "loss_mask")
 
 
 class Counted(NamedTuple):

@@ -3,7 +3,7 @@
 from typing import Any
 
 from jlora.data.conversation import Message
-from jlora.data.fields import field_of
+from jlora.data.fields import field_of, optional_text
 from jlora.data.row import BadRow
 
 # Stanford Alpaca's prompts (tatsu-lab/stanford_alpaca, train.py), which models know to the byte.
@@ -24,7 +24,7 @@ def instruction_of(row: dict[str, Any]) -> tuple[str, str]:
       BadRow: both are empty, or a field is no text.
     """
     instruction = field_of(row, "instruction", str)
-    given = _optional(row, "input")
+    given = optional_text(row, "input")
     if not (instruction + given).strip():
         raise BadRow("empty_prompt", "instruction and input are both empty")
     return instruction, given
@@ -39,7 +39,7 @@ def stanford_prompt(row: dict[str, Any]) -> str:
     instruction, given = instruction_of(row)
     if _history(row):
         raise BadRow("history", 'the field "history" holds earlier turns, which only data.prompt=chat writes')
-    system = _optional(row, "system") or (PREAMBLE_WITH_INPUT if given else PREAMBLE)
+    system = optional_text(row, "system") or (PREAMBLE_WITH_INPUT if given else PREAMBLE)
     middle = f"\n\n### Input:\n{given}" if given else ""
     return f"{system}\n\n### Instruction:\n{instruction}{middle}\n\n### Response:"
 
@@ -50,16 +50,11 @@ def asked_messages(row: dict[str, Any]) -> list[Message]:
     Raises:
       BadRow: as `instruction_of`; or the history is none.
     """
-    system = _optional(row, "system")
+    system = optional_text(row, "system")
     messages: list[Message] = [{"role": "system", "content": system}] if system else []
     for question, answer in _history(row):
         messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     return [*messages, {"role": "user", "content": "\n\n".join(filter(None, instruction_of(row)))}]
-
-
-def _optional(row: dict[str, Any], name: str) -> str:
-    text = "" if row.get(name) is None else field_of(row, name, str)
-    return text if text.strip() else ""
 
 
 def _history(row: dict[str, Any]) -> list[tuple[str, str]]:

@@ -7,7 +7,8 @@ import json
 import math
 from typing import Any, NamedTuple
 
-from jlora.data.fields import check_text, field_of, weight_of
+from jlora.config.counted import TURN_WEIGHTS
+from jlora.data.fields import check_text, field_of, optional_text, weight_of
 from jlora.data.row import BadRow
 
 Message = dict[str, Any]
@@ -19,8 +20,6 @@ SHAREGPT_ROLES = {
 }  # fmt: skip
 TOOL_ROLES = ("tool", "ipython", "function")
 ROLES = ("system", "developer", "user", "assistant", *TOOL_ROLES)
-# Fields of a turn that say how much its loss counts: as OpenAI, Axolotl, LLaMA-Factory, torchtune and verl name them.
-WEIGHTS = ("weight", "train", "training", "trainable", "loss", "loss_mask")
 # Where a turn's reasoning stands, by the names that transformers knows.
 THOUGHTS = ("reasoning_content", "thinking", "reasoning")
 
@@ -48,8 +47,8 @@ def conversation_of(row: dict[str, Any], format: str, *, answered: bool) -> Conv
     turns, column, asked = _turns(row, format, answered)
     messages = messages_of(turns, column)
     weights = [0.0] * asked + _weights(row, turns, messages)[asked:]
-    system = "" if row.get("system") is None else field_of(row, "system", str)
-    if system.strip() and messages[0] != {"role": "system", "content": system}:
+    system = optional_text(row, "system")
+    if system and messages[0] != {"role": "system", "content": system}:
         if messages[0]["role"] == "system":
             raise BadRow("two_systems", 'the row has a system turn, and another text in "system"; keep one of them')
         messages, weights = [{"role": "system", "content": system}, *messages], [1.0, *weights]
@@ -88,7 +87,7 @@ def _message(turn: Any) -> Message:
     if role not in (SHAREGPT_ROLES.values() if theirs else ROLES):
         known = SHAREGPT_ROLES if theirs else ROLES
         raise BadRow("wrong_role", f'a turn is from "{speaker}", not one of {", ".join(known)}')
-    dropped = {"from", "value", "masked", "function_call", *WEIGHTS}
+    dropped = {"from", "value", "masked", "function_call", *TURN_WEIGHTS}
     message = {key: value for key, value in turn.items() if value is not None and key not in dropped}
     message["role"] = role
     name = "value" if theirs else "content"
@@ -160,7 +159,7 @@ def _weights(row: dict[str, Any], turns: list[Any], messages: list[Message]) -> 
     """How much each message's loss counts, by the fields of the turns and by a list beside them."""
     weights = []
     for turn in turns:
-        weight = math.prod(weight_of(turn, name) for name in WEIGHTS)
+        weight = math.prod(weight_of(turn, name) for name in TURN_WEIGHTS)
         weights.append(0.0 if turn.get("masked") and weight_of(turn, "masked") else weight)
     mask = row.get("loss_mask")
     if isinstance(mask, list):

@@ -24,6 +24,16 @@ def field_of(row: Any, name: str, kind: type) -> Any:
     return value
 
 
+def optional_text(row: dict[str, Any], name: str) -> str:
+    """A field that may be missing or blank, and is empty then.
+
+    Raises:
+      BadRow: as `field_of`.
+    """
+    text = "" if row.get(name) is None else field_of(row, name, str)
+    return text if text.strip() else ""
+
+
 def check_text(text: str, name: str) -> None:
     """Refuse what is no text.
 

@@ -4,8 +4,9 @@ Knows nothing of how figures are found.
 """
 
 from itertools import groupby
-from typing import Any
+from typing import Any, get_args
 
+from jlora.data.checks import Level
 from jlora.data.preview import Shown
 from jlora.reports import page
 from jlora.reports.charts import Chart, chart
@@ -18,7 +19,7 @@ COUNTS = {
 LENGTHS = {"min": "shortest", "median": "median", "p90": "90 % at most", "max": "longest"}
 
 # Of checks, the worst first.
-LEVELS = ("error", "warning", "note")
+LEVELS = get_args(Level)
 
 
 def render(title: str, report: dict[str, Any], rows: list[Shown]) -> str:

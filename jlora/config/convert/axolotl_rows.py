@@ -3,6 +3,7 @@
 from typing import Any
 
 from jlora.config.convert.rules import Conversion, Differs, To, is_set, one_of
+from jlora.config.counted import TURN_WEIGHTS
 
 
 def _template(value: Any) -> str | None:
@@ -13,8 +14,6 @@ def _template(value: Any) -> str | None:
     raise Differs("the tokenizer's own chat template is taken; give a .jinja file as data.chat_template for another")
 
 
-# Fields of a turn that say whether it is trained, as `jlora.data.conversation` knows them.
-FLAGS = ("weight", "train", "training", "trainable", "loss", "loss_mask")
 _ROLES = {"gpt": "assistant", "human": "user"}
 _ENDS = one_of({name: name for name in ("turn", "last", "none")}, "turn")
 
@@ -92,8 +91,8 @@ def _row_format(kind: str, first: dict[str, Any], given: dict[str, Any], out: Co
             out.apply("datasets.roles_to_train", first["roles_to_train"], To("data.train_on", _roles))
         if is_set(first.get("train_on_eos")):
             out.apply("datasets.train_on_eos", first["train_on_eos"], To("data.train_on_eos", _ENDS))
-        if first.get("message_field_training", "train") not in FLAGS:
-            why = f"call the field of a turn that is not to be trained one of {', '.join(FLAGS)}"
+        if first.get("message_field_training", "train") not in TURN_WEIGHTS:
+            why = f"call the field of a turn that is not to be trained one of {', '.join(TURN_WEIGHTS)}"
             out.note("datasets.message_field_training", first["message_field_training"], "result", why)
     else:
         out.set("data.format", "completion")
