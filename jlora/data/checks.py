@@ -78,6 +78,11 @@ def scan(dataset: Dataset, limit: int, bos_id: int | None, stops: list[int]) -> 
     return found
 
 
+def _hashes(dataset: Dataset) -> np.ndarray:
+    """Those of `Scan`, where nothing else of it is asked for."""
+    return np.array([_hash(example) for example in dataset.examples], np.uint64)
+
+
 def _hash(example: Example) -> int:
     digest = hashlib.blake2b(example.digested(), digest_size=8).digest()
     return int.from_bytes(digest, "little")
@@ -222,7 +227,8 @@ def check_rows(cfg: Config, train_data: Dataset, eval_data: Dataset | None) -> l
     """
     checks = check_sources(train_data, cfg, "train")
     if eval_data is not None and isinstance(cfg.data.eval, str):
-        checks += check_sources(eval_data, cfg, "eval") + check_overlap(train_data, eval_data)
+        checks += check_sources(eval_data, cfg, "eval")
+        checks += check_overlap(_hashes(train_data), eval_data, _hashes(eval_data))
     return checks
 
 
@@ -279,9 +285,12 @@ def check_run(cfg: Config, num_steps: int, positions: Any) -> list[Check]:
     return checks
 
 
-def check_overlap(train_data: Dataset, eval_data: Dataset) -> list[Check]:
-    """Examples of `eval` that are in `train` as well; where all are, it measures what was learnt by heart."""
-    train, held = (np.array([_hash(one) for one in data.examples], np.uint64) for data in (train_data, eval_data))
+def check_overlap(train: np.ndarray, eval_data: Dataset, held: np.ndarray) -> list[Check]:
+    """Examples of `eval` that are in `train` as well; where all are, it measures what was learnt by heart.
+
+    Args:
+      train, held: the hashes of both, uint64 [n], as in `Scan`.
+    """
     shared = np.flatnonzero(np.isin(held, train))
     if not len(shared):
         return []

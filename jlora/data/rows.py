@@ -171,10 +171,16 @@ def _read_json(path: Path, name: str, split: str) -> Iterator[Row]:
 
 
 class _Window:
-    """The text of a file from a place on, of which a part is in memory, and the line of that place."""
+    """The text of a file from a place on, of which a part is in memory, and the line of that place.
+
+    Attributes:
+      decoder: reads a value of it, and adds duplicate keys to `twice`.
+    """
 
     def __init__(self, stream: io.TextIOBase):
         self.text, self.at, self.line = "", 0, 1
+        self.twice: list[str] = []
+        self.decoder = json.JSONDecoder(object_pairs_hook=partial(_object, self.twice))
         self._stream = stream
 
     def more(self) -> bool:
@@ -244,22 +250,21 @@ def _value(window: _Window, name: str, number: int) -> Row:
     """The value at the window's place, which moves behind it."""
     window.peek()
     where = f"{name}:{window.line}: row {number}"
-    twice: list[str] = []
-    decoder = json.JSONDecoder(object_pairs_hook=partial(_object, twice))
-    value, end = _element(window, decoder, name, number)
+    value, end = _element(window, name, number)
     if _not_utf8(window.text[window.at : end]):
         value = BadRow("invalid_utf8", "not valid UTF-8")
-    elif twice:
-        value = _duplicate(twice)
+    elif window.twice:
+        value = _duplicate(window.twice)
+    window.twice.clear()
     window.go(end)
     return Row(where, value)
 
 
-def _element(window: _Window, decoder: json.JSONDecoder, name: str, number: int) -> tuple[Any, int]:
+def _element(window: _Window, name: str, number: int) -> tuple[Any, int]:
     """The value that stands at the window's place, and where it ends."""
     while True:
         try:
-            value, end = decoder.raw_decode(window.text, window.at)
+            value, end = window.decoder.raw_decode(window.text, window.at)
         except json.JSONDecodeError as error:
             if window.more():  # it may have been cut
                 continue

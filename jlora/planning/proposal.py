@@ -62,7 +62,8 @@ def propose(data: str, model: str, held_out: str | None, name: str) -> tuple[str
     if tree["training"]["epochs"] == EPOCHS[0]:
         each = seen.report["steps"] / EPOCHS[0]
         tree["training"]["epochs"] = next((count for count in EPOCHS if count * each >= ALL_STEPS), EPOCHS[-1])
-        seen = look(Config.model_validate(tree), 0)
+        if tree["training"]["epochs"] != EPOCHS[0]:
+            seen = look(Config.model_validate(tree), 0)
     return written(tree, seen.report), seen
 
 

@@ -49,17 +49,18 @@ def look(cfg: Config, num_rows: int) -> Seen:
         num_bad = sum(sum(each.dropped.values()) for each in (train_data, eval_data) if each)
         checks.append(Check("bad_rows", "error", num_bad, str(error)))
     report: dict[str, Any] = {"train": None, "eval": None}
+    hashes = {}
     for name, dataset in (("train", train_data), ("eval", eval_data)):
         if dataset is None:
             continue
         found = scan(dataset, cfg.data.longest, tokenizer.bos_id, stops)
-        report[name] = describe(dataset, found)
+        report[name], hashes[name] = describe(dataset, found), found.hashes
         checks += check(dataset, found, cfg, name)
     report["train"]["batches"] = count_batches(train_data, cfg)
     if eval_data is not None and isinstance(cfg.data.eval, float):  # a part of the rows that were read
         report["train"]["held_out"] = len(eval_data.examples)
     if eval_data is not None:
-        checks += check_overlap(train_data, eval_data)
+        checks += check_overlap(hashes["train"], eval_data, hashes["eval"])
     _, num_steps = plan_steps(cfg, train_data)
     report["steps"] = num_steps
     checks += check_run(cfg, num_steps, positions)

@@ -133,7 +133,6 @@ def open_run(cfg: Config, folder: Path, mesh: jax.sharding.Mesh, watch: Watch, s
     train_data, eval_data = shared.read(cfg)
     digests = {"data": train_data.digest, "eval": eval_data.digest if eval_data else None}
     distributed.require_agreement("data", DataError, digests)
-    pretrained = shared.load(cfg, mesh)
     epochs, num_steps = plan_steps(cfg, train_data)
     checks = check_rows(cfg, train_data, eval_data)
     checks += check_run(cfg, num_steps, opened.source.config.get("max_position_embeddings"))
@@ -144,6 +143,7 @@ def open_run(cfg: Config, folder: Path, mesh: jax.sharding.Mesh, watch: Watch, s
             print(f"{found.level}: {found.sentence}", file=sys.stderr)
     if not quiet:
         warn_of_cpu(cfg, mesh)
+    pretrained = shared.load(cfg, mesh)
     params = {"adapter": first_adapter(cfg, pretrained, mesh), "base": pretrained.base}
     if (reference := make_reference(cfg, pretrained, mesh)) is not None:
         params["reference"] = reference
