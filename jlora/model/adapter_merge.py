@@ -11,8 +11,6 @@ from jlora.errors import ConfigError, ModelError
 from jlora.model.adapter import Adapter, Lora, new_lora
 from jlora.model.config import ModelConfig, projection_shapes
 
-COMBINATIONS = ("linear", "cat", "svd")
-
 # A [in, R], B [R, out] and what their product is multiplied by, the adapter's weight included.
 Factors = tuple[np.ndarray, np.ndarray, float]
 

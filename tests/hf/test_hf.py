@@ -26,9 +26,8 @@ from jlora.errors import ModelError
 from jlora.files.atomic import new_folder
 from jlora.hf import merged
 from jlora.hf.architecture import parse_config
-from jlora.hf.merged import save_checkpoint
 from jlora.hf.source import check_names, open_source, resolve
-from jlora.hf.weights import Trained
+from jlora.hf.weights import Trained, save_checkpoint
 from jlora.model.rope import Rope
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
