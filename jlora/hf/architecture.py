@@ -163,7 +163,7 @@ def _family(raw: dict[str, Any], where: str) -> Family:
 
 def _layer_kinds(raw: dict[str, Any], family: Family, layers: int, where: str) -> list[str]:
     """Which layers have the window, if there is one."""
-    if not family.by_layer:
+    if not family.switch and family.full_every is None:
         return [SLIDING]
     kinds, first = raw.get("layer_types"), raw.get("max_window_layers", 28)
     if kinds is None and family.switch:

@@ -61,11 +61,6 @@ class Family:
     keys: tuple[tuple[str, str], ...] = ()
     required: tuple[tuple[str, Any], ...] = ()
 
-    @property
-    def by_layer(self) -> bool:
-        """Whether layers differ."""
-        return self.switch or self.full_every is not None
-
 
 FAMILIES: dict[str, Family] = {
     "llama": Family("LlamaForCausalLM", 2048, bias_keys=("attention_bias", "mlp_bias")),

@@ -23,13 +23,12 @@ from tokenizers.models import BPE
 from jlora.errors import ModelError
 from jlora.files.sandbox import panics
 from jlora.files.theirs import open_theirs
-from jlora.hf.architecture import parse_config
 from jlora.hf.gguf_header import CONVERT, MAGIC, Header, read_header, shown
-from jlora.hf.names import name_table
-from jlora.model.config import ModelConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+    from jlora.model.config import ModelConfig
 
 # The "llama." keys that are read below, or that do not change what the model computes.
 _USED_KEYS = frozenset({
@@ -112,6 +111,8 @@ class GGUFFile:
     @cached_property
     def model(self) -> ModelConfig:
         """Shape and numerics."""
+        from jlora.hf.architecture import parse_config  # needs JAX, and nothing else here does
+
         return parse_config(self.config, str(self.path))
 
     def read(self, name: str) -> np.ndarray:
@@ -317,10 +318,22 @@ class GGUFFile:
 
     def _map_tensors(self) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
         """`shapes`, and the GGUF name for each, after checking that the file has exactly these."""
-        layers = self.model.num_hidden_layers
+        c = self.config
+        d, ffn, layers = c["hidden_size"], c["intermediate_size"], c["num_hidden_layers"]
         if layers > max(1000, len(self._tensors)):  # before a table of so many layers is made
             raise self._error(f"says {layers} layers but has {len(self._tensors)} tensors", CONVERT)
-        shapes = {name: entry.hf_shape for name, entry in name_table(self.model).items()}
+        q, kv = (c[key] * c["head_dim"] for key in ("num_attention_heads", "num_key_value_heads"))
+        layer: dict[str, tuple[int, ...]] = {
+            "self_attn.q_proj": (q, d), "self_attn.k_proj": (kv, d), "self_attn.v_proj": (kv, d),
+            "self_attn.o_proj": (d, q), "mlp.gate_proj": (ffn, d), "mlp.up_proj": (ffn, d),
+            "mlp.down_proj": (d, ffn), "input_layernorm": (d,), "post_attention_layernorm": (d,),
+        }  # fmt: skip
+        shapes: dict[str, tuple[int, ...]] = {
+            "model.embed_tokens.weight": (c["vocab_size"], d), "model.norm.weight": (d,),
+        }  # fmt: skip
+        if not c["tie_word_embeddings"]:
+            shapes["lm_head.weight"] = (c["vocab_size"], d)
+        shapes |= {f"model.layers.{i}.{k}.weight": shape for i in range(layers) for k, shape in layer.items()}
         table = get_tensor_name_map(MODEL_ARCH.LLAMA, layers)
         names = {name: table.get_name(name, (".weight",)) or name for name in shapes}
         for name, shape in shapes.items():

@@ -300,17 +300,15 @@ def exported_tensors(folder: Path, adapter: Adapter, names: ModuleNames) -> dict
                 tensors[bias_name(names, projection, layer, adapted[layer])] = bias
             continue
         num_layers, rank = part.lora_b.shape[:2]
-        a = host(name, part.lora_a).reshape(num_layers, -1, rank)
-        b = host(name, part.lora_b).reshape(num_layers, rank, -1)
-        a0, b0 = (None, None) if part.initial is None else (host(name, factor) for factor in part.initial)
+        pairs = [(part.lora_a, part.lora_b)] + ([] if part.initial is None else [(part.initial[0], -part.initial[1])])
+        lefts = [host(name, a).reshape(num_layers, -1, rank) for a, _ in pairs]
+        rights = [host(name, b).reshape(num_layers, rank, -1) for _, b in pairs]
         magnitude = None if part.magnitude is None else host(name, part.magnitude).reshape(num_layers, -1)
         for layer, kept in enumerate(part.ranks or (rank,) * num_layers):
             if not kept:
                 continue
-            down, up = a[layer, :, :kept].T, b[layer, :kept].T
-            if a0 is not None and b0 is not None:
-                down = np.concatenate([down, a0[layer].reshape(-1, rank)[:, :kept].T])
-                up = np.concatenate([up, -b0[layer].reshape(rank, -1)[:kept].T], axis=1)
+            down = np.concatenate([a[layer, :, :kept].T for a in lefts])
+            up = np.concatenate([b[layer, :kept].T for b in rights], axis=1)
             tensors[factor_name(names, name, layer, "lora_A.weight")] = np.ascontiguousarray(down)
             tensors[factor_name(names, name, layer, "lora_B.weight")] = np.ascontiguousarray(up)
             if magnitude is not None:
