@@ -15,8 +15,7 @@ from typing import Any, NoReturn, get_args
 from jlora.errors import ConfigError, HostLost, Interrupted, MemoryExceeded, Stopped, UserError
 from jlora.files.atomic import strict_json
 from jlora.files.paths import expand_home
-from jlora.files.secrets import redact
-from jlora.files.text import clean
+from jlora.files.text import clean, redact
 from jlora.runtime import distributed, signals, streams, supervise, xla
 
 # Before transformers is imported: it reports at every start that PyTorch is not there, which it need not be.

@@ -6,7 +6,7 @@ from pathlib import Path
 from jlora import cli
 from jlora.config import load_config
 from jlora.errors import ConfigError, DataError
-from jlora.files.secrets import redact
+from jlora.files.text import redact
 
 ROWS = 5
 
