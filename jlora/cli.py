@@ -181,6 +181,20 @@ def print_json(value: Any) -> None:
     print(strict_json(value), flush=True)
 
 
+def show(args: argparse.Namespace, found: Any, people: Callable[[], None], kept: bool = False) -> None:
+    """Print what a command found and wrote: with `--json` as that, else for people, who may be gone; nothing with -q.
+
+    Args:
+      kept: the JSON is in files, too, and who does not read it misses nothing.
+    """
+    as_json = getattr(args, "json", False)
+    with streams.told(result=as_json and not kept):
+        if as_json:
+            print_json(found)
+        elif not args.quiet:
+            people()
+
+
 def add_config_arguments(parser: Parser) -> None:
     """The config file, by position or as `--config FILE`, and `key=value` overrides behind it; see `config_file`."""
     parser.add_argument("--config", type="path", metavar="FILE", help="YAML file of the run; see docs/config.md")

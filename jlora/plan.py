@@ -16,7 +16,6 @@ from jlora import cli
 from jlora.config import load_config
 from jlora.errors import ConfigError, MemoryExceeded
 from jlora.planning.hardware import KNOWN
-from jlora.reports.memory import draw, require_matplotlib
 
 UTILIZATIONS = (0.2, 0.3, 0.4, 0.5)
 COMPILATIONS = 16
@@ -69,6 +68,8 @@ def main() -> None:
             raise ConfigError(f"--compilations must be at least 1, not {args.compilations}")
         check_numbers(args)
         if args.plot:
+            from jlora.reports.plan import require_matplotlib
+
             require_matplotlib()
         cfg = load_config(config, args.overrides)
         if args.nth is not None:
@@ -108,7 +109,7 @@ def check_numbers(args: argparse.Namespace) -> None:
 
 def show(found: list[dict[str, Any]], args: argparse.Namespace) -> None:
     """Print as the command line asks for, and draw."""
-    from jlora.reports.plan import print_plan, print_search
+    from jlora.reports.plan import draw, print_plan, print_search
 
     for one in found:
         if args.json:
