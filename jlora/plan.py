@@ -21,8 +21,8 @@ UTILIZATIONS = (0.2, 0.3, 0.4, 0.5)
 COMPILATIONS = 16
 
 
-def make_parser() -> cli.Parser:
-    """The command line."""
+def main() -> None:
+    """Command line."""
     parser = cli.Parser(
         prog="jlora plan",
         description="Compile a run for hardware that is not there.",
@@ -50,12 +50,7 @@ def make_parser() -> cli.Parser:
     )
     cli.add_output_arguments(parser, json="one JSON object a topology")
     parser.add_argument("--nth", type=int, help=argparse.SUPPRESS)  # of the topologies: the one of this child
-    return parser
-
-
-def main() -> None:
-    """Command line."""
-    args = make_parser().parse_intermixed_args()
+    args = parser.parse_intermixed_args()
 
     def body() -> int:
         if "list" in args.topology:
