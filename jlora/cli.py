@@ -79,10 +79,8 @@ class Parser(argparse.ArgumentParser):
 
     def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
         """As argparse's, once all is written."""
-        if message:
-            print(message, end="", file=sys.stderr)
         sys.stdout.flush()
-        sys.exit(status)
+        super().exit(status, message)
 
     def error(self, message: str) -> NoReturn:
         """As argparse's, in one line; config keys given as options are told how keys are written."""

@@ -39,13 +39,18 @@ def main() -> None:
     args = parser.parse_args()
 
     def body() -> None:
+        from jlora.reports.answers import MOST_FILES, compare_files
         from jlora.reports.page import write_page
         from jlora.reports.run import write_report
         from jlora.reports.runs import MOST_RUNS, compare
 
         runs = [Path(run) for run in args.runs]
         if all(run.is_file() for run in runs):
-            compare_answers(runs, args.out)
+            if not args.out:
+                raise ConfigError("answers are compared in one page; name it with --out FILE")
+            if len(runs) > MOST_FILES:
+                raise ConfigError(f"{len(runs)} files of answers are too many for one page; name at most {MOST_FILES}")
+            compare_files(Path(args.out), runs)
             return cli.show(args, None, lambda: print(args.out))
         if args.port is not None and not args.watch:
             raise ConfigError("--port is of --watch; add it, or leave --port out")
@@ -73,17 +78,6 @@ def main() -> None:
         cli.show(args, None, lambda: print(out))
 
     cli.run(body)
-
-
-def compare_answers(files: list[Path], out: str | None) -> None:
-    """Write the page of some files of answers."""
-    from jlora.reports.answers import MOST_FILES, compare_files
-
-    if not out:
-        raise ConfigError("answers are compared in one page; name it with --out FILE")
-    if len(files) > MOST_FILES:
-        raise ConfigError(f"{len(files)} files of answers are too many for one page; name at most {MOST_FILES}")
-    compare_files(Path(out), files)
 
 
 if __name__ == "__main__":

@@ -144,10 +144,12 @@ def write_comparison(
         lead += f" Loss and tokens right: over {first['tokens']:,} trained tokens of {first['rows']:,} rows."
     if "intervals" in first:
         lead += " Small: 95 % intervals over these answers; a score is green where its interval holds no other model's."
-    cards = [
-        _card(k, turns, reference, [(result["model"], result["answers"][k]) for result in results])
-        for k, (turns, reference) in enumerate(prompts)
-    ]
+    cards = []
+    for k, (turns, reference) in enumerate(prompts):
+        answers = [(result["model"], result["answers"][k]) for result in results]
+        right = [bool(answer.get("exact_match")) for _, answer in answers]
+        kind = "right" if all(right) else "mixed" if any(right) else ""
+        cards.append(Card(f"Prompt {k + 1}", turns, said(reference, answers), kind))
     kinds = [card.kind for card in cards]
     page = render(
         "answers.html",
@@ -201,12 +203,6 @@ def said(reference: str | None, answers: list[tuple[str, dict[str, Any]]]) -> li
         parts = whole(answer["text"]) if other is None else marked(answer["text"], other)
         cells.append(Cell(name, parts, ", ".join(filter(None, (scores, equal))), cut=not answer["ended"]))
     return cells
-
-
-def _card(number: int, turns: Sequence[Turn], reference: str | None, answers: list[tuple[str, dict[str, Any]]]) -> Card:
-    right = [bool(answer.get("exact_match")) for _, answer in answers]
-    kind = "right" if all(right) else "mixed" if any(right) else ""
-    return Card(f"Prompt {number + 1}", turns, said(reference, answers), kind)
 
 
 def _run_page(page: Path, adapter: str | None) -> str | None:
