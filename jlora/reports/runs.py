@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from jlora.config import yaml_scalar
-from jlora.config.keys import dotted
+from jlora.config.sections import dotted
 from jlora.files.paths import short_names
 from jlora.files.text import clean
 from jlora.reports.answers import Card, sample_cell, turns_of
