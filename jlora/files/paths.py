@@ -1,5 +1,6 @@
 """Paths as users write and read them, and folders: others' files stay inside theirs, and caches are the user's."""
 
+import difflib
 import os
 import stat
 from collections.abc import Iterable, Sequence
@@ -50,6 +51,16 @@ def inside(folder: Path, name: str, error: type[UserError] = ModelError, folders
     if target.exists() and not (target.is_dir() if folders else target.is_file()):
         raise error(f"{path}: is not a {'folder' if folders else 'regular file'}; get it again")
     return path
+
+
+def beside(path: str | Path) -> str:
+    """What follows a file that is not there: one beside it with nearly its name, or that the path is to be checked."""
+    try:
+        names = [name for name in os.listdir(Path(path).parent) if not name.startswith(".")]
+    except OSError:
+        names = []
+    close = difflib.get_close_matches(Path(path).name, names, n=1, cutoff=0.75)
+    return f"; did you mean {Path(path).parent / close[0]}?" if close else "; check the path"
 
 
 def short_names(paths: Sequence[str | Path]) -> list[str]:

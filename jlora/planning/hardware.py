@@ -148,7 +148,7 @@ def read_gpu(path: Path) -> Gpu:
     Raises:
       ConfigError: the file cannot be read, or a key is unknown, missing or of a wrong value.
     """
-    tree = read_yaml_of("--topology", path)
+    tree = read_yaml_of(path)
     try:
         return TypeAdapter(Gpu).validate_python(tree)
     except ValidationError as error:

@@ -14,7 +14,7 @@ from jlora.files import manifest
 # Configs and rows
 
 CONFIG_ERRORS = [
-    ("lora.rnak=4", ["config.yaml", "unknown key 'lora.rnak'", "did you mean 'rank'"]),
+    ("lora.rnak=4", ["the command line", "unknown key 'lora.rnak'", "did you mean 'lora.rank'"]),
     ("lora.rank=0", ["config.yaml", "lora.rank", "greater than 0"]),
     ("training.gradient_accumulation_steps=3", ["batch_size 4", "3 equal parts", "divisor"]),
     ("mesh.data=1009", ["mesh data=1009", "devices"]),

@@ -35,7 +35,7 @@ def convert(path: str | Path, devices: int) -> tuple[str, str, list[Note]]:
       ConfigError: no file, none of the two, or a value that no jlora config can hold.
     """
     path = Path(path)
-    tree = read_yaml_of("--from", path)
+    tree = read_yaml_of(path)
     peer = next((each for each in PEERS if isinstance(tree, dict) and each.is_ours(tree)), None)
     if peer is None:
         raise ConfigError(
