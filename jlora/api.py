@@ -182,7 +182,7 @@ def finetune(
     Args:
       config: a YAML file, or its keys as nested dicts.
       quiet: show no progress.
-      on_step, on_eval, on_save: see `jlora.training.callbacks.Callbacks`.
+      on_step, on_eval, on_save: see `jlora.training.metrics.Callbacks`.
       overrides: dotted keys, as in `finetune("c.yaml", **{"training.max_steps": 100})`.
 
     Raises:
@@ -193,7 +193,7 @@ def finetune(
         raise ConfigError("finetune trains one run; start a sweep with: jlora train")
     given: dict[str, Any] = {"on_step": on_step, "on_eval": on_eval, "on_save": on_save}
     with _own_signals():
-        from jlora.training.callbacks import Callbacks
+        from jlora.training.metrics import Callbacks
         from jlora.training.run import train
 
         train(cfg, quiet, callbacks=Callbacks(**{name: call for name, call in given.items() if call is not None}))

@@ -150,10 +150,8 @@ def step_flops(cfg: Config, model: ModelConfig, mesh: jax.sharding.Mesh, forward
 
 def bytes_per_device(tree: Any) -> int:
     """What the leaves of a tree take on one device."""
-    total = 0
-    for leaf in jax.tree.leaves(tree):
-        total += math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-    return total
+    leaves = jax.tree.leaves(tree)
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
 
 
 def quantized_parameters(base: Decoder) -> int:

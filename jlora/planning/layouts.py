@@ -5,14 +5,13 @@ What exists, which of them a run's batch and model allow, and a guess at each be
 """
 
 import math
-import types
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any
 
 import jax.numpy as jnp
 
-from jlora.config import Config, ModelSection
+from jlora.config import Config
 from jlora.config.keys import assign
 from jlora.model import quant
 from jlora.model.adapter import targets
@@ -21,26 +20,10 @@ from jlora.model.divisibility import input_cuts, split_sizes
 from jlora.model.remat import LADDER
 from jlora.planning.roofline import estimate, passes
 from jlora.planning.topology import Target
-from jlora.training.layout import Layout, saved_bytes
+from jlora.training.auto_remat import Layout, saved_bytes
 
 # Policies that hold at least as much as this one does.
 HEAVIER = {name: LADDER[: number + 1] for number, name in enumerate(LADDER)}
-
-
-def choices(key: str) -> list[Any]:
-    """The values that the config allows for a key of its model section."""
-
-    def values(annotation: Any) -> list[Any]:
-        if annotation is None or annotation is type(None):
-            return [None]
-        if get_origin(annotation) is Literal:
-            return list(get_args(annotation))
-        if get_origin(annotation) in (Union, types.UnionType):
-            return [value for member in get_args(annotation) for value in values(member)]
-        return []
-
-    found = values(ModelSection.model_fields[key].annotation)
-    return sorted(dict.fromkeys(value for value in found if value != "auto"), key=lambda value: value is not None)
 
 
 def quantizations(cfg: Config) -> list[Any]:
@@ -92,7 +75,7 @@ def layouts(model: ModelConfig, cfg: Config, num_devices: int, *, keep_batch: bo
             cuts = input_cuts(model, {"data": data, "fsdp": fsdp, "tensor": num_devices // (data * fsdp)})
             if not all(quant.divides(quantization, inputs, shards) for _, inputs, shards in cuts):
                 continue
-            for remat in (name for name in choices("remat") if name != "offload"):
+            for remat in (name for name in LADDER if name != "offload"):
                 for rows in _divisors(batch // shards):
                     yield Layout(data, fsdp, tensor, remat, quantization, rows, batch)
 

@@ -23,7 +23,6 @@ from jlora.reports.run import write_report
 from jlora.runtime import distributed, signals
 from jlora.runtime.watch import Watch
 from jlora.training.auto_remat import compile_fastest
-from jlora.training.callbacks import Callbacks, figures_of
 from jlora.training.checkpoint import Checkpoints
 from jlora.training.evaluator import Evaluator, describe_figures
 from jlora.training.folder import (
@@ -34,11 +33,9 @@ from jlora.training.folder import (
     require_trained,
 )
 from jlora.training.identity import require_one_job
-from jlora.training.metrics import MetricsLog, StepMeter
-from jlora.training.opening import Run, announce, open_run, resume
-from jlora.training.progress import ProgressLine
+from jlora.training.metrics import Callbacks, MetricsLog, ProgressLine, StepMeter, figures_of
+from jlora.training.opening import Run, Shared, announce, open_run, resume
 from jlora.training.samples import Samples
-from jlora.training.shared import Shared
 from jlora.training.step import (
     count_parameters,
     count_trained,

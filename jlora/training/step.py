@@ -25,8 +25,7 @@ from jlora.model.precision import products_in
 from jlora.model.quant import is_quantized
 from jlora.model.sharding import named_sharding, place
 from jlora.training import optim
-from jlora.training.objective import chunked_cross_entropy, correct_tokens, token_cross_entropy
-from jlora.training.preference import pair_loss, pair_sums
+from jlora.training.objective import chunked_cross_entropy, correct_tokens, pair_loss, pair_sums, token_cross_entropy
 
 Tree = Any
 

@@ -21,8 +21,8 @@ from jlora.runtime import distributed, signals
 from jlora.training import optim
 from jlora.training.folder import make_run_dir
 from jlora.training.metrics import read_metrics
+from jlora.training.opening import Shared
 from jlora.training.run import train
-from jlora.training.shared import Shared
 from jlora.training.summary import peak_memory
 
 
