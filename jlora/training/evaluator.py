@@ -1,7 +1,7 @@
 """The loss of held-out rows, during training and after it, and whether it still falls."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,7 +47,8 @@ class Evaluator:
           on_batch: called after every batch.
         """
         totals: dict[str, float] = {}
-        for batch in self._batches():
+        rows, last = local_rows(self._mesh, self._batch_size), self._epochs.num_batches(1)
+        for batch in packing.batches(self._epochs, self._batch_size, rows, last=last):
             on_devices = {name: place_rows(array, self._mesh) for name, array in batch.items()}
             loss, count, sums = self._step(base, adapter, reference, on_devices)
             for name, value in {"loss": loss, "count": count, **sums}.items():
@@ -58,10 +59,6 @@ class Evaluator:
         if self._pairs:
             return means | {"pairs": int(number)}
         return means | {"perplexity": perplexity(means["loss"]), "tokens": int(tokens)}
-
-    def _batches(self) -> Iterable[dict[str, Any]]:
-        rows = local_rows(self._mesh, self._batch_size)
-        return packing.batches(self._epochs, self._batch_size, rows, last=self._epochs.num_batches(1))
 
 
 def describe_figures(figures: dict[str, Any]) -> str:

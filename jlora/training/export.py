@@ -175,9 +175,7 @@ def require_new_folder(out: Path) -> None:
         raise ConfigError(f"--out {out}: {out.parent} cannot be written to; name another")
 
 
-def export_combined(
-    weighted: list[str], how: str, rank: int | None, base: str | None, out: Path, dtype: jnp.dtype = PROOF_DTYPE
-) -> dict[str, Any]:
+def export_combined(weighted: list[str], how: str, rank: int | None, base: str | None, out: Path) -> dict[str, Any]:
     """Several adapters of one base as one PEFT folder.
 
     Args:
@@ -201,12 +199,12 @@ def export_combined(
         folders.append(folder)
     mesh = one_device_mesh()
     with jax.set_mesh(mesh):
-        pretrained = load_pretrained(open_pretrained(base or base_of(folders[0]), None, None), dtype, mesh)
+        pretrained = load_pretrained(open_pretrained(base or base_of(folders[0]), None, None), PROOF_DTYPE, mesh)
         adapters = {folder: open_adapter(folder, pretrained) for folder in folders}
         adapter, section = combine_adapters(adapters, weights, how, rank, pretrained.base.cfg)
         placed = place_adapter(adapter, pretrained.base.cfg, mesh)
         with new_folder(out) as made:
-            difference = verify.write_adapter(made, placed, section, pretrained, dtype, mesh)
+            difference = verify.write_adapter(made, placed, section, pretrained, PROOF_DTYPE, mesh)
     result = {"out": str(out), "kind": "adapter", "combination": how, "rank": section.rank}
     return result | {"logits_relative_difference": difference}
 

@@ -262,8 +262,6 @@ def pair_loss(
             odds = per_token - _log1mexp(per_token)
             losses = -per_token[..., 0] - cfg.beta * jax.nn.log_sigmoid(odds[..., 0] - odds[..., 1])
             rewards = cfg.beta * per_token
-        case _:
-            raise ValueError(f"{cfg.name} is not an objective on pairs")
     chosen, rejected = jax.lax.stop_gradient((rewards[..., 0], rewards[..., 1]))
     logps = jax.lax.stop_gradient(per_token if cfg.name == "orpo" else policy)
     figures = {

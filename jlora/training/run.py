@@ -41,7 +41,7 @@ from jlora.training.step import (
     count_trained,
     make_train_step,
 )
-from jlora.training.summary import measured, origin, rows_of, seconds_before
+from jlora.training.summary import final_losses, origin, peak_memory, rows_of, seconds_before, versions
 from jlora.training.trackers import open_trackers, require_trackers
 
 
@@ -104,13 +104,15 @@ def loop(run: Run, until: int | None, quiet: bool) -> StepMeter:
     meter = StepMeter(log, progress, run.epochs, cfg.training, run.tokens, num_steps, run.callbacks.on_step)
     announce(run, progress)
     evaluate = partial(held_out_loss, run, make_evaluator(run), log, progress, meter)
-    samples = make_samples(run, progress)
+    samples = Samples(run) if cfg.training.samples and run.mesh.size == 1 else None
+    if cfg.training.samples and samples is None:
+        progress.say("training.samples is left out: rows are answered on one device alone")
     run.watch.beat(run.step)
     try:
         if run.step == 0:
             evaluate()
             if samples is not None:
-                samples.take("before", run.params)
+                samples.take("before")
         end, stopped = min(num_steps, until or num_steps), False
         while run.step < end and not stopped and not run.stopping.over:
             # While the step before still runs: its figures are waited for only after this one is under way.
@@ -154,7 +156,7 @@ def loop(run: Run, until: int | None, quiet: bool) -> StepMeter:
         require_trained(run.state)
         choose_weights(run)
         if samples is not None:
-            samples.take("after", run.params)
+            samples.take("after")
     return meter
 
 
@@ -195,7 +197,12 @@ def finish(run: Run, meter: StepMeter, began: float) -> dict[str, Any]:
         "adapter": str(run.folder / "adapter") if exported else None,
         **origin(began),
         "wall_seconds": time.monotonic() - began + seconds_before(run.folder, run.start),
-        **measured(run.folder, meter, run.compiled),
+        **final_losses(run.folder),
+        "tokens": {"total": meter.tokens_before + meter.tokens},
+        "tokens_per_second": meter.tokens_per_second(),
+        "peak_memory_bytes": peak_memory(run.compiled),
+        "device": f"{jax.devices()[0].device_kind} x {jax.device_count()}",
+        "versions": versions(),
     }
     if distributed.is_main():
         write_json(run.folder / "summary.json", summary)
@@ -254,14 +261,3 @@ def held_out_loss(
     log.write({"step": run.step, **{f"eval_{name}": value for name, value in (figures | more).items()}})
     progress.say(f"step {run.step}: held-out {describe_figures(figures)}")
     return figures["loss"]
-
-
-def make_samples(run: Run, progress: ProgressLine) -> Samples | None:
-    """What answers some rows before and after, where the config asks for it and one device holds the model."""
-    count = run.cfg.training.samples
-    if count and run.mesh.size > 1:
-        progress.say("training.samples is left out: rows are answered on one device alone")
-    if not count or run.mesh.size > 1:
-        return None
-    rows, longest = run.eval_data or run.train_data, run.cfg.data.longest
-    return Samples(run.folder, rows, count, run.pretrained, run.forward.dtype, longest)
