@@ -110,12 +110,11 @@ def effort(cfg: Config, options: Options, quiet: bool) -> tuple[Record, list[Use
         results = Results(folder)
         for one in opened:
             shared = Shared(opened=one)
-            mine = [(way, identity) for base, way, identity in plan if base is one]
-            for way, identity in mine:
-                if is_ready(way, results.records.get(identity)):
+            mine = [(way, results.records.get(key) or _record(one, way, key)) for base, way, key in plan if base is one]
+            for way, record in mine:
+                if is_ready(way, record):
                     continue
                 say(f"== {one.name}: {way.name}")
-                record = results.records.get(identity) or _record(one, way, identity)
                 try:
                     finished = fine_tune(tuned_config(cfg, one, way, folder, files), record, quiet, shared)
                 except UserError as error:
@@ -125,8 +124,7 @@ def effort(cfg: Config, options: Options, quiet: bool) -> tuple[Record, list[Use
                 results.put(record, settings, order)
                 if not finished:
                     return {"settings": settings, "results": []}, failures, True
-            known = [(way, key, results.records.get(key)) for way, key in mine]
-            todo = [(way, key) for way, key, record in known if is_ready(way, record) and "loss" not in (record or {})]
+            todo = [(way, record) for way, record in mine if is_ready(way, record) and "loss" not in record]
             if todo:
                 mesh = one_device_mesh()
                 with jax.set_mesh(mesh):
@@ -134,9 +132,8 @@ def effort(cfg: Config, options: Options, quiet: bool) -> tuple[Record, list[Use
                     if jax.device_count() > 1:
                         shared = Shared(opened=one)  # the runs' own base lies over all devices
                     pretrained = shared.load(cfg, mesh)
-                    for way, key in todo:
+                    for way, record in todo:
                         say(f"== {one.name}: answers, {way.name}")
-                        record = results.records.get(key) or _record(one, way, key)
                         adapter = open_adapter(record["training"]["run"], pretrained) if way.rows else {}
                         model = Adapted(pretrained, adapter, jnp.dtype(cfg.model.dtype))
                         record |= judge(model, way, rows, cfg, options, mesh)
@@ -149,9 +146,9 @@ def effort(cfg: Config, options: Options, quiet: bool) -> tuple[Record, list[Use
     return {"settings": settings, "results": found}, failures, False
 
 
-def is_ready(way: Strategy, record: Record | None) -> bool:
+def is_ready(way: Strategy, record: Record) -> bool:
     """Whether a strategy can be judged: it needs no fine-tuning, or that came to its end."""
-    return not way.rows or (record is not None and bool(record["training"]) and record["training"]["finished"])
+    return not way.rows or (record["training"] or {"finished": False})["finished"]
 
 
 def check(cfg: Config) -> None:

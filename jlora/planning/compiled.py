@@ -154,12 +154,6 @@ def bytes_per_device(tree: Any) -> int:
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
 
 
-def quantized_parameters(base: Decoder) -> int:
-    """Number of weights that are quantised, over all devices."""
-    leaves = jax.tree.leaves(base, is_leaf=is_quantized)
-    return sum(leaf.size for leaf in leaves if is_quantized(leaf))
-
-
 def checked_mesh(cfg: Config, devices: list[Any], model: ModelConfig) -> jax.sharding.Mesh:
     """The mesh of a config over these devices.
 
@@ -220,6 +214,8 @@ def plan(cfg: Config, target: Target, model: ModelConfig | None = None, flops: f
     trained = count_trained(state.trained)
     total = count_parameters(params)
     base_bytes = bytes_per_device(params["base"])
+    base_leaves = jax.tree.leaves(params["base"], is_leaf=is_quantized)
+    quantized = sum(leaf.size for leaf in base_leaves if is_quantized(leaf))
     time_estimate = None
     if temp is not None and sent is not None:
         time_estimate = estimate(
@@ -227,7 +223,7 @@ def plan(cfg: Config, target: Target, model: ModelConfig | None = None, flops: f
             flops=flops,
             tokens=tokens,
             weight_bytes=base_bytes * mesh.shape["fsdp"],
-            dequantized_bytes=forward.dtype.itemsize * quantized_parameters(params["base"]) / mesh.shape["tensor"],
+            dequantized_bytes=forward.dtype.itemsize * quantized / mesh.shape["tensor"],
             temp_bytes=temp,
             sent_bytes=sent,
             micro_batches=cfg.training.gradient_accumulation_steps,

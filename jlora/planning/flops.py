@@ -7,6 +7,7 @@ import math
 import re
 from typing import Any
 
+import jax
 from jax.extend import core
 
 
@@ -30,14 +31,9 @@ def count_flops(jaxpr: core.Jaxpr) -> float:
 
 def subjaxprs(params: dict[str, Any]) -> list[core.Jaxpr]:
     """The jaxprs within an equation, by its parameters: bodies of loops, branches, calls, kernels."""
-    found = []
-    for value in params.values():
-        for item in value if isinstance(value, tuple | list) else (value,):
-            if isinstance(item, core.ClosedJaxpr):
-                found.append(item.jaxpr)
-            elif isinstance(item, core.Jaxpr):
-                found.append(item)
-    return found
+    kinds = core.ClosedJaxpr, core.Jaxpr
+    leaves = jax.tree.leaves(list(params.values()), is_leaf=lambda leaf: isinstance(leaf, kinds))
+    return [x.jaxpr if isinstance(x, core.ClosedJaxpr) else x for x in leaves if isinstance(x, kinds)]
 
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
