@@ -8,6 +8,7 @@ compiler each time, never from JAX's persistent cache: see `jlora.training.auto_
 import math
 import re
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
@@ -29,9 +30,9 @@ from jlora.model.llama import Decoder, abstract_decoder
 from jlora.model.quant import is_quantized, map_axes
 from jlora.model.sharding import make_mesh, named_sharding
 from jlora.planning.flops import collective_bytes, count_flops
-from jlora.planning.layouts import with_settings
-from jlora.planning.roofline import estimate
-from jlora.planning.topology import Target, compiling_for
+from jlora.planning.layouts import estimate, with_settings
+from jlora.planning.topology import Target
+from jlora.runtime import private_jax
 from jlora.training import optim
 from jlora.training.auto_remat import HEADROOM, fastest_that_fits, fresh, peak_bytes
 from jlora.training.step import (
@@ -57,7 +58,7 @@ class Plan:
         the host's memory; the last two are None where the compiler refused the step.
       base_bytes, adapter_bytes, optimizer_bytes, batch_bytes: of the arguments, on one device.
       flops_per_step: over all devices. sent_bytes_per_step: by one.
-      estimate: see `jlora.planning.roofline`.
+      estimate: see `jlora.planning.layouts`.
       naive: see `naive`.
     """
 
@@ -199,7 +200,8 @@ def plan(cfg: Config, target: Target, model: ModelConfig | None = None, flops: f
         step, arguments, params = abstract_step(cfg, model, mesh, forward)
         flops = step_flops(cfg, model, mesh, forward) if flops is None else flops
         began = time.monotonic()
-        with compiling_for(target), fresh():
+        # Lets JAX lower for a GPU that is absent.
+        with private_jax.gpu_is_cuda() if target.platform == "gpu" else nullcontext(), fresh():
             try:
                 compiled = jax.jit(step, donate_argnums=0).lower(*arguments).compile()
                 memory: Any = compiled.memory_analysis()

@@ -106,8 +106,10 @@ def _trips(line: str, bodies: dict[str, list[str]]) -> int:
 
 
 def _sent_by_one(kind: str, started: bool, result: str, line: str) -> float:
-    size = sum(_size(name, dims) for name, dims in _SHAPE.findall(result))
-    n = _group_size(line)
+    size, n = 0.0, _group_size(line)
+    for name, dims in _SHAPE.findall(result):
+        bits = re.search(r"\d+", name)
+        size += math.prod(int(dim) for dim in dims.split(",") if dim) * (int(bits[0]) if bits else 8) / 8
     if kind == "collective-permute":
         return size / 2 if started else size
     if kind == "reduce-scatter":  # the result is a device's share; a start carries its operand too
@@ -115,12 +117,6 @@ def _sent_by_one(kind: str, started: bool, result: str, line: str) -> float:
     if kind == "all-gather" and started:
         size = size * n / (n + 1)
     return size * (n - 1) / n * (2 if kind == "all-reduce" else 1)
-
-
-def _size(name: str, dims: str) -> float:
-    bits = re.search(r"\d+", name)
-    count = math.prod(int(dim) for dim in dims.split(",") if dim)
-    return count * (int(bits[0]) if bits else 8) / 8
 
 
 def _group_size(line: str) -> int:

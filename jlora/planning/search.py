@@ -140,7 +140,7 @@ class Found:
 
 
 def search(cfg: Config, target: Target, limit: int) -> Found:
-    """The fastest layout that fits, by `jlora.planning.roofline`.
+    """The fastest layout that fits, by `jlora.planning.layouts`.
 
     The batch of an optimizer step stays as configured, so a run's result does; only where no such layout fits
     are meshes tried that need another batch.

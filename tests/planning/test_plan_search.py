@@ -21,8 +21,7 @@ from jlora.planning import layouts, search
 from jlora.planning.compiled import Plan, fresh
 from jlora.planning.flops import collective_bytes
 from jlora.planning.hardware import GPUS, Gpu, read_gpu
-from jlora.planning.layouts import smallest
-from jlora.planning.roofline import estimate
+from jlora.planning.layouts import estimate, smallest
 from jlora.planning.search import find_remedy, sentence
 from jlora.planning.topology import Target
 from jlora.reports import memory
