@@ -58,7 +58,8 @@ class Evaluator:
         means = {name: value / number for name, value in totals.items()}
         if self._pairs:
             return means | {"pairs": int(number)}
-        return means | {"perplexity": perplexity(means["loss"]), "tokens": int(tokens)}
+        perplexity = math.exp(means["loss"]) if means["loss"] < 700.0 else math.inf  # which does not fit a float
+        return means | {"perplexity": perplexity, "tokens": int(tokens)}
 
 
 def describe_figures(figures: dict[str, Any]) -> str:
@@ -68,11 +69,6 @@ def describe_figures(figures: dict[str, Any]) -> str:
         return f"loss {figures['loss']:.4f}, {right:.1%} of {figures['pairs']} pairs the right way round"
     right = f", {figures['token_accuracy']:.1%} right" if "token_accuracy" in figures else ""
     return f"loss {figures['loss']:.4f}, perplexity {figures['perplexity']:.3f}{right} over {figures['tokens']} tokens"
-
-
-def perplexity(loss: float) -> float:
-    """exp(loss), infinite where that does not fit a float."""
-    return math.exp(loss) if loss < 700.0 else math.inf
 
 
 @dataclass

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 
 from jlora.config import Config
+from jlora.data.checks import count_sources
 from jlora.errors import NonFiniteError
 from jlora.files import lock
 from jlora.files.atomic import write_json, write_text
@@ -41,7 +42,7 @@ from jlora.training.step import (
     count_trained,
     make_train_step,
 )
-from jlora.training.summary import final_losses, origin, peak_memory, rows_of, seconds_before, versions
+from jlora.training.summary import final_losses, origin, peak_memory, seconds_before, versions
 from jlora.training.trackers import open_trackers, require_trackers
 
 
@@ -176,7 +177,7 @@ def choose_weights(run: Run) -> None:
 def finish(run: Run, meter: StepMeter, began: float) -> dict[str, Any]:
     """Export the adapter of a run that came to its end, and write what every run leaves; returns its summary."""
     run.require_there()
-    cfg, finished = run.cfg, run.finished
+    cfg, finished, rows = run.cfg, run.finished, run.train_data
     exported = finished and cfg.method == "lora"
     if exported:
         where = (cfg.lora, run.pretrained, run.forward.dtype, run.mesh)
@@ -188,7 +189,14 @@ def finish(run: Run, meter: StepMeter, began: float) -> dict[str, Any]:
         "exported_step": run.exported if exported else None,
         "epochs": run.epochs.epoch_at(run.step),
         "skipped_steps": int(run.state.skipped),
-        "rows": rows_of(run.train_data, run.eval_data),
+        "rows": {
+            "read": rows.read,
+            "used": len(rows.examples),
+            "dropped": dict(rows.dropped),
+            "truncated": rows.truncated,
+            "eval": len(run.eval_data.examples) if run.eval_data else 0,
+            **({"sources": count_sources(rows)} if rows.parts else {}),
+        },
         "trainable_params": count_trained(run.state.trained),
         "frozen_params": count_parameters({name: part for name, part in run.frozen.items() if name != "scales"}),
         "remat": run.identity.get("remat", run.remat),

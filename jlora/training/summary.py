@@ -11,25 +11,11 @@ from typing import Any
 
 import jax
 
-from jlora.data.checks import count_sources
-from jlora.data.dataset import Dataset
 from jlora.files.secrets import redact
 from jlora.files.text import counted
 from jlora.reports.run_files import parse, read_text
 from jlora.training.auto_remat import peak_bytes
 from jlora.training.metrics import read_metrics
-
-
-def rows_of(train_data: Dataset, eval_data: Dataset | None) -> dict[str, Any]:
-    """What became of the rows that were read."""
-    return {
-        "read": train_data.read,
-        "used": len(train_data.examples),
-        "dropped": dict(train_data.dropped),
-        "truncated": train_data.truncated,
-        "eval": len(eval_data.examples) if eval_data else 0,
-        **({"sources": count_sources(train_data)} if train_data.parts else {}),
-    }
 
 
 def origin(began: float) -> dict[str, Any]:
