@@ -22,8 +22,8 @@ import jlora.training.run
 from jlora.config import load_config, variants
 from jlora.errors import ConfigError, NonFiniteError
 from jlora.training.metrics import read_metrics
+from jlora.training.opening import Shared
 from jlora.training.run import train
-from jlora.training.shared import Shared
 from jlora.training.sweep import require_all, train_together
 
 ROOT = Path(__file__).parents[2]
