@@ -69,7 +69,7 @@ def main() -> None:
         if args.json:
             cli.print_json(found)
 
-    cli.run(body)
+    cli.run(body, flags=vars(args))
 
 
 if __name__ == "__main__":

@@ -43,7 +43,9 @@ def main() -> None:
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), help="of merged weights; default: the run's"
     )
-    parser.add_argument("--cost", action="store_true", help="also measure the loss before and after --merge (see docs)")
+    parser.add_argument(
+        "--cost", action="store_true", help="also measure the loss before and after --merge, on the run's held-out rows"
+    )
     parser.add_argument("--verify", action="store_true", help="also load the adapter in PEFT and compare logits")
     cli.add_output_arguments(parser, json="one JSON object")
     args = parser.parse_args()

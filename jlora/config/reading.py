@@ -296,5 +296,7 @@ def _instead(key: str) -> str:
         return f"; did you mean '{elsewhere[0]}'?"
     if theirs := in_jlora(key):
         return f"; {theirs}"
-    known, prefix = (SECTIONS[section].model_fields, f"{section}.") if section in SECTIONS else (Config.model_fields, "")
+    known, prefix = (
+        (SECTIONS[section].model_fields, f"{section}.") if section in SECTIONS else (Config.model_fields, "")
+    )
     return nearest(leaf, known, prefix)

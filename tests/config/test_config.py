@@ -68,7 +68,7 @@ def test_unknown_key_in_the_file_itself(file):
 
 def test_all_problems_are_told_each_with_its_place(file):
     tree = MINIMAL | {"lora": {"r": 4, "lora_alpha": 8}, "training": {"epochs": "many"}}
-    file.write_text(yaml.safe_dump(tree), encoding="utf-8")
+    file.write_text(yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")
     assert refused(file, "training.seed=-1", "num_train_epochs=2") == (
         f"{file}: (1) unknown key 'lora.r'; in jlora: lora.rank; (2) unknown key 'lora.lora_alpha'; in jlora: "
         "lora.alpha; the command line: (3) unknown key 'num_train_epochs'; in jlora: training.epochs; "

@@ -164,7 +164,7 @@ def test_both_answers_of_a_pair_are_shown(config, base):
 )
 def test_what_is_wrong_is_said_in_a_sentence(config, rows, keys, name, level, words):
     seen = look_at(config(rows, **keys))
-    beside = {"end_never_trained": {"truncated": "warning"}, "bad_rows": {"dropped": "warning"}}.get(name, {})
+    beside = {"end_never_trained": {"truncated": "warning"}, "bad_rows": {}}.get(name, {})
     assert levels(seen) == {name: level} | beside
     sentence = next(found["sentence"] for found in seen.report["checks"] if found["name"] == name)
     assert words in sentence and "\n" not in sentence

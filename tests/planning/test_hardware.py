@@ -47,3 +47,4 @@ def test_what_is_not_known_is_named_with_the_nearest(spec, says):
     with pytest.raises(ConfigError) as refused:
         resolve(spec)
     assert says in str(refused.value)
+    assert ("known are" in str(refused.value)) == ("did you mean" not in says and "gpu:a100" not in says)

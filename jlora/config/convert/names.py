@@ -25,7 +25,9 @@ NAMES = {
     **dict.fromkeys(("max_seq_length", "max_seq_len", "cutoff_len", "sequence_len", "block_size"), "data.max_length"),
     **dict.fromkeys(("sample_packing", "pack_sequences"), "data.packing"),
     **dict.fromkeys(("train_on_inputs", "train_on_prompt"), "data.train_on=all"),
-    **dict.fromkeys(("assistant_only_loss", "completion_only_loss", "train_on_responses_only"), "data.train_on=response"),
+    **dict.fromkeys(
+        ("assistant_only_loss", "completion_only_loss", "train_on_responses_only"), "data.train_on=response"
+    ),
     **dict.fromkeys(("template", "prompt_template"), "data.chat_template"),
     **dict.fromkeys(("num_train_epochs", "num_epochs"), "training.epochs"),
     **dict.fromkeys(
