@@ -26,6 +26,7 @@ from jlora.model.adapter_init import saved_weights
 from jlora.model.config import LLAMA, ModelConfig, ModuleNames, module_in_layer, module_path, projection_shapes
 
 WEIGHTS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
+MAGNITUDE = "lora_magnitude_vector"
 # What may be trained in full, the head last.
 TABLES = ("embed_tokens", "lm_head")
 
@@ -61,7 +62,7 @@ def tensor_shapes(section: LoraSection, cfg: ModelConfig) -> dict[str, tuple[int
                 shapes[factor_name(cfg.names, name, layer, "lora_A.weight")] = (rank, width_in)
                 shapes[factor_name(cfg.names, name, layer, "lora_B.weight")] = (width_out, rank)
                 if section.use_dora:
-                    shapes[factor_name(cfg.names, name, layer, "lora_magnitude_vector")] = (width_out,)
+                    shapes[factor_name(cfg.names, name, layer, MAGNITUDE)] = (width_out,)
     for name, shape in saved_weights(section, cfg).items():
         if name in TABLES:
             shapes[table_names(cfg.names)[name]] = shape
@@ -79,6 +80,7 @@ class _Opened:
 
     Attributes:
       section: its options, with the tables of `tables` in `modules_to_save`.
+      stored: what the file calls each tensor of `shapes`.
       tables: embed_tokens, lm_head -> the name of the tensor that stands for it.
       trained_on: SHA-256 of its base, if it says so.
     """
@@ -86,6 +88,7 @@ class _Opened:
     section: AdapterSection
     where: Path
     shapes: dict[str, tuple[int, ...]]
+    stored: dict[str, str]
     tables: dict[str, str]
     trained_on: str | None
 
@@ -99,7 +102,10 @@ def _open(folder: Path, cfg: ModelConfig, source: Source | None) -> _Opened:
             "(docs/migration.md has the lines)"
         )
     with open_safetensors(where) as file:
-        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+        stored = {_saved_name(name): name for name in file.keys()}
+        if len(stored) < len(file.keys()):
+            raise ModelError(f"{where}: holds a {MAGNITUDE} under two names; give the file as it was saved")
+        shapes = {name: tuple(file.get_slice(own).get_shape()) for name, own in stored.items()}
         trained_on = (file.metadata() or {}).get("jlora_base_sha256")
         # PEFT writes the tables too where it takes the vocabulary to have changed, and loads them in the base's place.
         beside = [leaf for leaf in TABLES if leaf not in section.modules_to_save and names[leaf] in shapes]
@@ -117,7 +123,12 @@ def _open(folder: Path, cfg: ModelConfig, source: Source | None) -> _Opened:
                 "adapter was trained on a base whose vocabulary was resized; give that one, or merge it in PEFT"
             )
     section = section.model_copy(update={"modules_to_save": [leaf for leaf in TABLES if leaf in tables]})
-    return _Opened(section, where, shapes, tables, trained_on)
+    return _Opened(section, where, shapes, stored, tables, trained_on)
+
+
+def _saved_name(name: str) -> str:
+    """PEFT saves a magnitude without the `.weight` that it has in a model, and loads it under either name."""
+    return name.removesuffix(".weight") if name.endswith(f".{MAGNITUDE}.weight") else name
 
 
 def _as_in_base(file: Any, leaf: str, source: Source) -> bool:
@@ -180,7 +191,7 @@ def load_adapter(
     tensors: dict[str, np.ndarray] = {}
     if not problems:  # a file of other tensors may be of any size, so it is not read
         with open_safetensors(where) as file:
-            tensors = {name: read_floats(file, name, where) for name in wanted}
+            tensors = {name: read_floats(file, opened.stored[name], where) for name in wanted}
         problems = [
             f"{name} holds NaN or infinity"
             for name, tensor in tensors.items()
@@ -210,7 +221,7 @@ def load_adapter(
             for shape, factor in (
                 ((widths[0], rank), "lora_A.weight"),
                 ((rank, widths[1]), "lora_B.weight"),
-                ((widths[1],), "lora_magnitude_vector"),
+                ((widths[1],), MAGNITUDE),
             )
         )
         factors = jnp.asarray(a.reshape(-1, *inputs, rank)), jnp.asarray(b.reshape(-1, rank, *outputs))
@@ -327,7 +338,7 @@ def exported_tensors(folder: Path, adapter: Adapter, names: ModuleNames) -> dict
             tensors[factor_name(names, name, layer, "lora_A.weight")] = np.ascontiguousarray(down)
             tensors[factor_name(names, name, layer, "lora_B.weight")] = np.ascontiguousarray(up)
             if magnitude is not None:
-                tensors[factor_name(names, name, layer, "lora_magnitude_vector")] = magnitude[layer]
+                tensors[factor_name(names, name, layer, MAGNITUDE)] = magnitude[layer]
     return tensors
 
 

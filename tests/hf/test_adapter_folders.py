@@ -155,6 +155,20 @@ def test_what_a_configuration_leaves_out_or_says_in_vain(name, llama, tmp_path, 
     assert warned == ("fan_in_fan_out" in changes)
 
 
+def test_magnitudes_under_the_name_that_they_have_in_a_model(llama, tmp_path):
+    """Trainers that save a model's own state leave `.weight` at the end, which PEFT takes off when it saves."""
+    folder = write_adapter(llama, tmp_path / "adapter", use_dora=True)
+    saved = load_file(folder / WEIGHTS)
+    ends = {name: f"{name}.weight" if name.endswith("lora_magnitude_vector") else name for name in saved}
+    assert sum(name != end for name, end in ends.items()) == 6
+    save_file({ends[name]: tensor for name, tensor in saved.items()}, folder / WEIGHTS, {"format": "pt"})
+    read(llama, folder)
+    one = next(name for name in saved if name.endswith("lora_magnitude_vector"))
+    save_file(saved | {f"{one}.weight": saved[one]}, folder / WEIGHTS, {"format": "pt"})
+    with pytest.raises(ModelError, match="holds a lora_magnitude_vector under two names"):
+        read(llama, folder)
+
+
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no such module": ({"target_modules": ["c_attn", "W_pack"]}, "selects no module of this base"),
     "a pattern of none": ({"target_modules": "q_proj"}, "selects no module of this base"),
