@@ -5,6 +5,7 @@ PEFT keeps A as [R, in] and B as [out, R], one pair a layer.
 
 import json
 import math
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -104,7 +105,9 @@ def _open(folder: Path, cfg: ModelConfig, source: Source | None) -> _Opened:
     with open_safetensors(where) as file:
         stored = {_saved_name(name): name for name in file.keys()}
         if len(stored) < len(file.keys()):
-            raise ModelError(f"{where}: holds a {MAGNITUDE} under two names; give the file as it was saved")
+            raise ModelError(
+                f"{where}: holds a tensor under two names (with and without .default or .weight); leave one"
+            )
         shapes = {name: tuple(file.get_slice(own).get_shape()) for name, own in stored.items()}
         trained_on = (file.metadata() or {}).get("jlora_base_sha256")
         # PEFT writes the tables too where it takes the vocabulary to have changed, and loads them in the base's place.
@@ -127,8 +130,9 @@ def _open(folder: Path, cfg: ModelConfig, source: Source | None) -> _Opened:
 
 
 def _saved_name(name: str) -> str:
-    """PEFT saves a magnitude without the `.weight` that it has in a model, and loads it under either name."""
-    return name.removesuffix(".weight") if name.endswith(f".{MAGNITUDE}.weight") else name
+    """What PEFT saves a tensor as that a model's own state names by its adapter too, `default`; PEFT loads both."""
+    name = re.sub(r"(\.lora_[AB])\.default(\.weight)$", r"\1\2", name)
+    return re.sub(rf"(\.{MAGNITUDE})(\.default)?(\.weight)?$", r"\1", name)
 
 
 def _as_in_base(file: Any, leaf: str, source: Source) -> bool:

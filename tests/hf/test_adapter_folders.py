@@ -155,17 +155,30 @@ def test_what_a_configuration_leaves_out_or_says_in_vain(name, llama, tmp_path, 
     assert warned == ("fan_in_fan_out" in changes)
 
 
-def test_magnitudes_under_the_name_that_they_have_in_a_model(llama, tmp_path):
-    """Trainers that save a model's own state leave `.weight` at the end, which PEFT takes off when it saves."""
+# How trainers that save a model's own state name tensors: PEFT's own ends, and what stands there.
+OWN_STATE = {
+    "magnitudes of a module": {"lora_magnitude_vector": "lora_magnitude_vector.weight"},
+    "an adapter's name": {
+        "lora_A.weight": "lora_A.default.weight",
+        "lora_B.weight": "lora_B.default.weight",
+        "lora_magnitude_vector": "lora_magnitude_vector.default.weight",
+    },
+    "the name on some": {"lora_B.weight": "lora_B.default.weight"},
+}
+
+
+@pytest.mark.parametrize("name", OWN_STATE)
+def test_tensors_under_the_names_of_a_models_own_state(name, llama, tmp_path):
     folder = write_adapter(llama, tmp_path / "adapter", use_dora=True)
-    saved = load_file(folder / WEIGHTS)
-    ends = {name: f"{name}.weight" if name.endswith("lora_magnitude_vector") else name for name in saved}
-    assert sum(name != end for name, end in ends.items()) == 6
-    save_file({ends[name]: tensor for name, tensor in saved.items()}, folder / WEIGHTS, {"format": "pt"})
+    saved, renamed = load_file(folder / WEIGHTS), {}
+    for own, tensor in saved.items():
+        end = next((end for end in OWN_STATE[name] if own.endswith(end)), "")
+        renamed[own.removesuffix(end) + OWN_STATE[name].get(end, "")] = tensor
+    assert len(saved.keys() - renamed.keys()) == 6 * len(OWN_STATE[name])
+    save_file(renamed, folder / WEIGHTS, {"format": "pt"})
     read(llama, folder)
-    one = next(name for name in saved if name.endswith("lora_magnitude_vector"))
-    save_file(saved | {f"{one}.weight": saved[one]}, folder / WEIGHTS, {"format": "pt"})
-    with pytest.raises(ModelError, match="holds a lora_magnitude_vector under two names"):
+    save_file(saved | renamed, folder / WEIGHTS, {"format": "pt"})
+    with pytest.raises(ModelError, match="holds a tensor under two names"):
         read(llama, folder)
 
 
