@@ -183,6 +183,7 @@ def test_tensors_under_the_names_of_a_models_own_state(name, llama, tmp_path):
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "an adapter of MLX": ({"peft_type": None, "fine_tune_type": "lora"}, "peft_type is None; only LORA adapters"),
     "no such module": ({"target_modules": ["c_attn", "W_pack"]}, "selects no module of this base"),
     "a pattern of none": ({"target_modules": "q_proj"}, "selects no module of this base"),
     "all excluded": ({"exclude_modules": ["v_proj", "q_proj"]}, "exclude_modules=['v_proj', 'q_proj'] selects no"),
