@@ -279,8 +279,11 @@ def _problem(names: tuple[str, ...], problems: list[Any]) -> str:
         return f"{key}: {first['ctx']['error']}".removeprefix(": ")  # a problem of the whole has no key
     if first["type"] == "model_type":
         return f"{key}: must hold keys of its own ({', '.join(fields)}), but it is {shown}"
-    wanted = " or ".join(dict.fromkeys(problem["msg"].removeprefix("Input should be ") for problem in problems))
-    text = f"{key}: should be {wanted}, but it is {shown}"
+    says = [
+        "be a smaller number" if p["type"] == "int_parsing_size" else re.sub(r"^\w+ should ", "", p["msg"])
+        for p in problems
+    ]
+    text = f"{key}: should {' or '.join(dict.fromkeys(says)).replace(' or be ', ' or ')}, but it is {shown}"
     if isinstance(first["input"], bool | int | float) and any(p["type"] == "string_type" for p in problems):
         text += f'; for the text itself write {key}=\'"..."\', or "..." in the file'
     return text

@@ -53,7 +53,13 @@ def score(answers: list[str], references: list[str]) -> tuple[dict[str, Any], li
     from rouge_score.rouge_scorer import RougeScorer
     from sacrebleu.metrics import CHRF
 
-    rouge, chrf = RougeScorer(["rougeL"], tokenizer=_Words()), CHRF()
+    class Chrf(CHRF):
+        # sacrebleu's bootstrap sums in NumPy's float32 and scores a resample without a match 0.0, a Python float;
+        # `statistics.mean` then refuses the two together.
+        def _compute_score_from_stats(self, statistics: Any) -> Any:
+            return super()._compute_score_from_stats([int(each) for each in statistics])
+
+    rouge, chrf = RougeScorer(["rougeL"], tokenizer=_Words()), Chrf()
     each: list[dict[str, float]] = []
     for answer, reference in zip(answers, references, strict=True):
         each.append(
