@@ -248,7 +248,7 @@ def describe(error: ValidationError, where: str = "", given: Collection[str] = (
     for number, (names, found) in enumerate(list(by_key.items())[:MOST_PROBLEMS], 1):
         place = "the command line" if _is_given(names, given) else where
         new = place if place != before else ""
-        says.append(f"{new}{': ' * bool(new)}{f'({number}) ' * several}{_problem(names, found)}")
+        says.append(f"{new}{': ' * bool(new)}{f'({number}) ' * several}{_problem(names, found, several)}")
         before = place
     left = len(by_key) - len(says)
     return "; ".join(says) + f"; and {left} more" * (left > 0)
@@ -261,18 +261,18 @@ def _is_given(names: tuple[str, ...], given: Collection[str]) -> bool:
     return any(key == own or key.startswith(f"{own}.") or (within and own.startswith(f"{key}.")) for own in given)
 
 
-def _problem(names: tuple[str, ...], problems: list[Any]) -> str:
+def _problem(names: tuple[str, ...], problems: list[Any], among: bool) -> str:
     """What is wrong with one key.
 
     Args:
-      problems: pydantic's, of each member of a union its own.
+      problems: pydantic's, of each member of a union its own. among: others, so that not all known keys are told.
     """
     first = problems[0]
     fields = (SECTIONS.get(names[0], Config) if names else Config).model_fields
     key = ".".join(names)
     shown = _shown(repr(first["input"]))
     if first["type"] == "extra_forbidden":
-        return f"unknown key '{key}'{_instead(key)}"
+        return f"unknown key '{key}'{_instead(key, among)}"
     if first["type"] == "missing":
         return f"key '{key}' is missing; set it in the file or as {key}=VALUE"
     if first["type"] == "value_error":
@@ -289,8 +289,8 @@ def _problem(names: tuple[str, ...], problems: list[Any]) -> str:
     return text
 
 
-def _instead(key: str) -> str:
-    """What follows a key that is not known: ours of that name or for another tool's, or the nearest."""
+def _instead(key: str, short: bool = False) -> str:
+    """What follows a key that is not known: ours for another tool's, the nearest, or all of them unless `short`."""
     from jlora.config.convert.names import in_jlora
 
     section, _, leaf = key.rpartition(".")
@@ -302,4 +302,5 @@ def _instead(key: str) -> str:
     known, prefix = (
         (SECTIONS[section].model_fields, f"{section}.") if section in SECTIONS else (Config.model_fields, "")
     )
-    return nearest(leaf, known, prefix)
+    instead = nearest(leaf, known, prefix)
+    return "" if short and "did you mean" not in instead else instead

@@ -154,9 +154,9 @@ class Columns:
                 lacking = f'the field "{self.given[column]}" (data.columns.{column}) is missing'
                 raise BadRow("missing_field", f"{lacking} (it has {columns_of(row)})")
             if used[column] is None:
-                others = [name for name in row if name not in KNOWN]
-                if others and column not in row and format_of(row, self.answered) is None:
-                    has = f"it has {columns_of(row)}; rename one, or set data.columns.{column}={others[0]}"
+                left = [name for name in row if name not in KNOWN]
+                if left and column not in row and format_of(row, self.answered) is None:
+                    has = f"it has {columns_of(row)}; rename one, or set data.columns.{column}={left[0]}"
                     raise BadRow("missing_field", f'the field "{column}" is missing ({has})')
                 return row  # of another format, or told by who reads the field
         if any(used[column] != column for column in required if column not in self.given):

@@ -138,7 +138,10 @@ def unknown(spec: str) -> ConfigError:
     known = [*(f"gpu:{card}" for card in GPUS), *(f"tpu:{name}" for name in TPUS)]
     kind, _, rest = spec.partition(":")
     close = difflib.get_close_matches(f"{kind}:{rest.partition(':')[0]}".lower(), known, n=1, cutoff=0.6)
-    nearest = f"{close[0]}:{rest.partition(':')[2]}".rstrip(":") if close else ""
+    size = rest.partition(":")[2]
+    if kind == "gpu" and not (size.isascii() and size.isdecimal() and int(size)):
+        size = "1"
+    nearest = f"{close[0]}:{size}".rstrip(":") if close else ""
     instead = f"did you mean {nearest}? --topology list names all" if close else f"known are {KNOWN}"
     return ConfigError(f"unknown topology '{spec}'; {instead}")
 

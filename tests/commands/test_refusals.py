@@ -70,7 +70,7 @@ def test_rows_that_are_all_dropped(world, here, tmp_path):
         *("data.max_length=16", "data.on_bad_row=skip"),
     )
     message = one_sentence(err)
-    assert code == 3 and "all 24 rows were dropped" in message and "rows.jsonl:1" in message
+    assert code == 3 and "all 24 are bad" in message and "rows.jsonl:1" in message
 
 
 @pytest.mark.parametrize(

@@ -249,7 +249,7 @@ def test_columns_of_no_format_are_told_with_the_key_that_maps_them(tmp_path, tok
     message = error_of(path, tokenizer=tokenizer, format="alpaca")
     assert 'the field "output" is missing (it has question, reply_text; rename one, or set data.columns' in message
     assert "data.columns.output=reply_text" in message
-    given = section(format="alpaca", columns={"output": "reply_text"})
+    given = section(format="alpaca", columns={"output": "reply_text"}, prompt="stanford", max_length=500)
     assert len(tokenize(str(path), tokenizer, given).examples) == 1
 
 

@@ -39,7 +39,7 @@ def test_what_clouds_and_people_call_it_is_known(spec, meant):
         ("tpu:v5ep:2x2x1", "did you mean tpu:v5p:2x2x1?"),
         ("cpu:²", "unknown topology"),
         ("cpu:٣", "unknown topology"),
-        ("gpu:h100:²", "unknown topology"),
+        ("gpu:h100:²", "unknown topology 'gpu:h100-80gb:²'; did you mean gpu:h100-80gb:1?"),
         ("v4-7", "unknown topology"),
     ],
 )
