@@ -77,7 +77,8 @@ def format_of(row: dict[str, Any], answered: bool = True, given: Mapping[str, st
             found.append((own, name))
     best = max(found, key=lambda pair: pair[0])[1] if found else None
     if best in ("messages", "sharegpt"):  # whose lists have the same names, so a turn tells
-        turns = next(row[name] for name in ("messages", "conversations", "conversation") if row.get(name) is not None)
+        lists = [given.get(column, column) for column in ("messages", "conversations", "conversation")]
+        turns = next(row[name] for name in lists if row.get(name) is not None)
         turn = turns[0] if isinstance(turns, list) and turns else {}
         return "sharegpt" if "from" in turn else "messages" if "role" in turn else best
     return best

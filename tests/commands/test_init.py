@@ -36,6 +36,13 @@ def test_a_row_is_of_the_format_that_reads_it(format):
     assert format_of(ROWS[format] | {"id": 7, "input": ""}) == format
 
 
+def test_a_row_is_of_the_format_whose_columns_are_given():
+    turns = {"dialog": ROWS["messages"]["messages"]}
+    assert format_of(turns) is None and format_of(turns, given={"messages": "dialog"}) == "messages"
+    assert format_of({"q": "a", "r": "b"}, given={"prompt": "q", "completion": "r"}) == "completion"
+    assert format_of({"q": "a", "output": "b"}, given={"instruction": "q"}) == "alpaca"
+
+
 def test_a_row_of_no_format():
     assert format_of({"title": "a", "body": "b", "output": None}) is None
     assert columns_of({str(n): n for n in range(9)}) == "0, 1, 2, 3, 4, 5, 6, 7, ..." and columns_of({}) == "no column"
