@@ -103,9 +103,11 @@ def train_together(cfg: Config, quiet: bool = False) -> dict[str, Any]:
             "runs": runs,
             "wall_seconds": time.monotonic() - began,
             "peak_memory_bytes": peak_memory(None),
-            "report": str(write_sweep(folder)) if sweep_runs(folder) else None,
+            "report": str(folder / "report.html") if sweep_runs(folder) else None,
         }
         write_json(folder / "summary.json", summary)
+        if summary["report"] is not None:
+            write_sweep(folder)
     return summary
 
 
