@@ -4,12 +4,15 @@
 which there may be millions, are looked at once and not kept.
 """
 
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from jlora.data.checks import Check
+from jlora.data.dataset import Dataset
 from jlora.data.prompts import Example
+from jlora.files.text import counted
 
 # Tokens of a group; rows are shorter than the documents of which five are usual.
 GROUP = 3
@@ -23,6 +26,8 @@ FEWEST, LONGEST = 8, 1024
 BANDS, IN_BAND = 30, 4
 # Sequences hashed at once; of a band, held-out ones that a training one is compared with; bits of a table's index.
 AT_ONCE, MOST, BITS = 1024, 16, 25
+# Pairs that are shown, and tokens of each around the place where the two part.
+SHOWN, BEFORE, BEHIND = 5, 12, 48
 
 _RANDOM = np.random.default_rng(0)
 _MIX = _RANDOM.integers(2**63, size=GROUP, dtype=np.uint64) * 2 + 1
@@ -164,3 +169,35 @@ class _Index:
         for one, other, share in zip(ours, theirs, shares, strict=True):
             if share >= ALIKE:
                 yield Near(int(self._numbers[other]), int(numbers[one]), float(share))
+
+
+def check_near(
+    train_data: Dataset, eval_data: Dataset, exact: np.ndarray, decode: Callable[[np.ndarray], str]
+) -> tuple[list[Check], list[dict[str, Any]]]:
+    """A warning of held-out sequences that are nearly training ones, and the first such pairs as JSON has them.
+
+    Args:
+      exact: as for `near_copies`. decode: token ids to text.
+    """
+    found = near_copies(train_data.examples, eval_data.examples, exact)
+    if not found:
+        return [], []
+    pairs = []
+    for held, trained, share in found[:SHOWN]:
+        ids = [eval_data.examples[held].ids, train_data.examples[trained].ids]
+        texts = [decode(part).strip() for part in _parting(*ids)]
+        places = [eval_data.places[held], train_data.places[trained]]
+        pairs.append({"places": places, "share": share, "texts": texts})
+    sentence = (
+        f"data.eval: {len(found):,} of {counted(len(exact), 'sequence')} are nearly some of data.train, such as "
+        f"{pairs[0]['places'][0]} and {pairs[0]['places'][1]}, so their loss flatters; take them out of one of the two"
+    )
+    return [Check("near_overlap", "warning", len(found), sentence)], pairs
+
+
+def _parting(first: np.ndarray, second: np.ndarray) -> list[np.ndarray]:
+    """What of two sequences stands around the place where they part."""
+    both = min(len(first), len(second))
+    differ = np.flatnonzero(first[:both] != second[:both])
+    place = int(differ[0]) if len(differ) else both
+    return [each[max(0, place - BEFORE) : place + BEHIND] for each in (first, second)]

@@ -7,8 +7,9 @@ from itertools import groupby
 from typing import Any, get_args
 
 from jlora.data.checks import Level
-from jlora.data.preview import Shown
+from jlora.data.preview import Piece, Shown
 from jlora.reports import page
+from jlora.reports.cards import Card, Cell, marked
 from jlora.reports.charts import Chart, chart
 
 Table = tuple[list[str], list[list[str]]]
@@ -18,6 +19,8 @@ COUNTS = {
 }  # fmt: skip
 LENGTHS = {"min": "shortest", "median": "median", "p90": "90 % at most", "max": "longest"}
 
+# How strong the colour of a token is whose loss hardly counts, in per cent of that of the one which counts most.
+FAINT = 25
 # Of checks, the worst first.
 LEVELS = get_args(Level)
 
@@ -29,22 +32,40 @@ def render(title: str, report: dict[str, Any], rows: list[Shown]) -> str:
       title: such as the config's name.
     """
     sets = {name: report[name] for name in ("train", "eval") if report[name] is not None}
-    pieces = [
-        [[(part, list(run)) for part, run in groupby(sequence, lambda piece: piece.part)] for sequence in row.sequences]
-        for row in rows
-    ]
+    shown = [piece for row in rows for sequence in row.sequences for piece in sequence]
+    most = max((piece.weight for piece in shown), default=1.0)
+    pieces = [[_runs(sequence, max(most, 1.0)) for sequence in row.sequences] for row in rows]
     return page.render(
         "data.html",
         name=title,
         checks=sorted(report["checks"], key=lambda found: LEVELS.index(found["level"])),
+        near=[_near(**pair) for pair in report["near"]],
         train=report["train"],
         held_out=report["eval"],
         charts=[_lengths(f"data.{name}", found) for name, found in sets.items()],
         rows=_rows(sets),
         sources=_sources(report["train"]["sources"]),
         batches=_batches(report["train"]["batches"]),
+        kinds={piece.kind for piece in shown},
+        weighted=any(piece.weight not in (0.0, most) for piece in shown),
         first=list(zip(rows, pieces, strict=True)),
     )
+
+
+def _runs(sequence: list[Piece], most: float) -> list[tuple[str, int, list[Piece]]]:
+    """Pieces that look alike and follow each other: their classes, and how strong their colour is, in per cent."""
+
+    def look(piece: Piece) -> tuple[str, int]:
+        shade = FAINT + (100 - FAINT) * piece.weight / most if piece.part == "trained" else 100
+        return f"{piece.part} {piece.kind}".strip(), round(shade)
+
+    return [(*looks, list(run)) for looks, run in groupby(sequence, look)]
+
+
+def _near(places: list[str], share: float, texts: list[str]) -> Card:
+    """A held-out sequence and a training one, with the words marked that are not in both."""
+    pairs = zip(places, texts, reversed(texts), strict=True)
+    return Card(f"about {share:.0%} alike", [], [Cell(place, marked(text, other)) for place, text, other in pairs])
 
 
 def _rows(sets: dict[str, dict[str, Any]]) -> Table:

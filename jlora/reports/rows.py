@@ -3,9 +3,12 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
+
 from jlora.config import Config
 from jlora.data.checks import Check, check, check_overlap, check_run, count_batches, describe, scan
 from jlora.data.encoding import read_data
+from jlora.data.near import check_near
 from jlora.data.packing import plan_steps
 from jlora.data.preview import Shown, show_rows
 from jlora.data.tokens import Tokenizer
@@ -48,7 +51,7 @@ def look(cfg: Config, num_rows: int) -> Seen:
         train_data, eval_data = read_data(cfg.model_copy(update={"data": section}), tokenizer)
         num_bad = sum(sum(each.dropped.values()) for each in (train_data, eval_data) if each)
         checks.append(Check("bad_rows", "error", num_bad, str(error)))
-    report: dict[str, Any] = {"train": None, "eval": None}
+    report: dict[str, Any] = {"train": None, "eval": None, "near": []}
     hashes = {}
     for name, dataset in (("train", train_data), ("eval", eval_data)):
         if dataset is None:
@@ -61,6 +64,9 @@ def look(cfg: Config, num_rows: int) -> Seen:
         report["train"]["held_out"] = len(eval_data.examples)
     if eval_data is not None:
         checks += check_overlap(hashes["train"], eval_data, hashes["eval"])
+        shared = np.isin(hashes["eval"], hashes["train"])
+        found, report["near"] = check_near(train_data, eval_data, shared, tokenizer.decode)
+        checks += found
     _, num_steps = plan_steps(cfg, train_data)
     report["steps"] = num_steps
     checks += check_run(cfg, num_steps, positions)

@@ -5,10 +5,12 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from jlora.data.preview import Shown
+from jlora.data.preview import Piece, Shown
 from jlora.files.text import clean, counted
 
 STYLES = {"context": "", "trained": "bold green", "cut": "strike red", "gap": "italic dim"}
+# Of tools and of reasoning, trained or not.
+COLOURS = {"tool": "cyan", "thought": "magenta"}
 # Where there is no colour, what is trained and what is cut off stands in brackets.
 BRACKETS = {"trained": "⟦⟧", "cut": "✂✂"}
 BAR = 40
@@ -26,6 +28,10 @@ def print_report(report: dict[str, Any], rows: list[Shown], console: Console) ->
     for found in report["checks"]:
         if found["level"] != "error":
             say(f"{found['level']}: {found['sentence']}")
+    for pair in report["near"]:
+        say(f"  about {pair['share']:.0%} alike, around where they part:")
+        for place, text in zip(pair["places"], pair["texts"], strict=True):
+            say(f"    {place}: {' '.join(text.split())}")
     errors, warnings = (sum(found["level"] == level for found in report["checks"]) for level in ("error", "warning"))
     verdict = "would train wrongly" if errors else counted(warnings, "warning") if warnings else "nothing found wrong"
     say(f"{counted(report['steps'], 'optimizer step')}; {verdict}")
@@ -35,6 +41,10 @@ def print_report(report: dict[str, Any], rows: list[Shown], console: Console) ->
         for part, words in (("context", "not trained"), ("trained", "trained"), ("cut", "cut off")):
             marks = BRACKETS.get(part, "  ") if plain else "  "
             legend.append(f"{marks[0]}{words}{marks[1]}".strip(), STYLES[part]).append("  ")
+        kinds = {piece.kind for row in rows for sequence in row.sequences for piece in sequence}
+        for kind, words in (("tool", "tools"), ("thought", "reasoning")):
+            if kind in kinds and not plain:
+                legend.append(words, COLOURS[kind]).append("  ")
         console.print(legend)
         for row in rows:
             _print_row(row, plain, console)
@@ -82,7 +92,15 @@ def _print_row(row: Shown, plain: bool, console: Console) -> None:
                 text.append(BRACKETS.get(before, "  ")[1].strip() + BRACKETS.get(piece.part, "  ")[0].strip())
             before = piece.part
             words = f"[… {piece.text} …]" if piece.part == "gap" else piece.text
-            text.append(words, STYLES[piece.part] + " reverse" * piece.special)
+            text.append(words, _style(piece) + " reverse" * piece.special)
         if plain:
             text.append(BRACKETS.get(before, "  ")[1].strip())
         console.print(text, soft_wrap=True)
+
+
+def _style(piece: Piece) -> str:
+    """How a piece looks: what counts less is not bold."""
+    if piece.part not in ("context", "trained"):
+        return STYLES[piece.part]
+    style = STYLES[piece.part].replace("bold", "bold" if piece.weight >= 1.0 else "")
+    return style.replace("green", COLOURS[piece.kind]) if piece.kind and style else COLOURS.get(piece.kind, style)

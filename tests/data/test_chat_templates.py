@@ -5,38 +5,30 @@ import re
 from dataclasses import replace
 
 import pytest
-from chat_templates import PUBLISHED, SHAPES, answer, encode, ours, shown, theirs, user
+from chat_templates import (
+    DROPPING,
+    PUBLISHED,
+    REFUSED,
+    SHAPES,
+    accepted,
+    answer,
+    encode,
+    ours,
+    shown,
+    theirs,
+    user,
+)
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from jlora.data.row import BadRow
 
 CASES = list(itertools.product(PUBLISHED, SHAPES))
-# What a template cannot write, so that transformers refuses the row too, or would lose some of it without a word.
-ALTERNATING = {"system": "template_error", "results": "template_error", "assistant_first": "template_error"}
-LOST_TOOLS = {"tools": "tools_ignored", "results": "tools_ignored"}
-REFUSED = {
-    "llama3": LOST_TOOLS,
-    "gemma": ALTERNATING | {"tools": "tools_ignored"},
-    "gemma3": {"results": "template_error", "assistant_first": "template_error", "tools": "tools_ignored"},
-    "phi3": LOST_TOOLS,
-    "phi3_5": LOST_TOOLS,
-    "deepseek_r1_distill": LOST_TOOLS,
-    "deepseekv3": LOST_TOOLS,
-    "lfm2": LOST_TOOLS,
-    "cohere2": {"results": "template_error", "assistant_first": "template_error", "tools": "tools_ignored"},
-}
 # Templates that read no `reasoning_content`: here it stands in the last answer, between tags, where they would lose it.
 NO_REASONING = {
     *("llama3", "qwen2_5", "qwen3_instruct_2507", "gemma", "gemma3", "phi3", "phi3_5", "deepseek_r1_distill"),
     *("deepseekv3", "lfm2", "cohere2"),
 }
-# Templates that drop a reasoning in the last content as well.
-DROPPING = {"deepseek_r1_distill", "deepseekv3"}
-
-
-def accepted(name, shape):
-    return shape not in REFUSED.get(name, {})
 
 
 def by_transformers(name, row, **options):
