@@ -194,7 +194,7 @@ def _config_words(prefix: str, parsed_args: argparse.Namespace, **_: Any) -> lis
     """What a shell offers for the config and its overrides: first files, then keys."""
     from argcomplete.completers import FilesCompleter
 
-    from jlora.config.keys import known_keys
+    from jlora.config.sections import known_keys
 
     if parsed_args.config is None and not parsed_args.overrides:
         return list(FilesCompleter(("yaml", "yml"))(prefix))

@@ -51,7 +51,7 @@ def _tools(tokenizer: Tokenizer, chat: Conversation, text: str) -> Parts:
     if not chat.tools:
         return []
     try:
-        without = chats.render(tokenizer, chat._replace(tools=None), add_generation_prompt=False)
+        without = chats.render(tokenizer, chat.messages, None, add_generation_prompt=False)
     except BadRow:
         return []
     start = len(commonprefix([text, without]))

@@ -12,6 +12,7 @@ from jlora.data.parts import Kind, parts_of
 from jlora.data.prompts import Example, RowText, encode_texts
 from jlora.data.row import BadRow, Row
 from jlora.data.tokens import Tokenizer
+from jlora.files.text import clean
 
 # Tokens of a sequence that are shown, half of them from its start; of what is cut off, so many.
 SHOWN = 2048
@@ -19,9 +20,6 @@ SHOWN_CUT = 64
 
 Mark = Literal["context", "trained", "cut", "gap"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
-# Control characters, of which a terminal or HTML makes something else, and those that turn the direction of a text.
-_HIDDEN = (*range(32), *range(127, 160), *range(0x202A, 0x202F), *range(0x2066, 0x206A))
-_CONTROLS = {c: "\N{REPLACEMENT CHARACTER}" for c in _HIDDEN if c not in (9, 10)}
 
 
 class Piece(NamedTuple):
@@ -75,17 +73,18 @@ def show_rows(source: str, count: int, tokenizer: Tokenizer, cfg: DataSection) -
             shown.append(Shown(row.where, [], bad=bad.message))
             continue
         splits = cfg.format == "text" and cfg.split_long
-        limits = [len(each.ids) if splits else cfg.longest for each in sequences]
+        kept = sequences if splits else [each.part(slice(cfg.longest)) for each in sequences]
+        tokens = sum(len(each.ids) for each in kept)
         shown.append(
             Shown(
                 row.where,
                 [
-                    _pieces(tokenizer, each, _kinds(tokenizer, row, cfg, len(each.ids)), limit)
-                    for each, limit in zip(sequences, limits, strict=True)
+                    _pieces(tokenizer, each, _kinds(tokenizer, row, cfg, len(each.ids)), len(some.ids))
+                    for each, some in zip(sequences, kept, strict=True)
                 ],
-                sum(min(len(each.ids), limit) for each, limit in zip(sequences, limits, strict=True)),
-                sum(int(each.trained[:limit].sum()) for each, limit in zip(sequences, limits, strict=True)),
-                sum(max(len(each.ids) - limit, 0) for each, limit in zip(sequences, limits, strict=True)),
+                tokens,
+                sum(int(each.trained.sum()) for each in kept),
+                sum(len(each.ids) for each in sequences) - tokens,
             )
         )
     return shown
@@ -101,18 +100,18 @@ def _kinds(tokenizer: Tokenizer, row: Row, cfg: DataSection, length: int) -> lis
     if isinstance(found, BadRow):  # there are no such parts
         return plain
     first = next((kind for start, _, kind in parts if start == 0), "")  # no loss counts a first token
-    return [first, *(KINDS[int(number)] for number in found.weights[1:])]
+    return [first, *(KINDS[int(number)] for number in found[0].weights[1:])]
 
 
 def _pieces(tokenizer: Tokenizer, example: Example, kinds: list[Kind], limit: int) -> list[Piece]:
-    """Pieces of a sequence, of which the model gets `limit` tokens."""
+    """Pieces of a sequence, of which the model gets `limit` tokens, and no more than there are."""
     ids, trained = example.ids, example.trained
 
     def part(first: int, last: int) -> list[Piece]:
         found = zip(range(first, last), characters(tokenizer, ids[first:last]), strict=True)
         return [
             Piece(
-                int(ids[i]), text.replace("\r", "").translate(_CONTROLS),
+                int(ids[i]), clean(text.replace("\r", "")),
                 "cut" if i >= limit else "trained" if trained[i] else "context", special,
                 kinds[i], float(example.weights[i]),
             )
@@ -122,11 +121,9 @@ def _pieces(tokenizer: Tokenizer, example: Example, kinds: list[Kind], limit: in
     def gap(count: int) -> list[Piece]:
         return [Piece(-1, f"{count:,} more tokens", "gap", False)] if count > 0 else []
 
-    kept = min(len(ids), limit)
-    left_out = kept - SHOWN
-    if left_out > 0:
-        pieces = part(0, SHOWN // 2) + gap(left_out) + part(kept - SHOWN // 2, kept)
+    if limit > SHOWN:
+        pieces = part(0, SHOWN // 2) + gap(limit - SHOWN) + part(limit - SHOWN // 2, limit)
     else:
-        pieces = part(0, kept)
-    last = min(len(ids), kept + SHOWN_CUT)
-    return pieces + part(kept, last) + gap(len(ids) - last)
+        pieces = part(0, limit)
+    last = min(len(ids), limit + SHOWN_CUT)
+    return pieces + part(limit, last) + gap(len(ids) - last)

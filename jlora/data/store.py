@@ -114,7 +114,6 @@ class StoredPlaces(View[str]):
         return _starts(self._lengths)  # for messages alone, so most runs never need it
 
     def one(self, index: int) -> str:
-        """The place at an index."""
         return self._text[self._starts[index] : self._starts[index + 1]].tobytes().decode("utf-8", "surrogateescape")
 
 

@@ -196,13 +196,11 @@ def _readable(kind: "pyarrow.DataType", own: bool) -> bool:
         return all(_readable(field.type, own) for field in kind)
     if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind) or types.is_dictionary(kind):
         return _readable(kind.value_type, own)
-    if types.is_string(kind) or types.is_large_string(kind) or types.is_null(kind) or _is_json(kind):
+    if types.is_string(kind) or types.is_large_string(kind) or types.is_null(kind):
+        return True
+    if getattr(kind, "extension_name", None) == JSON:
         return True
     return types.is_primitive(kind) and (own or not types.is_temporal(kind))
-
-
-def _is_json(kind: "pyarrow.DataType") -> bool:
-    return getattr(kind, "extension_name", None) == JSON
 
 
 def _values(batch: "pyarrow.RecordBatch") -> Iterator[Any]:

@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from jlora.config import yaml_scalar
-from jlora.config.keys import dotted
+from jlora.config.sections import dotted
 from jlora.files.paths import short_names
 from jlora.reports.cards import Card, sample_cell, turns_of
 from jlora.reports.charts import MOST_DOTS, Chart, Line, chart, smoothed
