@@ -182,22 +182,18 @@ def check_near(
     found = near_copies(train_data.examples, eval_data.examples, exact)
     if not found:
         return [], []
-    pairs = []
+    pairs: list[dict[str, Any]] = []
     for held, trained, share in found[:SHOWN]:
         ids = [eval_data.examples[held].ids, train_data.examples[trained].ids]
-        texts = [decode(part).strip() for part in _parting(*ids)]
-        places = [eval_data.places[held], train_data.places[trained]]
-        pairs.append({"places": places, "share": share, "texts": texts})
+        both = min(map(len, ids))
+        differ = np.flatnonzero(ids[0][:both] != ids[1][:both])
+        place = int(differ[0]) if len(differ) else both
+        start, end = max(0, place - BEFORE), place + BEHIND
+        texts = ["… " * (start > 0) + decode(each[start:end]).strip() + " …" * (end < len(each)) for each in ids]
+        pairs.append({"places": [eval_data.places[held], train_data.places[trained]], "share": share, "texts": texts})
     sentence = (
         f"data.eval: {len(found):,} of {counted(len(exact), 'sequence')} are nearly some of data.train, such as "
         f"{pairs[0]['places'][0]} and {pairs[0]['places'][1]}, so their loss flatters; take them out of one of the two"
     )
     return [Check("near_overlap", "warning", len(found), sentence)], pairs
 
-
-def _parting(first: np.ndarray, second: np.ndarray) -> list[np.ndarray]:
-    """What of two sequences stands around the place where they part."""
-    both = min(len(first), len(second))
-    differ = np.flatnonzero(first[:both] != second[:both])
-    place = int(differ[0]) if len(differ) else both
-    return [each[max(0, place - BEFORE) : place + BEHIND] for each in (first, second)]

@@ -99,7 +99,7 @@ def _kinds(tokenizer: Tokenizer, row: Row, cfg: DataSection, length: int) -> lis
     (found,) = encode_texts(tokenizer, [RowText(text, [(*part[:2], KINDS.index(part[2])) for part in parts], None)])
     if isinstance(found, BadRow):  # there are no such parts
         return plain
-    first = next((kind for start, _, kind in parts if start == 0), "")  # no loss counts a first token
+    first: Kind = next((kind for start, _, kind in parts if start == 0), "")  # no loss counts a first token
     return [first, *(KINDS[int(number)] for number in found[0].weights[1:])]
 
 

@@ -65,8 +65,8 @@ def look(cfg: Config, num_rows: int) -> Seen:
     if eval_data is not None:
         checks += check_overlap(hashes["train"], eval_data, hashes["eval"])
         shared = np.isin(hashes["eval"], hashes["train"])
-        found, report["near"] = check_near(train_data, eval_data, shared, tokenizer.decode)
-        checks += found
+        warned, report["near"] = check_near(train_data, eval_data, shared, tokenizer.decode)
+        checks += warned
     _, num_steps = plan_steps(cfg, train_data)
     report["steps"] = num_steps
     checks += check_run(cfg, num_steps, positions)
