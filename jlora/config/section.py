@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from jlora.files.paths import expand_home
-from jlora.files.secrets import find_secret
+from jlora.files.text import find_secret
 
 NonEmpty = Annotated[str, Field(min_length=1)]
 Positive = Annotated[float, Field(gt=0.0)]

@@ -196,4 +196,3 @@ def check_near(
         f"{pairs[0]['places'][0]} and {pairs[0]['places'][1]}, so their loss flatters; take them out of one of the two"
     )
     return [Check("near_overlap", "warning", len(found), sentence)], pairs
-

@@ -30,7 +30,7 @@ from jlora.data.tokens import Tokenizer
 from jlora.errors import ConfigError, DataError
 from jlora.files import lock, manifest
 from jlora.files.atomic import leftovers, new_folder
-from jlora.files.private import private, shared
+from jlora.files.paths import private, shared
 from jlora.files.theirs import open_theirs
 
 # Raised with every change of what rows become, or of how it is written down.

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from jlora.data.row import MAX_ROW_BYTES, TOO_LONG, BadRow
 from jlora.errors import DataError
-from jlora.files import hub, native
+from jlora.files import hub
 from jlora.files.paths import inside
 from jlora.files.sandbox import tried
 from jlora.files.theirs import MAX_JSON, open_theirs, read_theirs
@@ -166,7 +166,7 @@ def _try(files: list[Path], source: Path) -> None:
     found = {(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files}
     if new := sorted(found - _survived):
         names, sizes, _ = zip(*new, strict=True)
-        if fault := tried(Path(native.__file__), "arrow", *names, size=sum(sizes)):
+        if fault := tried("arrow", *names, size=sum(sizes)):
             raise DataError(f"{source}: its Arrow files cannot be read: {fault}; make the data set again")
         _survived.update(new)
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from jlora.data.backends import Fast, SentencePiece, named
 from jlora.errors import ConfigError, DataError, ModelError, UserError
-from jlora.files import hub, native
+from jlora.files import hub
 from jlora.files.paths import inside
 from jlora.files.sandbox import BYTES, SECONDS, confined, panics, tried
 from jlora.files.theirs import MAX_JSON, MAX_TEMPLATE, read_theirs, text_of_theirs
@@ -252,7 +252,7 @@ def _from_json(folder: Path, files: tuple[Path, ...], where: str | Path) -> Toke
     content = read_theirs(folder / "tokenizer.json", MAX_JSON)
     digest = hashlib.sha256(content).hexdigest()
     if digest not in _survived:
-        if fault := tried(Path(native.__file__), "tokenizer", content=content):
+        if fault := tried("tokenizer", content=content):
             raise ValueError(fault)
         _survived.add(digest)
     # Alone, because transformers reads more of a folder, such as additional_chat_templates, wherever links in it lead.

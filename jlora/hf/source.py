@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -24,10 +24,10 @@ from jlora.files import hub
 from jlora.files.paths import inside
 from jlora.files.theirs import MAX_JSON, open_theirs, read_theirs
 from jlora.hf.architecture import module_names, parse_config
+from jlora.hf.families import WRAPPED_IN, tensor_in, text_of
 from jlora.hf.gguf import GGUFFile
 from jlora.hf.gguf_header import gguf_in
 from jlora.hf.names import Entry, name_table, tensor_name
-from jlora.hf.wrapped import WRAPPED_IN, tensor_in, text_of
 from jlora.model.config import ModelConfig
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -58,44 +58,6 @@ SMALL_FILES = ["*.json", "tokenizer.model", "*.jinja"]
 NUM_SAMPLES, SAMPLE_BYTES = 8, 4096
 
 
-@runtime_checkable
-class Source(Protocol):
-    """A base on disk: Hugging Face tensor names and shapes, whatever the file format, and three readers.
-
-    Attributes:
-      config: as config.json has it. model: what it says.
-      shapes, dtypes, sizes: tensor name -> shape, the stored type's name in the format, stored bytes.
-    """
-
-    config: dict[str, Any]
-
-    if TYPE_CHECKING:  # parsed when first asked for, and so not by a look at what an object has
-
-        @property
-        def model(self) -> ModelConfig: ...
-
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]: ...
-
-    @property
-    def dtypes(self) -> dict[str, str]: ...
-
-    @property
-    def sizes(self) -> dict[str, int]: ...
-
-    def read(self, name: str) -> np.ndarray:
-        """One tensor whole, as a new array of floats."""
-        ...
-
-    def part(self, name: str, rows: tuple[int, int], columns: tuple[int, int]) -> np.ndarray:
-        """Rows and columns, each [start, stop), of one tensor; a vector is one row. Reads no more than that."""
-        ...
-
-    def stored(self, name: str, start: int, stop: int) -> np.ndarray:
-        """Bytes [start, stop) of one tensor as they lie in the file, uint8."""
-        ...
-
-
 class SafetensorsFolder:
     """A folder with config.json and safetensors, single or sharded with an index.
 
@@ -105,6 +67,10 @@ class SafetensorsFolder:
     The safetensors library opens and validates each file. The weights do not come through it: it maps the
     file and copies out of the map, which is two copies of a tensor in memory at once. Here the rows that are
     asked for are mapped, and unmapped when the caller lets the array go.
+
+    Attributes:
+      config: as config.json has it. model: what it says.
+      shapes, dtypes, sizes: Hugging Face tensor name -> shape, the stored type's name in the format, stored bytes.
     """
 
     def __init__(self, folder: Path, name: str):
@@ -210,13 +176,16 @@ class SafetensorsFolder:
         return rank == 2 and f".{name}".endswith(self._input_first)
 
     def read(self, name: str) -> np.ndarray:
-        """One tensor as it is stored, or turned; bfloat16 comes as ml_dtypes.bfloat16."""
+        """One tensor whole, a new array as it is stored, or turned; bfloat16 comes as ml_dtypes.bfloat16."""
         shape = self.shapes[name]
         rows, columns = shape if len(shape) == 2 else (1, math.prod(shape))
         return np.array(self.part(name, (0, rows), (0, columns))).reshape(shape)
 
     def part(self, name: str, rows: tuple[int, int], columns: tuple[int, int]) -> np.ndarray:
-        """A read-only view of the mapped file, [rows columns]; only the pages that it is read on are loaded."""
+        """Rows and columns, each [start, stop), of one tensor; a vector is one row.
+
+        A read-only view of the mapped file: only the pages that it is read on are loaded.
+        """
         path, offset = self._places[name]
         dtype, shape = floats(self.dtypes[name], name, path), self.shapes[name]
         turned = self._turned(name, len(shape))
@@ -226,9 +195,13 @@ class SafetensorsFolder:
         return part.T if turned else part
 
     def stored(self, name: str, start: int, stop: int) -> np.ndarray:
-        """A read-only view of the mapped file."""
+        """Bytes [start, stop) of one tensor as they lie in the file, uint8; a read-only view of the mapped file."""
         path, offset = self._places[name]
         return map_file(path, np.dtype(np.uint8), offset + start, (stop - start,))
+
+
+# A base on disk, whatever the file format.
+Source = SafetensorsFolder | GGUFFile
 
 
 def map_file(path: Path, dtype: np.dtype, offset: int, shape: tuple[int, ...]) -> np.ndarray:

@@ -14,8 +14,7 @@ from jlora.data import near
 from jlora.data.dataset import View
 from jlora.data.near import near_copies
 from jlora.data.prompts import Example
-from jlora.reports.data import render
-from jlora.reports.rows import look
+from jlora.reports.data import look, render
 
 RNG = np.random.default_rng(5)
 

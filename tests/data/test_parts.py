@@ -10,8 +10,7 @@ from rich.console import Console
 
 from jlora.data.parts import parts_of
 from jlora.data.preview import Shown, show_rows
-from jlora.reports.data import render
-from jlora.reports.terminal import print_report
+from jlora.reports.data import print_report, render
 
 CASES = itertools.product(PUBLISHED, ("tools", "results", "reasoning", "inline", "one", "system"))
 
