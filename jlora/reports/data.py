@@ -20,7 +20,7 @@ from jlora.files.text import clean, counted
 from jlora.hf.pretrained import open_tokenizer, stop_tokens, tokenizer_of
 from jlora.hf.shapes import SHAPES
 from jlora.reports import page
-from jlora.reports.cards import Card, Cell, marked
+from jlora.reports.answers import Card, Cell, marked
 from jlora.reports.charts import Chart, chart
 
 Table = tuple[list[str], list[list[str]]]
