@@ -4,6 +4,7 @@ import itertools
 import re
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from chat_templates import (
     DROPPING,
@@ -138,6 +139,37 @@ def test_located_turns_are_those_that_trl_marks(name, shape):
         return
     tokens = [theirs(name).decode([token]) for token in expected.input_ids]
     assert example.trained.tolist() == corrected(name, row, tokens, expected.assistant_masks)
+
+
+# Of the answers of "turns", in order; the last two shapes of the matrix.
+WEIGHTS = (0.5, 0.0, 2.0)
+
+
+def answers_of(name, row):
+    """What transformers marks of each answer by TRL's training template, as a mask of its own."""
+    expected = by_transformers(f"{name}_training", row, return_assistant_tokens_mask=True)
+    tokens = [theirs(name).decode([token]) for token in expected.input_ids]
+    found = np.zeros((len(row["messages"]) // 2, len(tokens)), bool)
+    for mask, (start, end) in zip(found, runs(expected.assistant_masks), strict=True):
+        mask[without_empty_thought(tokens, start, end) : end] = True
+    return found
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("marked", [True, False])
+def test_weights_of_turns_and_the_last_answer_alone(name, marked):
+    row = SHAPES["turns"]
+    tokenizer = ours(f"{name}_training" if marked else name)
+    if marked:
+        answers = answers_of(name, row)
+    else:  # `test_located_turns_are_those_that_trl_marks` has shown which they are
+        trained = encode(tokenizer, row).trained
+        answers = np.stack([(np.arange(len(trained)) >= a) & (np.arange(len(trained)) < b) for a, b in runs(trained)])
+    turns = [dict(turn) for turn in row["messages"]]
+    for turn, weight in zip(turns[1::2], WEIGHTS, strict=True):
+        turn["weight"] = weight
+    np.testing.assert_array_equal(encode(tokenizer, {"messages": turns}).weights, np.array(WEIGHTS) @ answers)
+    np.testing.assert_array_equal(encode(tokenizer, row, train_on="last").weights, answers[-1])
 
 
 # Ways of templates, made small: `[role]` begins a turn and `<|end|>` ends it, which is a token.
