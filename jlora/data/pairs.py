@@ -23,6 +23,6 @@ def pairs_of(row: Row) -> Iterator[Row]:
         yield Row(row.where, BadRow("empty_response", 'the field "rejected" holds no answer'))
     for number, answer in enumerate(answers, 1):
         pair = {"chosen": chosen, "rejected": answer}
-        pair |= {name: [turn] for name, turn in pair.items() if isinstance(turn, dict)}
+        pair |= {name: [turn] for name, turn in pair.items() if isinstance(turn, dict) and {"role", "from"} & {*turn}}
         where = f"{row.where}, rejected {number}" if len(answers) > 1 else row.where
         yield Row(where, value | pair)

@@ -85,7 +85,14 @@ def test_a_bad_answer_of_several_is_named_and_dropped_alone(tmp_path, tokenizer)
 
 
 def test_what_is_no_row_of_pairs_stays_as_it_is():
-    for value in (BadRow("x", "y"), {"prompt": "a"}, {"chosen": "a", "rejected": None}, {"chosen": 1, "rejected": "b"}):
+    objects = {"chosen": {"answer": "a"}, "rejected": {"answer": "b"}}
+    for value in (
+        BadRow("x", "y"),
+        {"prompt": "a"},
+        {"chosen": "a", "rejected": None},
+        {"chosen": 1, "rejected": "b"},
+        objects,
+    ):
         (row,) = pairs_of(Row("x", value))
         assert row.value is value or row.value == value
 
