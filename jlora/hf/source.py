@@ -27,6 +27,8 @@ from jlora.hf.architecture import module_names, parse_config
 from jlora.hf.gguf import GGUFFile
 from jlora.hf.gguf_header import gguf_in
 from jlora.hf.names import Entry, name_table, tensor_name
+from jlora.hf.packed import Packed, Stored, map_file
+from jlora.hf.published import find_packed, other_tensors
 from jlora.hf.wrapped import WRAPPED_IN, tensor_in, text_of
 from jlora.model.config import ModelConfig
 
@@ -142,6 +144,7 @@ class SafetensorsFolder:
             self._rename({name: tensor_in(name) for name in self.shapes})
         else:
             self._name_as_a_whole_model()
+        self._take_packed()
         if self._has_other_head():
             self.config = self.config | {"tie_word_embeddings": False}
             print(
@@ -182,6 +185,17 @@ class SafetensorsFolder:
         self.sizes = {new: self.sizes[old] for old, new in kept}
         self._places = {new: self._places[old] for old, new in kept}
 
+    def _take_packed(self) -> None:
+        """From here on a weight that is stored quantised is one tensor, and what makes it up is none."""
+        stored = Stored(self.shapes, self.dtypes, self.sizes, self._places)
+        self._packed = find_packed(self.config, stored, self._name)
+        if self._packed:
+            others = other_tensors(stored, self._packed, name_table(self.model))
+            packed = self._packed.items()
+            self.shapes = {name: self.shapes[name] for name in others} | {name: one.shape for name, one in packed}
+            self.dtypes = {name: self.dtypes[name] for name in others} | {name: one.dtype for name, one in packed}
+            self.sizes = {name: self.sizes[name] for name in others} | {name: one.size for name, one in packed}
+
     def _has_other_head(self) -> bool:
         """Whether a head is stored beside the embedding that it is said to be, in values that differ as float32."""
         names = self._head, self._table
@@ -200,14 +214,22 @@ class SafetensorsFolder:
             if name != "__metadata__":
                 start, stop = tensor["data_offsets"]
                 shape = tuple(tensor["shape"])
-                self.shapes[name] = shape[::-1] if self._turned(name, len(shape)) else shape
                 self.dtypes[name] = tensor["dtype"]
+                self.shapes[name] = shape[::-1] if self._turned(name, len(shape)) else shape
                 self.sizes[name] = stop - start
                 self._places[name] = path, 8 + size + start
 
     def _turned(self, name: str, rank: int) -> bool:
-        """Whether a projection is stored as [in, out]: it is given out as [out, in], like every other."""
-        return rank == 2 and f".{name}".endswith(self._input_first)
+        """Whether a projection is stored as [in, out]: it is given out as [out, in], like every other.
+
+        One that is quantised is stored as [out, in].
+        """
+        return rank == 2 and self.dtypes[name] in FLOATS and f".{name}".endswith(self._input_first)
+
+    def kept(self, name: str, kind: str | None) -> Packed | None:
+        """A tensor whose stored codes are those of `quant.Quantized` of `kind`; None where they are not."""
+        packed = self._packed.get(name) if kind == "nf4" else None
+        return packed if packed is not None and packed.layout.nf4_offset is not None else None
 
     def read(self, name: str) -> np.ndarray:
         """One tensor as it is stored, or turned; bfloat16 comes as ml_dtypes.bfloat16."""
@@ -216,7 +238,12 @@ class SafetensorsFolder:
         return np.array(self.part(name, (0, rows), (0, columns))).reshape(shape)
 
     def part(self, name: str, rows: tuple[int, int], columns: tuple[int, int]) -> np.ndarray:
-        """A read-only view of the mapped file, [rows columns]; only the pages that it is read on are loaded."""
+        """A read-only view of the mapped file, [rows columns]; only the pages that it is read on are loaded.
+
+        Of a tensor that is stored quantised a new array, float32.
+        """
+        if name in self._packed:
+            return self._packed[name].part(rows, columns)
         path, offset = self._places[name]
         dtype, shape = floats(self.dtypes[name], name, path), self.shapes[name]
         turned = self._turned(name, len(shape))
@@ -226,17 +253,11 @@ class SafetensorsFolder:
         return part.T if turned else part
 
     def stored(self, name: str, start: int, stop: int) -> np.ndarray:
-        """A read-only view of the mapped file."""
+        """A read-only view of the mapped file; of a quantised tensor, of all that makes it up, end to end."""
+        if name in self._packed:
+            return self._packed[name].raw(start, stop)
         path, offset = self._places[name]
         return map_file(path, np.dtype(np.uint8), offset + start, (stop - start,))
-
-
-def map_file(path: Path, dtype: np.dtype, offset: int, shape: tuple[int, ...]) -> np.ndarray:
-    """Read-only view of a region of a file that was whole when its header was read."""
-    try:
-        return np.memmap(path, dtype, "r", offset, shape)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: changed while it was being read ({error}); run again") from None
 
 
 def floats(stored: str, name: str, path: Path) -> np.dtype:
