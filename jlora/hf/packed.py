@@ -64,7 +64,7 @@ class Stored:
         return ModelError(f"{self.places[name][0]}: tensor {name} {what}")
 
     def require(self, name: str, shape: tuple[int | None, ...], dtypes: tuple[str, ...], of: str) -> str:
-        """`name`, once the tensor is there, of one of the dtypes and of `shape`, where None is any size.
+        """`name`, once the tensor is there, of one of the dtypes and of `shape`, where None is any size but 0.
 
         Raises:
           ModelError: it is not; `of` is the tensor that it belongs to.
@@ -72,7 +72,9 @@ class Stored:
         if name not in self.shapes:
             raise self.refuse(of, f"has codes and no {name.rpartition('.')[2]}; get the file again")
         found = self.shapes[name]
-        if len(found) != len(shape) or any(want not in (None, size) for want, size in zip(shape, found, strict=True)):
+        if len(found) != len(shape) or any(
+            size != (want or size or -1) for want, size in zip(shape, found, strict=True)
+        ):
             wanted = ", ".join("any" if size is None else str(size) for size in shape)
             raise self.refuse(name, f"has the shape {list(found)}, not [{wanted}] as {of} of {list(self.shapes[of])}")
         if self.dtypes[name] not in dtypes:

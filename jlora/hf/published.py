@@ -205,7 +205,7 @@ def _pack(settings: dict[str, Any], module: str, names: dict[str, str], groups: 
     if said[0] != rows or len(bits) != 1:
         raise stored.refuse(name, f"has the shape {[rows, words]}, which is none of {said} in the bits that {KEY} says")
     (width,) = bits
-    if not groups or inputs % groups:
+    if inputs % groups:
         raise stored.refuse(names["scale"], f"has {groups} groups, which do not divide the {inputs} inputs of {name}")
     if stored.dtypes[names["scale"]] not in SCALES:
         raise stored.refuse(names["scale"], f"is {stored.dtypes[names['scale']]}, which is no type of scales")
@@ -233,7 +233,7 @@ def _gptq(settings: dict[str, Any], stored: Stored) -> Iterator[tuple[str, Layou
             inputs = words * 32 // bits
         else:
             inputs = 0
-        if not inputs or not groups or bits not in GPTQ_BITS or words * 32 != inputs * bits:
+        if not inputs or bits not in GPTQ_BITS or words * 32 != inputs * bits:
             raise stored.refuse(
                 name, f"has {words} words for {inputs} inputs, which is {bits!r} bits a weight; "
                 f"{', '.join(map(str, GPTQ_BITS))} are read"
@@ -261,7 +261,7 @@ def _awq(settings: dict[str, Any], stored: Stored) -> Iterator[tuple[str, Layout
         groups = stored.shapes[scales][0]
         names = {"qweight": name, "scales": scales}
         names["qzeros"] = stored.require(f"{module}qzeros", (groups, words), ("I32",), name)
-        if not groups or inputs % groups:
+        if inputs % groups:
             raise stored.refuse(scales, f"has {groups} groups, which do not divide the {inputs} inputs of {name}")
         group = inputs // groups
         kind = f"awq of 4 bits in groups of {group}"

@@ -7,6 +7,7 @@ safetensors, GGUF and JSON only: no pickle, no remote code.
 import hashlib
 import json
 import math
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -132,7 +133,7 @@ class SafetensorsFolder:
                 raise ModelError(f"{index}: holds no weight_map from tensor to file; download it again")
             files = sorted(set(weight_map.values()))
         else:
-            hint = "convert it to safetensors" if any(folder.glob("*.bin")) else "download the model again"
+            hint = to_safetensors(folder) if any(folder.glob("*.bin")) else "download the model again"
             raise ModelError(f"{folder}: holds no model.safetensors and no index of shards; {hint}")
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, str] = {}
@@ -258,6 +259,13 @@ class SafetensorsFolder:
             return self._packed[name].raw(start, stop)
         path, offset = self._places[name]
         return map_file(path, np.dtype(np.uint8), offset + start, (stop - start,))
+
+
+def to_safetensors(folder: Path) -> str:
+    """What to do with a folder of pickled weights, which can hold any program and are not read."""
+    code = f"from transformers import AutoModelForCausalLM as M; M.from_pretrained({str(folder)!r})"
+    command = shlex.join(["python", "-c", f"{code}.save_pretrained({str(folder)!r})"])
+    return f"its .bin files are pickled, so convert them to safetensors once, where PyTorch is installed: {command}"
 
 
 def floats(stored: str, name: str, path: Path) -> np.dtype:

@@ -281,7 +281,7 @@ def test_missing_files(single, sharded, tmp_path, monkeypatch):
         (folder / name).unlink()
         refused(folder, name)
     (folder / "pytorch_model.bin").write_bytes(b"pickle")
-    refused(folder, "convert it to safetensors")
+    refused(folder, "pickled, so convert them to safetensors once")
     folder = copy_folder(sharded, tmp_path / "shards")
     gone = sorted(folder.glob("model-*.safetensors"))[1]
     gone.unlink()
