@@ -32,16 +32,16 @@ def make_base(folder: Path, **overrides: Any) -> Path:
     return folder
 
 
-def with_bitsandbytes(base: Path, folder: Path, **options: Any) -> Tensors:
+def with_bitsandbytes(base: Path, folder: Path, dtype: torch.dtype = torch.bfloat16, **options: Any) -> Tensors:
     """The folder that transformers writes of `base`, and its weights as bitsandbytes dequantises them.
 
     Args:
-      options: of transformers' BitsAndBytesConfig.
+      dtype: that of the weights that bitsandbytes is given, and gives back. options: of transformers' class.
     """
     import bitsandbytes as bnb
 
     model = AutoModelForCausalLM.from_pretrained(
-        base, quantization_config=BitsAndBytesConfig(**options), dtype=torch.bfloat16, device_map="cpu"
+        base, quantization_config=BitsAndBytesConfig(**options), dtype=dtype, device_map="cpu"
     )
     model.save_pretrained(folder)
     found = {}
@@ -137,8 +137,15 @@ def grouped(weight: torch.Tensor, bits: int, groups: torch.Tensor, symmetric: bo
     return codes.long(), zeros.long(), scales
 
 
-def gptq(bits: int, size: int, act_order: bool = False, symmetric: bool = False, second: bool = False, bias: bool = False,
-         index: bool = True) -> Writer:  # fmt: skip
+def gptq(
+    bits: int,
+    size: int,
+    act_order: bool = False,
+    symmetric: bool = False,
+    second: bool = False,
+    bias: bool = False,
+    index: bool = True,
+) -> Writer:
     """AutoGPTQ's layout; the first version of it stores zeros less one."""
 
     def write(weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:

@@ -114,12 +114,12 @@ def bnb_absmax(parts: Parts, blocks: Range, offset: float | None, nested: int) -
 
 
 def bnb_nf4_codes(parts: Parts, rows: Range, columns: Range, *, width: int) -> np.ndarray:
-    """Codes of nf4 in the order of `quant.Quantized`, uint8 [rows columns/2]; columns are those of whole blocks of 64.
+    """Codes of nf4 in the order of `quant.Quantized`, uint8 [rows columns]; a column is a byte, 32 are a block.
 
     There byte i of a block holds elements i and i + 32, here 2 i + 1 and 2 i.
     """
     stored = parts["weight"].reshape(-1).view(np.uint8).reshape(-1, width // 2)
-    stored = stored[slice(*rows), columns[0] // 2 : columns[1] // 2].reshape(rows[1] - rows[0], -1, 32)
+    stored = stored[slice(*rows), slice(*columns)].reshape(rows[1] - rows[0], -1, 32)
     codes = np.empty((*stored.shape, 2), np.uint8)
     codes[..., 0], codes[..., 1] = stored >> 4, stored & 15
     codes = codes.reshape(*stored.shape[:2], 64)

@@ -150,6 +150,9 @@ class GGUFFile:
         except (OSError, ValueError) as error:
             raise self._error(f"changed while it was being read ({error})", "run again") from None
 
+    def stored_codes(self, name: str, kind: str | None) -> None:
+        """None: no kind of GGUF has the codes of one of ours."""
+
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """The tokenizer that tokenizer.ggml.* describes, with its special tokens and chat template.
 

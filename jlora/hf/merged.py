@@ -86,7 +86,8 @@ def save_checkpoint(
     if shards.is_sharded:
         index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
         write_json(folder / "model.safetensors.index.json", index)
-    config = {key: value for key, value in config.items() if key not in ("torch_dtype", "dtype", WRAPPED_IN)}
+    gone = ("torch_dtype", "dtype", WRAPPED_IN, "quantization_config")
+    config = {key: value for key, value in config.items() if key not in gone}
     config |= {"architectures": [architecture], "dtype": dtype, "torch_dtype": dtype}
     write_json(folder / "config.json", config)
     add_files(folder)

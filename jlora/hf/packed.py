@@ -160,7 +160,7 @@ class Packed:
         return found[0] if len(found) == 1 else np.concatenate([*found, np.empty(0, np.uint8)])
 
     def nf4_codes(self, rows: codecs.Range, columns: codecs.Range) -> np.ndarray:
-        """Codes in the order of `quant.Quantized`, uint8 [rows columns/2]; columns are those of whole blocks."""
+        """Codes in the order of `quant.Quantized`, uint8 [rows columns]; a column is a byte, 32 are a block."""
         return codecs.bnb_nf4_codes(self._parts(), rows, columns, width=self.layout.shape[1])
 
     def nf4_scales(self) -> tuple[np.ndarray, np.ndarray, np.float32]:

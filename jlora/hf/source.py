@@ -98,6 +98,10 @@ class Source(Protocol):
         """Bytes [start, stop) of one tensor as they lie in the file, uint8."""
         ...
 
+    def stored_codes(self, name: str, kind: str | None) -> Packed | None:
+        """A tensor whose stored codes are those of `quant.Quantized` of `kind`; None where they are not."""
+        ...
+
 
 class SafetensorsFolder:
     """A folder with config.json and safetensors, single or sharded with an index.
@@ -227,7 +231,7 @@ class SafetensorsFolder:
         """
         return rank == 2 and self.dtypes[name] in FLOATS and f".{name}".endswith(self._input_first)
 
-    def kept(self, name: str, kind: str | None) -> Packed | None:
+    def stored_codes(self, name: str, kind: str | None) -> Packed | None:
         """A tensor whose stored codes are those of `quant.Quantized` of `kind`; None where they are not."""
         packed = self._packed.get(name) if kind == "nf4" else None
         return packed if packed is not None and packed.layout.nf4_offset is not None else None

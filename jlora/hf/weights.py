@@ -17,7 +17,7 @@ from jlora.hf.source import Source
 from jlora.model.adapter import Adapter, Lora, Saved
 from jlora.model.config import ModelConfig
 from jlora.model.llama import Decoder
-from jlora.model.quant import CHANNEL_TYPES, Quantized, dequantize, encode, finish
+from jlora.model.quant import BLOCK, CHANNEL_TYPES, Quantized, dequantize, encode, finish
 
 # Weights of a block of rows, unless a head has more.
 BLOCK_WEIGHTS = 2**20
@@ -61,7 +61,7 @@ class Dequantized:
     are held at a time."""
 
     def __init__(self, source: Source, cfg: ModelConfig, kind: str):
-        self._stored, self._cfg, self._kind = Stored(source), cfg, kind
+        self._source, self._stored, self._cfg, self._kind = source, Stored(source), cfg, kind
         self._name, self._codes = "", Quantized(None, None, None, None, kind, ())
 
     def rows(self, name: str, entry: Entry, start: int, stop: int) -> np.ndarray:
@@ -76,6 +76,10 @@ class Dequantized:
 
     def _quantize(self, name: str, entry: Entry) -> Quantized:
         """The tensor's codes and scales, their outputs as one dim, on the host."""
+        if (stored := self._source.stored_codes(name, self._kind)) is not None:
+            outputs, inputs = entry.hf_shape
+            codes = stored.nf4_codes((0, outputs), (0, inputs // 2)).T.reshape(-1, BLOCK // 2, outputs)
+            return Quantized(codes, *stored.nf4_scales(), self._kind, (inputs,))
         parts: list[np.ndarray] = []
         for start, stop in blocks(self._cfg, entry):
             found = _encode(self._stored.rows(name, entry, start, stop).T, self._kind)

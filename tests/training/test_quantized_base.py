@@ -132,8 +132,8 @@ from jlora.hf.load import load_base
 from jlora.model.quant import map_axes
 from jlora.model.sharding import make_mesh, named_sharding
 from jlora.model.config import block_weights
-from jlora.hf import load
-load.BLOCK_WEIGHTS = 30_000  # blocks of a few rows, of which the last overlaps the one before it
+from jlora.hf import share
+share.BLOCK_WEIGHTS = 30_000  # blocks of a few rows, of which the last overlaps the one before it
 mesh = make_mesh(MeshSection(data=1, fsdp=4, tensor=2), jax.devices())
 for kind in ("nf4", "int8", "fp8"):
     base, _ = load_base(open_source(__import__("pathlib").Path(sys.argv[1])), "base", jnp.dtype("bfloat16"), mesh, kind)
