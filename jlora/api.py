@@ -6,11 +6,12 @@ afterwards, and nothing is started anew. Errors are those of `jlora.errors`, eac
 
 import argparse
 import json
+import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -192,11 +193,18 @@ def finetune(
     if cfg.sweep:
         raise ConfigError("finetune trains one run; start a sweep with: jlora train")
     given: dict[str, Any] = {"on_step": on_step, "on_eval": on_eval, "on_save": on_save}
-    with _own_signals():
-        from jlora.training.callbacks import Callbacks
-        from jlora.training.run import train
+    from jlora.runtime.supervise import STOP_SIGNALS
+    from jlora.training.callbacks import Callbacks
+    from jlora.training.run import train
 
+    # What a program does on signals stays its own once training is over.
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    try:
         train(cfg, quiet, callbacks=Callbacks(**{name: call for name, call in given.items() if call is not None}))
+    finally:
+        with suppress(ValueError):  # not in the main thread, where none was changed
+            for number, handler in before.items():
+                signal.signal(number, handler)
     return Run(cfg.output_dir)
 
 
@@ -232,19 +240,3 @@ def plan_for(config: Source, topology: str, **overrides: Any) -> dict[str, Any]:
         said = [line.removeprefix("error: ") for line in done.stderr.splitlines() if line.startswith("error: ")]
         raise kinds.get(done.returncode, MemoryExceeded)(said[-1] if said else done.stderr[-1000:])
     return json.loads(done.stdout)
-
-
-@contextmanager
-def _own_signals() -> Iterator[None]:
-    """What a program does on signals stays its own once training is over."""
-    import signal
-
-    from jlora.runtime.supervise import STOP_SIGNALS
-
-    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-    try:
-        yield
-    finally:
-        with suppress(ValueError):  # not in the main thread, where none was changed
-            for number, handler in before.items():
-                signal.signal(number, handler)

@@ -15,8 +15,7 @@ from typing import Any, NoReturn, get_args
 from jlora.errors import ConfigError, HostLost, Interrupted, MemoryExceeded, Stopped, UserError
 from jlora.files.atomic import strict_json
 from jlora.files.paths import expand_home
-from jlora.files.secrets import redact
-from jlora.files.text import clean
+from jlora.files.text import clean, redact
 from jlora.runtime import distributed, signals, streams, supervise, xla
 
 # Before transformers is imported: it reports at every start that PyTorch is not there, which it need not be.
@@ -80,10 +79,8 @@ class Parser(argparse.ArgumentParser):
 
     def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
         """As argparse's, once all is written."""
-        if message:
-            print(message, end="", file=sys.stderr)
         sys.stdout.flush()
-        sys.exit(status)
+        super().exit(status, message)
 
     def error(self, message: str) -> NoReturn:
         """As argparse's, in one line; config keys given as options are told how keys are written."""
@@ -182,6 +179,20 @@ def print_json(value: Any) -> None:
     print(strict_json(value), flush=True)
 
 
+def show(args: argparse.Namespace, found: Any, people: Callable[[], None], kept: bool = False) -> None:
+    """Print what a command found and wrote: with `--json` as that, else for people, who may be gone; nothing with -q.
+
+    Args:
+      kept: the JSON is in files, too, and who does not read it misses nothing.
+    """
+    as_json = getattr(args, "json", False)
+    with streams.told(result=as_json and not kept):
+        if as_json:
+            print_json(found)
+        elif not args.quiet:
+            people()
+
+
 def add_config_arguments(parser: Parser) -> None:
     """The config file, by position or as `--config FILE`, and `key=value` overrides behind it; see `config_file`."""
     parser.add_argument("--config", type="path", metavar="FILE", help="YAML file of the run; see docs/config.md")
@@ -194,7 +205,7 @@ def _config_words(prefix: str, parsed_args: argparse.Namespace, **_: Any) -> lis
     """What a shell offers for the config and its overrides: first files, then keys."""
     from argcomplete.completers import FilesCompleter
 
-    from jlora.config.keys import known_keys
+    from jlora.config.sections import known_keys
 
     if parsed_args.config is None and not parsed_args.overrides:
         return list(FilesCompleter(("yaml", "yml"))(prefix))

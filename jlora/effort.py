@@ -5,14 +5,13 @@ on more and more rows, by `jlora.train` itself; quality beside tokens, minutes a
 What is done is kept in effort.json and not done again.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 from jlora import cli
 from jlora.config import load_config
 from jlora.errors import ConfigError
-from jlora.runtime import streams, xla
+from jlora.runtime import xla
 
 
 def numbers(text: str) -> list[int]:
@@ -23,8 +22,8 @@ def numbers(text: str) -> list[int]:
     return found
 
 
-def make_parser() -> cli.Parser:
-    """The command line."""
+def main() -> None:
+    """Command line."""
     parser = cli.Parser(
         prog="jlora effort",
         description="Effort against benefit of fine-tuning on your rows.",
@@ -48,28 +47,14 @@ def make_parser() -> cli.Parser:
     parser.add_argument("--batch-size", type=int, default=8, help="prompts answered together")
     parser.add_argument("--price", type=float, help="dollars per device-hour; without it no cost is shown")
     cli.add_output_arguments(parser, json="print settings and results as one JSON object")
-    return parser
-
-
-def check_arguments(args: argparse.Namespace) -> None:
-    """Refuse numbers out of their range.
-
-    Raises:
-      ConfigError: naming the flag.
-    """
-    if min(args.heldout, args.max_new_tokens, args.batch_size) < 1:
-        raise ConfigError("--heldout, --max-new-tokens and --batch-size must be at least 1")
-    if args.price is not None and not 0 <= args.price < float("inf"):
-        raise ConfigError("--price must be finite and not negative")
-
-
-def main() -> None:
-    """Command line."""
-    args = make_parser().parse_intermixed_args()
+    args = parser.parse_intermixed_args()
     xla.use_huge_pages()
 
     def body() -> int:
-        check_arguments(args)
+        if min(args.heldout, args.max_new_tokens, args.batch_size) < 1:
+            raise ConfigError("--heldout, --max-new-tokens and --batch-size must be at least 1")
+        if args.price is not None and not 0 <= args.price < float("inf"):
+            raise ConfigError("--price must be finite and not negative")
         cfg = load_config(cli.config_file(args), args.overrides)
 
         from jlora.evaluation.effort import Options, effort
@@ -83,11 +68,7 @@ def main() -> None:
                 print("stopped and saved; run the same command again to resume", file=sys.stderr)
             return cli.PREEMPTED
         write_effort(Path(cfg.output_dir), result["settings"], result["results"])
-        if args.json:
-            cli.print_json(result)
-        elif not args.quiet:
-            with streams.told():
-                print(f"report: {cfg.output_dir}/effort.html")
+        cli.show(args, result, lambda: print(f"report: {cfg.output_dir}/effort.html"))
         if failures:
             raise failures[0]
         return 0

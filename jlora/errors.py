@@ -4,6 +4,8 @@ Every message is one sentence that says what is wrong, where, and what to do. `j
 one into a line on stderr and the exit code below; anything else that is raised is a bug of ours (1).
 """
 
+import re
+
 LONGEST = 3000  # characters: a value from the user's files may be of any length
 
 
@@ -75,3 +77,9 @@ class Stopped(Interrupted):
 
     def __str__(self) -> str:
         return "stopped before a step was made, so there is nothing new to save; run the same command again"
+
+
+def finding(error: Exception) -> str:
+    """What an assertion of chex, or a library's error, says: at most 200 characters for a message to a user."""
+    said = re.sub(r"^\[Chex\] Assertion \w+ failed: (Trees 0 and 1 differ in )?", "", " ".join(str(error).split()))
+    return said.rstrip(".")[:200]

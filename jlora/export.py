@@ -9,7 +9,6 @@ from typing import Any
 
 from jlora import cli
 from jlora.errors import ConfigError
-from jlora.runtime import streams
 
 
 def step(text: str) -> int | str:
@@ -59,12 +58,8 @@ def main() -> None:
 
             how = args.combination or "cat"
             result = export_combined(args.adapters, how, args.rank, args.base, Path(args.out))
-            with streams.told(result=args.json):
-                if args.json:
-                    cli.print_json(result)
-                elif not args.quiet:
-                    print(f"{result['out']}: {len(args.adapters)} adapters as one of rank {result['rank']}, read back")
-            return
+            said = f"{result['out']}: {len(args.adapters)} adapters as one of rank {result['rank']}, read back"
+            return cli.show(args, result, lambda: print(said))
         if args.combination or args.rank is not None:
             raise ConfigError("--combination and --rank are of --adapters; leave them out with --adapter")
         from jlora.training.export import export, use_host
@@ -72,11 +67,7 @@ def main() -> None:
         run, out = Path(args.run), Path(args.out)
         use_host(run, args.merge, args.cost)
         result = export(run, out, args.step, args.merge, args.dtype, args.verify, args.cost, args.base)
-        with streams.told(result=args.json):
-            if args.json:
-                cli.print_json(result)
-            elif not args.quiet:
-                print_result(result)
+        cli.show(args, result, lambda: print_result(result))
 
     cli.run(body)
 

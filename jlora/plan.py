@@ -16,14 +16,13 @@ from jlora import cli
 from jlora.config import load_config
 from jlora.errors import ConfigError, MemoryExceeded
 from jlora.planning.hardware import KNOWN
-from jlora.reports.memory import draw, require_matplotlib
 
 UTILIZATIONS = (0.2, 0.3, 0.4, 0.5)
 COMPILATIONS = 16
 
 
-def make_parser() -> cli.Parser:
-    """The command line."""
+def main() -> None:
+    """Command line."""
     parser = cli.Parser(
         prog="jlora plan",
         description="Compile a run for hardware that is not there.",
@@ -51,12 +50,7 @@ def make_parser() -> cli.Parser:
     )
     cli.add_output_arguments(parser, json="one JSON object a topology")
     parser.add_argument("--nth", type=int, help=argparse.SUPPRESS)  # of the topologies: the one of this child
-    return parser
-
-
-def main() -> None:
-    """Command line."""
-    args = make_parser().parse_intermixed_args()
+    args = parser.parse_intermixed_args()
 
     def body() -> int:
         if "list" in args.topology:
@@ -69,6 +63,8 @@ def main() -> None:
             raise ConfigError(f"--compilations must be at least 1, not {args.compilations}")
         check_numbers(args)
         if args.plot:
+            from jlora.reports.plan import require_matplotlib
+
             require_matplotlib()
         cfg = load_config(config, args.overrides)
         if args.nth is not None:
@@ -108,7 +104,7 @@ def check_numbers(args: argparse.Namespace) -> None:
 
 def show(found: list[dict[str, Any]], args: argparse.Namespace) -> None:
     """Print as the command line asks for, and draw."""
-    from jlora.reports.plan import print_plan, print_search
+    from jlora.reports.plan import draw, print_plan, print_search
 
     for one in found:
         if args.json:

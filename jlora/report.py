@@ -9,7 +9,6 @@ from pathlib import Path
 from jlora import cli
 from jlora.errors import ConfigError
 from jlora.files.paths import require_own
-from jlora.runtime import streams
 
 
 def main() -> None:
@@ -40,13 +39,19 @@ def main() -> None:
     args = parser.parse_args()
 
     def body() -> None:
+        from jlora.reports.answers import MOST_FILES, compare_files
         from jlora.reports.page import write_page
         from jlora.reports.run import write_report
         from jlora.reports.runs import MOST_RUNS, compare
 
         runs = [Path(run) for run in args.runs]
         if all(run.is_file() for run in runs):
-            return compare_answers(runs, args.out, args.quiet)
+            if not args.out:
+                raise ConfigError("answers are compared in one page; name it with --out FILE")
+            if len(runs) > MOST_FILES:
+                raise ConfigError(f"{len(runs)} files of answers are too many for one page; name at most {MOST_FILES}")
+            compare_files(Path(args.out), runs)
+            return cli.show(args, None, lambda: print(args.out))
         if args.port is not None and not args.watch:
             raise ConfigError("--port is of --watch; add it, or leave --port out")
         if not 0 <= (args.port or 0) < 2**16:
@@ -56,7 +61,11 @@ def main() -> None:
             if not any((run / name).is_file() for name in ("metrics.jsonl", "summary.json", "config.yaml")):
                 raise ConfigError(f"{run}: is not a run folder (no metrics.jsonl, summary.json or config.yaml in it)")
         if args.watch:
-            return watch(runs, args.port or 0, args.out)
+            if len(runs) > 1 or args.out:
+                raise ConfigError("--watch follows one run and writes no file; name one run, without --out")
+            from jlora.reports.live import serve
+
+            return serve(runs[0], args.port or 0)
         if len(runs) > 1 and not args.out:
             raise ConfigError("several runs are compared in one page; name it with --out FILE")
         if len(runs) > MOST_RUNS:
@@ -66,38 +75,9 @@ def main() -> None:
             write_page(out, compare(runs))
         else:
             write_report(runs[0], out)
-        if not args.quiet:
-            with streams.told():
-                print(out)
+        cli.show(args, None, lambda: print(out))
 
     cli.run(body)
-
-
-def watch(runs: list[Path], port: int, out: str | None) -> None:
-    """Serve the page that follows a run until Ctrl-C."""
-    if len(runs) > 1 or out:
-        raise ConfigError("--watch follows one run and writes no file; name one run, without --out")
-
-    from jlora.reports.live import serve
-
-    def tell(url: str) -> None:
-        print(f"following {runs[0]} at {url}; Ctrl-C ends it", flush=True)
-
-    serve(runs[0], port, tell)
-
-
-def compare_answers(files: list[Path], out: str | None, quiet: bool) -> None:
-    """Write the page of some files of answers."""
-    from jlora.reports.answer_files import MOST_FILES, compare_files
-
-    if not out:
-        raise ConfigError("answers are compared in one page; name it with --out FILE")
-    if len(files) > MOST_FILES:
-        raise ConfigError(f"{len(files)} files of answers are too many for one page; name at most {MOST_FILES}")
-    compare_files(Path(out), files)
-    if not quiet:
-        with streams.told():
-            print(out)
 
 
 if __name__ == "__main__":

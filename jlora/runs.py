@@ -28,13 +28,11 @@ def main() -> None:
             if not folder.is_dir():
                 raise ConfigError(f"{folder}: no such folder; name the folder that your runs are in")
 
-        from jlora.reports.listing import described, print_runs
+        from jlora.reports.runs import described, print_runs, write_index
 
         found = dict.fromkeys(run for folder in folders for run in run_folders(folder, DEPTH))
         listed = sorted(map(described, found), key=lambda run: run["changed"], reverse=True)
         if args.html and listed:
-            from jlora.reports.index import write_index
-
             write_index(Path(args.html), [Path(run["run"]) for run in listed])
         if args.json:
             cli.print_json(listed)

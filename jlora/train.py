@@ -4,12 +4,13 @@ If the run folder holds a checkpoint of the same run, training resumes from it. 
 """
 
 import sys
+from functools import partial
 from pathlib import Path
 
 from jlora import cli
-from jlora.config import Config, load_config
+from jlora.config import load_config
 from jlora.errors import ConfigError
-from jlora.runtime import distributed, signals, streams, supervise, xla
+from jlora.runtime import distributed, signals, supervise, xla
 
 
 def main() -> None:
@@ -34,12 +35,17 @@ def main() -> None:
             supervise.supervise(cfg.distributed.host_timeout)
         try:
             with signals.listening():
+                from jlora.training.folder import set_aside
                 from jlora.training.run import train
                 from jlora.training.summary import print_summary, print_sweep, warn_of_result
                 from jlora.training.sweep import require_all, train_together
 
                 if args.fresh:
-                    begin_anew(cfg)
+                    if distributed.expected(cfg.distributed):
+                        raise ConfigError("--fresh is for one process; set another output_dir for a job of several")
+                    if (aside := set_aside(Path(cfg.output_dir))) is not None:
+                        said = f"the run that was in {cfg.output_dir} is in {aside} now; delete it when you like"
+                        print(said, file=sys.stderr)
                 summary = train_together(cfg, args.quiet) if cfg.sweep else train(cfg, args.quiet)
         finally:
             signals.ignore_signals()
@@ -47,29 +53,13 @@ def main() -> None:
         if distributed.is_main():
             if finished and not args.quiet and not cfg.sweep:
                 warn_of_result(summary)
-            with streams.told(result=args.json and finished):
-                if args.json:
-                    cli.print_json(summary)
-                elif not args.quiet and cfg.sweep:
-                    print_sweep(summary)
-                elif not args.quiet:
-                    print_summary(summary, cfg.output_dir)
+            people = partial(print_sweep, summary) if cfg.sweep else partial(print_summary, summary, cfg.output_dir)
+            cli.show(args, summary, people, kept=not finished)
         if cfg.sweep:
             require_all(summary)
         return 0 if finished else cli.PREEMPTED
 
     cli.run(body, listen=False)
-
-
-def begin_anew(cfg: Config) -> None:
-    """Move an earlier run out of the way, and say where it is now."""
-    from jlora.training.folder import set_aside
-
-    if distributed.expected(cfg.distributed):
-        raise ConfigError("--fresh is for one process; set another output_dir for a job of several")
-    aside = set_aside(Path(cfg.output_dir))
-    if aside is not None:
-        print(f"the run that was in {cfg.output_dir} is in {aside} now; delete it when you like", file=sys.stderr)
 
 
 if __name__ == "__main__":

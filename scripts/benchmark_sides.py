@@ -152,8 +152,8 @@ class Ours:
         import jax
 
         from jlora.hf.peft import load_adapter
+        from jlora.model.adapter import place_adapter
         from jlora.model.adapter_init import new_adapter
-        from jlora.model.adapter_layout import place_adapter
         from jlora.training import optim
         from jlora.training.step import init_state, make_forward, make_train_step
 

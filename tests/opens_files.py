@@ -17,21 +17,21 @@ from pathlib import Path
 from jlora.data import tables, tokens
 from jlora.data.rows import read_rows
 from jlora.errors import UserError
-from jlora.files import native, sandbox
+from jlora.files import sandbox
 
 Say = Callable[..., None]
 SECONDS = 5.0  # of processor time for one input
 
 
-def try_here(say: Say, script: Path, kind: str, *paths: str, content: bytes = b"", size: int = 0) -> str | None:
+def try_here(say: Say, kind: str, *paths: str, content: bytes = b"", size: int = 0) -> str | None:
     """In place of `sandbox.tried`."""
     say("trying")
     fault = None
     try:
         if kind == "tokenizer":
-            native.tokenizer(content)
+            sandbox.tokenizer(content)
         for path in paths:
-            native.arrow(path)
+            sandbox.arrow(path)
     except BaseException as error:  # a panic is no Exception
         fault = str(error) or type(error).__name__
     say("tried")

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from jlora.config import load_config
-from jlora.config.variants import variants
+from jlora.config.reading import variants
 
 pytestmark = pytest.mark.prose
 

@@ -1,6 +1,6 @@
 """The run configuration: YAML file + `dotted.key=value` overrides -> one validated `Config`."""
 
-from jlora.config.counted import Counted
+from jlora.config.data import Counted, DataSource
 from jlora.config.lora import (
     ALL_PROJECTIONS,
     ATTENTION_PROJECTIONS,
@@ -9,8 +9,7 @@ from jlora.config.lora import (
     PROJECTIONS,
     LoraSection,
 )
-from jlora.config.mixture import DataSource
-from jlora.config.reading import config_of, describe, load_config, read_yaml, read_yaml_of
+from jlora.config.reading import config_of, describe, load_config, read_yaml, read_yaml_of, variants
 from jlora.config.reference import yaml_scalar
 from jlora.config.section import nearest
 from jlora.config.sections import (
@@ -24,4 +23,3 @@ from jlora.config.sections import (
     Remat,
     TrainingSection,
 )
-from jlora.config.variants import variants

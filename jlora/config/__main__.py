@@ -1,6 +1,7 @@
 """`jlora config`: the configuration reference, its JSON schema, or another tool's file converted."""
 
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 from jlora import cli
@@ -36,14 +37,12 @@ def main() -> None:
             return
         peer, text, notes = convert(args.source, args.devices)
         head = [f"# From {peer}'s {args.source}, for {args.devices} device(s).", *describe_notes(notes)]
+        if args.out or not args.json:
+            write(head[0] + "\n" + text)
         if args.json:
-            if args.out:
-                write(head[0] + "\n" + text)
-            found = [{"key": n.key, "value": n.value, "effect": n.effect, "why": n.why} for n in notes]
-            cli.print_json({"peer": peer, "config": text, "notes": found})
-            return
-        write(head[0] + "\n" + text)
-        print("\n".join(head[1:] or ["every key has its counterpart"]), file=sys.stderr)
+            cli.print_json({"peer": peer, "config": text, "notes": [asdict(note) for note in notes]})
+        else:
+            print("\n".join(head[1:] or ["every key has its counterpart"]), file=sys.stderr)
 
     def write(text: str) -> None:
         if not args.out:

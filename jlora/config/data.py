@@ -1,16 +1,36 @@
 """The section `data` of a run's configuration: rows, and how they become batches."""
 
 import datetime
-from typing import Annotated, Any, Literal
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import AfterValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator
 
-from jlora.config.counted import Counted, Reasoning, TrainOn, TrainOnEos
-from jlora.config.mixture import DataSource, check_mixture
-from jlora.config.section import NonEmpty, Section
+from jlora.config.section import NonEmpty, Positive, Section
 
 Format = Literal["alpaca", "completion", "text", "messages", "sharegpt", "preference"]
 Prompt = Literal["stanford", "chat"]
+Role = Literal["system", "developer", "user", "assistant", "tool", "ipython", "function"]
+TrainOn = Literal["response", "last", "all"] | Annotated[list[Role], Field(min_length=1)]
+TrainOnEos = Literal["turn", "last", "none"]
+Reasoning = Literal["keep", "strip", "mask"]
+# Fields of a turn that say how much its loss counts: as OpenAI, Axolotl, LLaMA-Factory, torchtune and verl name them.
+TURN_WEIGHTS = ("weight", "train", "training", "trainable", "loss", "loss_mask")
+
+
+class Counted(NamedTuple):
+    """What of a row the loss counts: the keys of `DataSection` of these names."""
+
+    train_on: str | Sequence[str]
+    train_on_eos: str
+    reasoning: str
+
+
+class DataSource(Section):
+    """One source of a mixture; without weights, every row of every source comes once an epoch."""
+
+    path: NonEmpty = Field(description="file, folder or hub data set")
+    weight: Positive | None = Field(None, description="share of an epoch, of the weights' sum")
 
 
 def _day(text: str) -> str:
@@ -88,18 +108,25 @@ class DataSection(Section):
         "read as they are needed; null: none, and all tokens are in memory",
     )
 
-    @model_validator(mode="after")
-    def _ends_of_answers(self) -> "DataSection":
+    def conflicts(self) -> Iterator[str]:
         if self.train_on == "all" and self.train_on_eos != "turn":
-            raise ValueError(
-                f"train_on=all trains every token; set train_on=response for train_on_eos={self.train_on_eos}"
-            )
-        return self
+            yield f"train_on=all trains every token; set train_on=response for train_on_eos={self.train_on_eos}"
 
     @field_validator("train", mode="before")
     @classmethod
     def _mixture(cls, value: Any) -> Any:
-        return check_mixture(value) if isinstance(value, list) else value
+        """In words of a mixture, what pydantic would say of each type that `train` may be."""
+        if not isinstance(value, list):
+            return value
+        trees = [entry.model_dump() if isinstance(entry, DataSource) else entry for entry in value]
+        for tree in trees:
+            if not isinstance(tree, dict) or not isinstance(tree.get("path"), str):
+                raise ValueError(f"each source of a mixture is {{path: FILE, weight: NUMBER}}, not {tree!r:.200}")
+            if unknown := sorted(map(str, tree.keys() - DataSource.model_fields.keys())):
+                raise ValueError(f"a source of a mixture has path and weight, not '{unknown[0]}'")
+        if len({tree.get("weight") is None for tree in trees}) > 1:
+            raise ValueError("give every source of the mixture a weight, or none of them")
+        return value
 
     @property
     def sources(self) -> list[DataSource]:

@@ -1,11 +1,12 @@
 """The section of a run's configuration that says what its adapter is; an adapter folder's options are one, too."""
 
 import re
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from jlora.config.section import Section, nearest
+from jlora.config.section import Positive, Section, Share, nearest
 
 ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
@@ -21,10 +22,8 @@ class LoraSection(Section):
     """The adapter."""
 
     rank: Annotated[int, Field(gt=0, le=MOST_RANKS)] = Field(16, description="rank R of the A/B factors")
-    alpha: Annotated[float, Field(gt=0.0)] = Field(32.0, description="the product BA is scaled by alpha / rank")
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
-        0.0, description="dropout probability on the adapter's input"
-    )
+    alpha: Positive = Field(32.0, description="the product BA is scaled by alpha / rank")
+    dropout: Share = Field(0.0, description="dropout probability on the adapter's input")
     target_modules: list[str] | Literal["all-linear"] = Field(
         list(ATTENTION_PROJECTIONS),
         description="projections that get an adapter, of " + ", ".join(PROJECTIONS) + "; or all-linear; a model that "
@@ -45,7 +44,7 @@ class LoraSection(Section):
     rank_pattern: dict[str, Annotated[int, Field(gt=0, le=MOST_RANKS)]] = Field(
         {}, description="ranks that differ from rank, by regular expression for the end of a module's name"
     )
-    alpha_pattern: dict[str, Annotated[float, Field(gt=0.0)]] = Field({}, description="as rank_pattern, for alpha")
+    alpha_pattern: dict[str, Positive] = Field({}, description="as rank_pattern, for alpha")
     layers_to_transform: list[Annotated[int, Field(ge=0)]] | None = Field(
         None, description="numbers of the layers that get an adapter, from 0; null: all"
     )
@@ -56,34 +55,26 @@ class LoraSection(Section):
         "none", description="biases that are trained too, where the base has any: all, or those of target_modules"
     )
 
-    @model_validator(mode="after")
-    def _known_targets(self) -> "LoraSection":
-        if isinstance(self.target_modules, list):
-            if not self.target_modules:
-                raise ValueError("target_modules is empty; name at least one projection")
-            for name in self.target_modules:
-                if name not in ALL_PROJECTIONS:
-                    raise ValueError(f"target_modules holds '{name}'{nearest(name, ALL_PROJECTIONS)}")
-        return self
-
-    @model_validator(mode="after")
-    def _options_that_agree(self) -> "LoraSection":
+    def conflicts(self) -> Iterator[str]:
+        if not self.target_modules:
+            yield "target_modules is empty; name at least one projection"
+        for name in self.target_modules if isinstance(self.target_modules, list) else ():
+            if name not in ALL_PROJECTIONS:
+                yield f"target_modules holds '{name}'{nearest(name, ALL_PROJECTIONS)}"
         if self.init_from is not None and self.init_lora_weights is not True:
-            raise ValueError(
+            yield (
                 f"init_from={self.init_from} has the A and B to start from, which "
                 f"init_lora_weights={self.init_lora_weights} would make anew; leave one of them out"
             )
-        if self.layers_to_transform is not None:
-            if not self.layers_to_transform:
-                raise ValueError("layers_to_transform is empty; name at least one layer, or null for all")
-            if self.bias == "lora_only":
-                raise ValueError("bias=lora_only trains biases of all layers; leave layers_to_transform out")
+        if self.layers_to_transform == []:
+            yield "layers_to_transform is empty; name at least one layer, or null for all"
+        if self.layers_to_transform is not None and self.bias == "lora_only":
+            yield "bias=lora_only trains biases of all layers; leave layers_to_transform out"
         for pattern in (*self.rank_pattern, *self.alpha_pattern):
             try:
                 re.compile(pattern)
             except re.error as error:
-                raise ValueError(f"the pattern '{pattern}' is not a regular expression ({error})") from None
-        return self
+                yield f"the pattern '{pattern}' is not a regular expression ({error})"
 
     def transforms(self, projection: str, layer: int) -> bool:
         """Whether a projection of a layer gets an adapter."""

@@ -6,8 +6,7 @@ from typing import Any, get_args
 
 import yaml
 
-from jlora.config.keys import SECTIONS
-from jlora.config.sections import Config
+from jlora.config.sections import SECTIONS, Config
 
 
 def reference() -> str:

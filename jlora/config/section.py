@@ -1,15 +1,18 @@
 """What every section of a configuration has in common: strict keys, and no text that may not stand in a file."""
 
 import difflib
+from collections.abc import Iterator
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from jlora.files.paths import expand_home
-from jlora.files.secrets import find_secret
+from jlora.files.text import find_secret
 
 NonEmpty = Annotated[str, Field(min_length=1)]
+Positive = Annotated[float, Field(gt=0.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
+Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
 class Section(BaseModel):
@@ -31,6 +34,16 @@ class Section(BaseModel):
                 )
             return expand_home(value)
         return value
+
+    @model_validator(mode="after")
+    def _no_conflict(self) -> "Section":
+        for sentence in self.conflicts():
+            raise ValueError(sentence)
+        return self
+
+    def conflicts(self) -> Iterator[str]:
+        """What is wrong with the keys together, or with one that no type says; the first is told."""
+        yield from ()
 
 
 def nearest(name: str, known: Any) -> str:

@@ -4,14 +4,15 @@ Owns every default, each exactly once, and the line that documents it. Knows not
 model shapes (they come from the base's own config.json, see `jlora.hf`) or of what a key causes.
 """
 
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, PositiveInt
 
 from jlora.config.data import DataSection
 from jlora.config.lora import LoraSection
-from jlora.config.section import NonEmpty, NonNegative, Section
+from jlora.config.section import NonEmpty, NonNegative, Positive, Section, Share
 
 MOST_STEPS = 2**31 - 1  # of int32, which steps are counted in
 
@@ -58,18 +59,16 @@ class ObjectiveSection(Section):
         description="the next token's cross-entropy (sft), or a loss on pairs of answers, with data.format=preference: "
         "see docs/objectives.md",
     )
-    beta: Annotated[float, Field(gt=0.0)] = Field(
+    beta: Positive = Field(
         0.1, description="how much a pair's log-ratios count (dpo, hinge), tau of ipo, the weight of orpo's odds"
     )
     label_smoothing: Annotated[float, Field(ge=0.0, lt=0.5)] = Field(
         0.0, description="share of the pairs that may be the wrong way round (dpo)"
     )
 
-    @model_validator(mode="after")
-    def _smoothed_if_dpo(self) -> "ObjectiveSection":
+    def conflicts(self) -> Iterator[str]:
         if self.label_smoothing and self.name != "dpo":
-            raise ValueError(f"label_smoothing is dpo's, and name is {self.name}; set it to 0")
-        return self
+            yield f"label_smoothing is dpo's, and name is {self.name}; set it to 0"
 
 
 class TrainingSection(Section):
@@ -113,7 +112,7 @@ class TrainingSection(Section):
         description="a step whose loss is over so many times the median of the last 32 (once there are 8) is skipped, "
         "such as 3.0; null: none is",
     )
-    neftune_noise_alpha: Annotated[float, Field(gt=0.0)] | None = Field(
+    neftune_noise_alpha: Positive | None = Field(
         None, description="noise on embeddings in training, within alpha / sqrt(length * width) (arXiv:2310.05914)"
     )
     samples: Annotated[int, Field(ge=0, le=32)] = Field(
@@ -132,38 +131,32 @@ class TrainingSection(Section):
         """Whether a run's adapter is that of the lowest held-out loss."""
         return self.export == "best" or (self.export is None and self.early_stopping_patience is not None)
 
-    @model_validator(mode="after")
-    def _one_measure(self) -> "TrainingSection":
+    def conflicts(self) -> Iterator[str]:
         for every, per_epoch in (("eval_every", "evals_per_epoch"), ("save_every", "saves_per_epoch")):
             if getattr(self, every) is not None and getattr(self, per_epoch) is not None:
-                raise ValueError(f"{every} and {per_epoch} say the same twice; set one of them")
+                yield f"{every} and {per_epoch} say the same twice; set one of them"
         evaluates = self.eval_every is not None or self.evals_per_epoch is not None
         if self.exports_best and not evaluates:
             key = "export=best" if self.export == "best" else "early_stopping_patience"
-            raise ValueError(f"{key} goes by the held-out loss on the way; set evals_per_epoch or eval_every")
+            yield f"{key} goes by the held-out loss on the way; set evals_per_epoch or eval_every"
         if self.early_stopping_min_delta and self.early_stopping_patience is None:
-            raise ValueError("early_stopping_min_delta goes with early_stopping_patience; set that, too")
-        return self
-
-    @model_validator(mode="after")
-    def _whole_microbatches(self) -> "TrainingSection":
+            yield "early_stopping_min_delta goes with early_stopping_patience; set that, too"
         if self.batch_size % self.gradient_accumulation_steps:
-            raise ValueError(
+            yield (
                 f"batch_size {self.batch_size} cannot be split into {self.gradient_accumulation_steps} equal "
                 "parts; make gradient_accumulation_steps a divisor of batch_size"
             )
-        return self
 
 
 class OptimizerSection(Section):
     """The update rule."""
 
     name: Literal["adamw", "adafactor", "lion", "sgd"] = Field("adamw", description="optimizer")
-    learning_rate: Annotated[float, Field(gt=0.0)] = Field(2e-4, description="peak learning rate")
+    learning_rate: Positive = Field(2e-4, description="peak learning rate")
     weight_decay: NonNegative = Field(0.0, description="weight decay, decoupled; with sgd added to the gradient")
-    b1: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(0.9, description="first-moment decay; momentum of sgd")
-    b2: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(0.999, description="second-moment decay (adamw, lion)")
-    eps: Annotated[float, Field(gt=0.0)] = Field(1e-8, description="added to AdamW's denominator")
+    b1: Share = Field(0.9, description="first-moment decay; momentum of sgd")
+    b2: Share = Field(0.999, description="second-moment decay (adamw, lion)")
+    eps: Positive = Field(1e-8, description="added to AdamW's denominator")
     schedule: Literal["cosine", "linear", "constant"] = Field(
         "cosine", description="decay from the peak over the steps after warm-up, or none"
     )
@@ -171,23 +164,19 @@ class OptimizerSection(Section):
     warmup_ratio: Annotated[float, Field(gt=0.0, lt=1.0)] | None = Field(
         None, description="share of all steps that warm up, rounded up, instead of warmup_steps"
     )
-    min_learning_rate_ratio: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
-        0.0, description="share of the peak at which cosine and linear end"
-    )
+    min_learning_rate_ratio: Share = Field(0.0, description="share of the peak at which cosine and linear end")
     loraplus_lr_ratio: Annotated[float, Field(ge=1.0)] | None = Field(
         None, description="LoRA+: the learning rate of B is so many times that of A (arXiv:2402.12354)"
     )
-    max_grad_norm: Annotated[float, Field(gt=0.0)] | None = Field(
+    max_grad_norm: Positive | None = Field(
         1.0, description="gradients are scaled down to this global norm; null: never"
     )
 
-    @model_validator(mode="after")
-    def _one_schedule(self) -> "OptimizerSection":
+    def conflicts(self) -> Iterator[str]:
         if self.warmup_steps and self.warmup_ratio is not None:
-            raise ValueError("warmup_steps and warmup_ratio say the same twice; set one of them")
+            yield "warmup_steps and warmup_ratio say the same twice; set one of them"
         if self.min_learning_rate_ratio and self.schedule == "constant":
-            raise ValueError("min_learning_rate_ratio is where a schedule ends; set schedule=cosine or linear")
-        return self
+            yield "min_learning_rate_ratio is where a schedule ends; set schedule=cosine or linear"
 
 
 class ResumeSection(Section):
@@ -207,12 +196,10 @@ class MeshSection(Section):
     fsdp: int = Field(-1, description="devices over which batches and weights are split; -1: the rest")
     tensor: int = Field(1, description="devices over which heads and mlp are split")
 
-    @model_validator(mode="after")
-    def _one_rest(self) -> "MeshSection":
+    def conflicts(self) -> Iterator[str]:
         sizes = (self.data, self.fsdp, self.tensor)
         if sizes.count(-1) > 1 or any(size == 0 or size < -1 for size in sizes):
-            raise ValueError("axes are positive device counts, and at most one is -1 (the rest)")
-        return self
+            yield "axes are positive device counts, and at most one is -1 (the rest)"
 
 
 class DistributedSection(Section):
@@ -229,15 +216,13 @@ class DistributedSection(Section):
         1800, description="seconds without a finished step after which a job of several processes ends"
     )
 
-    @model_validator(mode="after")
-    def _all_or_none(self) -> "DistributedSection":
+    def conflicts(self) -> Iterator[str]:
         if len({self.coordinator is None, self.num_processes is None, self.process_id is None}) > 1:
-            raise ValueError("set coordinator, num_processes and process_id, or none of them")
+            yield "set coordinator, num_processes and process_id, or none of them"
         if self.coordinator is not None and not self.coordinator.rpartition(":")[2].isdigit():
-            raise ValueError(f"coordinator must be host:port, not '{self.coordinator}'")
+            yield f"coordinator must be host:port, not '{self.coordinator}'"
         if self.process_id is not None and self.num_processes is not None and self.process_id >= self.num_processes:
-            raise ValueError(f"process_id {self.process_id} must be below num_processes {self.num_processes}")
-        return self
+            yield f"process_id {self.process_id} must be below num_processes {self.num_processes}"
 
 
 class Config(Section):
@@ -265,41 +250,63 @@ class Config(Section):
         description="run folder; holding a checkpoint of the same run, training resumes from it"
     )
 
-    @model_validator(mode="after")
-    def _frozen_if_quantized(self) -> "Config":
+    def conflicts(self) -> Iterator[str]:
         if self.method == "full" and self.model.quantization is not None:
-            raise ValueError(
+            yield (
                 f"method=full trains every weight, which model.quantization={self.model.quantization} cannot hold; "
                 "set model.quantization=null or method=lora"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _pairs_if_preferred(self) -> "Config":
         pairs, wanted = self.data.format == "preference", self.objective.name != "sft"
         if pairs and not wanted:
-            raise ValueError("data.format=preference holds pairs, which sft cannot use; set objective.name=dpo")
+            yield "data.format=preference holds pairs, which sft cannot use; set objective.name=dpo"
         if wanted and not pairs:
-            raise ValueError(f"objective.name={self.objective.name} needs pairs; set data.format=preference")
+            yield f"objective.name={self.objective.name} needs pairs; set data.format=preference"
         if wanted and self.method != "lora":
-            raise ValueError(f"objective.name={self.objective.name} is for adapters; set method=lora")
+            yield f"objective.name={self.objective.name} is for adapters; set method=lora"
         if wanted and self.data.train_on != "response":
-            raise ValueError(f"objective.name={self.objective.name} counts answers alone; set data.train_on=response")
-        return self
-
-    @model_validator(mode="after")
-    def _best_by_held_out_rows(self) -> "Config":
+            yield f"objective.name={self.objective.name} counts answers alone; set data.train_on=response"
         if self.training.exports_best and self.data.eval is None:
             key = "early_stopping_patience" if self.training.early_stopping_patience else "export=best"
-            raise ValueError(f"training.{key} goes by the held-out loss; set data.eval, such as 0.1")
-        return self
-
-    @model_validator(mode="after")
-    def _loraplus_has_factors(self) -> "Config":
+            yield f"training.{key} goes by the held-out loss; set data.eval, such as 0.1"
         if self.method == "full" and self.optimizer.loraplus_lr_ratio is not None:
-            raise ValueError("optimizer.loraplus_lr_ratio is about an adapter's B, which method=full does not have")
-        return self
+            yield "optimizer.loraplus_lr_ratio is about an adapter's B, which method=full does not have"
 
     def dump_yaml(self) -> str:
         """The resolved configuration, every default filled in, as YAML."""
         return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
+
+
+# By name, what of a config has keys of its own.
+SECTIONS: dict[str, type[Section]] = {
+    name: field.annotation
+    for name, field in Config.model_fields.items()
+    if isinstance(field.annotation, type) and issubclass(field.annotation, Section)
+}
+
+
+def known_keys() -> list[str]:
+    """Every key of a config."""
+    inner = [f"{name}.{key}" for name, section in SECTIONS.items() for key in section.model_fields]
+    return [*(name for name in Config.model_fields if name not in SECTIONS), *inner]
+
+
+def dotted(tree: dict[Any, Any], prefix: str = "") -> dict[str, Any]:
+    """Every value by its dotted key; an empty mapping has none."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= dotted(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def assign(tree: dict[str, Any], key: str, value: Any) -> None:
+    """Set the value of a dotted key, in sections that are made where they are missing.
+
+    Raises:
+      ValueError: a part of the key is no section.
+    """
+    *sections, leaf = key.split(".")
+    for name in sections:
+        tree = tree.setdefault(name, {})
+        if not isinstance(tree, dict):
+            raise ValueError(f"'{name}' is not a section")
+    tree[leaf] = value

@@ -6,7 +6,7 @@ from pathlib import Path
 from jlora import cli
 from jlora.config import load_config
 from jlora.errors import ConfigError, DataError
-from jlora.files.secrets import redact
+from jlora.files.text import redact
 
 ROWS = 5
 
@@ -31,10 +31,8 @@ def main() -> None:
 
         from rich.console import Console
 
-        from jlora.reports.data import render
+        from jlora.reports.data import look, print_report, render
         from jlora.reports.page import write_page
-        from jlora.reports.rows import look
-        from jlora.reports.terminal import print_report
 
         seen = look(cfg, args.rows)
         if args.html:

@@ -1,13 +1,14 @@
-"""Conversation -> the text that the chat template makes of it, in which nothing of it is lost, and its turns' spans.
+"""Conversation -> the text that the chat template makes of it, in which nothing is lost, and what the loss counts.
 
 Turns are found by marks: the conversation is rendered a second time with a mark in each turn, and what comes out must
 be the same text but for them.
 """
 
 import json
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
+from jlora.config import Counted
 from jlora.data import reasoning as thoughts
 from jlora.data.conversation import Conversation, Message
 from jlora.data.marks import CALL, CONTENT, THOUGHT, Mark, mark, read, shown
@@ -16,29 +17,66 @@ from jlora.data.tokens import Tokenizer
 from jlora.data.turns import REMEDY, Layout, Render, Span
 from jlora.errors import DataError
 
+T = TypeVar("T")
+Weighted = tuple[int, int, float]  # characters from and to, and the weight of their loss
+
 # Where marks are put: a template may look at how a content ends, so then in its middle.
 SHARES = (1.0, 0.5)
 
 
-def render(tokenizer: Tokenizer, chat: Conversation, *, add_generation_prompt: bool) -> str:
+def render(tokenizer: Tokenizer, turns: list[Message], tools: list[Any] | None, *, add_generation_prompt: bool) -> str:
     """The text of a conversation.
 
     Raises:
       BadRow: the template refuses it, or drops its tools. ConfigError: there is no template, or it is none.
     """
-    renders = _renderer(tokenizer, chat.tools)
-    text = ""
-    refusal: BadRow | None = None
-    for messages in _forms(chat.messages):
-        try:
-            text = renders(messages, add_generation_prompt)
-            if any("tool_calls" in message for message in messages):
-                _check_whole(messages, _marked(renders, messages, text, add_generation_prompt)[1])
-            _check_tools(tokenizer, chat, messages, text, add_generation_prompt)
-            return text
-        except BadRow as bad:
-            refusal = refusal or bad
-    raise refusal or BadRow("empty_messages", "there is no turn")
+    renders = _renderer(tokenizer, tools)
+
+    def written(messages: list[Message]) -> str:
+        text = renders(messages, add_generation_prompt)
+        if any("tool_calls" in message for message in messages):
+            _check_whole(messages, _marked(renders, messages, text, add_generation_prompt)[1])
+        _check_tools(tokenizer, tools, messages, text, add_generation_prompt)
+        return text
+
+    return _accepted(turns, written)
+
+
+def weigh(tokenizer: Tokenizer, chat: Conversation, counted: Counted) -> tuple[str, list[Weighted]]:
+    """The text of a conversation, and the spans that the loss counts; of two that overlap, the later one.
+
+    Raises:
+      BadRow, ConfigError: as `write`.
+    """
+    if counted.train_on == "all":
+        excepted = {message["role"] for message, w in zip(chat.messages, chat.weights, strict=True) if w != 1.0}
+        text, found = write(tokenizer, chat, counted.reasoning, sorted(excepted))
+        return text, [(0, len(text), 1.0), *((start, end, chat.weights[i]) for i, start, end in found)]
+    roles = ["assistant"] if isinstance(counted.train_on, str) else list(counted.train_on)
+    text, found = write(tokenizer, chat, counted.reasoning, roles)
+    if counted.train_on == "last":
+        found = [span for span in found if span.message == found[-1].message]
+    found = [span for span in found if chat.weights[span.message] > 0.0]
+    if not found:
+        raise BadRow("no_trained_token", "none of its turns is to be trained")
+    spans = []
+    for i, start, end in found:
+        if chat.messages[i]["role"] != "assistant":
+            spans.append((start, end, chat.weights[i]))
+            continue
+        if counted.train_on_eos == "none" or (counted.train_on_eos == "last" and i != found[-1].message):
+            end = _without_end(text, start, end, tokenizer.specials)
+        parts = thoughts.answered(text, start, end, mask=counted.reasoning == "mask")
+        spans += [(*part, chat.weights[i]) for part in parts]
+    return text, spans
+
+
+def _without_end(text: str, start: int, end: int, specials: tuple[str, ...]) -> int:
+    """Where a span ends without the tokens that end its turn."""
+    words = text[start:end]
+    while ending := next((token for token in specials if words.rstrip().endswith(token)), None):
+        words = words.rstrip().removesuffix(ending)
+    return start + len(words)
 
 
 def write(tokenizer: Tokenizer, chat: Conversation, reasoning: str, roles: list[str]) -> tuple[str, list[Span]]:
@@ -53,15 +91,15 @@ def write(tokenizer: Tokenizer, chat: Conversation, reasoning: str, roles: list[
     """
     renders = _renderer(tokenizer, chat.tools)
     given = thoughts.without_history(chat.messages) if reasoning == "strip" else chat.messages
-    messages, text, marked, marks = _accepted(renders, given)
+    messages, text, marked, marks = _whole(renders, given)
     last = thoughts.last_answer(messages)
     if last is not None and not any(each[1:] == (THOUGHT, last) for each in marks):
         for begun in (False, True):
             if told := thoughts.in_content(given[last], begun=begun):
-                messages, text, marked, marks = _accepted(renders, [*given[:last], told, *given[last + 1 :]])
+                messages, text, marked, marks = _whole(renders, [*given[:last], told, *given[last + 1 :]])
             if not thoughts.TWICE.search(text):
                 break
-    _check_tools(tokenizer, chat, messages, text, False)
+    _check_tools(tokenizer, chat.tools, messages, text, False)
     layout = Layout(tokenizer, renders, marked, text, marks)
     answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     spans = [layout.content(i) for i, m in enumerate(messages) if m["role"] in roles and m["role"] != "assistant"]
@@ -82,18 +120,27 @@ def _renderer(tokenizer: Tokenizer, tools: list[Any] | None) -> Render:
     return renders
 
 
-def _accepted(renders: Render, messages: list[Message]) -> tuple[list[Message], str, list[Message], list[Mark]]:
+def _whole(renders: Render, messages: list[Message]) -> tuple[list[Message], str, list[Message], list[Mark]]:
     """The messages in the first form of which the template loses nothing, their text, and both with marks."""
-    refusal: BadRow | None = None
+
+    def whole(form: list[Message]) -> tuple[list[Message], str, list[Message], list[Mark]]:
+        text = shown(renders(form, False))
+        marked, marks = _marked(renders, form, text, False)
+        _check_whole(form, marks)
+        return form, text, marked, marks
+
+    return _accepted(messages, whole)
+
+
+def _accepted(messages: list[Message], made: Callable[[list[Message]], T]) -> T:
+    """What is made of the first form of the messages that is not refused; else the first refusal is raised."""
+    refusals = []
     for form in _forms(messages):
         try:
-            text = shown(renders(form, False))
-            marked, marks = _marked(renders, form, text, False)
-            _check_whole(form, marks)
-            return form, text, marked, marks
+            return made(form)
         except BadRow as bad:
-            refusal = refusal or bad
-    raise refusal or BadRow("empty_messages", "there is no turn")
+            refusals.append(bad)
+    raise refusals[0]
 
 
 def _forms(messages: list[Message]) -> Iterator[list[Message]]:
@@ -112,19 +159,19 @@ def _forms(messages: list[Message]) -> Iterator[list[Message]]:
         yield [message | {"content": message["content"] or None} for message in form]
 
 
-def _check_tools(tokenizer: Tokenizer, chat: Conversation, messages: list[Message], text: str, prompt: bool) -> None:
+def _check_tools(
+    tokenizer: Tokenizer, tools: list[Any] | None, messages: list[Message], text: str, prompt: bool
+) -> None:
     """Refuse a conversation whose tools the template does not write."""
-    if not chat.tools:
+    if not tools:
         return
     try:
-        same = shown(_renderer(tokenizer, None)(messages, prompt)) == text
+        without = shown(_renderer(tokenizer, None)(messages, prompt))
     except BadRow:
         return
-    if same:
-        message = (
-            'the chat template writes no tools, so "tools" would be lost; set data.chat_template, or drop the column'
-        )
-        raise BadRow("tools_ignored", message)
+    if without == text:
+        what = 'the chat template writes no tools, so "tools" would be lost'
+        raise BadRow("tools_ignored", f"{what}; set data.chat_template, or drop the column")
 
 
 def _check_whole(messages: list[Message], marks: list[Mark]) -> None:

@@ -10,9 +10,8 @@ from typing import Any, Literal
 import numpy as np
 
 from jlora.config import Config
-from jlora.data.dataset import Dataset
+from jlora.data.dataset import Dataset, drawn
 from jlora.data.formats import COLUMNS, OPTIONAL
-from jlora.data.mixture import drawn
 from jlora.data.packing import Epochs
 from jlora.data.prompts import Example
 from jlora.data.sources import files_of
@@ -239,50 +238,31 @@ def check_run(cfg: Config, num_steps: int, positions: Any) -> list[Check]:
       num_steps: optimizer steps to its end.
       positions: the base's `max_position_embeddings`, if it says so.
     """
-    checks: list[Check] = []
-    training, warmup = cfg.training, cfg.optimizer.warmup_steps
-    if num_steps < FEW_STEPS:
-        more = "raise training.max_steps" if training.max_steps else "raise training.epochs"
-        fewer = ", or lower training.batch_size" if training.batch_size > 1 and not training.max_steps else ""
-        checks.append(
-            Check(
-                "few_steps",
-                "warning",
-                num_steps,
-                f"the run is over after {counted(num_steps, 'optimizer step')} of {training.batch_size} rows each, "
-                f"which hardly changes a model; {more}{fewer}",
-            )  # fmt: skip
-        )
-    if warmup >= num_steps:
-        checks.append(
-            Check(
-                "all_warmup",
-                "warning",
-                warmup,
-                f"optimizer.warmup_steps={warmup} of {counted(num_steps, 'step')}: the learning rate never reaches its "
-                "peak; lower it, or set optimizer.warmup_ratio=0.03 instead",
-            )  # fmt: skip
-        )
-    if cfg.data.eval is None:
-        checks.append(
-            Check(
-                "no_held_out",
-                "warning",
-                1,
-                "no rows are held out, so nothing shows whether training helps or overfits; set data.eval to a file, "
-                "or to a share of the rows such as 0.1",
-            )  # fmt: skip
-        )
-    if isinstance(positions, int) and cfg.data.max_length > positions:
-        checks.append(
-            Check(
-                "positions",
-                "warning",
-                cfg.data.max_length,
-                f"data.max_length={cfg.data.max_length} is beyond the base's {positions} positions",
-            )  # fmt: skip
-        )
-    return checks
+    training, warmup, longest = cfg.training, cfg.optimizer.warmup_steps, cfg.data.max_length
+    more = "raise training.max_steps" if training.max_steps else "raise training.epochs"
+    fewer = ", or lower training.batch_size" if training.batch_size > 1 and not training.max_steps else ""
+    found = [
+        (
+            num_steps < FEW_STEPS, "few_steps", num_steps,
+            f"the run is over after {counted(num_steps, 'optimizer step')} of {training.batch_size} rows each, "
+            f"which hardly changes a model; {more}{fewer}",
+        ),
+        (
+            warmup >= num_steps, "all_warmup", warmup,
+            f"optimizer.warmup_steps={warmup} of {counted(num_steps, 'step')}: the learning rate never reaches its "
+            "peak; lower it, or set optimizer.warmup_ratio=0.03 instead",
+        ),
+        (
+            cfg.data.eval is None, "no_held_out", 1,
+            "no rows are held out, so nothing shows whether training helps or overfits; set data.eval to a file, "
+            "or to a share of the rows such as 0.1",
+        ),
+        (
+            isinstance(positions, int) and longest > positions, "positions", longest,
+            f"data.max_length={longest} is beyond the base's {positions} positions",
+        ),
+    ]  # fmt: skip
+    return [Check(name, "warning", count, sentence) for holds, name, count, sentence in found if holds]
 
 
 def check_overlap(train: np.ndarray, eval_data: Dataset, held: np.ndarray) -> list[Check]:

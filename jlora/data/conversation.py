@@ -7,7 +7,7 @@ import json
 import math
 from typing import Any, NamedTuple
 
-from jlora.config.counted import TURN_WEIGHTS
+from jlora.config.data import TURN_WEIGHTS
 from jlora.data.fields import check_text, field_of, optional_text, weight_of
 from jlora.data.row import BadRow
 

@@ -1,5 +1,14 @@
-"""Tokenised rows, wherever they are kept, and rows held out of them. Knows nothing of formats, packing or devices."""
+"""Tokenised rows, wherever they are kept: of several sources, in the order of an epoch, and rows held out of them.
 
+A mixture's epoch has as many sequences as its sources have together, each source its weight's share of them. A source
+is gone through in an order of its own, again and again, and an epoch goes on where the one before it stopped: none of
+its rows comes again before all of them came, and over time shares are exact. grain's `mix` draws the next element from
+one iterator after another; here rows are packed by an epoch's order of indices, which are made at once.
+Knows nothing of formats, packing or devices.
+"""
+
+import hashlib
+import json
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Sequence
@@ -8,6 +17,7 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
+from jlora.config import DataSource
 from jlora.data.prompts import Example
 from jlora.errors import DataError
 
@@ -39,7 +49,6 @@ class Picked(View[T]):
         return len(self.indices)
 
     def one(self, index: int) -> T:
-        """The item at an index."""
         return self.whole[int(self.indices[index])]
 
 
@@ -54,7 +63,6 @@ class Chained(View[T]):
         return int(self._ends[-1])
 
     def one(self, index: int) -> T:
-        """The item at an index."""
         number = int(np.searchsorted(self._ends, index, side="right"))
         return self.parts[number][index - int(self._ends[number]) + len(self.parts[number])]
 
@@ -133,10 +141,9 @@ def hold_out(dataset: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dat
     held = np.zeros(total, bool)
     held[order[:num_held]] = True
 
-    def some(which: np.ndarray) -> tuple[Sequence[Example], Sequence[str]]:
-        return Picked(dataset.examples, which), Picked(dataset.places, which)
+    def some(which: np.ndarray) -> dict[str, Any]:
+        return {"examples": Picked(dataset.examples, which), "places": Picked(dataset.places, which)}
 
-    examples, places = some(np.flatnonzero(~held))
     parts, start = [], 0
     for part in dataset.parts:
         left = int((~held[start : start + part.examples]).sum())
@@ -144,6 +151,48 @@ def hold_out(dataset: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dat
             raise DataError(f"data.eval={fraction} leaves no row of {part.path} to train on; hold fewer out")
         parts.append(replace(part, examples=left))
         start += part.examples
-    train = replace(dataset, examples=examples, places=places, parts=tuple(parts))
-    examples, places = some(np.flatnonzero(held))
-    return train, Dataset(examples, num_held, places=places, digest=dataset.digest)
+    train = replace(dataset, parts=tuple(parts), **some(np.flatnonzero(~held)))
+    return train, Dataset(read=num_held, digest=dataset.digest, **some(np.flatnonzero(held)))
+
+
+def join(sources: list[DataSource], datasets: list[Dataset]) -> Dataset:
+    """The rows of all sources."""
+    parts = tuple(
+        FromSource(source.path, source.weight, len(rows.examples), rows.read, rows.truncated, dict(rows.dropped))
+        for source, rows in zip(sources, datasets, strict=True)
+    )
+    identity = [[rows.digest, source.weight] for source, rows in zip(sources, datasets, strict=True)]
+    return Dataset(
+        Chained([rows.examples for rows in datasets]),
+        sum(rows.read for rows in datasets),
+        sum(rows.truncated for rows in datasets),
+        sum((rows.dropped for rows in datasets), Counter()),
+        Chained([rows.places for rows in datasets]),
+        hashlib.sha256(json.dumps(identity).encode()).hexdigest(),
+        parts,
+        sum((rows.renamed for rows in datasets), Counter()),
+        sum((rows.unused for rows in datasets), Counter()),
+    )
+
+
+def drawn(parts: tuple[FromSource, ...], epoch: int) -> list[tuple[int, int]]:
+    """From where to where an epoch goes in each source's endless order of rows."""
+    total = sum(part.examples for part in parts)
+    weights = [part.examples if part.weight is None else part.weight for part in parts]
+    shares = [weight / sum(weights) * total for weight in weights]
+    return [(round(epoch * share), round((epoch + 1) * share)) for share in shares]
+
+
+def epoch_order(dataset: Dataset, epoch: int, seed: int) -> np.ndarray:
+    """The examples of an epoch in their order, int64 [n]; it depends on the seed and the epoch alone."""
+    indices = np.arange(len(dataset.examples))
+    if any(part.weight is not None for part in dataset.parts):
+        found, start = [], 0
+        for number, (part, (first, last)) in enumerate(zip(dataset.parts, drawn(dataset.parts, epoch), strict=True)):
+            size = part.examples
+            for again in range(first // size, -(-last // size)):  # each time through the source has its own order
+                order = np.random.default_rng([seed, 2, number, again]).permutation(size)
+                found.append(start + order[max(first - again * size, 0) : last - again * size])
+            start += size
+        indices = np.concatenate(found)
+    return np.random.default_rng([seed, epoch]).permutation(indices)

@@ -9,10 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from jlora.config import Config, DataSection
-from jlora.data.dataset import Dataset, hold_out
+from jlora.data.dataset import Dataset, hold_out, join
 from jlora.data.formats import Columns, rows_of
-from jlora.data.mixture import join
-from jlora.data.prompts import Example, RowText, encode_pair, encode_texts, lay_out
+from jlora.data.prompts import Encoded, Example, RowText, encode_pair, encode_texts, lay_out
 from jlora.data.row import BadRow, Row
 from jlora.data.store import Keep, content_key, stamp, stored
 from jlora.data.tokens import Tokenizer
@@ -69,7 +68,7 @@ def _read_all(source: str, tokenizer: Tokenizer, cfg: DataSection, keep: Keep) -
     columns = Columns(cfg.format, cfg.columns)
     facts = Dataset(examples=[], read=0, renamed=columns.renamed, unused=columns.unused)
     first_bad: str | None = None
-    num_bad, empty = 0, True
+    empty = True
     digest = hashlib.sha256()
     for group in _grouped(rows_of(source, cfg, columns), tokenizer, cfg):
         examples: list[Example] = []
@@ -82,7 +81,6 @@ def _read_all(source: str, tokenizer: Tokenizer, cfg: DataSection, keep: Keep) -
                 some, truncated = fit(found, cfg)
             except BadRow as bad:
                 facts.dropped[bad.reason] += 1
-                num_bad += 1
                 first_bad = first_bad or f"{row.where}: {bad.message}"
                 continue
             facts.truncated += truncated
@@ -93,6 +91,7 @@ def _read_all(source: str, tokenizer: Tokenizer, cfg: DataSection, keep: Keep) -
         if examples and not (first_bad and cfg.on_bad_row == "error"):  # else the rest is read for its bad rows alone
             keep(examples, places)
         empty = empty and not examples
+    num_bad = facts.dropped.total()
     if first_bad and cfg.on_bad_row == "error":
         others = f" ({num_bad - 1} more bad rows)" if num_bad > 1 else ""
         raise DataError(f"{first_bad}{others}; fix it, or drop such rows (data.on_bad_row=skip, or --on-bad-row skip)")
@@ -118,27 +117,20 @@ def encode_whole(row: Row, tokenizer: Tokenizer, cfg: DataSection) -> list[Examp
     Raises:
       BadRow: it cannot be used.
     """
-    (group,) = _grouped(iter([row]), tokenizer, cfg)
-    ((_, found),) = group
+    ((_, found),) = _encode([(row, _lay_out(row, tokenizer, cfg))], tokenizer)
     if isinstance(found, BadRow):
         raise found
     return found
 
 
-def _grouped(
-    rows: Iterator[Row], tokenizer: Tokenizer, cfg: DataSection
-) -> Iterator[list[tuple[Row, list[Example] | BadRow]]]:
+def _grouped(rows: Iterator[Row], tokenizer: Tokenizer, cfg: DataSection) -> Iterator[list[tuple[Row, Encoded]]]:
     """Rows with their sequences, as many together as are tokenised at once."""
-    waiting: list[tuple[Row, RowText | list[Example] | BadRow]] = []
+    waiting: list[tuple[Row, RowText | Encoded]] = []
     characters = 0
     for row in rows:
-        try:
-            laid = _lay_out(row, tokenizer, cfg)
-        except BadRow as bad:
-            waiting.append((row, bad))
-        else:
-            waiting.append((row, laid))
-            characters += len(laid.text) if isinstance(laid, RowText) else 0
+        laid = _lay_out(row, tokenizer, cfg)
+        waiting.append((row, laid))
+        characters += len(laid.text) if isinstance(laid, RowText) else 0
         if len(waiting) == AT_ONCE or characters > CHARACTERS:
             yield _encode(waiting, tokenizer)
             waiting, characters = [], 0
@@ -146,26 +138,20 @@ def _grouped(
         yield _encode(waiting, tokenizer)
 
 
-def _lay_out(row: Row, tokenizer: Tokenizer, cfg: DataSection) -> RowText | list[Example]:
+def _lay_out(row: Row, tokenizer: Tokenizer, cfg: DataSection) -> RowText | Encoded:
     if isinstance(row.value, BadRow):
-        raise row.value
-    if cfg.format == "preference":
-        return [*encode_pair(tokenizer, row.value)]
-    return lay_out(tokenizer, row.value, format=cfg.format, prompt=cfg.prompt, counted=cfg.counted)
+        return row.value
+    try:
+        if cfg.format == "preference":
+            return [*encode_pair(tokenizer, row.value)]
+        return lay_out(tokenizer, row.value, format=cfg.format, prompt=cfg.prompt, counted=cfg.counted)
+    except BadRow as bad:
+        return bad
 
 
-def _encode(
-    waiting: list[tuple[Row, RowText | list[Example] | BadRow]], tokenizer: Tokenizer
-) -> list[tuple[Row, list[Example] | BadRow]]:
+def _encode(waiting: list[tuple[Row, RowText | Encoded]], tokenizer: Tokenizer) -> list[tuple[Row, Encoded]]:
     encoded = iter(encode_texts(tokenizer, [laid for _, laid in waiting if isinstance(laid, RowText)]))
-    found: list[tuple[Row, list[Example] | BadRow]] = []
-    for row, laid in waiting:
-        if isinstance(laid, RowText):
-            example = next(encoded)
-            found.append((row, example if isinstance(example, BadRow) else [example]))
-        else:
-            found.append((row, laid))
-    return found
+    return [(row, next(encoded) if isinstance(laid, RowText) else laid) for row, laid in waiting]
 
 
 def fit(sequences: list[Example], cfg: DataSection) -> tuple[list[Example], bool]:

@@ -8,20 +8,19 @@ import math
 import threading
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple, TypedDict
 
 import grain
 import numpy as np
 
 from jlora.config import Config, DataSection
-from jlora.data.dataset import Dataset, View
-from jlora.data.mixture import epoch_order
+from jlora.data.dataset import Dataset, View, epoch_order
 from jlora.data.prompts import Example
 
 # Examples whose lengths are Python's numbers at once, and packed ones that are kept beside those of two epochs.
 CHUNK = 2**16
 KEPT = 2**25
+ENDLESS = 2**40  # batches: epochs follow each other without end; the trainer knows when to stop
 
 
 class Batch(TypedDict):
@@ -189,9 +188,6 @@ class Epochs:
         rows = range(self.first_row(batch), self.first_row(batch + 1))
         return [self._dataset.places[i] for row in rows for i in self._members(row)]
 
-    def __len__(self) -> int:
-        return 2**40  # epochs follow each other without end; the trainer knows when to stop
-
     def __getitem__(self, index: int) -> Batch:
         return pack_row([self._dataset.examples[i] for i in self._members(index)], self._cfg.max_length)
 
@@ -239,22 +235,6 @@ def pack_row(examples: list[Example], length: int) -> Batch:
     return row
 
 
-@dataclass(frozen=True)
-class _Rows:
-    """The rows of each batch that this process needs, one after another, from the origin on."""
-
-    epochs: Epochs
-    batch_size: int
-    rows: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.epochs) // self.batch_size * len(self.rows)
-
-    def __getitem__(self, index: int) -> Batch:
-        batch, row = divmod(index, len(self.rows))
-        return self.epochs[self.epochs.first_row(self.epochs.origin.batch + batch) + int(self.rows[row])]
-
-
 def batches(
     epochs: Epochs, batch_size: int, rows: np.ndarray | None = None, last: int | None = None
 ) -> grain.DatasetIterator:
@@ -266,8 +246,11 @@ def batches(
       last: number of batches; None goes on without end.
     """
     wanted = np.arange(batch_size) if rows is None else rows
-    source = grain.MapDataset.source(_Rows(epochs, batch_size, wanted))
-    if last is not None:
-        source = source[: last * len(wanted)]
+
+    def made(index: int) -> Batch:
+        batch, row = divmod(index, len(wanted))
+        return epochs[epochs.first_row(epochs.origin.batch + batch) + int(wanted[row])]
+
+    source = grain.MapDataset.range((ENDLESS if last is None else last) * len(wanted)).map(made)
     options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=2 * len(wanted))
     return iter(source.batch(len(wanted), drop_remainder=True).to_iter_dataset(options))

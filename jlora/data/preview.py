@@ -12,15 +12,13 @@ from jlora.data.encoding import encode_whole, fit
 from jlora.data.formats import rows_of
 from jlora.data.row import BadRow
 from jlora.data.tokens import Tokenizer
+from jlora.files.text import clean
 
 # Tokens of a sequence that are shown, half of them from its start; of what is cut off, so many.
 SHOWN = 2048
 SHOWN_CUT = 64
 
 Mark = Literal["context", "trained", "cut", "gap"]
-# Control characters, of which a terminal or HTML makes something else, and those that turn the direction of a text.
-_HIDDEN = (*range(32), *range(127, 160), *range(0x202A, 0x202F), *range(0x2066, 0x206A))
-_CONTROLS = {c: "\N{REPLACEMENT CHARACTER}" for c in _HIDDEN if c not in (9, 10)}
 
 
 class Piece(NamedTuple):
@@ -68,27 +66,28 @@ def show_rows(source: str, count: int, tokenizer: Tokenizer, cfg: DataSection) -
             shown.append(Shown(row.where, [], bad=bad.message))
             continue
         splits = cfg.format == "text" and cfg.split_long
-        limits = [len(each.ids) if splits else cfg.longest for each in sequences]
+        kept = sequences if splits else [each.part(slice(cfg.longest)) for each in sequences]
+        tokens = sum(len(each.ids) for each in kept)
         shown.append(
             Shown(
                 row.where,
-                [_pieces(tokenizer, *each[:2], limit) for each, limit in zip(sequences, limits, strict=True)],
-                sum(min(len(each.ids), limit) for each, limit in zip(sequences, limits, strict=True)),
-                sum(int(each.trained[:limit].sum()) for each, limit in zip(sequences, limits, strict=True)),
-                sum(max(len(each.ids) - limit, 0) for each, limit in zip(sequences, limits, strict=True)),
+                [_pieces(tokenizer, *each[:2], len(some.ids)) for each, some in zip(sequences, kept, strict=True)],
+                tokens,
+                sum(int(each.trained.sum()) for each in kept),
+                sum(len(each.ids) for each in sequences) - tokens,
             )
         )
     return shown
 
 
 def _pieces(tokenizer: Tokenizer, ids: np.ndarray, trained: np.ndarray, limit: int) -> list[Piece]:
-    """Pieces of a sequence, of which the model gets `limit` tokens."""
+    """Pieces of a sequence, of which the model gets `limit` tokens, and no more than there are."""
 
     def part(first: int, last: int) -> list[Piece]:
         found = zip(range(first, last), characters(tokenizer, ids[first:last]), strict=True)
         return [
             Piece(
-                int(ids[i]), text.replace("\r", "").translate(_CONTROLS),
+                int(ids[i]), clean(text.replace("\r", "")),
                 "cut" if i >= limit else "trained" if trained[i] else "context", special,
             )
             for i, (text, special) in found
@@ -97,11 +96,9 @@ def _pieces(tokenizer: Tokenizer, ids: np.ndarray, trained: np.ndarray, limit: i
     def gap(count: int) -> list[Piece]:
         return [Piece(-1, f"{count:,} more tokens", "gap", False)] if count > 0 else []
 
-    kept = min(len(ids), limit)
-    left_out = kept - SHOWN
-    if left_out > 0:
-        pieces = part(0, SHOWN // 2) + gap(left_out) + part(kept - SHOWN // 2, kept)
+    if limit > SHOWN:
+        pieces = part(0, SHOWN // 2) + gap(limit - SHOWN) + part(limit - SHOWN // 2, limit)
     else:
-        pieces = part(0, kept)
-    last = min(len(ids), kept + SHOWN_CUT)
-    return pieces + part(kept, last) + gap(len(ids) - last)
+        pieces = part(0, limit)
+    last = min(len(ids), limit + SHOWN_CUT)
+    return pieces + part(limit, last) + gap(len(ids) - last)

@@ -15,7 +15,6 @@ from jlora.data import chats
 from jlora.data.alpaca import asked_messages, instruction_of, stanford_prompt
 from jlora.data.conversation import Conversation, Message, conversation_of, messages_of, tools_of
 from jlora.data.fields import field_of, weight_of
-from jlora.data.losses import Weighted, weigh
 from jlora.data.row import BadRow
 from jlora.data.tokens import Tokenizer
 
@@ -56,6 +55,9 @@ class Example(NamedTuple):
         return self.ids.tobytes() + weights.tobytes() + b"|"
 
 
+Encoded = list[Example] | BadRow  # the sequences of a row, or why it has none
+
+
 class RowText(NamedTuple):
     """The text of a row, and spans of its characters with the weight of their loss.
 
@@ -65,7 +67,7 @@ class RowText(NamedTuple):
     """
 
     text: str
-    spans: list[Weighted]
+    spans: list[chats.Weighted]
     eos: float | None
 
 
@@ -77,7 +79,7 @@ def encode_row(tokenizer: Tokenizer, row: dict[str, Any], *, format: str, prompt
     (found,) = encode_texts(tokenizer, [lay_out(tokenizer, row, format=format, prompt=prompt, counted=counted)])
     if isinstance(found, BadRow):
         raise found
-    return found
+    return found[0]
 
 
 def lay_out(tokenizer: Tokenizer, row: dict[str, Any], *, format: str, prompt: str, counted: Counted) -> RowText:
@@ -92,7 +94,7 @@ def lay_out(tokenizer: Tokenizer, row: dict[str, Any], *, format: str, prompt: s
     """
     weight = weight_of(row, "weight")
     if _is_chat(row, format, prompt):
-        text, spans = weigh(tokenizer, _conversation(row, format, answered=True), counted)
+        text, spans = chats.weigh(tokenizer, _conversation(row, format, answered=True), counted)
         return RowText(text, [(start, end, weight * own) for start, end, own in spans], None)
     head = _head(row, format)
     text = head + _response(row, format)
@@ -102,12 +104,12 @@ def lay_out(tokenizer: Tokenizer, row: dict[str, Any], *, format: str, prompt: s
     return RowText(text, [(start, end, weight)], eos)
 
 
-def encode_texts(tokenizer: Tokenizer, layouts: list[RowText]) -> list[Example | BadRow]:
+def encode_texts(tokenizer: Tokenizer, layouts: list[RowText]) -> list[Encoded]:
     """The tokens of rows laid out, encoded together, which is faster than one by one."""
     ends = [{len(laid.text), *(end for span in laid.spans for end in span[:2])} for laid in layouts]
     texts = [laid.text[:end] for laid, some in zip(layouts, ends, strict=True) for end in some]
     encoded = iter(tokenizer.encode_all(texts))
-    found: list[Example | BadRow] = []
+    found: list[Encoded] = []
     for laid, some in zip(layouts, ends, strict=True):
         upto = {end: _begun(tokenizer, next(encoded), laid.eos is None) for end in some}
         ids = upto[len(laid.text)]
@@ -124,7 +126,7 @@ def encode_texts(tokenizer: Tokenizer, layouts: list[RowText]) -> list[Example |
         weights = weights[: len(ids)]
         weights[0] = 0
         example = Example(np.asarray(ids, dtype=np.int32), weights)
-        found.append(example if weights.any() else BadRow("no_trained_token", "no token of it would be trained"))
+        found.append([example] if weights.any() else BadRow("no_trained_token", "no token of it would be trained"))
     return found
 
 
@@ -156,15 +158,12 @@ def encode_pair(tokenizer: Tokenizer, row: dict[str, Any]) -> tuple[Example, Exa
         prompt, chosen, rejected = chosen[:common], chosen[common:], rejected[common:]
     if not (prompt if kind is list else prompt.strip()):
         raise BadRow("empty_prompt", "there is no prompt before the answers")
-    answers = {"chosen": chosen, "rejected": rejected}
+    answers, eos = {"chosen": chosen, "rejected": rejected}, tokenizer.eos_token
     if kind is str:
         for name, answer in answers.items():
             if not answer.strip():
                 raise BadRow("empty_response", f'the field "{name}" is empty')
-        eos = tokenizer.eos_token
-        ended = [answer if answer.endswith(eos) else answer + eos for answer in answers.values()]
-        head = _encode(tokenizer, prompt, chat=False)
-        whole = [_encode(tokenizer, prompt + answer, chat=False) for answer in ended]
+        asked, texts = prompt, [f"{prompt}{each.removesuffix(eos)}{eos}" for each in answers.values()]
     else:
         for name, ours in answers.items():
             if not ours:
@@ -172,10 +171,10 @@ def encode_pair(tokenizer: Tokenizer, row: dict[str, Any]) -> tuple[Example, Exa
             if messages_of(ours)[-1]["role"] != "assistant":
                 raise BadRow("no_assistant_turn", f'the last turn of "{name}" is not the assistant\'s')
         context, tools = messages_of(prompt), tools_of(row)
-        head = _encode(tokenizer, _render(tokenizer, context, tools, add_generation_prompt=True), chat=True)
+        asked = chats.render(tokenizer, context, tools, add_generation_prompt=True)
         whole_turns = [context + messages_of(ours) for ours in answers.values()]
-        texts = [_render(tokenizer, each, tools, add_generation_prompt=False) for each in whole_turns]
-        whole = [_encode(tokenizer, text, chat=True) for text in texts]
+        texts = [chats.render(tokenizer, each, tools, add_generation_prompt=False) for each in whole_turns]
+    head, *whole = (_encode(tokenizer, text, chat=kind is list) for text in (asked, *texts))
     start = min(_common(head, ids) for ids in whole)
     pair = [Example(np.asarray(ids, np.int32), np.arange(len(ids)) >= max(start, 1)) for ids in whole]
     return pair[0], pair[1]
@@ -202,7 +201,7 @@ def encode_prompt(tokenizer: Tokenizer, row: dict[str, Any], *, format: str, pro
     if not _is_chat(row, format, prompt):
         return _encode(tokenizer, (_response if format == "text" else _head)(row, format), chat=False)
     chat = _conversation(row, format, answered=False)
-    return _encode(tokenizer, _render(tokenizer, _asked(chat), chat.tools, add_generation_prompt=True), chat=True)
+    return _encode(tokenizer, chats.render(tokenizer, _asked(chat), chat.tools, add_generation_prompt=True), chat=True)
 
 
 def reference_answer(row: dict[str, Any], *, format: str) -> str:
@@ -216,10 +215,8 @@ def reference_answer(row: dict[str, Any], *, format: str) -> str:
         return field_of(row, "chosen", str)
     if format == "alpaca" or (format == "completion" and not isinstance(row.get("prompt"), list)):
         return _response(row, format)
-    if format == "preference":
-        messages = messages_of(field_of(row, "chosen", list))
-    elif format == "completion":
-        messages = messages_of(field_of(row, "completion", list))
+    if format in ("preference", "completion"):
+        messages = messages_of(field_of(row, "chosen" if format == "preference" else "completion", list))
     else:
         messages = _conversation(row, format, answered=True).messages
     if messages[-1]["role"] != "assistant":
@@ -333,10 +330,3 @@ def _asked(chat: Conversation) -> list[Message]:
     """What is before the first answer that is trained, or all where the last turn is none."""
     answers = [i for i, m in enumerate(chat.messages) if m["role"] == "assistant" and chat.weights[i] > 0.0]
     return chat.messages[: answers[0]] if answers and chat.messages[-1]["role"] == "assistant" else chat.messages
-
-
-def _render(
-    tokenizer: Tokenizer, messages: list[Message], tools: list[Any] | None, *, add_generation_prompt: bool
-) -> str:
-    chat = Conversation(messages, tools, [1.0] * len(messages))
-    return chats.render(tokenizer, chat, add_generation_prompt=add_generation_prompt)

@@ -19,13 +19,13 @@ _BEGUN, _TAG = re.compile(r"<think>\s*$"), 64  # and how many characters are loo
 
 def last_answer(messages: list[Message]) -> int | None:
     """The last message of the assistant, if no user's follows."""
-    last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=-1)
-    return last if last > _last_query(messages) else None
+    last = _last(messages, "assistant")
+    return last if last > _last(messages, "user") else None
 
 
 def without_history(messages: list[Message]) -> list[Message]:
     """The messages without the reasoning of answers that a user's turn follows."""
-    last = _last_query(messages)
+    last = _last(messages, "user")
     return [_without(m) if m["role"] == "assistant" and i < last else m for i, m in enumerate(messages)]
 
 
@@ -50,10 +50,7 @@ def in_content(message: Message, *, begun: bool = False) -> Message | None:
 def answered(text: str, start: int, end: int, *, mask: bool) -> list[tuple[int, int]]:
     """The parts of an answer's characters without an empty reasoning, and with `mask` without any."""
     begun = _BEGUN.search(text[max(0, start - _TAG) : start]) is not None
-    if begun:
-        first = _REST if mask else _EMPTY_REST
-    else:
-        first = _EMPTY
+    first = (_REST if mask else _EMPTY_REST) if begun else _EMPTY
     if skipped := first.match(text, start, end):
         start = skipped.end()
     if not mask:
@@ -65,8 +62,8 @@ def answered(text: str, start: int, end: int, *, mask: bool) -> list[tuple[int, 
     return [part for part in [*parts, (start, end)] if part[0] < part[1]]
 
 
-def _last_query(messages: list[Message]) -> int:
-    return max((i for i, message in enumerate(messages) if message["role"] == "user"), default=-1)
+def _last(messages: list[Message], role: str) -> int:
+    return max((i for i, message in enumerate(messages) if message["role"] == role), default=-1)
 
 
 def _without(message: Message) -> Message:

@@ -30,7 +30,7 @@ from jlora.data.tokens import Tokenizer
 from jlora.errors import ConfigError, DataError
 from jlora.files import lock, manifest
 from jlora.files.atomic import leftovers, new_folder
-from jlora.files.private import private, shared
+from jlora.files.paths import private, shared
 from jlora.files.theirs import open_theirs
 
 # Raised with every change of what rows become, or of how it is written down.
@@ -114,7 +114,6 @@ class StoredPlaces(View[str]):
         return _starts(self._lengths)  # for messages alone, so most runs never need it
 
     def one(self, index: int) -> str:
-        """The place at an index."""
         return self._text[self._starts[index] : self._starts[index + 1]].tobytes().decode("utf-8", "surrogateescape")
 
 

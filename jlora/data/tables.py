@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from jlora.data.row import MAX_ROW_BYTES, TOO_LONG, BadRow
 from jlora.errors import DataError
-from jlora.files import hub, native
+from jlora.files import hub
 from jlora.files.paths import inside
 from jlora.files.sandbox import tried
 from jlora.files.theirs import MAX_JSON, open_theirs, read_theirs
@@ -166,7 +166,7 @@ def _try(files: list[Path], source: Path) -> None:
     found = {(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files}
     if new := sorted(found - _survived):
         names, sizes, _ = zip(*new, strict=True)
-        if fault := tried(Path(native.__file__), "arrow", *names, size=sum(sizes)):
+        if fault := tried("arrow", *names, size=sum(sizes)):
             raise DataError(f"{source}: its Arrow files cannot be read: {fault}; make the data set again")
         _survived.update(new)
 
@@ -196,13 +196,11 @@ def _readable(kind: "pyarrow.DataType", own: bool) -> bool:
         return all(_readable(field.type, own) for field in kind)
     if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind) or types.is_dictionary(kind):
         return _readable(kind.value_type, own)
-    if types.is_string(kind) or types.is_large_string(kind) or types.is_null(kind) or _is_json(kind):
+    if types.is_string(kind) or types.is_large_string(kind) or types.is_null(kind):
+        return True
+    if getattr(kind, "extension_name", None) == JSON:
         return True
     return types.is_primitive(kind) and (own or not types.is_temporal(kind))
-
-
-def _is_json(kind: "pyarrow.DataType") -> bool:
-    return getattr(kind, "extension_name", None) == JSON
 
 
 def _values(batch: "pyarrow.RecordBatch") -> Iterator[Any]:

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jlora.data.backends import Fast, SentencePiece, named
-from jlora.errors import ConfigError, DataError, ModelError
-from jlora.files import hub, native
+from jlora.errors import ConfigError, DataError, ModelError, UserError
+from jlora.files import hub
 from jlora.files.paths import inside
 from jlora.files.sandbox import BYTES, SECONDS, confined, panics, tried
 from jlora.files.theirs import MAX_JSON, MAX_TEMPLATE, read_theirs, text_of_theirs
@@ -203,15 +203,17 @@ def load_tokenizer(path: str | Path, chat_template: str | None) -> Tokenizer:
     """
     folder = _folder(path)
     files = tuple(path for path in (inside(folder, name) for name in _FILES) if path.is_file())
-    if folder / "tokenizer.json" in files:
-        tokenizer = _from_json(folder, files, path)
-    elif folder / "tokenizer.model" in files:
-        try:
+    try:
+        if folder / "tokenizer.json" in files:
+            tokenizer = _from_json(folder, files, path)
+        elif folder / "tokenizer.model" in files:
             tokenizer = _from_sentencepiece(folder, files)
-        except (OSError, AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
-            raise ModelError(f"the tokenizer files in {folder} cannot be read: {error}") from error
-    else:
-        raise ModelError(f"{folder} has no tokenizer: it needs a tokenizer.json or a tokenizer.model")
+        else:
+            raise ModelError(f"{folder} has no tokenizer: it needs a tokenizer.json or a tokenizer.model")
+    except UserError:
+        raise
+    except Exception as error:  # the tokenizers library raises bare Exception
+        raise ModelError(f"the tokenizer files in {folder} cannot be read: {error}") from error
     return with_template(tokenizer, chat_template, path)
 
 
@@ -247,25 +249,19 @@ def _folder(path: str | Path) -> Path:
 def _from_json(folder: Path, files: tuple[Path, ...], where: str | Path) -> Tokenizer:
     from transformers import PreTrainedTokenizerFast
 
-    try:
-        content = read_theirs(folder / "tokenizer.json", MAX_JSON)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"the tokenizer files in {folder} cannot be read: {error}") from error
+    content = read_theirs(folder / "tokenizer.json", MAX_JSON)
     digest = hashlib.sha256(content).hexdigest()
     if digest not in _survived:
-        if fault := tried(Path(native.__file__), "tokenizer", content=content):
-            raise ModelError(f"the tokenizer files in {folder} cannot be read: {fault}")
+        if fault := tried("tokenizer", content=content):
+            raise ValueError(fault)
         _survived.add(digest)
     # Alone, because transformers reads more of a folder, such as additional_chat_templates, wherever links in it lead.
     with tempfile.TemporaryDirectory(prefix="jlora-") as alone:
         for path in (*files, inside(folder, "config.json")):
             if path.is_file():
                 (Path(alone) / path.name).symlink_to(path.resolve())
-        try:  # not by AutoTokenizer, which rebuilds Llama's so that it cuts some texts differently
-            with panics():
-                hf = PreTrainedTokenizerFast.from_pretrained(alone, local_files_only=True)
-        except Exception as error:  # the tokenizers library raises bare Exception
-            raise ModelError(f"the tokenizer files in {folder} cannot be read: {error}") from error
+        with panics():  # not by AutoTokenizer, which rebuilds Llama's so that it cuts some texts differently
+            hf = PreTrainedTokenizerFast.from_pretrained(alone, local_files_only=True)
     return from_fast(hf, content, files, where)
 
 

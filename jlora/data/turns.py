@@ -6,6 +6,7 @@ its mark, a turn begins where the generation prompt ends, and ends where the tex
 """
 
 from collections.abc import Callable
+from os.path import commonprefix
 from typing import NamedTuple
 
 from jlora.data.conversation import Message
@@ -98,7 +99,7 @@ class Layout:
             return place + len(tail)
         if not i:
             return self._start_by_prompt(i, first, self._content_start(i))
-        shared = _common(tail, self._text[place : place + len(tail)])
+        shared = len(commonprefix([tail, self._text[place : place + len(tail)]]))
         plain, own = read(self._renders(self._messages[:i], False))
         ended = plain[own[-1].at :] if own else plain
         start = min(self._border(place + shared), self._content_start(i))
@@ -137,7 +138,7 @@ class Layout:
         if self._text.startswith(tail, anchor.at):
             self._ending = tail if plain else self._ending
             return anchor.at + len(tail)
-        end = self._border(anchor.at + _common(tail, self._text[anchor.at : anchor.at + len(tail)]))
+        end = self._border(anchor.at + len(commonprefix([tail, self._text[anchor.at : anchor.at + len(tail)]])))
         if tail[end - anchor.at :].strip() not in self._tokenizer.specials:  # but another end of the conversation
             raise self._lost(i)
         return end
@@ -168,12 +169,4 @@ class Layout:
         before = bare(self._messages[i]["content"].partition(CONTENT)[0])
         if not any(mark.message == i and mark.kind == THOUGHT for mark in self._marks):
             before = before.rpartition("</think>")[2]
-        return anchor.at - _common(before[::-1], self._text[: anchor.at][::-1])
-
-
-def _common(first: str, second: str) -> int:
-    """How many characters two texts begin with alike."""
-    for i, (a, b) in enumerate(zip(first, second, strict=False)):
-        if a != b:
-            return i
-    return min(len(first), len(second))
+        return anchor.at - len(commonprefix([before[::-1], self._text[: anchor.at][::-1]]))

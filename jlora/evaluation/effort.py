@@ -32,7 +32,7 @@ from jlora.inference.generate import LENGTH_STEP
 from jlora.inference.model import Adapted
 from jlora.model import attention, quant
 from jlora.model.sharding import one_device_mesh
-from jlora.reports.memory import require_matplotlib
+from jlora.reports.plan import require_matplotlib
 from jlora.runtime import distributed, supervise
 from jlora.training.evaluator import Evaluator, describe_figures
 from jlora.training.folder import make_run_dir

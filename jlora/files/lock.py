@@ -42,43 +42,32 @@ def locked(run_dir: Path, mine: bool = True) -> Iterator[Callable[[], None]]:
     if not mine:
         yield lambda: None
         return
-    descriptor = open_own(run_dir / NAME, os.O_RDWR | os.O_CREAT)
-    try:
-        _take(descriptor, run_dir)
+    with open(open_own(run_dir / NAME, os.O_RDWR | os.O_CREAT), "r+b") as file:
+        _take(file.fileno(), run_dir)
         try:
-            yield partial(_require_there, descriptor, run_dir)
+            yield partial(_require_there, file.fileno(), run_dir)
         finally:
-            _note(descriptor, "")
-    finally:
-        os.close(descriptor)
+            _note(file.fileno(), "")
 
 
 @contextmanager
 def waited_for(path: Path) -> Iterator[bool]:
     """Hold the lock of a file once no other process does; whether locks work there."""
-    descriptor = open_own(path, os.O_RDWR | os.O_CREAT)
-    try:
+    with open(open_own(path, os.O_RDWR | os.O_CREAT), "r+b") as file:
         try:
-            alone = lock_descriptor(descriptor)
+            alone = lock_descriptor(file.fileno())
         except OSError:
             alone = False
         yield alone
-    finally:
-        os.close(descriptor)
 
 
 def held(run_dir: Path) -> bool:
     """Whether a process is training in a run folder; nobody is kept from beginning to."""
     try:
-        descriptor = os.open(run_dir / NAME, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError:
+        with open(open_own(run_dir / NAME, os.O_RDONLY), "rb") as file:
+            return not lock_descriptor(file.fileno(), blocking=False)
+    except OSError:  # no lock, or no locks, there
         return False
-    try:
-        return not lock_descriptor(descriptor, blocking=False)
-    except OSError:  # no locks there
-        return False
-    finally:
-        os.close(descriptor)
 
 
 def _require_there(descriptor: int, run_dir: Path) -> None:

@@ -1,11 +1,11 @@
-"""Paths as users write and read them, and files of a folder that somebody else made: confined to it, and regular."""
+"""Paths as users write and read them, and folders: others' files stay inside theirs, and caches are the user's."""
 
 import os
 import stat
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from jlora.errors import ModelError, UserError
+from jlora.errors import ConfigError, ModelError, UserError
 
 # What the commands write in a run folder.
 RUN_FILES = (
@@ -93,3 +93,29 @@ def require_own(run_dir: Path, error: type[UserError], more: Iterable[str] = ())
         if not (stat.S_ISDIR(mode) if path in folders else stat.S_ISREG(mode)):
             kind = "folder" if path in folders else "regular file"
             raise error(f"{path}: is not a {kind}; move it away")
+
+
+def shared(path: Path) -> str | None:
+    """Who else may write in a folder, as a clause; None where nobody is known to."""
+    status = path.stat()
+    if status.st_uid != os.geteuid():
+        return "belongs to another user"
+    return "may be written to by others" if status.st_mode & 0o022 else None
+
+
+def private(folder: Path, name: str, why: str) -> None:
+    """Make a folder for its owner alone, or see that nobody else may write in the one that is there.
+
+    Args:
+      name: what sets it. why: what somebody else could do there, as a clause.
+
+    Raises:
+      ConfigError: somebody else may.
+      OSError: it is not there and cannot be made.
+    """
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if fault := shared(folder):
+        raise ConfigError(
+            f"{name} {folder}: {fault}, and {why}; set a folder of your own, or empty it and make it yours alone "
+            "(chmod 700)"
+        )

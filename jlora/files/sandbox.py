@@ -1,6 +1,8 @@
 """Runs a piece of somebody else's program, such as a chat template, within bounds of time and memory.
 
-Knows nothing of what is run. Memory is bounded on Linux alone; in this process, time in the main thread alone.
+Opens somebody else's file with a library in native code in a process of its own, whose death then kills no run: this
+module as a script, which imports nothing of jlora and ends with an error where the file does. Memory is bounded on
+Linux alone; in this process, time in the main thread alone.
 """
 
 import os
@@ -11,7 +13,6 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 # Of processor time, so that a machine that is suspended or busy does not count; and of memory beyond what is in use.
 SECONDS = 10
@@ -21,27 +22,15 @@ BYTES = 2**30
 FILE_SECONDS, FILE_BYTES = 30, 2 * 2**30
 BYTES_A_SECOND = 10_000_000
 
-# Bounds itself before it imports what it runs.
-_START = """
-import pathlib, resource, runpy, sys
-seconds, size = int(sys.argv[1]), int(sys.argv[2])
-resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
-statm = pathlib.Path("/proc/self/statm")
-if statm.is_file():
-    in_use = int(statm.read_text().split()[0]) * resource.getpagesize()
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    size += in_use
-    resource.setrlimit(resource.RLIMIT_AS, (size if soft == resource.RLIM_INFINITY else min(soft, size), hard))
-del sys.argv[1:3]
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
 # No threads, each of which would take memory, and none of the arenas that pyarrow sets aside.
 _ALONE = {
     "RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1",
     "ARROW_DEFAULT_MEMORY_POOL": "system", "PYTHONFAULTHANDLER": "",
 }  # fmt: skip
+# Letters, digits and signs, what normalizers know, and runs on which a pattern may never end.
+TEXT = (
+    "".join(map(chr, range(32, 127))) + "\n\t é ① ﬁ ☃ \u0301 日本 \N{GRINNING FACE} " + "a" * 64 + "! " + "0" * 64 + "!"
+)
 
 
 class _TimeUp(BaseException):
@@ -57,7 +46,7 @@ def confined() -> Iterator[None]:
     Raises:
       TimeoutError, MemoryError: the block took more.
     """
-    with _bounded_memory(), timed():
+    with _bounded_memory(BYTES), timed():
         yield
 
 
@@ -68,33 +57,6 @@ def timed() -> Iterator[None]:
     Raises:
       TimeoutError: the block took more.
     """
-    try:
-        with _bounded_time():
-            yield
-    except _TimeUp:
-        raise TimeoutError from None
-
-
-@contextmanager
-def _bounded_memory() -> Iterator[None]:
-    try:
-        statm = os.open("/proc/self/statm", os.O_RDONLY)  # which a file of Python's takes ten times as long for
-    except OSError:
-        yield
-        return
-    pages = int(os.read(statm, 32).split()[0])
-    os.close(statm)
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    wanted = pages * resource.getpagesize() + BYTES
-    resource.setrlimit(resource.RLIMIT_AS, (wanted if soft == resource.RLIM_INFINITY else min(soft, wanted), hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
-
-
-@contextmanager
-def _bounded_time() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -106,23 +68,44 @@ def _bounded_time() -> Iterator[None]:
     # Again each second, should the first have come where exceptions are dropped.
     signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS, 1)
     try:
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+            signal.signal(signal.SIGVTALRM, before)
+    except _TimeUp:
+        raise TimeoutError from None
+
+
+@contextmanager
+def _bounded_memory(size: int) -> Iterator[None]:
+    try:
+        statm = os.open("/proc/self/statm", os.O_RDONLY)  # which a file of Python's takes ten times as long for
+    except OSError:
+        yield
+        return
+    pages = int(os.read(statm, 32).split()[0])
+    os.close(statm)
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    wanted = pages * resource.getpagesize() + size
+    resource.setrlimit(resource.RLIMIT_AS, (wanted if soft == resource.RLIM_INFINITY else min(soft, wanted), hard))
+    try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-        signal.signal(signal.SIGVTALRM, before)
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
-def tried(script: Path, *arguments: str, content: bytes = b"", size: int = 0) -> str | None:
-    """Run a script in a process of its own, in at most FILE_SECONDS and FILE_BYTES, to see whether it survives a file.
+def tried(kind: str, *files: str, content: bytes = b"", size: int = 0) -> str | None:
+    """Open a file in a process of its own, in at most FILE_SECONDS and FILE_BYTES, to see whether it survives it.
 
     Args:
-      content: what it reads from stdin. size: of a file that it maps, in bytes, for which it may take more.
+      kind: "tokenizer", of `content`, or "arrow", of `files`, which have `size` bytes for which it may take more.
 
     Returns:
       Why it failed, as a clause; None if it ended well.
     """
     seconds, most = FILE_SECONDS + size // BYTES_A_SECOND, FILE_BYTES + size
-    command = [sys.executable, "-P", "-c", _START, str(seconds), str(most), str(script), *arguments]
+    command = [sys.executable, "-P", __file__, kind, str(seconds), str(most), *files]
     done = subprocess.run(command, input=content, capture_output=True, env=os.environ | _ALONE)
     if done.returncode == 0:
         return None
@@ -145,3 +128,45 @@ def panics() -> Iterator[None]:
         if type(error).__name__ != "PanicException":
             raise
         raise RuntimeError(str(error)) from None
+
+
+def tokenizer(content: bytes) -> None:
+    """Load a tokenizer.json; encode and decode a text. A text that it refuses is no fault of it."""
+    from tokenizers import Tokenizer
+
+    loaded = Tokenizer.from_buffer(content)
+    loaded.no_truncation()
+    loaded.no_padding()
+    loaded.get_vocab(with_added_tokens=True)
+    for special in (True, False):
+        try:
+            ids = loaded.encode(TEXT, add_special_tokens=special).ids
+        except Exception:  # the library raises nothing narrower; a panic is none
+            continue
+        loaded.decode(ids[:64])
+
+
+def arrow(path: str) -> None:
+    """Look at every value of a file of record batches, be it a stream or of random access."""
+    import pyarrow
+    from pyarrow import ipc
+
+    with pyarrow.memory_map(path) as file:
+        try:
+            batches = iter(ipc.open_stream(file))
+        except pyarrow.ArrowInvalid:
+            reader = ipc.open_file(file)
+            batches = map(reader.get_batch, range(reader.num_record_batches))
+        for batch in batches:
+            batch.validate(full=True)
+
+
+if __name__ == "__main__":  # what `tried` starts: it bounds itself before it imports what it runs
+    _kind, _seconds, _size, *_files = sys.argv[1:]
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_CPU, (int(_seconds), int(_seconds) + 1))
+    with _bounded_memory(int(_size)):
+        if _kind == "tokenizer":
+            tokenizer(sys.stdin.buffer.read())
+        for _path in _files:
+            arrow(_path)

@@ -2,6 +2,7 @@
 
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -141,10 +142,10 @@ def _adapted(raw: dict[str, Any], model: ModelConfig, where: Path) -> set[tuple[
     """
     excluded, targeted = (_Names(raw, key, where, model) for key in ("exclude_modules", "target_modules"))
     saved = _Names({"saved": _names(raw, "modules_to_save", where)}, "saved", where, model)
-    layers = _Layers(raw, targeted, where)
+    in_layers = _in_layers(raw, targeted, where)
     found: set[tuple[str, int]] = set()
     for path, module in _modules(model).items():
-        if excluded.hold(path) or saved.hold(path) or not targeted.hold(path) or not layers.hold(path):
+        if excluded.hold(path) or saved.hold(path) or not targeted.hold(path) or not in_layers(path):
             continue
         if module is None:
             raise ModelError(
@@ -192,32 +193,29 @@ class _Names:
         return any(end in self.names for end in _ends(path))
 
 
-class _Layers:
-    """`layers_to_transform` and `layers_pattern`: which layers names select modules in; a whole path needs neither."""
+def _in_layers(raw: dict[str, Any], targeted: _Names, where: Path) -> Callable[[str], bool]:
+    """Whether `layers_to_transform` and `layers_pattern` select a module by its path; a whole path needs neither."""
+    given = raw.get("layers_to_transform")
+    listed = given if isinstance(given, list) else [] if given is None else [given]
+    if not all(isinstance(layer, int) and not isinstance(layer, bool) for layer in listed):
+        raise ModelError(f"{where}: layers_to_transform={given!r} is neither a layer's number nor a list of them")
+    chosen, pattern = frozenset(listed), raw.get("layers_pattern") or []
+    names = [pattern] if isinstance(pattern, str) else _names(raw, "layers_pattern", where)
+    patterns = [_compiled(rf"(?:^|.*?\.){name}\.(?P<idx>\d+)\.", "layers_pattern", where) for name in names]
+    patterns = patterns or [re.compile(r".*?\.[^.]*\.(?P<idx>\d+)\.")]
+    if (chosen or names) and targeted.pattern is not None:
+        raise ModelError(
+            f"{where}: target_modules={targeted.given!r} is a pattern, which layers_to_transform and "
+            "layers_pattern cannot go with; write the layers into it"
+        )
 
-    def __init__(self, raw: dict[str, Any], targeted: _Names, where: Path):
-        given = raw.get("layers_to_transform")
-        chosen = given if isinstance(given, list) else [] if given is None else [given]
-        if not all(isinstance(layer, int) and not isinstance(layer, bool) for layer in chosen):
-            raise ModelError(f"{where}: layers_to_transform={given!r} is neither a layer's number nor a list of them")
-        self.chosen = frozenset(chosen)
-        self.paths = targeted.names
-        pattern = raw.get("layers_pattern") or []
-        names = [pattern] if isinstance(pattern, str) else _names(raw, "layers_pattern", where)
-        self.patterns = [_compiled(rf"(?:^|.*?\.){name}\.(?P<idx>\d+)\.", "layers_pattern", where) for name in names]
-        self.patterns = self.patterns or [re.compile(r".*?\.[^.]*\.(?P<idx>\d+)\.")]
-        if (self.chosen or names) and targeted.pattern is not None:
-            raise ModelError(
-                f"{where}: target_modules={targeted.given!r} is a pattern, which layers_to_transform and "
-                "layers_pattern cannot go with; write the layers into it"
-            )
-
-    def hold(self, path: str) -> bool:
-        """Whether the module is in one of the layers."""
-        if not self.chosen or path in self.paths:
+    def hold(path: str) -> bool:
+        if not chosen or path in targeted.names:
             return True
-        match = next((match for pattern in self.patterns if (match := pattern.match(path))), None)
-        return match is not None and match["idx"] is not None and int(match["idx"]) in self.chosen
+        match = next((match for pattern in patterns if (match := pattern.match(path))), None)
+        return match is not None and match["idx"] is not None and int(match["idx"]) in chosen
+
+    return hold
 
 
 def _names(raw: dict[str, Any], key: str, where: Path) -> list[str]:

@@ -10,9 +10,8 @@ from typing import Any
 
 from jlora.config import ATTENTION_PROJECTIONS, MLP_PROJECTIONS
 from jlora.errors import ModelError
-from jlora.hf.families import FAMILIES, Family
+from jlora.hf.families import FAMILIES, WRAPPERS, Family, names_in, text_of
 from jlora.hf.published import method_of
-from jlora.hf.wrapped import WRAPPERS, names_in, text_of
 from jlora.model.config import ModelConfig, ModuleNames
 from jlora.model.rope import DynamicRope, LinearRope, Llama3Rope, Rope, RopeScaling, YarnRope
 
@@ -62,7 +61,9 @@ def parse_config(raw: dict[str, Any], where: str) -> ModelConfig:
     family = _family(raw, where)
     raw = raw | {ours: raw[theirs] for ours, theirs in family.keys if theirs in raw}
     _check_ignored(raw, family, where)
-    for field, allowed in (ONLY_SUPPORTED | _required(family)).items():
+    whole = {} if family.partial_rotary else {"partial_rotary_factor": (1, None)}
+    required = {key: (value, None) for key, value in family.required}
+    for field, allowed in (ONLY_SUPPORTED | whole | required).items():
         if raw.get(field) not in allowed and (field in raw or None not in allowed):
             raise ModelError(f"{where}: {field}={raw.get(field)!r} changes the numerics and is not supported")
 
@@ -121,11 +122,6 @@ def module_names(raw: dict[str, Any]) -> ModuleNames:
     return names_in(FAMILIES.get(str(raw.get("model_type")), FAMILIES["llama"]).names, raw)
 
 
-def _required(family: Family) -> dict[str, tuple[Any, ...]]:
-    whole = {} if family.partial_rotary else {"partial_rotary_factor": (1, None)}
-    return whole | {key: (value, None) for key, value in family.required}
-
-
 def _check_ignored(raw: dict[str, Any], family: Family, where: str) -> None:
     """What is read by none of the functions that compute, and may be there all the same."""
     if raw.get("auto_map") is not None:
@@ -168,7 +164,7 @@ def _family(raw: dict[str, Any], where: str) -> Family:
 
 def _layer_kinds(raw: dict[str, Any], family: Family, layers: int, where: str) -> list[str]:
     """Which layers have the window, if there is one."""
-    if not family.by_layer:
+    if not family.switch and family.full_every is None:
         return [SLIDING]
     kinds, first = raw.get("layer_types"), raw.get("max_window_layers", 28)
     if kinds is None and family.switch:
@@ -212,48 +208,40 @@ def _ropes(
         local = {"rope_theta": raw.get("rope_local_base_freq", family.local_theta), "rope_scaling": None}
         own = {SLIDING: local, FULL: {"rope_theta": raw.get("rope_theta", family.theta)}}
         settings = {kind: raw | keys | {"rope_parameters": nested.get(kind)} for kind, keys in own.items()}
-    found = {kind: _one_rope(one, family, sizes, where) for kind, one in settings.items()}
+    found = {kind: _rope(one, family, sizes, where) for kind, one in settings.items()}
     by_layer = tuple(found.get(kind, found[SLIDING]) for kind in kinds)
     return by_layer if len(set(by_layer)) > 1 else by_layer[:1]
 
 
-def _one_rope(raw: dict[str, Any], family: Family, sizes: tuple[int, int], where: str) -> Rope:
-    positions, head_dim = sizes
-    share = 1.0
-    settings = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
-    if family.partial_rotary and isinstance(settings, dict):
-        values = (settings.get("partial_rotary_factor"), raw.get("partial_rotary_factor"), 1.0)
-        share = _real(next(value for value in values if value is not None), "partial_rotary_factor", where)
-        settings = {key: value for key, value in settings.items() if key != "partial_rotary_factor"}
-        raw = raw | {"rope_parameters": settings, "rope_scaling": None}
-    dim = int(head_dim * share)
-    if not 2 <= dim <= head_dim or dim % 2:
-        raise ModelError(f"{where}: partial_rotary_factor={share} turns {dim} of {head_dim} dims, not an even part")
-    theta, scaling = _rope(raw, positions, where)
-    if isinstance(scaling, DynamicRope) and dim < 4:
-        raise ModelError(f"{where}: rope_scaling of type 'dynamic' needs a head_dim of at least 4, not {dim}")
-    return Rope(theta, dim, scaling)
-
-
-def _biased(raw: dict[str, Any], family: Family, where: str) -> tuple[str, ...]:
-    """The projections that have a bias."""
-    found = family.biased
-    for field, projections in BIAS_KEYS.items():
-        value = raw.get(field, False)
-        if value not in (False, None) and (value is not True or field not in family.bias_keys):
-            raise ModelError(f"{where}: {field}={value!r} changes the numerics and is not supported")
-        found += projections if value else ()
-    return found
-
-
-def _rope(raw: dict[str, Any], max_positions: int, where: str) -> tuple[float, RopeScaling | None]:
-    """Theta, and how frequencies are rescaled."""
+def _rope(raw: dict[str, Any], family: Family, sizes: tuple[int, int], where: str) -> Rope:
+    """Theta, how many dims are turned, and how frequencies are rescaled."""
+    max_positions, head_dim = sizes
     scaling = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     if not isinstance(scaling, dict):
         raise ModelError(f"{where}: rope_scaling must be a JSON object, not {scaling!r}")
+    share = 1.0
+    if family.partial_rotary:
+        values = (scaling.get("partial_rotary_factor"), raw.get("partial_rotary_factor"), 1.0)
+        share = _real(next(value for value in values if value is not None), "partial_rotary_factor", where)
+        scaling = {key: value for key, value in scaling.items() if key != "partial_rotary_factor"}
+    dim = int(head_dim * share)
+    if not 2 <= dim <= head_dim or dim % 2:
+        raise ModelError(f"{where}: partial_rotary_factor={share} turns {dim} of {head_dim} dims, not an even part")
     # The settings' own theta goes first, then the config's, then the family's default.
     thetas = (scaling.get("rope_theta"), raw.get("rope_theta"), 10000.0)
     theta = _real(next(value for value in thetas if value is not None), "rope_theta", where)
+    rescaling = _rescaling(scaling, raw.get("original_max_position_embeddings"), max_positions, where)
+    if isinstance(rescaling, DynamicRope) and dim < 4:
+        raise ModelError(f"{where}: rope_scaling of type 'dynamic' needs a head_dim of at least 4, not {dim}")
+    return Rope(theta, dim, rescaling)
+
+
+def _rescaling(scaling: dict[str, Any], configured: Any, max_positions: int, where: str) -> RopeScaling | None:
+    """How frequencies are rescaled.
+
+    Args:
+      configured: the config's own `original_max_position_embeddings`, which goes before that of the settings.
+    """
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     if not isinstance(kind, str) or kind not in ROPE_FIELDS:
         known = "linear, dynamic, llama3 and yarn"
@@ -272,27 +260,24 @@ def _rope(raw: dict[str, Any], max_positions: int, where: str) -> tuple[float, R
         return _real(fallback if value is None else value, f"rope_scaling.{field}", where)
 
     def original() -> int:
-        # The config's own field goes before that of the settings.
-        for value in (raw.get("original_max_position_embeddings"), scaling.get("original_max_position_embeddings")):
-            if value is not None:
-                return _integer(value, "original_max_position_embeddings", where)
-        return max_positions
+        found = (configured, scaling.get("original_max_position_embeddings"), max_positions)
+        return _integer(next(one for one in found if one is not None), "original_max_position_embeddings", where)
 
     match kind:
         case "default":
-            return theta, None
+            return None
         case "linear":
-            return theta, LinearRope(real("factor"))
+            return LinearRope(real("factor"))
         case "dynamic":
-            return theta, DynamicRope(real("factor"), max_positions)
+            return DynamicRope(real("factor"), max_positions)
         case "llama3":
-            return theta, Llama3Rope(real("factor"), real("low_freq_factor"), real("high_freq_factor"), original())
+            return Llama3Rope(real("factor"), real("low_freq_factor"), real("high_freq_factor"), original())
         case "yarn":
             factor = real("factor", max_positions / original())
             truncate = scaling.get("truncate", True)
             if not isinstance(truncate, bool):
                 raise ModelError(f"{where}: rope_scaling.truncate must be true or false, not {truncate!r}")
-            return theta, YarnRope(
+            return YarnRope(
                 factor=factor,
                 attention_factor=real("attention_factor", _yarn_attention_factor(scaling, factor, real)),
                 beta_fast=real("beta_fast", 32.0),
@@ -301,6 +286,17 @@ def _rope(raw: dict[str, Any], max_positions: int, where: str) -> tuple[float, R
                 original_max_position_embeddings=original(),
             )
     raise AssertionError(kind)
+
+
+def _biased(raw: dict[str, Any], family: Family, where: str) -> tuple[str, ...]:
+    """The projections that have a bias."""
+    found = family.biased
+    for field, projections in BIAS_KEYS.items():
+        value = raw.get(field, False)
+        if value not in (False, None) and (value is not True or field not in family.bias_keys):
+            raise ModelError(f"{where}: {field}={value!r} changes the numerics and is not supported")
+        found += projections if value else ()
+    return found
 
 
 def _yarn_attention_factor(scaling: dict[str, Any], factor: float, real: Any) -> float:

@@ -118,11 +118,11 @@ def bnb_nf4_codes(parts: Parts, rows: Range, columns: Range, *, width: int) -> n
 
     There byte i of a block holds elements i and i + 32, here 2 i + 1 and 2 i.
     """
-    stored = parts["weight"].reshape(-1).view(np.uint8).reshape(-1, width // 2)
-    stored = stored[slice(*rows), slice(*columns)].reshape(rows[1] - rows[0], -1, 32)
-    codes = np.empty((*stored.shape, 2), np.uint8)
-    codes[..., 0], codes[..., 1] = stored >> 4, stored & 15
-    codes = codes.reshape(*stored.shape[:2], 64)
+    rows_of_bytes = parts["weight"].reshape(-1).view(np.uint8).reshape(-1, width // 2)
+    stored = rows_of_bytes[slice(*rows), slice(*columns)].reshape(rows[1] - rows[0], -1, 32)
+    pairs = np.empty((*stored.shape, 2), np.uint8)
+    pairs[..., 0], pairs[..., 1] = stored >> 4, stored & 15
+    codes = pairs.reshape(*stored.shape[:2], 64)
     return (codes[..., :32] | codes[..., 32:] << 4).reshape(len(stored), -1)
 
 

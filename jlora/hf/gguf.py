@@ -287,12 +287,8 @@ class GGUFFile:
                 raise self._error(f"sets llama.{key} to {size} where heads have size {head_dim}", _FOLDER)
         # As llama.cpp: a factor without a type is linear, and no factor, or 0, is 1.
         scaling = self._header.get("llama.rope.scaling.type", str, "linear")
-        factor = (
-            self._header.get(
-                "llama.rope.scaling.factor", float, self._header.get("llama.rope.scale_linear", float, 0.0)
-            )
-            or 1.0
-        )
+        older = self._header.get("llama.rope.scale_linear", float, 0.0)
+        factor = self._header.get("llama.rope.scaling.factor", float, older) or 1.0
         if scaling not in ("none", "linear"):
             raise self._error(f'sets llama.rope.scaling.type to "{scaling}", which is not supported', _FOLDER)
         linear = {"rope_type": "linear", "factor": _shortest(factor)}

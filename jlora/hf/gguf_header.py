@@ -187,7 +187,7 @@ class _Reader:
             key = self._text()
             if key in values:
                 raise ValueError(f"Duplicate key {key!r}")
-            values[key] = self._value(self._type())
+            values[key] = self._value(GGUFValueType(self._int(4)))
         infos: dict[str, StoredTensor] = {}
         for _ in range(num_tensors):
             info = self._tensor()
@@ -223,15 +223,12 @@ class _Reader:
     def _text(self) -> str:
         return self._bytes().decode("utf-8")
 
-    def _type(self) -> GGUFValueType:
-        return GGUFValueType(self._int(4))
-
     def _value(self, kind: GGUFValueType) -> Any:
         if kind == GGUFValueType.STRING:
             return self._bytes()
         if kind != GGUFValueType.ARRAY:
             return self._scalars(kind, 1)[0].item()
-        kind, count = self._type(), self._int(8)
+        kind, count = GGUFValueType(self._int(4)), self._int(8)
         if kind == GGUFValueType.ARRAY:
             raise ValueError("a list of lists")
         if kind != GGUFValueType.STRING:

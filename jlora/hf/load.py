@@ -69,14 +69,13 @@ def _turn(
             parts = quant.encode(weight, kind)
         if width != piece.shape[1]:
             parts = jax.lax.dynamic_slice_in_dim(parts[0], first[0], width), *parts[1:]
-        blocks = tuple(part.reshape(shape) for part, shape in zip(parts, shapes, strict=True))
-        return tuple(map(_carried, blocks, carriers)), finite
+        blocks = [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
+        return tuple(map(carried, blocks, carriers)), finite
+
+    def carried(block: jax.Array, carrier: jnp.dtype) -> jax.Array:
+        return block if carrier == block.dtype else jax.lax.bitcast_convert_type(block, carrier)
 
     return jax.shard_map(turn, mesh=mesh, in_specs=DEVICE, out_specs=DEVICE)(pieces, kept)
-
-
-def _carried(block: jax.Array, carrier: jnp.dtype) -> jax.Array:
-    return block if carrier == block.dtype else jax.lax.bitcast_convert_type(block, carrier)
 
 
 @partial(jax.jit, static_argnames="mesh", donate_argnums=0)
@@ -118,8 +117,8 @@ def _load_tensor(source: Source, name: str, entry: Entry, share: Share, leaf: "L
         if entry.layer is not None:
             shape[0], start[0] = 1, entry.layer
         shape[share.axis] = -1
-    part, codes = partial(source.part, name), source.stored_codes(name, leaf.kind)
-    if codes is not None:
+    part: Callable[[Range, Range], np.ndarray] = partial(source.part, name)
+    if (codes := source.stored_codes(name, leaf.kind)) is not None:
         share, part = share.of_codes(), codes.nf4_codes
         leaf.codes[entry.layer] = codes
     size, offsets = share.blocks()
@@ -134,7 +133,7 @@ def _load_tensor(source: Source, name: str, entry: Entry, share: Share, leaf: "L
             mesh=local,
             shapes=tuple(map(tuple, shapes)),
             carriers=tuple(buffer.dtype for buffer in leaf.buffers),
-            dtype=leaf.dtypes[0],
+            dtype=jnp.dtype(jax.tree.leaves(leaf.parts)[0].dtype),
             kind=leaf.kind,
             width=share.width,
             transposed=entry.transposed,
@@ -164,7 +163,6 @@ class Loaded:
       kind: what it is quantised to, or None.
       parts: the arrays that hold it, as shapes: itself, or the codes and scales of a `Quantized` before its
         `finish`.
-      shardings, dtypes: of the parts.
       buffers: this process's shards of each part, end to end along dim 0, over the mesh of this process's devices.
         On CPUs floats of 8 and 16 bits are unsigned integers there, since XLA for CPUs writes into a bfloat16
         buffer by converting all of it to float32 and back.
@@ -176,8 +174,6 @@ class Loaded:
     sharding: NamedSharding
     kind: str | None
     parts: Any
-    shardings: list[NamedSharding]
-    dtypes: list[jnp.dtype]
     buffers: tuple[jax.Array, ...]
     codes: dict[int | None, Packed] = field(default_factory=dict)
 
@@ -200,8 +196,6 @@ class Loaded:
         if kind is not None:
             quant.check_shards(kind, name, math.prod(abstract.inputs), shape[1] // shard[1])
         parts = quant.unfinished(abstract)
-        shardings = jax.tree.leaves(_shardings(parts, param.axes, mesh))
-        dtypes = [jnp.dtype(part.dtype) for part in jax.tree.leaves(parts)]
         on_cpu = local.devices.flat[0].platform == "cpu"
 
         def zeros(part: jax.ShapeDtypeStruct, over: NamedSharding) -> jax.Array:
@@ -211,8 +205,8 @@ class Loaded:
             make = partial(jnp.zeros, (local.size * first, *rest), carrier)
             return jax.jit(make, out_shardings=NamedSharding(local, DEVICE))()
 
-        buffers = tuple(map(zeros, jax.tree.leaves(parts), shardings))
-        return cls(param, shape, sharding, kind, parts, shardings, dtypes, buffers)
+        buffers = jax.tree.leaves(jax.tree.map(zeros, parts, _shardings(parts, param.axes, mesh)))
+        return cls(param, shape, sharding, kind, parts, tuple(buffers))
 
     def finish(self, mesh: Mesh) -> None:
         """Gives the param its arrays over the whole mesh. Nothing is copied but an absmax, which is quantised."""
@@ -223,11 +217,11 @@ class Loaded:
                 shards = [jax.device_put(np.asarray(shard).view(part.dtype), shard.device) for shard in shards]
             return jax.make_array_from_single_device_arrays(part.shape, sharding, shards)
 
-        parts, structure = jax.tree.flatten(self.parts)
-        value = jax.tree.unflatten(structure, list(map(whole, parts, self.buffers, self.shardings)))
+        axes, buffers = self.param.axes, jax.tree.unflatten(jax.tree.structure(self.parts), self.buffers)
+        value = jax.tree.map(whole, self.parts, buffers, _shardings(self.parts, axes, mesh))
         self.buffers = ()
         if self.kind in quant.LEVELS:
-            value = _finish(value, mesh, _shardings(self.param.get_raw_value(), self.param.axes, mesh))
+            value = _finish(value, mesh, _shardings(self.param.get_raw_value(), axes, mesh))
             value = _with_stored_scales(value, self.codes) if self.codes else value
         self.param.set_raw_value(value)
 
@@ -252,18 +246,19 @@ def _with_stored_scales(leaf: quant.Quantized, codes: dict[int | None, Packed]) 
     """A stacked leaf with its scales as they are stored, in the layers that have them stored."""
 
     def whole(number: int, computed: jax.Array) -> jax.Array:
-        def stored(index: tuple[slice, ...]) -> np.ndarray:
-            layers = range(*index[0].indices(computed.shape[0]))
-            found = [
-                codes[layer].nf4_scales()[number].reshape(computed.shape[1:])[index[1:]]
-                if layer in codes
-                else np.zeros(computed.shape[1:], computed.dtype)[index[1:]]
-                for layer in layers
-            ]
-            return np.stack(found)
+        layers, *shape = computed.shape
 
-        layers = np.array([layer in codes for layer in range(computed.shape[0])])
-        return _where(layers, jax.make_array_from_callback(computed.shape, computed.sharding, stored), computed)
+        def of_layer(layer: int, index: tuple[slice, ...]) -> np.ndarray:
+            none = np.zeros(shape, computed.dtype)
+            found = np.asarray(codes[layer].nf4_scales()[number]).reshape(shape) if layer in codes else none
+            return found[index]
+
+        def stored(index: tuple[slice, ...] | None) -> np.ndarray:
+            first, *rest = index or (slice(None),) * computed.ndim
+            return np.stack([of_layer(layer, tuple(rest)) for layer in range(*first.indices(layers))])
+
+        found = jax.make_array_from_callback(computed.shape, computed.sharding, stored)
+        return _where(np.array([layer in codes for layer in range(layers)]), found, computed)
 
     scales, second, offset = map(whole, range(3), (leaf.scales, leaf.second, leaf.offset))
     return replace(leaf, scales=scales, second=second, offset=offset)

@@ -3,16 +3,14 @@
 PEFT keeps A as [R, in] and B as [out, R], one pair a layer.
 """
 
-import json
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors.numpy import save
 
 from jlora.config import ALL_PROJECTIONS, LoraSection
 from jlora.errors import ModelError
@@ -21,6 +19,7 @@ from jlora.files.paths import inside
 from jlora.hf.adapter_config import CONFIG, AdapterSection, read_adapter_config
 from jlora.hf.names import tensor_name
 from jlora.hf.source import Source, open_safetensors, read_floats, same_tables
+from jlora.hf.weights import header
 from jlora.model.adapter import Adapter, Lora, Saved, layer_ranks, new_lora, scaling, targets
 from jlora.model.adapter_init import saved_weights
 from jlora.model.config import LLAMA, ModelConfig, ModuleNames, module_in_layer, module_path, projection_shapes
@@ -73,24 +72,14 @@ def tensor_shapes(section: LoraSection, cfg: ModelConfig) -> dict[str, tuple[int
     return shapes
 
 
-@dataclass(frozen=True)
-class _Opened:
+def _open(
+    folder: Path, cfg: ModelConfig, source: Source | None
+) -> tuple[AdapterSection, dict[str, tuple[int, ...]], dict[str, str], str | None]:
     """An adapter folder whose tensors are known by name and shape.
 
-    Attributes:
-      section: its options, with the tables of `tables` in `modules_to_save`.
-      tables: embed_tokens, lm_head -> the name of the tensor that stands for it.
-      trained_on: SHA-256 of its base, if it says so.
+    Returns its options, the shapes, embed_tokens and lm_head in `modules_to_save` -> the name of the tensor that stands
+    for it, and the SHA-256 of its base, if it says so.
     """
-
-    section: AdapterSection
-    where: Path
-    shapes: dict[str, tuple[int, ...]]
-    tables: dict[str, str]
-    trained_on: str | None
-
-
-def _open(folder: Path, cfg: ModelConfig, source: Source | None) -> _Opened:
     section, names = read_adapter_config(folder, cfg), table_names(cfg.names)
     where = inside(folder, WEIGHTS)
     if not where.is_file() and inside(folder, PICKLE).is_file():
@@ -117,7 +106,7 @@ def _open(folder: Path, cfg: ModelConfig, source: Source | None) -> _Opened:
                 "adapter was trained on a base whose vocabulary was resized; give that one, or merge it in PEFT"
             )
     section = section.model_copy(update={"modules_to_save": [leaf for leaf in TABLES if leaf in tables]})
-    return _Opened(section, where, shapes, tables, trained_on)
+    return section, shapes, tables, trained_on
 
 
 def _as_in_base(file: Any, leaf: str, source: Source) -> bool:
@@ -144,7 +133,7 @@ def read_options(folder: Path, cfg: ModelConfig, source: Source | None = None) -
     Raises:
       ModelError: see `jlora.hf.adapter_config.read_adapter_config`; or no tensors that can be read.
     """
-    return _open(folder, cfg, source).section
+    return _open(folder, cfg, source)[0]
 
 
 def load_adapter(
@@ -160,15 +149,14 @@ def load_adapter(
     Raises:
       ModelError: no adapter, missing, extra, misshapen or non-finite tensors, or another base.
     """
-    opened = _open(folder, cfg, source)
-    section, where, shapes, trained_on = opened.section, opened.where, opened.shapes, opened.trained_on
+    (section, shapes, tables, trained_on), where = _open(folder, cfg, source), inside(folder, WEIGHTS)
     if trained_on is not None and trained_on != base_hash:
         raise ModelError(
             f"{where}: was trained on another base (tensors {trained_on[:12]}..., this base "
             f"{base_hash[:12]}...); give the base it belongs to"
         )
     wanted, names = tensor_shapes(section, cfg), table_names(cfg.names)
-    for leaf, name in opened.tables.items():
+    for leaf, name in tables.items():
         wanted[name] = wanted.pop(names[leaf]) if name != names[leaf] else wanted[name]
     problems = [f"{name} is missing" for name in wanted if name not in shapes]
     problems += [f"{name} is not known" for name in shapes if name not in wanted and name not in names.values()]
@@ -219,7 +207,7 @@ def load_adapter(
         adapter[name] = replace(lora, magnitude=magnitude)
     for name, shape in saved_weights(section, cfg).items():
         if name in TABLES:
-            weight = tensors[opened.tables[name]].astype(np.float32)
+            weight = tensors[tables[name]].astype(np.float32)
         else:
             projection = name.removesuffix("_bias")
             adapted = [section.transforms(projection, layer) for layer in range(num_layers)]
@@ -230,12 +218,11 @@ def load_adapter(
     return adapter
 
 
-def serialize(tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> bytes:
-    """A safetensors file, the same bytes every time: the library writes metadata in an order of chance."""
-    file = save(tensors, metadata)
-    end = 8 + int.from_bytes(file[:8], "little")
-    header = json.loads(file[8:end]) | {"__metadata__": metadata}
-    return file[:8] + json.dumps(header, separators=(",", ":")).encode().ljust(end - 8) + file[end:]
+def serialize(tensors: dict[str, np.ndarray], base_hash: str) -> bytes:
+    """A safetensors file of float32 tensors."""
+    names = sorted(tensors)
+    start = header({name: tensors[name].shape for name in names}, "float32", jlora_base_sha256=base_hash)
+    return start + b"".join(tensors[name].tobytes() for name in names)
 
 
 def plain(section: LoraSection) -> LoraSection:
@@ -313,17 +300,15 @@ def exported_tensors(folder: Path, adapter: Adapter, names: ModuleNames) -> dict
                 tensors[bias_name(names, projection, layer, adapted[layer])] = bias
             continue
         num_layers, rank = part.lora_b.shape[:2]
-        a = host(name, part.lora_a).reshape(num_layers, -1, rank)
-        b = host(name, part.lora_b).reshape(num_layers, rank, -1)
-        a0, b0 = (None, None) if part.initial is None else (host(name, factor) for factor in part.initial)
+        pairs = [(part.lora_a, part.lora_b)] + ([] if part.initial is None else [(part.initial[0], -part.initial[1])])
+        lefts = [host(name, a).reshape(num_layers, -1, rank) for a, _ in pairs]
+        rights = [host(name, b).reshape(num_layers, rank, -1) for _, b in pairs]
         magnitude = None if part.magnitude is None else host(name, part.magnitude).reshape(num_layers, -1)
         for layer, kept in enumerate(part.ranks or (rank,) * num_layers):
             if not kept:
                 continue
-            down, up = a[layer, :, :kept].T, b[layer, :kept].T
-            if a0 is not None and b0 is not None:
-                down = np.concatenate([down, a0[layer].reshape(-1, rank)[:, :kept].T])
-                up = np.concatenate([up, -b0[layer].reshape(rank, -1)[:kept].T], axis=1)
+            down = np.concatenate([a[layer, :, :kept].T for a in lefts])
+            up = np.concatenate([b[layer, :kept].T for b in rights], axis=1)
             tensors[factor_name(names, name, layer, "lora_A.weight")] = np.ascontiguousarray(down)
             tensors[factor_name(names, name, layer, "lora_B.weight")] = np.ascontiguousarray(up)
             if magnitude is not None:
@@ -376,5 +361,5 @@ def save_adapter(
     if names.beside:  # whose projections PEFT would adapt as well, by their names
         config["exclude_modules"] = rf"(.*\.)?({'|'.join(names.beside)})\..*"
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / WEIGHTS).write_bytes(serialize(tensors, {"format": "pt", "jlora_base_sha256": base_hash}))
+    (folder / WEIGHTS).write_bytes(serialize(tensors, base_hash))
     write_json(folder / CONFIG, config)

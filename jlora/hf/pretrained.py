@@ -25,9 +25,8 @@ from jlora.hf.load import load_base
 from jlora.hf.peft import WEIGHTS, load_adapter, read_options, scaled_to
 from jlora.hf.shapes import SHAPES
 from jlora.hf.source import Source, open_source, read_config, read_json, resolve
-from jlora.model.adapter import Adapter, Lora, layer_scales, targets
+from jlora.model.adapter import Adapter, Lora, layer_scales, place_adapter, targets
 from jlora.model.adapter_init import new_adapter
-from jlora.model.adapter_layout import place_adapter
 from jlora.model.config import ModelConfig, check_length
 from jlora.model.llama import Decoder
 
@@ -201,10 +200,9 @@ def run_config(folder: str | Path | None) -> Config | None:
             require_own(candidate, ModelError)
             try:
                 return Config.model_validate(read_yaml(file))
-            except ValidationError as error:
-                raise ModelError(f"{file}: not the config of a run ({describe(error)})") from None
             except (OSError, ValueError) as error:
-                raise ModelError(f"{file}: not the config of a run ({' '.join(str(error).split())})") from None
+                said = describe(error) if isinstance(error, ValidationError) else " ".join(str(error).split())
+                raise ModelError(f"{file}: not the config of a run ({said})") from None
     return None
 
 

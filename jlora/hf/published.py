@@ -121,9 +121,10 @@ def _scaled_bytes(settings: dict[str, Any], stored: Stored) -> Iterator[tuple[st
                 names["zero"] = stored.require(f"{module}weight_zero_point", of_scale, ("I8",), scale)
             block = _block(settings, shape, name, scale, stored)
             columns = _index(module, names, shape[1], -(-shape[1] // block[1]), stored)
-            kinds = {"stored": stored.dtypes[name], "scale": stored.dtypes[scale]}
-            kind = f"{kinds['stored']} by {kinds['scale']} in blocks of {block[0]} x {block[1]}{columns}"
-            yield name, Layout(kind, shape, names, partial(codecs.scaled_bytes, **kinds, block=block))
+            codes, scales = stored.dtypes[name], stored.dtypes[scale]
+            kind = f"{codes} by {scales} in blocks of {block[0]} x {block[1]}{columns}"
+            decode = partial(codecs.scaled_bytes, stored=codes, scale=scales, block=block)
+            yield name, Layout(kind, shape, names, decode)
 
 
 def _block(settings: dict[str, Any], shape: tuple[int, int], name: str, scale: str, stored: Stored) -> tuple[int, int]:

@@ -2,16 +2,14 @@
 
 from typing import Any
 
+_KEYS = (
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "vocab_size"),
+)
 
-def _sizes(hidden: int, mlp: int, layers: int, heads: int, kv_heads: int, vocabulary: int) -> dict[str, Any]:
-    return {
-        "hidden_size": hidden,
-        "intermediate_size": mlp,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "vocab_size": vocabulary,
-    }
+
+def _sizes(*values: int) -> dict[str, Any]:
+    return dict(zip(_KEYS, values, strict=True))
 
 
 _LLAMA2 = {"model_type": "llama", "rms_norm_eps": 1e-5}

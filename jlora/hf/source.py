@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -25,12 +25,12 @@ from jlora.files import hub
 from jlora.files.paths import inside
 from jlora.files.theirs import MAX_JSON, open_theirs, read_theirs
 from jlora.hf.architecture import module_names, parse_config
+from jlora.hf.families import WRAPPED_IN, tensor_in, text_of
 from jlora.hf.gguf import GGUFFile
 from jlora.hf.gguf_header import gguf_in
 from jlora.hf.names import Entry, name_table, tensor_name
 from jlora.hf.packed import Packed, Stored, map_file
 from jlora.hf.published import find_packed, other_tensors
-from jlora.hf.wrapped import WRAPPED_IN, tensor_in, text_of
 from jlora.model.config import ModelConfig
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -61,48 +61,6 @@ SMALL_FILES = ["*.json", "tokenizer.model", "*.jinja"]
 NUM_SAMPLES, SAMPLE_BYTES = 8, 4096
 
 
-@runtime_checkable
-class Source(Protocol):
-    """A base on disk: Hugging Face tensor names and shapes, whatever the file format, and three readers.
-
-    Attributes:
-      config: as config.json has it. model: what it says.
-      shapes, dtypes, sizes: tensor name -> shape, the stored type's name in the format, stored bytes.
-    """
-
-    config: dict[str, Any]
-
-    if TYPE_CHECKING:  # parsed when first asked for, and so not by a look at what an object has
-
-        @property
-        def model(self) -> ModelConfig: ...
-
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]: ...
-
-    @property
-    def dtypes(self) -> dict[str, str]: ...
-
-    @property
-    def sizes(self) -> dict[str, int]: ...
-
-    def read(self, name: str) -> np.ndarray:
-        """One tensor whole, as a new array of floats."""
-        ...
-
-    def part(self, name: str, rows: tuple[int, int], columns: tuple[int, int]) -> np.ndarray:
-        """Rows and columns, each [start, stop), of one tensor; a vector is one row. Reads no more than that."""
-        ...
-
-    def stored(self, name: str, start: int, stop: int) -> np.ndarray:
-        """Bytes [start, stop) of one tensor as they lie in the file, uint8."""
-        ...
-
-    def stored_codes(self, name: str, kind: str | None) -> Packed | None:
-        """A tensor whose stored codes are those of `quant.Quantized` of `kind`; None where they are not."""
-        ...
-
-
 class SafetensorsFolder:
     """A folder with config.json and safetensors, single or sharded with an index.
 
@@ -112,6 +70,10 @@ class SafetensorsFolder:
     The safetensors library opens and validates each file. The weights do not come through it: it maps the
     file and copies out of the map, which is two copies of a tensor in memory at once. Here the rows that are
     asked for are mapped, and unmapped when the caller lets the array go.
+
+    Attributes:
+      config: as config.json has it. model: what it says.
+      shapes, dtypes, sizes: Hugging Face tensor name -> shape, the stored type's name in the format, stored bytes.
     """
 
     def __init__(self, folder: Path, name: str):
@@ -237,15 +199,16 @@ class SafetensorsFolder:
         return packed if packed is not None and packed.layout.nf4_offset is not None else None
 
     def read(self, name: str) -> np.ndarray:
-        """One tensor as it is stored, or turned; bfloat16 comes as ml_dtypes.bfloat16."""
+        """One tensor whole, a new array as it is stored, or turned; bfloat16 comes as ml_dtypes.bfloat16."""
         shape = self.shapes[name]
         rows, columns = shape if len(shape) == 2 else (1, math.prod(shape))
         return np.array(self.part(name, (0, rows), (0, columns))).reshape(shape)
 
     def part(self, name: str, rows: tuple[int, int], columns: tuple[int, int]) -> np.ndarray:
-        """A read-only view of the mapped file, [rows columns]; only the pages that it is read on are loaded.
+        """Rows and columns, each [start, stop), of one tensor; a vector is one row.
 
-        Of a tensor that is stored quantised a new array, float32.
+        A read-only view of the mapped file: only the pages that it is read on are loaded. Of a tensor that is stored
+        quantised a new array, float32.
         """
         if name in self._packed:
             return self._packed[name].part(rows, columns)
@@ -258,11 +221,18 @@ class SafetensorsFolder:
         return part.T if turned else part
 
     def stored(self, name: str, start: int, stop: int) -> np.ndarray:
-        """A read-only view of the mapped file; of a quantised tensor, of all that makes it up, end to end."""
+        """Bytes [start, stop) of one tensor as they lie in the file, uint8; a read-only view of the mapped file.
+
+        Of a quantised tensor they are those of all that makes it up, end to end.
+        """
         if name in self._packed:
             return self._packed[name].raw(start, stop)
         path, offset = self._places[name]
         return map_file(path, np.dtype(np.uint8), offset + start, (stop - start,))
+
+
+# A base on disk, whatever the file format.
+Source = SafetensorsFolder | GGUFFile
 
 
 def to_safetensors(folder: Path) -> str:

@@ -1,8 +1,6 @@
 """Proof of an export: read back what was written, recompute logits on a probe, compare."""
 
-from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,26 +8,24 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.sharding import Mesh
 
 from jlora.config import LoraSection
 from jlora.errors import ConfigError, ModelError
 from jlora.files.atomic import beside, new_folder
 from jlora.hf.adapter_config import CONFIG
+from jlora.hf.families import WRAPPED_IN
 from jlora.hf.names import name_table, tensor_name
 from jlora.hf.peft import WEIGHTS, load_adapter, save_adapter
 from jlora.hf.pretrained import Pretrained
 from jlora.hf.weights import Merged, Weights, at_layer, blocks, leaf
-from jlora.hf.wrapped import WRAPPED_IN
 from jlora.model import attention
-from jlora.model.adapter import Adapter, Lora, Saved
-from jlora.model.adapter_layout import place_adapter
+from jlora.model.adapter import Adapter, Lora, Saved, place_adapter
 from jlora.model.block import Block, normalize
 from jlora.model.config import ModelConfig
-from jlora.model.layers import capped
-from jlora.model.llama import Decoder
-from jlora.model.mixing import attend, rotary_by_layer
-from jlora.model.precision import products_in
+from jlora.model.layers import capped, products_in
+from jlora.model.llama import Decoder, attend, rotary_by_layer
 from jlora.model.sharding import constrain, gather
 from jlora.runtime.distributed import from_first, is_main, wait_for_all
 
@@ -73,31 +69,18 @@ class StreamedBlock:
         self._table = name_table(cfg)
         self._last: tuple[str, jax.Array | None] = "", None
 
-    def __getattr__(self, name: str) -> "StreamedWeight":
-        return StreamedWeight(partial(self._read, name))
-
-    def _read(self, name: str) -> jax.Array:
+    def __getattr__(self, name: str) -> nnx.Param:
         known, array = self._last
         if known != name or array is None:  # a layer asks for some twice
             self._last = "", None
             stored = tensor_name(self.cfg.names, name, self._layer)
             array = leaf(self._weights, self.cfg, stored, self._table[stored])
             self._last = name, array
-        return array
+        return nnx.Param(array)
 
     def __call__(self, *inputs: Any) -> jax.Array:
         """See `Block`."""
         return Block.__call__(self, *inputs)  # type: ignore[arg-type]
-
-
-@dataclass(frozen=True)
-class StreamedWeight:
-    """What of `nnx.Param` a layer uses."""
-
-    get_value: Callable[[], jax.Array]
-
-    def __getitem__(self, index: Any) -> jax.Array:
-        return self.get_value()[index]
 
 
 def streamed_logits(cfg: ModelConfig, weights: Weights, adapter: Adapter) -> np.ndarray:
@@ -112,23 +95,25 @@ def streamed_logits(cfg: ModelConfig, weights: Weights, adapter: Adapter) -> np.
     positions, segments = jnp.arange(PROBE_LENGTH, dtype=jnp.int32)[None], jnp.ones(tokens.shape, jnp.int32)
     rotary = rotary_by_layer(cfg, positions, segments)
     places = attention.Places(segments, segments, positions, positions)
-    name = tensor_name(cfg.names, "embed_tokens", None)
-    x = jnp.asarray(np.concatenate([whole.rows(name, table[name], i, i + 1) for i in tokens[0].tolist()])[None])
+
+    def rows(leaf: str, start: int, stop: int) -> np.ndarray:
+        name = tensor_name(cfg.names, leaf, None)
+        return whole.rows(name, table[name], start, stop)
+
+    x = jnp.asarray(np.concatenate([rows("embed_tokens", i, i + 1) for i in tokens[0].tolist()])[None])
     x = x * cfg.embedding_scale
     if cfg.learned_positions is not None:
-        name = tensor_name(cfg.names, "embed_positions", None)
-        x = x + whole.rows(name, table[name], 0, PROBE_LENGTH)[None]
+        x = x + rows("embed_positions", 0, PROBE_LENGTH)[None]
     for layer in range(cfg.num_hidden_layers):
         factors = {name: at_layer(lora, layer) for name, lora in low_rank.items()}
         seeing = partial(attend, cfg, attention.reference, layer, places=places)
         x = StreamedBlock(cfg, whole, layer)(
             x, rotary(layer), seeing, {n: f for n, f in factors.items() if f is not None}, None
         )
-    norm = [tensor_name(cfg.names, leaf, None) for leaf in ("norm", "norm_bias")[: 1 + cfg.layer_norm]]
-    vectors = [jnp.asarray(whole.rows(name, table[name], 0, 1)[0]) for name in norm]
+    vectors = [jnp.asarray(rows(leaf, 0, 1)[0]) for leaf in ("norm", "norm_bias")[: 1 + cfg.layer_norm]]
     x = normalize(cfg, x, vectors[0], vectors[1] if cfg.layer_norm else None)
-    name = tensor_name(cfg.names, "embed_tokens" if cfg.tie_word_embeddings else "lm_head", None)
-    heads = (whole.rows(name, table[name], start, stop) for start, stop in blocks(cfg, table[name]))
+    head = "embed_tokens" if cfg.tie_word_embeddings else "lm_head"
+    heads = (rows(head, *cut) for cut in blocks(cfg, table[tensor_name(cfg.names, head, None)]))
     pieces = (capped(jnp.einsum("btd,vd->btv", x, head)[0], cfg.logits_softcap) for head in heads)
     return np.concatenate([np.asarray(piece) for piece in pieces], axis=1)
 

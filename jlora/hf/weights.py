@@ -1,19 +1,27 @@
-"""A model's weights by rows of their tensors, on the host: as stored, quantised, trained, or with an adapter merged in.
+"""A model's weights by rows of their tensors, on the host: as stored, quantised, trained, or with an adapter merged in;
+and full Hugging Face checkpoints written from them.
 
 Whoever reads a few rows at a time holds a few rows: models are merged and proved that memory does not hold.
 """
 
+import json
 import math
-from collections.abc import Iterator
-from dataclasses import replace
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
+from huggingface_hub import split_state_dict_into_shards_factory
 
-from jlora.hf.names import Entry, tensor_name, to_hf
-from jlora.hf.source import Source
+from jlora.errors import ModelError
+from jlora.files.atomic import write_json
+from jlora.hf.families import FAMILIES, WRAPPED_IN
+from jlora.hf.names import Entry, name_table, tensor_name, to_hf
+from jlora.hf.source import FLOATS, Source
 from jlora.model.adapter import Adapter, Lora, Saved
 from jlora.model.config import ModelConfig
 from jlora.model.llama import Decoder
@@ -22,17 +30,8 @@ from jlora.model.quant import BLOCK, CHANNEL_TYPES, Quantized, dequantize, encod
 # Weights of a block of rows, unless a head has more.
 BLOCK_WEIGHTS = 2**20
 
-
-@runtime_checkable
-class Weights(Protocol):
-    """Some model's weights."""
-
-    def rows(self, name: str, entry: Entry, start: int, stop: int) -> np.ndarray:
-        """Rows [start, stop) of one tensor in the file's layout, as a new float32 array; a vector is one row.
-
-        Where the rows of q_proj and k_proj begin and end, heads must, too.
-        """
-        ...
+SHARD_BYTES = 5 * 10**9
+DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16, "float32": np.float32}
 
 
 def blocks(cfg: ModelConfig, entry: Entry) -> Iterator[tuple[int, int]]:
@@ -43,17 +42,19 @@ def blocks(cfg: ModelConfig, entry: Entry) -> Iterator[tuple[int, int]]:
         yield start, min(start + heads * cfg.head_dim, height)
 
 
+@dataclass(frozen=True)
 class Stored:
     """The weights as a base on disk has them."""
 
-    def __init__(self, source: Source):
-        self._source = source
-        self._embedding = tensor_name(source.model.names, "embed_tokens", None)
+    source: Source
 
     def rows(self, name: str, entry: Entry, start: int, stop: int) -> np.ndarray:
-        """See `Weights`. A head that was tied is the embedding."""
-        stored = name if name in self._source.shapes else self._embedding
-        return np.array(self._source.part(stored, (start, stop), (0, entry.hf_shape[-1])), np.float32)
+        """Rows [start, stop) of one tensor in the file's layout, as a new float32 array; a vector is one row.
+
+        Where the rows of q_proj and k_proj begin and end, heads must, too. A head that was tied is the embedding.
+        """
+        stored = name if name in self.source.shapes else tensor_name(self.source.model.names, "embed_tokens", None)
+        return np.array(self.source.part(stored, (start, stop), (0, entry.hf_shape[-1])), np.float32)
 
 
 class Dequantized:
@@ -65,7 +66,7 @@ class Dequantized:
         self._name, self._codes = "", Quantized(None, None, None, None, kind, ())
 
     def rows(self, name: str, entry: Entry, start: int, stop: int) -> np.ndarray:
-        """See `Weights`."""
+        """See `Stored`."""
         if not entry.transposed:
             return self._stored.rows(name, entry, start, stop)
         if name != self._name:
@@ -97,19 +98,16 @@ _encode = jax.jit(encode, static_argnums=1)
 _finish = jax.jit(finish)
 
 
+@dataclass(frozen=True)
 class Trained:
     """The weights of a decoder on this host, stacked over layers and not quantised."""
 
-    def __init__(self, decoder: Decoder):
-        self._decoder = decoder
+    decoder: Decoder
 
     def rows(self, name: str, entry: Entry, start: int, stop: int) -> np.ndarray:
-        """See `Weights`."""
-        owner = self._decoder if entry.layer is None else self._decoder.layers
-        leaf = np.asarray(getattr(owner, entry.leaf).get_value())
-        return np.array(
-            _rows(to_hf(entry, leaf if entry.layer is None else leaf[entry.layer]), start, stop), np.float32
-        )
+        """See `Stored`."""
+        owner = self.decoder if entry.layer is None else self.decoder.layers
+        return _rows(entry, np.asarray(getattr(owner, entry.leaf).get_value()), start, stop)
 
 
 class Merged:
@@ -118,16 +116,15 @@ class Merged:
     With DoRA, every output's row of the sum is brought to its magnitude.
     """
 
-    def __init__(self, weights: Weights, adapter: Adapter):
+    def __init__(self, weights: "Weights", adapter: Adapter):
         self._weights = weights
         self._adapter: Adapter = jax.tree.map(np.asarray, adapter)
 
     def rows(self, name: str, entry: Entry, start: int, stop: int) -> np.ndarray:
-        """See `Weights`."""
+        """See `Stored`."""
         part = self._adapter.get(entry.leaf)
         if isinstance(part, Saved):
-            own = part.weight if entry.layer is None else part.weight[entry.layer]
-            return np.array(_rows(to_hf(entry, np.asarray(own)), start, stop), np.float32)
+            return _rows(entry, np.asarray(part.weight), start, stop)
         merged = self._weights.rows(name, entry, start, stop)
         lora = None if part is None or entry.layer is None else at_layer(part, entry.layer)
         if lora is None:
@@ -148,6 +145,9 @@ class Merged:
         return merged
 
 
+Weights = Stored | Dequantized | Trained | Merged
+
+
 def at_layer(lora: Lora, layer: int) -> Lora | None:
     """One layer's adapter out of a stacked one; None where the layer has none."""
     if lora.ranks is not None and not lora.ranks[layer]:
@@ -155,8 +155,10 @@ def at_layer(lora: Lora, layer: int) -> Lora | None:
     return replace(jax.tree.map(lambda array: array[layer], lora), dropout=0.0, ranks=None)
 
 
-def _rows(tensor: np.ndarray, start: int, stop: int) -> np.ndarray:
-    return (tensor if tensor.ndim == 2 else tensor[None])[start:stop]
+def _rows(entry: Entry, leaf: np.ndarray, start: int, stop: int) -> np.ndarray:
+    """Rows of one tensor out of its leaf, which is stacked over layers where it has any."""
+    tensor = to_hf(entry, leaf if entry.layer is None else leaf[entry.layer])
+    return np.array((tensor if tensor.ndim == 2 else tensor[None])[start:stop], np.float32)
 
 
 def leaf(weights: Weights, cfg: ModelConfig, name: str, entry: Entry) -> jax.Array:
@@ -175,3 +177,85 @@ def _aligned(shape: tuple[int, ...]) -> np.ndarray:
     buffer = np.empty(size + boundary, np.uint8)
     first = -buffer.ctypes.data % boundary
     return buffer[first : first + size].view(np.float32).reshape(shape)
+
+
+def untied(cfg: ModelConfig, config: dict[str, Any], adapter: Adapter) -> tuple[ModelConfig, dict[str, Any]]:
+    """Shape and config.json of the merged model: an adapter that has the embedding or the head in full unties them."""
+    if not cfg.tie_word_embeddings or not {"embed_tokens", "lm_head"} & adapter.keys():
+        return cfg, config
+    return replace(cfg, tie_word_embeddings=False), config | {"tie_word_embeddings": False}
+
+
+def stored_bytes(cfg: ModelConfig, dtype: str) -> int:
+    """Bytes of all tensors of a checkpoint in `dtype`."""
+    return sum(math.prod(entry.hf_shape) for entry in name_table(cfg).values()) * np.dtype(DTYPES[dtype]).itemsize
+
+
+def save_checkpoint(
+    folder: Path,
+    cfg: ModelConfig,
+    weights: Weights,
+    config: dict[str, Any],
+    dtype: str,
+    add_files: Callable[[Path], None],
+) -> None:
+    """Write config.json, sharded safetensors and what `add_files` puts beside them.
+
+    A text model that was taken out of another is written as one of its own.
+
+    Args:
+      dtype: bfloat16, float16 or float32, of the tensors written.
+
+    Raises:
+      ModelError: a tensor is not finite in `dtype`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    architecture, names = FAMILIES[config["model_type"]].architecture, FAMILIES[config["model_type"]].names
+    table, width = name_table(replace(cfg, names=names)), np.dtype(DTYPES[dtype]).itemsize
+    found = dict(zip(table, name_table(cfg), strict=True))  # where the weights are read
+    sizes = {name: math.prod(entry.hf_shape) * width for name, entry in table.items()}
+    pattern = "model{suffix}.safetensors"
+    shards = split_state_dict_into_shards_factory(
+        sizes, get_storage_size=int, filename_pattern=pattern, max_shard_size=SHARD_BYTES
+    )
+    for file, shard in shards.filename_to_tensors.items():
+        with (folder / file).open("wb") as out:
+            out.write(header({name: table[name].file_shape for name in shard}, dtype))
+            for name in shard:
+                entry = table[name]
+                pieces: Iterable[np.ndarray] = (weights.rows(found[name], entry, *rows) for rows in blocks(cfg, entry))
+                if entry.input_first:  # whole, since its rows are the columns of all pieces
+                    pieces = [np.concatenate(list(pieces)).T]
+                for piece in pieces:
+                    with np.errstate(over="ignore"):
+                        rows = piece.astype(DTYPES[dtype])
+                    if not np.isfinite(rows).all():
+                        raise ModelError(
+                            f"{folder}: tensor {name} does not fit {dtype}; export with --dtype bfloat16 or float32"
+                        )
+                    out.write(np.ascontiguousarray(rows).view(np.uint8).data)
+    if shards.is_sharded:
+        index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
+        write_json(folder / "model.safetensors.index.json", index)
+    gone = ("torch_dtype", "dtype", WRAPPED_IN, "quantization_config")
+    config = {key: value for key, value in config.items() if key not in gone}
+    config |= {"architectures": [architecture], "dtype": dtype, "torch_dtype": dtype}
+    write_json(folder / "config.json", config)
+    add_files(folder)
+
+
+def header(shapes: dict[str, tuple[int, ...]], dtype: str, **metadata: str) -> bytes:
+    """What a safetensors file begins with: the tensors lie behind it in this order, of one dtype.
+
+    The same bytes every time, while the library writes metadata in an order of chance.
+    """
+    stored = next(name for name, known in FLOATS.items() if known == DTYPES[dtype])
+    tensors: dict[str, Any] = {"__metadata__": {"format": "pt"} | metadata}
+    start = 0
+    for name, shape in shapes.items():
+        stop = start + math.prod(shape) * FLOATS[stored].itemsize
+        tensors[name] = {"dtype": stored, "shape": list(shape), "data_offsets": [start, stop]}
+        start = stop
+    text = json.dumps(tensors, separators=(",", ":")).encode()
+    text = text.ljust(-(-len(text) // 8) * 8)  # the data begin at a multiple of 8
+    return len(text).to_bytes(8, "little") + text

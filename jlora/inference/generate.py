@@ -19,8 +19,8 @@ from jlora.inference.model import Adapted
 from jlora.model import attention
 from jlora.model.adapter import Adapter
 from jlora.model.config import check_length
+from jlora.model.layers import products_in
 from jlora.model.llama import Cache, Decoder, empty_cache
-from jlora.model.precision import products_in
 
 # Prompts are padded to multiples of this, so that few lengths are ever compiled.
 LENGTH_STEP = 32

@@ -1,4 +1,4 @@
-"""LoRA and its kin: shape, scale, and the projection that an adapter takes part in.
+"""LoRA and its kin: shape, scale, the projection that an adapter takes part in, and its layout over a mesh.
 
 The adapter of a model is a dict: from projection name to `Lora`, its factors stacked over layers like the weights they
 belong to, and from the name of any other weight to `Saved`, where that is trained in full. Knows nothing of files
@@ -11,17 +11,19 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, no_type_check
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from jlora.config import ALL_PROJECTIONS, LoraSection
-from jlora.model.config import ModelConfig, module_path, projection_shapes
-from jlora.model.layers import times
-from jlora.model.precision import products_in
+from jlora.config import LoraSection
+from jlora.errors import ModelError, finding
+from jlora.model.config import NUM_INPUTS, ModelConfig, block_weights, module_path, outer_weights, projection_shapes
+from jlora.model.layers import products_in, times
 from jlora.model.quant import Quantized, Weight, dequantize, quantized_einsum
+from jlora.model.sharding import named_sharding, place
 
 # The checkpoint name of a product with a quantised weight, for `jlora.model.remat`.
 QUANTIZED_PRODUCT = "quantized_product"
@@ -211,22 +213,11 @@ def weight_norm(weight: Weight, lora: Lora, dtype: jnp.dtype) -> Float[Array, "*
     return jax.lax.stop_gradient(jnp.sqrt(jnp.maximum(square, 0.0)).reshape(lora.lora_b.shape[1:]))
 
 
-@dataclass(frozen=True)
-class _Dims:
-    """The dims of a low-rank product, as an equation of the projection names them: r is the rank."""
-
-    x: str
-    y: str
-    a: str
-    b: str
-    inner: str
-
-
-def _dims(equation: str) -> _Dims:
+def _dims(equation: str) -> tuple[str, ...]:
+    """The dims of x, y, A, B and x A as an equation of the projection names them: r is the rank."""
     x, w, y = equation.replace("->", ",").split(",")
-    summed = "".join(dim for dim in w if dim not in y)
-    outputs = "".join(dim for dim in w if dim in y)
-    return _Dims(x, y, f"{summed}r", f"r{outputs}", "".join(dim for dim in x if dim not in summed) + "r")
+    summed, outputs = "".join(dim for dim in w if dim not in y), "".join(dim for dim in w if dim in y)
+    return x, y, f"{summed}r", f"r{outputs}", "".join(dim for dim in x if dim not in summed) + "r"
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -242,28 +233,85 @@ def _low_rank(
 
 
 def _low_rank_forward(equation: str, x: Array, lora_a: Array, lora_b: Array) -> tuple[Array, tuple[Array, ...]]:
-    dims = _dims(equation)
-    inner = jnp.einsum(f"{dims.x},{dims.a}->{dims.inner}", x, lora_a.astype(x.dtype))
-    delta = jnp.einsum(f"{dims.inner},{dims.b}->{dims.y}", inner, lora_b.astype(x.dtype))
+    of_x, of_y, of_a, of_b, of_inner = _dims(equation)
+    inner = jnp.einsum(f"{of_x},{of_a}->{of_inner}", x, lora_a.astype(x.dtype))
+    delta = jnp.einsum(f"{of_inner},{of_b}->{of_y}", inner, lora_b.astype(x.dtype))
     return delta, (x, inner, lora_a, lora_b)
 
 
 def _low_rank_backward(equation: str, saved: tuple[Array, ...], to_y: Array) -> tuple[Array, Array, Array]:
-    dims = _dims(equation)
+    of_x, of_y, of_a, of_b, of_inner = _dims(equation)
     x, inner, lora_a, lora_b = saved
     in_float32 = partial(jnp.einsum, preferred_element_type=jnp.float32)
-    to_inner = jnp.einsum(f"{dims.y},{dims.b}->{dims.inner}", to_y, lora_b.astype(x.dtype))
-    to_x = jnp.einsum(f"{dims.inner},{dims.a}->{dims.x}", to_inner, lora_a.astype(x.dtype))
-    to_a = in_float32(f"{dims.inner},{dims.x}->r{dims.a[:-1]}", to_inner, x)
+    to_inner = jnp.einsum(f"{of_y},{of_b}->{of_inner}", to_y, lora_b.astype(x.dtype))
+    to_x = jnp.einsum(f"{of_inner},{of_a}->{of_x}", to_inner, lora_a.astype(x.dtype))
+    to_a = in_float32(f"{of_inner},{of_x}->r{of_a[:-1]}", to_inner, x)
     # Behind a barrier, or XLA makes a product of it that transposes x, which in bfloat16 its CPU backend cannot.
     to_a = jnp.moveaxis(jax.lax.optimization_barrier(to_a), 0, -1)
-    to_b = in_float32(f"{dims.inner},{dims.y}->{dims.b}", inner, to_y)
+    to_b = in_float32(f"{of_inner},{of_y}->{of_b}", inner, to_y)
     return to_x, to_a.astype(lora_a.dtype), to_b.astype(lora_b.dtype)
 
 
 _low_rank.defvjp(_low_rank_forward, _low_rank_backward)
 
 
-def layer_keys(dropout_key: PRNGKeyArray, name: str) -> PRNGKeyArray:
-    """The dropout key of one projection of one layer, from the layer's key."""
-    return jax.random.fold_in(dropout_key, ALL_PROJECTIONS.index(name))
+def adapter_axes(cfg: ModelConfig, adapter: Adapter) -> Any:
+    """A tree like the adapter, with logical axes for arrays: those of the weight, cut at the rank in A and B."""
+    stacked, outer = block_weights(cfg), outer_weights(cfg)
+    tree: dict[str, Any] = {}
+    part: Any
+    for name, part in adapter.items():
+        if isinstance(part, Saved):
+            axes = ("layers", *stacked[name].axes) if name in stacked else outer.get(name, outer["embed_tokens"]).axes
+            tree[name] = Saved(axes)  # type: ignore[arg-type]
+            continue
+        inputs = NUM_INPUTS.get(name, 1)
+        ins, outs = stacked[name].axes[:inputs], stacked[name].axes[inputs:]
+        a, b = ("layers", *ins, "rank"), ("layers", "rank", *outs)
+        magnitude = None if part.magnitude is None else ("layers", *outs)
+        initial = None if part.initial is None else (a, b)
+        scale = None if part.scale is None else ("layers",)
+        tree[name] = replace(part, lora_a=a, lora_b=b, scale=scale, magnitude=magnitude, initial=initial)
+    return tree
+
+
+def require_fits(adapter: Adapter, cfg: ModelConfig) -> None:
+    """An adapter, arrays or shapes, must have the dims of the weights it belongs to.
+
+    Raises:
+      ModelError: it is another base's, and where that shows.
+    """
+    layers, shapes, stacked = cfg.num_hidden_layers, projection_shapes(cfg), block_weights(cfg)
+    for name, part in adapter.items():
+        try:
+            if isinstance(part, Lora):
+                inputs, outputs = shapes[name]
+                chex.assert_tree_shape_prefix(part.lora_a, (layers, *inputs))
+                chex.assert_tree_shape_prefix(part.lora_b, (layers,))
+                chex.assert_tree_shape_suffix(part.lora_b, outputs)
+            else:
+                whole = (layers, *stacked[name].shape) if name in stacked else (cfg.vocab_size, cfg.hidden_size)
+                chex.assert_tree_shape_prefix(part.weight, whole)
+        except AssertionError as error:
+            raise ModelError(
+                f"the adapter's {name} does not fit this base ({finding(error)}); give the base that it was trained on"
+            ) from None
+
+
+def place_adapter(adapter: Adapter, cfg: ModelConfig, mesh: jax.sharding.Mesh) -> Adapter:
+    """The adapter laid out over `mesh` like the weights it belongs to; abstract in, abstract out.
+
+    Raises:
+      ModelError: see `require_fits`.
+    """
+    require_fits(adapter, cfg)
+
+    def lay_out(
+        array: Array | np.ndarray | jax.ShapeDtypeStruct, dims: tuple[str, ...]
+    ) -> Array | jax.ShapeDtypeStruct:
+        sharding = named_sharding(mesh, dims)
+        if isinstance(array, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
+        return place(np.asarray(array), sharding)
+
+    return jax.tree.map(lay_out, adapter, adapter_axes(cfg, adapter))

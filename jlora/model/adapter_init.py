@@ -9,7 +9,6 @@ import math
 import re
 import zlib
 from dataclasses import replace
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +19,8 @@ from jlora.config import FUSED_PROJECTIONS, LoraSection
 from jlora.errors import ConfigError
 from jlora.model.adapter import Adapter, Lora, Saved, layer_ranks, new_lora, targets, weight_norm
 from jlora.model.config import ModelConfig, block_weights, module_path, outer_weights, projection_shapes
+from jlora.model.layers import products_in
 from jlora.model.llama import Decoder
-from jlora.model.precision import products_in
 from jlora.model.quant import Weight, dequantize
 
 
@@ -152,10 +151,9 @@ def _whole(leaf: Weight) -> jax.sharding.Sharding | None:
 
 def _with_magnitude(leaf: Weight, lora: Lora) -> Lora:
     """DoRA's magnitude: the norm of what the projection starts from."""
-    one_layer = partial(weight_norm, dtype=jnp.dtype("float32"))
 
     def norms(leaf: Weight, lora: Lora) -> Array:
-        return jax.lax.map(lambda at: one_layer(*at), (leaf, lora))
+        return jax.lax.map(lambda at: weight_norm(at[0], at[1], jnp.dtype("float32")), (leaf, lora))
 
     return replace(lora, magnitude=jax.jit(norms, out_shardings=_whole(leaf))(leaf, lora))
 

@@ -11,8 +11,6 @@ from jlora.errors import ConfigError, ModelError
 from jlora.model.adapter import Adapter, Lora, new_lora
 from jlora.model.config import ModelConfig, projection_shapes
 
-COMBINATIONS = ("linear", "cat", "svd")
-
 # A [in, R], B [R, out] and what their product is multiplied by, the adapter's weight included.
 Factors = tuple[np.ndarray, np.ndarray, float]
 
@@ -47,14 +45,14 @@ def combine_adapters(
     rank = sum(ranks) if how == "cat" else rank if how == "svd" and rank else max(ranks)
     targets = [name for name in projection_shapes(model) if any(name in one for one in parts)]
     num_layers = model.num_hidden_layers
-    found: dict[str, list[list[Factors]]] = {
-        name: [
-            [_at(one[name], layer, weight) for one, weight in zip(parts, weights, strict=True) if name in one]
-            for layer in range(num_layers)
-        ]
-        for name in targets
-    }
-    adapted = [any(any(part[2] for part in found[name][layer]) for name in targets) for layer in range(num_layers)]
+
+    def at(name: str, layer: int) -> list[Factors]:
+        held = zip(parts, weights, strict=True)
+        factors = [_at(one[name], layer, weight) for one, weight in held if name in one]
+        return [part for part in factors if part[2]]
+
+    found = {name: [at(name, layer) for layer in range(num_layers)] for name in targets}
+    adapted = [any(found[name][layer] for name in targets) for layer in range(num_layers)]
     section = LoraSection(
         rank=rank,
         alpha=float(rank),
@@ -65,13 +63,12 @@ def combine_adapters(
     for name in targets:
         example = next(one[name] for one in parts if name in one)
         inputs, outputs = example.lora_a.shape[1:-1], example.lora_b.shape[2:]
-        layers = [_combined([part for part in layer if part[2]], how, rank) for layer in found[name]]
         a, b = np.zeros((num_layers, *inputs, rank), np.float32), np.zeros((num_layers, rank, *outputs), np.float32)
-        for layer, factors in enumerate(layers):
-            if factors is not None:
-                width = factors[0].shape[1]
-                a[layer, ..., :width] = factors[0].reshape(*inputs, width)
-                b[layer, :width] = factors[1].reshape(width, *outputs)
+        for layer, factors in enumerate(found[name]):
+            if factors:
+                left, right = _combined(factors, how, rank)
+                a[layer, ..., : len(right)] = left.reshape(*inputs, -1)
+                b[layer, : len(right)] = right.reshape(-1, *outputs)
         combined[name] = new_lora(section, name, (jnp.asarray(a), jnp.asarray(b)), model, 0.0)
     return combined, section
 
@@ -85,10 +82,8 @@ def _at(lora: Lora, layer: int, weight: float) -> Factors:
     return a.reshape(-1, rank)[:, : kept or rank], b.reshape(rank, -1)[: kept or rank], scale * weight
 
 
-def _combined(parts: list[Factors], how: str, rank: int) -> tuple[np.ndarray, np.ndarray] | None:
-    """The factors of one layer, of `rank` or less; None where no adapter has any."""
-    if not parts:
-        return None
+def _combined(parts: list[Factors], how: str, rank: int) -> tuple[np.ndarray, np.ndarray]:
+    """The factors of one layer, of `rank` or less."""
     if how == "cat":
         return np.concatenate([a * times for a, _, times in parts], axis=1), np.concatenate([b for _, b, _ in parts])
     if how == "svd":
@@ -96,10 +91,8 @@ def _combined(parts: list[Factors], how: str, rank: int) -> tuple[np.ndarray, np
         # Singular values with the output's side, as PEFT has them.
         return left[:, :rank], values[:rank, None] * right[:rank]
     width = max(a.shape[1] for a, _, _ in parts)
-    total_a, total_b = (
-        np.zeros((len(parts[0][0]), width), np.float32),
-        np.zeros((width, parts[0][1].shape[1]), np.float32),
-    )
+    total_a = np.zeros((len(parts[0][0]), width), np.float32)
+    total_b = np.zeros((width, parts[0][1].shape[1]), np.float32)
     for a, b, times in parts:
         root = np.sqrt(abs(times))
         total_a[:, : a.shape[1]] += np.sign(times) * root * a

@@ -2,12 +2,14 @@
 
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from jlora.model.adapter import Lora, layer_keys, project
+from jlora.config import ALL_PROJECTIONS
+from jlora.model.adapter import Lora, project
 from jlora.model.config import ModelConfig, Weight, block_weights
 from jlora.model.layers import ACTIVATIONS, layer_norm, offset_rms_norm, plus, rms_norm
 from jlora.model.quant import in_turn
@@ -26,21 +28,7 @@ def normalize(cfg: ModelConfig, x: Array, weight: Array, bias: Array | None) -> 
 class Block(nnx.Module):
     """One layer, or all layers stacked: then every weight has a leading dim L. See `block_weights` for those it has."""
 
-    input_layernorm: nnx.Param
-    q_proj: nnx.Param
-    k_proj: nnx.Param
-    v_proj: nnx.Param
-    qkv_proj: nnx.Param
-    q_norm: nnx.Param
-    k_norm: nnx.Param
-    o_proj: nnx.Param
-    post_attention_layernorm: nnx.Param
-    pre_feedforward_layernorm: nnx.Param
-    post_feedforward_layernorm: nnx.Param
     gate_proj: nnx.Param
-    up_proj: nnx.Param
-    gate_up_proj: nnx.Param
-    down_proj: nnx.Param
 
     def __init__(self, cfg: ModelConfig, fill: Callable[[Weight], Array]):
         self.cfg = cfg
@@ -66,7 +54,7 @@ class Block(nnx.Module):
         cfg = self.cfg
 
         def weighted(name: str, equation: str, inputs: Array) -> Array:
-            key = None if dropout_key is None else layer_keys(dropout_key, name)
+            key = None if dropout_key is None else jax.random.fold_in(dropout_key, ALL_PROJECTIONS.index(name))
             y = project(equation, inputs, getattr(self, name).get_value(), adapter.get(name), key)
             return plus(y, getattr(self, f"{name}_bias")[...]) if name in cfg.biased else y
 

@@ -182,11 +182,8 @@ def projection_shapes(cfg: ModelConfig) -> dict[str, tuple[tuple[int, ...], tupl
 
 def module_in_layer(names: ModuleNames, leaf: str) -> str:
     """What transformers calls the module of a layer's weight, within the layer."""
-    part = (
-        "self_attn."
-        if leaf in (*ATTENTION_PROJECTIONS, "qkv_proj", "q_norm", "k_norm")
-        else "mlp." * leaf.endswith("_proj")
-    )
+    in_attention = leaf in (*ATTENTION_PROJECTIONS, "qkv_proj", "q_norm", "k_norm")
+    part = "self_attn." if in_attention else "mlp." * leaf.endswith("_proj")
     return dict(names.renamed).get(leaf, part + leaf)
 
 

@@ -1,11 +1,12 @@
-"""Layers without a product: pure functions of arrays, every numeric given by the caller.
+"""Layers without a product: pure functions of arrays, every numeric given by the caller; and how products are computed.
 
 A vector that meets every token has a gradient that is a sum over tokens. What JAX makes of broadcasting adds that up in
 the dtype of the activations, and in bfloat16 a sum stands still once it is some hundred times its terms. `times` and
 `plus` compute forward in that dtype, and add up in float32.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -97,3 +98,17 @@ def rms_norm(x: Float[Array, "B T *heads D"], weight: Float[Array, " D"], eps: f
     x32 = x.astype(jnp.float32)
     inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
     return times((x32 * inverse).astype(x.dtype), weight)
+
+
+@contextmanager
+def products_in(dtype: jnp.dtype) -> Iterator[None]:
+    """What is traced within, backward passes too, multiplies float32 as such if that is `dtype`; also a decorator.
+
+    GPUs multiply float32 in TF32 (10 bits of mantissa) and TPUs in bfloat16 (7 bits) unless JAX is told otherwise,
+    while a product is traced. Nothing changes on CPUs, nor in other dtypes.
+    """
+    if dtype != jnp.float32:
+        yield
+        return
+    with jax.default_matmul_precision("highest"):
+        yield

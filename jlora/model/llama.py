@@ -13,6 +13,7 @@ from typing import no_type_check
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, PRNGKeyArray
@@ -20,12 +21,15 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from jlora.model.adapter import Adapter, Lora, Saved
 from jlora.model.attention import Attention, Places
 from jlora.model.block import Block, normalize
-from jlora.model.config import ModelConfig, Weight, outer_weights, projection_shapes
+from jlora.model.config import ModelConfig, Weight, kinds, outer_weights, projection_shapes
 from jlora.model.layers import capped
-from jlora.model.mixing import attend, rotary_by_layer
 from jlora.model.quant import quantize
-from jlora.model.remat import LAYER_INPUT, checkpointed
+from jlora.model.remat import LAYER_INPUT, policy
+from jlora.model.rope import Rotary, rotary_table
 from jlora.model.sharding import constrain
+
+# A layer's number: an array in the scan over layers, so that what differs between them is chosen by it.
+Layer = Int[Array, ""] | int
 
 
 @no_type_check  # tree functions put what they like at its leaves
@@ -52,6 +56,41 @@ def empty_cache(cfg: ModelConfig, batch_size: int, num_slots: int, dtype: jnp.dt
     shape = (cfg.num_hidden_layers, batch_size, num_slots, cfg.num_key_value_heads, cfg.head_dim)
     zeros = jnp.zeros((batch_size, num_slots), jnp.int32)
     return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), zeros, zeros, jnp.zeros((), jnp.int32))
+
+
+def rotary_by_layer(
+    cfg: ModelConfig, positions: Int[Array, "B T"], segments: Int[Array, "B T"]
+) -> Callable[[Layer], Rotary | None]:
+    """Layer -> cosines and sines of the tokens' angles, each computed once for all layers that turn alike.
+
+    None where heads are not turned.
+    """
+    ropes, which = kinds(cfg.ropes)
+    tables = [
+        jax.tree.map(lambda table: constrain(table, "act_batch", None, None), rotary_table(positions, segments, rope))
+        for rope in ropes
+    ]
+    if len(tables) <= 1:
+        return lambda _: tables[0] if tables else None
+    stacked: Rotary = jax.tree.map(lambda *same: jnp.stack(same), *tables)
+    return lambda layer: jax.tree.map(lambda table: table[jnp.asarray(np.array(which, np.int32))[layer]], stacked)
+
+
+def attend(
+    cfg: ModelConfig,
+    attention: Attention,
+    layer: Layer,
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    places: Places,
+) -> Float[Array, "B T N H"]:
+    """`attention` with the window of a layer. A kernel is compiled for one window, so there is a branch for each."""
+    windows, which = kinds(cfg.windows)
+    branches = [partial(attention, places=places, window=window, softcap=cfg.attention_softcap) for window in windows]
+    if len(branches) == 1:
+        return branches[0](q, k, v)
+    return jax.lax.switch(jnp.asarray(np.array(which, np.int32))[layer], branches, q, k, v)
 
 
 class Decoder(nnx.Module):
@@ -129,7 +168,8 @@ class Decoder(nnx.Module):
         x = model._embed(tokens, positions, dtype)
         if dropout_key is not None and neftune_noise_alpha > 0.0:
             x = x + embedding_noise(dropout_key, x, neftune_noise_alpha)
-        x, _ = jax.lax.scan(checkpointed(layer, remat), x, (model.layers, low_rank, keys, self._numbers()))
+        body = layer if remat == "none" else jax.checkpoint(layer, policy=policy(remat))
+        x, _ = jax.lax.scan(body, x, (model.layers, low_rank, keys, self._numbers()))
         return self._normed(x)
 
     def hidden_cached(

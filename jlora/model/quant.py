@@ -315,10 +315,6 @@ def in_turn(leaf: Weight, y: Array, x: Array) -> tuple[Array, Array]:
     return jax.lax.optimization_barrier((y, x)) if isinstance(leaf, Quantized) else (y, x)
 
 
-def _after(leaf: Quantized, x: Array) -> tuple[Quantized, Array]:
-    return jax.lax.optimization_barrier((leaf, x))
-
-
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def quantized_einsum(equation: str, x: Float[Array, "B T *inputs"], leaf: Quantized) -> Float[Array, "B T *outputs"]:
     """`einsum(equation, x, dequantize(leaf))` in the dtype of `x`; the leaf has no gradient.
@@ -327,7 +323,7 @@ def quantized_einsum(equation: str, x: Float[Array, "B T *inputs"], leaf: Quanti
     weight waits for it.
     """
     # Else the compiler dequantises what comes later in the layer along with what comes now.
-    leaf, x = _after(leaf, x)
+    leaf, x = jax.lax.optimization_barrier((leaf, x))
     return jnp.einsum(equation, x, dequantize(leaf, x.dtype))
 
 
@@ -337,7 +333,7 @@ def _forward(equation: str, x: Array, leaf: Quantized) -> tuple[Array, Quantized
 
 def _backward(equation: str, leaf: Quantized, dy: Array) -> tuple[Array, None]:
     # Else the compiler finds the weight that the recomputed forward pass dequantised, and keeps it until here.
-    leaf, dy = _after(leaf, dy)
+    leaf, dy = jax.lax.optimization_barrier((leaf, dy))
     x_dims, w_dims, y_dims = equation.replace("->", ",").split(",")
     return jnp.einsum(f"{y_dims},{w_dims}->{x_dims}", dy, dequantize(leaf, dy.dtype)), None
 

@@ -21,13 +21,6 @@ LADDER: tuple[str, ...] = tuple(name for name in get_args(Remat) if name != "aut
 LAYER_INPUT, ATTENTION_INPUT = "layer_input", "attention_input"
 
 
-def checkpointed(layer: Callable, remat: str) -> Callable:
-    """`layer`, a body of `jax.lax.scan`, under the policy of that name."""
-    if remat == "none":
-        return layer
-    return jax.checkpoint(layer, policy=policy(remat))
-
-
 def policy(remat: str) -> Callable[..., Any]:
     """Whether (and where) the result of a primitive is kept; names of `LADDER` but `none`."""
     policies = jax.checkpoint_policies
@@ -35,7 +28,7 @@ def policy(remat: str) -> Callable[..., Any]:
         case "dots":
             # By name too, for a policy does not see into a quantised product.
             named = _named(ATTENTION_OUTPUT, QUANTIZED_PRODUCT)
-            return _any(policies.dots_with_no_batch_dims_saveable, named)
+            return policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, named)
         case "qkv":
             return _named(ATTENTION_INPUT, ATTENTION_OUTPUT)
         case "attention":
@@ -59,7 +52,3 @@ def _named(*names: str) -> Callable[..., bool]:
         return primitive.name == CUDNN_FORWARD or by_name(primitive, *args, **params)
 
     return keeps
-
-
-def _any(*policies: Callable[..., bool]) -> Callable[..., bool]:
-    return lambda primitive, *args, **params: any(keeps(primitive, *args, **params) for keeps in policies)

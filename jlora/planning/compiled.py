@@ -20,9 +20,8 @@ from jlora.config import Config
 from jlora.errors import MemoryExceeded
 from jlora.hf.pretrained import model_shape
 from jlora.model import attention
-from jlora.model.adapter import without_scales
+from jlora.model.adapter import place_adapter, without_scales
 from jlora.model.adapter_init import check_options, new_adapter
-from jlora.model.adapter_layout import place_adapter
 from jlora.model.config import ModelConfig
 from jlora.model.divisibility import check_batch_split, check_divides
 from jlora.model.llama import Decoder, abstract_decoder

@@ -13,7 +13,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 import jax.numpy as jnp
 
 from jlora.config import Config, ModelSection
-from jlora.config.keys import assign
+from jlora.config.sections import assign
 from jlora.model import quant
 from jlora.model.adapter import targets
 from jlora.model.config import ModelConfig, block_weights, outer_weights

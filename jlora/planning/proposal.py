@@ -12,7 +12,7 @@ from jlora.data.rows import BadRow, read_rows
 from jlora.data.tokens import Tokenizer
 from jlora.errors import DataError
 from jlora.hf.pretrained import tokenizer_of
-from jlora.reports.rows import Seen, look
+from jlora.reports.data import Seen, look
 
 # Rows that are looked at for their format; the first of a large file stand for it.
 LOOKED_AT = 1000

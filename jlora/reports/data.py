@@ -1,13 +1,22 @@
-"""The data as one HTML page that needs nothing else: figures, checks, lengths, and rows coloured by what is trained.
+"""The rows of a run as its model would see them, and what is wrong with them; on a page, and on a terminal."""
 
-Knows nothing of how figures are found.
-"""
-
+from dataclasses import asdict, dataclass
 from itertools import groupby
 from typing import Any, get_args
 
-from jlora.data.checks import Level
-from jlora.data.preview import Shown
+from rich.console import Console
+from rich.text import Text
+
+from jlora.config import Config
+from jlora.data.checks import Check, Level, check, check_overlap, check_run, count_batches, describe, scan
+from jlora.data.encoding import read_data
+from jlora.data.packing import plan_steps
+from jlora.data.preview import Shown, show_rows
+from jlora.data.tokens import Tokenizer
+from jlora.errors import ConfigError, DataError
+from jlora.files.text import clean, counted
+from jlora.hf.pretrained import open_tokenizer, stop_tokens, tokenizer_of
+from jlora.hf.shapes import SHAPES
 from jlora.reports import page
 from jlora.reports.charts import Chart, chart
 
@@ -21,9 +30,81 @@ LENGTHS = {"min": "shortest", "median": "median", "p90": "90 % at most", "max": 
 # Of checks, the worst first.
 LEVELS = get_args(Level)
 
+STYLES = {"context": "", "trained": "bold green", "cut": "strike red", "gap": "italic dim"}
+# Where there is no colour, what is trained and what is cut off stands in brackets.
+BRACKETS = {"trained": "⟦⟧", "cut": "✂✂"}
+BAR = 40
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What was found.
+
+    Attributes:
+      report: the JSON, but for the rows. rows: the first ones.
+    """
+
+    report: dict[str, Any]
+    rows: list[Shown]
+
+    @property
+    def errors(self) -> list[str]:
+        """The sentences for which the command fails."""
+        return [found["sentence"] for found in self.report["checks"] if found["level"] == "error"]
+
+
+def look(cfg: Config, num_rows: int) -> Seen:
+    """Read a run's data as `train` does, and check them.
+
+    Raises:
+      UserError: as `train`; but rows that cannot be used, and would end it, are an error among the checks.
+    """
+    tokenizer, stops, positions = _tokenizer(cfg)
+    checks: list[Check] = []
+    try:
+        train_data, eval_data = read_data(cfg, tokenizer)
+    except DataError as error:
+        if cfg.data.on_bad_row == "skip":
+            raise
+        section = cfg.data.model_copy(update={"on_bad_row": "skip"})
+        train_data, eval_data = read_data(cfg.model_copy(update={"data": section}), tokenizer)
+        num_bad = sum(sum(each.dropped.values()) for each in (train_data, eval_data) if each)
+        checks.append(Check("bad_rows", "error", num_bad, str(error)))
+    report: dict[str, Any] = {"train": None, "eval": None}
+    hashes = {}
+    for name, dataset in (("train", train_data), ("eval", eval_data)):
+        if dataset is None:
+            continue
+        found = scan(dataset, cfg.data.longest, tokenizer.bos_id, stops)
+        report[name], hashes[name] = describe(dataset, found), found.hashes
+        checks += check(dataset, found, cfg, name)
+    report["train"]["batches"] = count_batches(train_data, cfg)
+    if eval_data is not None and isinstance(cfg.data.eval, float):  # a part of the rows that were read
+        report["train"]["held_out"] = len(eval_data.examples)
+    if eval_data is not None:
+        checks += check_overlap(hashes["train"], eval_data, hashes["eval"])
+    _, num_steps = plan_steps(cfg, train_data)
+    report["steps"] = num_steps
+    checks += check_run(cfg, num_steps, positions)
+    report["checks"] = [asdict(found) for found in checks]
+    each = -(-num_rows // len(cfg.data.sources))  # the first rows of every source
+    rows = [row for source in cfg.data.sources for row in show_rows(source.path, each, tokenizer, cfg.data)]
+    return Seen(report, rows[:num_rows])
+
+
+def _tokenizer(cfg: Config) -> tuple[Tokenizer, list[int], Any]:
+    """The run's tokenizer, the ids at which generation stops, and the base's positions, if it says them."""
+    if cfg.model.path not in SHAPES:
+        tokenizer, config = tokenizer_of(cfg.model.path, cfg.model.tokenizer, cfg.data.chat_template)
+        return tokenizer, stop_tokens(tokenizer, config), config.get("max_position_embeddings")
+    if cfg.model.tokenizer is None:
+        raise ConfigError(f"model.path={cfg.model.path} is a shape alone; set model.tokenizer to see the data")
+    tokenizer = open_tokenizer(cfg.model.tokenizer, cfg.data.chat_template)
+    return tokenizer, [tokenizer.eos_id], None
+
 
 def render(title: str, report: dict[str, Any], rows: list[Shown]) -> str:
-    """The page of a report (`jlora.reports.rows.Seen`) and its first rows.
+    """The page of a report (`Seen`) and its first rows.
 
     Args:
       title: such as the config's name.
@@ -78,3 +159,77 @@ def _lengths(name: str, found: dict[str, Any]) -> Chart:
     bars = [(low, high, count, f"{low:,} to {high - 1:,} tokens: {count:,}") for low, high, count in found["histogram"]]
     title, end = f"{name}: {found['examples']:,} sequences", found["histogram"][-1][1]
     return chart(title, "sequences", [], (0, end), across="tokens in a sequence", bars=bars)
+
+
+def print_report(report: dict[str, Any], rows: list[Shown], console: Console) -> None:
+    """Figures, warnings and notes, and the first rows."""
+
+    def say(text: str = "") -> None:
+        console.print(clean(text), markup=False, highlight=False, soft_wrap=True)
+
+    for name in ("train", "eval"):
+        if report[name] is not None:
+            _print_set(name, report[name], say)
+    for found in report["checks"]:
+        if found["level"] != "error":
+            say(f"{found['level']}: {found['sentence']}")
+    errors, warnings = (sum(found["level"] == level for found in report["checks"]) for level in ("error", "warning"))
+    verdict = "would train wrongly" if errors else counted(warnings, "warning") if warnings else "nothing found wrong"
+    say(f"{counted(report['steps'], 'optimizer step')}; {verdict}")
+    if rows:
+        plain = console.color_system is None
+        legend = Text("\nthe first rows: ")
+        for part, words in (("context", "not trained"), ("trained", "trained"), ("cut", "cut off")):
+            marks = BRACKETS.get(part, "  ") if plain else "  "
+            legend.append(f"{marks[0]}{words}{marks[1]}".strip(), STYLES[part]).append("  ")
+        console.print(legend)
+        for row in rows:
+            _print_row(row, plain, console)
+
+
+def _print_set(name: str, found: dict[str, Any], say: Any) -> None:
+    lengths = found["lengths"]
+    held_out = f" ({found['held_out']:,} of them held out)" if "held_out" in found else ""
+    say(
+        f"{name}: {found['rows']:,} rows{held_out}, {found['examples']:,} sequences, {found['tokens']:,} tokens, "
+        f"{found['trained_tokens']:,} of them trained ({found['trained_tokens'] / found['tokens']:.1%})"
+    )
+    say(
+        f"  cut {found['truncated']:,}, dropped {sum(found['dropped'].values()):,}, "
+        f"exact copies {found['duplicates']:,}; tokens a sequence: {lengths['min']:,} to {lengths['max']:,}, "
+        f"median {lengths['median']:,}, 90 % at most {lengths['p90']:,}, 99 % at most {lengths['p99']:,}"
+    )
+    for source in found["sources"]:
+        weight = "" if source["weight"] is None else f"weight {source['weight']:g}, "
+        say(
+            f"  {source['path']}: {weight}{source['read']:,} rows, {source['examples']:,} sequences, "
+            f"{source['first_epoch']:,} of them in the first epoch"
+        )
+    if batches := found.get("batches"):
+        for kind in ("packed", "padded"):
+            full = batches["tokens"] / batches[f"{kind}_tokens"]
+            say(f"  {kind}: {batches[kind]:,} batches an epoch, {full:.1%} of their tokens are not padding")
+    most = max(count for *_, count in found["histogram"])
+    last = f"{found['histogram'][-1][1] - 1:,}"
+    for low, high, count in found["histogram"]:
+        if not count:
+            continue
+        bar = "█" * -(-count * BAR // most)
+        say(f"  {low:>{len(last)},} to {high - 1:>{len(last)},} tokens {bar} {count:,}")
+
+
+def _print_row(row: Shown, plain: bool, console: Console) -> None:
+    cut = f", {row.cut:,} cut off" if row.cut else ""
+    what = row.bad or f"{row.tokens:,} tokens, {row.trained:,} trained{cut}"
+    console.print(Text(clean(f"\n── {row.where}: {what}"), "dim"))
+    for pieces in row.sequences:
+        text, before = Text(), "context"
+        for piece in pieces:
+            if plain and piece.part != before:
+                text.append(BRACKETS.get(before, "  ")[1].strip() + BRACKETS.get(piece.part, "  ")[0].strip())
+            before = piece.part
+            words = f"[… {piece.text} …]" if piece.part == "gap" else piece.text
+            text.append(words, STYLES[piece.part] + " reverse" * piece.special)
+        if plain:
+            text.append(BRACKETS.get(before, "  ")[1].strip())
+        console.print(text, soft_wrap=True)

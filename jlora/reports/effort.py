@@ -9,8 +9,7 @@ from typing import Any
 from jlora.data.speakers import Turn
 from jlora.files.atomic import write_bytes
 from jlora.files.paths import short_names
-from jlora.reports.answers import SCORES, Columns, said, tabulated
-from jlora.reports.cards import Card
+from jlora.reports.answers import SCORES, Card, Columns, said, tabulated
 from jlora.reports.charts import Chart, Line, chart
 from jlora.reports.figures import drawable
 from jlora.reports.page import clean, render, write_page

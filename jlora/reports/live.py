@@ -11,7 +11,6 @@ import secrets
 import sys
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -39,21 +38,20 @@ FILES = ("metrics.jsonl", "summary.json", "config.yaml", "samples.json")
 class Pace:
     """Seconds a step takes, evaluations and saves with it, by the clock of who looks on."""
 
-    first: tuple[float, float] | None = None  # a step, and when it was seen
-    latest: tuple[float, float] | None = None
+    seen: tuple[tuple[float, float], ...] = ()  # the first step and the latest, each with when it was seen
 
     def saw(self, step: float, now: float) -> None:
         """A step was there when somebody looked; a step back is a run begun anew."""
-        if self.first is None or self.latest is None or step < self.latest[0]:
-            self.first = self.latest = (step, now)
-        elif step > self.latest[0]:
-            self.latest = (step, now)
+        if not self.seen or step < self.seen[-1][0]:
+            self.seen = ((step, now),)
+        elif step > self.seen[-1][0]:
+            self.seen = (self.seen[0], (step, now))
 
     def left(self, total: float | None) -> float | None:
         """Seconds to the last step; None where nobody can tell yet."""
-        if total is None or self.first is None or self.latest is None or self.latest[0] == self.first[0]:
+        if total is None or len(self.seen) < 2:
             return None
-        (first, began), (latest, ended) = self.first, self.latest
+        (first, began), (latest, ended) = self.seen
         return max(0.0, total - latest) * (ended - began) / (latest - first)
 
 
@@ -205,17 +203,14 @@ class Server(ThreadingHTTPServer):
             super().handle_error(request, client_address)
 
 
-def serve(folder: Path, port: int, tell: Callable[[str], None]) -> None:
-    """Serve until Ctrl-C.
-
-    Args:
-      tell: is told where, once it can be opened there.
+def serve(folder: Path, port: int) -> None:
+    """Serve until Ctrl-C, and say on stdout where, once it can be opened there.
 
     Raises:
       ConfigError: see `Server`.
     """
     with Server(folder, port) as server:
-        tell(server.url)
+        print(f"following {folder} at {server.url}; Ctrl-C ends it", flush=True)
         try:
             server.serve_forever(poll_interval=0.2)
         except KeyboardInterrupt:

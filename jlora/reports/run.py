@@ -1,12 +1,12 @@
 """A single-file HTML page about one training run: figures, curves, data, samples and provenance."""
 
+import datetime
 from pathlib import Path
 from typing import Any
 
-from jlora.reports.cards import Card, sample_cell, turns_of
+from jlora.reports.answers import Card, sample_cell, turns_of
 from jlora.reports.charts import MOST_DOTS, Chart, Line, chart, smoothed
-from jlora.reports.figures import drawable, mapping, shown
-from jlora.reports.heading import heading
+from jlora.reports.figures import compact, drawable, mapping, shown
 from jlora.reports.page import render, write_page
 from jlora.reports.run_files import RunFiles, read_run
 
@@ -16,6 +16,7 @@ STATUS = {
     "failed": "failed",
     "None": "in progress, or stopped early",
 }
+ROWS = {"used": "trained on", "eval": "held out"}
 
 
 def write_report(run_dir: Path, out: Path | None = None) -> Path:
@@ -82,8 +83,7 @@ def _share(run: RunFiles) -> str:
 def _data(run: RunFiles) -> list[tuple[str, str]]:
     rows, tokens = run.summary["rows"], run.summary["tokens"]
     dropped = {f"dropped: {reason}": count for reason, count in mapping(rows.get("dropped")).items()}
-    names = {"read": "read", "used": "trained on", "eval": "held out"}
-    counted = {name: rows[key] for key, name in names.items() if key in rows}
+    counted = {name: rows[key] for key, name in {"read": "read", **ROWS}.items() if key in rows}
     counted |= dropped or ({"dropped": rows["dropped"] or 0} if "dropped" in rows else {})
     counted |= {"cut at the end": rows["truncated"]} if "truncated" in rows else {}
     return [(f"Rows {name}", shown(count)) for name, count in counted.items()] + [
@@ -124,3 +124,53 @@ def _charts(run: RunFiles) -> list[Chart]:
         chart("Gradient norm", "global L2 norm", [Line("train", "", series["grad_norm"])], x_range),
         chart("Speed", "tokens per second", [Line("train", "", series["tokens_per_second"])], x_range),
     ]
+
+
+def heading(run: RunFiles) -> dict[str, str]:
+    """The facts that stand above a run's figures; what its files do not say is left out."""
+    keys, rows = run.keys(), run.summary["rows"]
+    sections = {name: mapping(keys.get(name)) for name in ("model", "lora", "optimizer", "objective", "training")}
+    model = sections["model"]
+    held = f" in {model['quantization']}" if model.get("quantization") else ""
+    facts = {
+        "Base": "" if model.get("path") is None else f"{Path(str(model['path'])).name}{held}",
+        "Method": method(keys, sections["lora"], sections["objective"]),
+        "Learning rate": _rate(sections["optimizer"]),
+        "Rows": ", ".join(f"{shown(rows[key], compact)} {what}" for key, what in ROWS.items() if rows.get(key)),
+        "Epochs": _epochs(run, sections["training"]),
+        "Date": day(run),
+        "Command": str(run.summary.get("command") or ""),
+    }
+    return {name: fact for name, fact in facts.items() if fact}
+
+
+def method(keys: dict[str, Any], lora: dict[str, Any], objective: dict[str, Any]) -> str:
+    """Such as "DoRA, rank 8, alpha 16, DPO"."""
+    said = [{"lora": "LoRA", "full": "full fine-tuning"}.get(str(keys.get("method")), shown(keys.get("method")))]
+    if said == ["LoRA"]:
+        said = ["DoRA" if lora.get("use_dora") is True else "LoRA"]
+        said += [f"{name} {shown(lora[name])}" for name in ("rank", "alpha") if name in lora]
+    if objective.get("name") not in (None, "sft"):
+        said.append(str(objective["name"]).upper())
+    return "" if said == ["–"] else ", ".join(said)
+
+
+def day(run: RunFiles) -> str:
+    """When it was started, or else when it logged last, in the time of this machine."""
+    if run.summary.get("started") is not None:
+        return str(run.summary["started"]).replace("T", " ")[:16]
+    return "" if run.changed is None else datetime.datetime.fromtimestamp(run.changed).strftime("%Y-%m-%d %H:%M")
+
+
+def _rate(optimizer: dict[str, Any]) -> str:
+    said = [shown(optimizer.get("learning_rate"), "{:g}".format), str(optimizer.get("schedule", ""))]
+    return "" if said[0] == "–" else ", ".join(filter(None, said))
+
+
+def _epochs(run: RunFiles, training: dict[str, Any]) -> str:
+    """Those done: a run by max_steps does not say how many it will be."""
+    logged = next((record["epoch"] for record in reversed(run.records) if "epoch" in record), None)
+    done = drawable(run.summary.get("epochs", logged))
+    wanted = drawable(training.get("epochs")) if training.get("max_steps") is None else None
+    over = f" of {wanted:g}" if wanted is not None and done is not None and done < wanted - 0.005 else ""
+    return "" if done is None else f"{done:.2f}".rstrip("0").rstrip(".") + over

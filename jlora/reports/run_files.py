@@ -68,7 +68,9 @@ class RunFiles:
 def read_run(run_dir: Path) -> RunFiles:
     """Everything of a folder; each file may be missing or partial."""
     records, unreadable = read_records(run_dir / "metrics.jsonl")
-    series = {key: series_of(records, key) for key in KEYS}
+    # A resumed run logs some steps twice; the later line is the one that counted.
+    steps = {key: {drawable(r["step"]) or 0.0: drawable(r[key]) for r in records if key in r} for key in KEYS}
+    series = {key: sorted(values.items()) for key, values in steps.items()}
     summary = parse(read_text(run_dir / "summary.json")) or {}
     if "samples" not in summary and (early := parse(read_text(run_dir / "samples.json"))):
         summary |= early  # of a run that goes on: those before it
@@ -111,11 +113,6 @@ def read_records(path: Path) -> tuple[list[dict[str, Any]], int]:
     records = [record for record in parsed if drawable(record.get("step")) is not None]
     wanted = sum(1 for line in whole if line.strip()) + (drawable(parsed[-1].get("step")) is not None)
     return records, wanted - len(records)
-
-
-def series_of(records: list[dict[str, Any]], key: str) -> list[Point]:
-    """Values by step. A resumed run logs some steps twice; the later line is the one that counted."""
-    return sorted({drawable(r["step"]) or 0.0: drawable(r[key]) for r in records if key in r}.items())
 
 
 def last_value(points: list[Point]) -> float | None:

@@ -1,15 +1,19 @@
-"""Several runs in one HTML page: figures side by side, curves over each other, and the keys in which they differ."""
+"""Many runs: in one page, compared or as an index, and in a line each on the terminal."""
 
+import datetime
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from jlora.config import yaml_scalar
-from jlora.config.keys import dotted
+from jlora.config.sections import dotted
 from jlora.files.paths import short_names
-from jlora.reports.cards import Card, sample_cell, turns_of
-from jlora.reports.charts import MOST_DOTS, Chart, Line, chart, smoothed
-from jlora.reports.figures import compact, drawable, duration, loss, memory, perplexity, shown
-from jlora.reports.page import render
+from jlora.files.text import clean
+from jlora.reports.answers import Card, sample_cell, turns_of
+from jlora.reports.charts import MOST_DOTS, Chart, Line, Point, Spot, chart, smoothed, thinned
+from jlora.reports.figures import compact, drawable, duration, loss, mapping, memory, perplexity, shown
+from jlora.reports.page import link, render, write_page
+from jlora.reports.run import STATUS, heading
 from jlora.reports.run_files import RunFiles, read_run
 
 # Lines that a reader still tells apart.
@@ -24,6 +28,9 @@ HEADS = (
     *("Run", "Held-out loss", "Held-out perplexity", "Train loss", "Steps", "Tokens/s", "Wall time"),
     *("Peak host memory", "Peak device memory", "Trained parameters"),
 )
+# Of an index: the box that a loss is drawn in, the most points of one, and the keys that are named of a run.
+WIDTH, HEIGHT, POINTS, MOST_KEYS = 120, 28, 120, 8
+LISTED = ("run", "status", "steps", "held-out loss", "train loss", "base", "method", "rate", "took", "changed")
 
 
 def compare(folders: list[Path]) -> str:
@@ -95,3 +102,100 @@ def _samples(runs: list[RunFiles]) -> list[Card]:
             before = sample_cell(f"Before training ({runs[0].name})", sample, "before")
             out.append(Card("Prompt", turns_of(sample), [*wanted, replace(before, apart=True), *after]))
     return out
+
+
+def write_index(path: Path, folders: list[Path]) -> None:
+    """Write the page of some run folders, in their order, whole or not at all.
+
+    Raises:
+      ConfigError: it cannot be written there.
+    """
+    names = short_names([folder.resolve() for folder in folders])
+    runs = [replace(read_run(folder), name=name) for folder, name in zip(folders, names, strict=True)]
+    after = {n: value for n, run in enumerate(runs) if (value := drawable(run.held_out()[1])) is not None}
+    lowest = min(after, key=lambda n: after[n]) if len(after) > 1 else None
+    unlike = differences(runs)
+    rows = []
+    for number, (folder, run) in enumerate(zip(folders, runs, strict=True)):
+        target = folder / "report.html"
+        own = [f"{key} {values[number]}" for key, values in unlike]
+        rows.append(
+            _row(run)
+            | {"link": link(path, target) if target.is_file() else None, "best": number == lowest}
+            | {"unlike": own[:MOST_KEYS], "more": len(own[MOST_KEYS:])}
+        )
+    write_page(path, render("index.html", title="Runs", rows=rows, width=WIDTH, height=HEIGHT))
+
+
+def _row(run: RunFiles) -> dict[str, Any]:
+    (before, after), status, facts = run.held_out(), str(run.summary.get("status")), heading(run)
+    return {
+        "name": run.name,
+        "state": status if status in STATUS else "",
+        "status": STATUS.get(status, status),
+        "date": facts.get("Date", ""),
+        "what": ", ".join(facts[name] for name in ("Base", "Method") if name in facts),
+        "steps": shown(run.num_steps(), compact),
+        "held_out": "–" if after is None else f"{shown(before, loss)} → {shown(after, loss)}",
+        "train": shown(run.figure("train_loss", "loss"), loss),
+        "spark": sparkline(run.series["loss"]),
+    }
+
+
+def sparkline(points: list[Point]) -> list[Spot]:
+    """The shape of a curve in a box of WIDTH x HEIGHT, y downwards, smoothed; empty of fewer than two values."""
+    drawn = [(x, y) for x, y in thinned(smoothed(points, max(5, len(points) // 20)), POINTS) if y is not None]
+    if len(drawn) < 2:
+        return []
+    first, last, low, high = drawn[0][0], drawn[-1][0], min(y for _, y in drawn), max(y for _, y in drawn)
+    across, up = (WIDTH - 2) / (last - first), (HEIGHT - 2) / ((high - low) or 1.0)
+    return [(round(1 + (x - first) * across, 1), round(HEIGHT - 1 - (y - low) * up, 1)) for x, y in drawn]
+
+
+def described(folder: Path) -> dict[str, Any]:
+    """A run as its files tell it; None where they do not say."""
+    run = read_run(folder)
+    config, (before, after) = run.keys(), run.held_out()
+    section = {name: mapping(config.get(name)) for name in ("model", "lora", "optimizer")}
+    return {
+        "run": str(folder),
+        "status": run.summary.get("status", "unfinished"),
+        "steps": run.num_steps(),
+        "eval_loss_before": before,
+        "eval_loss": after,
+        "train_loss": run.figure("train_loss", "loss"),
+        "base": section["model"].get("path"),
+        "method": config.get("method"),
+        "rank": section["lora"].get("rank"),
+        "learning_rate": section["optimizer"].get("learning_rate"),
+        "wall_seconds": run.summary.get("wall_seconds"),
+        "changed": run.changed,
+    }
+
+
+def print_runs(runs: list[dict[str, Any]]) -> None:
+    """A table of runs, as wide as the terminal; into a pipe whole."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(markup=False, highlight=False)
+    if not console.is_terminal:
+        console = Console(markup=False, highlight=False, width=10_000)
+    table = Table(*LISTED, box=box.SIMPLE_HEAD, pad_edge=False)
+    for run in runs:
+        held_out = f"{shown(run['eval_loss_before'], loss)} → {shown(run['eval_loss'], loss)}"
+        method = f"LoRA r={run['rank']}" if run["method"] == "lora" else shown(run["method"])
+        table.add_row(
+            clean(run["run"]),
+            clean(shown(run["status"])),
+            shown(run["steps"], compact),
+            held_out if run["eval_loss"] is not None else "–",
+            shown(run["train_loss"], loss),
+            clean(Path(str(run["base"])).name),
+            clean(method),
+            shown(run["learning_rate"], "{:g}".format),
+            shown(run["wall_seconds"], duration),
+            datetime.datetime.fromtimestamp(run["changed"]).strftime("%Y-%m-%d %H:%M"),
+        )
+    console.print(table)

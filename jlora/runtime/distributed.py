@@ -6,13 +6,16 @@ process of a job has a parent that outlives it and says what happened. Knows not
 Every command imports this, so JAX is imported where it is used.
 """
 
+import faulthandler
 import glob
 import importlib.util
 import json
+import math
 import os
 import re
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -20,7 +23,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from jlora.config import DistributedSection
-from jlora.errors import ConfigError, UserError
+from jlora.errors import ConfigError, HostLost, Stopped, UserError
 from jlora.runtime import private_jax, streams
 from jlora.runtime.supervise import stands
 
@@ -188,22 +191,17 @@ def require_agreement(stage: str, error: type[UserError], items: dict[str, Any])
     """
     if not several():
         return
-    client, key = private_jax.job().client, f"jlora/agree/{stage}"
-    if is_main():
-        client.key_value_set(key, json.dumps({"host": socket.gethostname(), "items": items}))
-    else:
-        first = json.loads(client.blocking_key_value_get(key, 24 * 3600 * 1000))
-        mine = json.loads(json.dumps(items))
-        names = sorted(first["items"].keys() | mine.keys())
-        differences = [
-            f"{name} is {_short(mine.get(name))} here, {_short(first['items'].get(name))} there"
-            for name in names
-            if mine.get(name) != first["items"].get(name)
-        ]
-        if differences:
-            raise error(
-                f"{_me()} differs from process 0 ({first['host']}): {'; '.join(differences)}; give all hosts the same"
-            )
+    first = from_first(f"agree/{stage}", lambda: {"host": socket.gethostname(), "items": items})
+    mine, theirs = json.loads(json.dumps(items)), first["items"]
+    differences = [
+        f"{name} is {_short(mine.get(name))} here, {_short(theirs.get(name))} there"
+        for name in sorted(theirs.keys() | mine.keys())
+        if mine.get(name) != theirs.get(name)
+    ]
+    if differences and not is_main():
+        raise error(
+            f"{_me()} differs from process 0 ({first['host']}): {'; '.join(differences)}; give all hosts the same"
+        )
     wait_for_all(f"agreed/{stage}")
 
 
@@ -269,3 +267,66 @@ def _leave(code: int) -> NoReturn:
     # Not sys.exit: JAX would wait at its end for the processes that still wait for this one.
     streams.flush()
     os._exit(code)
+
+
+class Watch(threading.Thread):
+    """Ends this process when another has failed, or when no step is finished any more; idle in a job of one."""
+
+    def __init__(self, step_timeout: int):
+        """Begin to watch at the first beat.
+
+        Args:
+          step_timeout: seconds from one `beat` to the next that are too many; none before the first.
+        """
+        super().__init__(name="watch", daemon=True)
+        self._step_timeout, self._step, self._beat = step_timeout, 0, math.inf
+        if several():
+            self.start()
+
+    def beat(self, step: int) -> None:
+        """The job is alive, and this many steps are done."""
+        self._step, self._beat = step, time.monotonic()
+        stands(f"after step {step}")
+        if several():
+            # Of the interpreter's C code, so that it works even where a thread never lets go of Python's lock.
+            faulthandler.dump_traceback_later(self._step_timeout + 60, exit=True)
+
+    def run(self) -> None:
+        """The thread's loop."""
+        import jax
+
+        client = private_jax.job().client
+        while True:
+            time.sleep(POLL_SECONDS)
+            try:
+                client.key_value_set(f"jlora/step/{process_index()}", str(self._step), allow_overwrite=True)
+                failures = client.key_value_dir_get("jlora/failed/")
+                entries = client.key_value_dir_get("jlora/step/")
+            except jax.errors.JaxRuntimeError:  # process 0 is gone, and JAX ends this process for it
+                continue
+            steps = {int(key.rpartition("/")[2]): int(step) for key, step in entries}
+            if failures:
+                key, text = failures[0]
+                code, sentence = json.loads(text)
+                if code == HostLost.exit_code:  # was it this one that it waited for?
+                    faulthandler.dump_traceback(sys.stderr, all_threads=True)
+                what = "" if code == Stopped.exit_code else "failed: "
+                print(f"error: process {key.rpartition('/')[2]} of the job {what}{sentence}", file=sys.stderr)
+                _leave(code)
+            if time.monotonic() - self._beat > self._step_timeout:
+                faulthandler.dump_traceback(sys.stderr, all_threads=True)
+                sentence = (
+                    f"{_me()}: no step was finished for {self._step_timeout} s (distributed.step_timeout); "
+                    f"{_stragglers(steps)}; where each thread stands is above; run the same command again to resume "
+                    "from the last checkpoint"
+                )
+                print(f"error: {sentence}", file=sys.stderr)
+                end(HostLost.exit_code, sentence)
+
+
+def _stragglers(steps: dict[int, int]) -> str:
+    least = min(steps.values())
+    behind = [str(process) for process, step in sorted(steps.items()) if step == least]
+    if len(behind) == len(steps):
+        return f"all processes stand after step {least}"
+    return f"process {', '.join(behind)} stands after step {least}, the others after step {max(steps.values())}"

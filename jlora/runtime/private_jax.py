@@ -4,9 +4,8 @@ A new JAX may move any of it: `tests/runtime/test_private_jax.py` says what, and
 that the rest goes on working.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from types import ModuleType
 from typing import Any
 
 # The primitive of cuDNN's forward pass: remat knows the kernel's results by it, which have no names of their own.
@@ -30,10 +29,12 @@ def gpu_is_cuda() -> Iterator[None]:
 
     Until jax issues 23971 and 28376 are fixed; in 0.12 they are not.
     """
+    from unittest.mock import patch
+
     from jax._src import xla_bridge
 
     resolve = xla_bridge.canonicalize_platform
-    with _replaced(xla_bridge, "canonicalize_platform", lambda name: "cuda" if name == "gpu" else resolve(name)):
+    with patch.object(xla_bridge, "canonicalize_platform", lambda name: "cuda" if name == "gpu" else resolve(name)):
         yield
 
 
@@ -45,21 +46,12 @@ def no_mask_gradient() -> Iterator[None]:
     1 GiB for 32 heads at 4096 tokens. Until 0.11.1, which asks for none of a boolean mask (jax pull request 39512);
     0.11.2 drops the function.
     """
+    from unittest.mock import patch
+
     from jax._src.cudnn import fused_attention_stablehlo
 
     if not hasattr(fused_attention_stablehlo, "should_export_dbias"):
         yield
         return
-    with _replaced(fused_attention_stablehlo, "should_export_dbias", lambda *_: False):
+    with patch.object(fused_attention_stablehlo, "should_export_dbias", lambda *_: False):
         yield
-
-
-@contextmanager
-def _replaced(module: ModuleType, name: str, function: Callable) -> Iterator[None]:
-    """Another function under that name of a module meanwhile."""
-    before = getattr(module, name)
-    setattr(module, name, function)
-    try:
-        yield
-    finally:
-        setattr(module, name, before)

@@ -10,7 +10,7 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-from jlora.files.private import private
+from jlora.files.paths import private
 
 # JAX's default, three quarters of a GPU, is less than a run that fits may need.
 GPU_MEMORY_FRACTION = 0.95
@@ -34,9 +34,10 @@ def prepare() -> None:
     if not given or given.startswith("-"):  # else it names a file of flags
         ours = [f"{name}={value}" for name, value in FLAGS.items() if name not in given]
         os.environ["XLA_FLAGS"] = " ".join([*ours, given]).strip()
-    with suppress(RuntimeError):  # no home folder: every program is compiled anew
-        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_folder()))
     name = "JAX_COMPILATION_CACHE_DIR"
+    with suppress(RuntimeError):  # no home folder: every program is compiled anew
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        os.environ.setdefault(name, str(cache / "jlora" / "jax"))
     folder, enabled = os.environ.get(name), os.environ.get("JAX_ENABLE_COMPILATION_CACHE", "true")
     if folder and "://" not in folder and enabled.lower() not in OFF:  # what is in a bucket has no owner to look at
         with suppress(OSError):  # cannot be made: JAX says so, and compiles anew
@@ -63,12 +64,3 @@ def use_huge_pages() -> None:
         return
     os.environ["GLIBC_TUNABLES"] = f"{given}:{HUGE_PAGES}".strip(":")
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
-
-
-def cache_folder() -> Path:
-    """Where compiled programs are kept, unless JAX_COMPILATION_CACHE_DIR names another folder.
-
-    Raises:
-      RuntimeError: neither XDG_CACHE_HOME nor a home folder is known.
-    """
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jlora" / "jax"

@@ -20,9 +20,8 @@ import chex
 import jax
 import orbax.checkpoint as ocp
 
-from jlora.errors import ConfigError, HostLost, ModelError
+from jlora.errors import ConfigError, HostLost, ModelError, finding
 from jlora.files import manifest
-from jlora.model.boundary import finding
 from jlora.runtime import distributed
 
 Tree = Any

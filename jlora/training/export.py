@@ -14,9 +14,8 @@ from jlora.errors import ConfigError, ModelError
 from jlora.files.atomic import new_folder
 from jlora.hf import verify
 from jlora.hf.pretrained import base_of, load_pretrained, open_adapter, open_pretrained, run_config
-from jlora.model.adapter import Adapter, layer_scales, targets, with_scales, without_scales
+from jlora.model.adapter import Adapter, layer_scales, place_adapter, targets, with_scales, without_scales
 from jlora.model.adapter_init import new_adapter
-from jlora.model.adapter_layout import place_adapter
 from jlora.model.adapter_merge import combine_adapters
 from jlora.model.config import ModelConfig
 from jlora.model.llama import Decoder, abstract_decoder

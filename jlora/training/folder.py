@@ -10,10 +10,9 @@ import jax
 import numpy as np
 
 from jlora.config import Config
-from jlora.errors import ConfigError, DataError, NothingTrained
+from jlora.errors import ConfigError, DataError, NothingTrained, finding
 from jlora.files import lock
 from jlora.files.paths import require_own
-from jlora.model.boundary import finding
 from jlora.model.sharding import local_rows, place_rows
 from jlora.training.step import TrainState
 

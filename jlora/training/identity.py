@@ -6,7 +6,7 @@ from typing import Any
 import jax
 
 from jlora.config import Config, nearest
-from jlora.config.keys import dotted
+from jlora.config.sections import dotted
 from jlora.data.dataset import Dataset
 from jlora.errors import ConfigError, ModelError
 from jlora.hf.pretrained import Pretrained, adapter_digest

@@ -23,15 +23,13 @@ from jlora.files.paths import inside
 from jlora.hf import verify
 from jlora.hf.gguf import GGUFFile
 from jlora.hf.load import hash_base, load_base
-from jlora.hf.merged import save_checkpoint, stored_bytes, untied
 from jlora.hf.names import name_table
 from jlora.hf.pretrained import Opened, load_pretrained
 from jlora.hf.source import check_names, open_source
-from jlora.hf.weights import Dequantized, Merged, Stored, Trained, Weights
+from jlora.hf.weights import Dequantized, Merged, Stored, Trained, Weights, save_checkpoint, stored_bytes, untied
 from jlora.model import attention
-from jlora.model.adapter import Adapter
+from jlora.model.adapter import Adapter, place_adapter
 from jlora.model.adapter_init import new_adapter
-from jlora.model.adapter_layout import place_adapter
 from jlora.model.config import ModelConfig
 from jlora.model.llama import Decoder, abstract_decoder
 from jlora.model.sharding import make_mesh, one_device_mesh

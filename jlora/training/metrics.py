@@ -17,7 +17,7 @@ from jlora.config import TrainingSection
 from jlora.data.packing import Epochs
 from jlora.errors import NonFiniteError
 from jlora.files.atomic import open_own, strict_json, write_text
-from jlora.files.secrets import redact
+from jlora.files.text import redact
 from jlora.reports.run_files import read_records
 from jlora.training.progress import ProgressLine
 from jlora.training.trackers import Tracker

@@ -21,7 +21,7 @@ from jlora.hf.source import base_fingerprint
 from jlora.model.adapter_init import check_options
 from jlora.model.divisibility import check_divides
 from jlora.runtime import distributed
-from jlora.runtime.watch import Watch
+from jlora.runtime.distributed import Watch
 from jlora.training import optim
 from jlora.training.callbacks import Callbacks
 from jlora.training.checkpoint import Checkpoints

@@ -21,7 +21,7 @@ from jlora.model.divisibility import check_batch_split
 from jlora.model.sharding import make_mesh
 from jlora.reports.run import write_report
 from jlora.runtime import distributed, signals
-from jlora.runtime.watch import Watch
+from jlora.runtime.distributed import Watch
 from jlora.training.auto_remat import compile_fastest
 from jlora.training.callbacks import Callbacks, figures_of
 from jlora.training.checkpoint import Checkpoints

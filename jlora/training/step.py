@@ -20,8 +20,8 @@ from jlora.model import attention, quant
 from jlora.model.adapter import Adapter
 from jlora.model.attention import Attention
 from jlora.model.config import ModelConfig, check_length
+from jlora.model.layers import products_in
 from jlora.model.llama import Decoder
-from jlora.model.precision import products_in
 from jlora.model.quant import is_quantized
 from jlora.model.sharding import named_sharding, place
 from jlora.training import optim

@@ -13,8 +13,7 @@ import jax
 
 from jlora.data.checks import count_sources
 from jlora.data.dataset import Dataset
-from jlora.files.secrets import redact
-from jlora.files.text import counted
+from jlora.files.text import counted, redact
 from jlora.reports.run_files import parse, read_text
 from jlora.training.auto_remat import peak_bytes
 from jlora.training.metrics import StepMeter, read_metrics

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from jlora.config import Config, TrainingSection
-from jlora.config.keys import dotted
+from jlora.config.sections import dotted
 from jlora.errors import ConfigError
 from jlora.files.atomic import write_text
 from jlora.reports.run_files import read_text

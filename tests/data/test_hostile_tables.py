@@ -93,7 +93,7 @@ def test_damaged_record_batches_are_refused_before_they_are_read(saved):
 
 def test_crash_of_the_library_is_one_sentence(saved, monkeypatch, tmp_path):
     killer = write(tmp_path / "killer.py", b"import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)\n")
-    monkeypatch.setattr(tables.native, "__file__", str(killer))
+    monkeypatch.setattr("jlora.files.sandbox.__file__", str(killer))
     assert "it crashes the library that reads it (SIGSEGV)" in sentence_of(DataError, rows_of, saved[0])
 
 

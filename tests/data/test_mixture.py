@@ -12,9 +12,8 @@ from tiny import make_completions, make_llama, make_tokenizer, write_config
 
 from jlora.config import DataSource, load_config
 from jlora.data.checks import count_sources
-from jlora.data.dataset import hold_out
+from jlora.data.dataset import hold_out, join
 from jlora.data.encoding import read_data
-from jlora.data.mixture import join
 from jlora.data.packing import Epochs, batches
 from jlora.data.tokens import load_tokenizer
 from jlora.errors import ConfigError, DataError

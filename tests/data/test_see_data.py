@@ -17,7 +17,7 @@ from jlora.data.packing import plan_steps
 from jlora.data.preview import SHOWN, SHOWN_CUT, show_rows
 from jlora.data.tokens import load_tokenizer
 from jlora.errors import DataError
-from jlora.reports.rows import look
+from jlora.reports.data import look
 
 GOOD = [{"prompt": f"{i}:", "completion": " " + "abc" * (1 + i % 3)} for i in range(6)]
 # A template that ends no turn with EOS, as that of another model may.

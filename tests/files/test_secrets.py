@@ -13,7 +13,7 @@ import jlora.train
 from jlora import cli
 from jlora.config import load_config
 from jlora.errors import ConfigError, ModelError
-from jlora.files.secrets import HIDDEN, find_secret, redact
+from jlora.files.text import HIDDEN, find_secret, redact
 
 SECRETS = {
     "HF_TOKEN": "hf_PlantedPlantedPlantedPlanted01",

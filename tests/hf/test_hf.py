@@ -24,11 +24,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig
 
 from jlora.errors import ModelError
 from jlora.files.atomic import new_folder
-from jlora.hf import merged
+from jlora.hf import weights
 from jlora.hf.architecture import parse_config
-from jlora.hf.merged import save_checkpoint
 from jlora.hf.source import check_names, open_source, resolve
-from jlora.hf.weights import Trained
+from jlora.hf.weights import Trained, save_checkpoint
 from jlora.model.rope import Rope
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -221,7 +220,7 @@ CONFIG_REFUSALS = [
     ("attention_dropout", "0.1", "attention_dropout must be a number from 0 to 1"),
     ("attention_dropout", 1, "attention_dropout must be a number from 0 to 1"),
     ("partial_rotary_factor", 0.5, "partial_rotary_factor"),
-    ("quantization_config", {"quant_method": "bitsandbytes"}, "quantization_config"),
+    ("quantization_config", {"quant_method": "aqlm"}, "quantization_config"),
     ("architectures", ["LlamaForSequenceClassification"], "LlamaForSequenceClassification"),
     ("architectures", ["mistralmodel"], "mistralmodel"),
     ("rope_parameters", {"rope_type": "yarn", "factor": "2", "rope_theta": 1e4}, "rope_scaling.factor"),
@@ -392,7 +391,7 @@ def test_round_trip_is_exact(tied, tmp_path):
 
 
 def test_shards(single, tmp_path, monkeypatch):
-    monkeypatch.setattr(merged, "SHARD_BYTES", 60_000)
+    monkeypatch.setattr(weights, "SHARD_BYTES", 60_000)
     write(tmp_path / "to", single, "float32")
     shards = sorted((tmp_path / "to").glob("*.safetensors"))
     sizes = [sum(tensor.nbytes for tensor in load_file(shard).values()) for shard in shards]

@@ -16,9 +16,8 @@ from transformers import AutoModelForCausalLM, MistralForCausalLM
 from jlora.errors import ModelError
 from jlora.files.atomic import new_folder
 from jlora.hf import verify
-from jlora.hf.merged import save_checkpoint
 from jlora.hf.pretrained import load_pretrained, open_pretrained
-from jlora.hf.weights import Merged, Stored
+from jlora.hf.weights import Merged, Stored, save_checkpoint
 from jlora.model.sharding import one_device_mesh
 
 FLOAT32 = jnp.dtype("float32")

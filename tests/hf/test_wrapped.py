@@ -26,8 +26,8 @@ from transformers import (
 from jlora.config import load_config
 from jlora.errors import ModelError
 from jlora.hf.architecture import parse_config
+from jlora.hf.families import WRAPPED_DEFAULTS as DEFAULTS
 from jlora.hf.source import open_source
-from jlora.hf.wrapped import DEFAULTS
 from jlora.training.export import export
 from jlora.training.run import train
 

@@ -24,10 +24,9 @@ from jlora.config import ATTENTION_PROJECTIONS, PROJECTIONS, LoraSection
 from jlora.errors import ModelError
 from jlora.files.atomic import new_folder
 from jlora.hf.adapter_config import CONFIG
-from jlora.hf.merged import save_checkpoint
 from jlora.hf.peft import WEIGHTS, load_adapter, save_adapter
 from jlora.hf.source import open_source
-from jlora.hf.weights import Merged, Stored
+from jlora.hf.weights import Merged, Stored, save_checkpoint
 from jlora.model.adapter import Adapter, Lora, layer_scales, project, without_scales
 from jlora.model.adapter_init import new_adapter
 from jlora.model.config import projection_shapes

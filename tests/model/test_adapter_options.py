@@ -28,10 +28,9 @@ from jlora.config import LoraSection
 from jlora.errors import ConfigError, ModelError
 from jlora.hf import verify, weights
 from jlora.hf.adapter_config import CONFIG
-from jlora.hf.merged import save_checkpoint, untied
 from jlora.hf.peft import load_adapter, save_adapter
 from jlora.hf.source import open_source
-from jlora.hf.weights import Merged, Stored
+from jlora.hf.weights import Merged, Stored, save_checkpoint, untied
 from jlora.model import attention
 from jlora.model.adapter import Lora, project, weight_norm
 from jlora.model.adapter_init import check_options

@@ -19,7 +19,7 @@ from jlora.hf.pretrained import load_pretrained, open_pretrained
 from jlora.inference.generate import GREEDY, generate
 from jlora.inference.model import Adapted
 from jlora.model import attention
-from jlora.model.mixing import attend, rotary_by_layer
+from jlora.model.llama import attend, rotary_by_layer
 from jlora.model.remat import LADDER
 from jlora.model.sharding import one_device_mesh
 

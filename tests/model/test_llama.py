@@ -22,7 +22,7 @@ from jlora.errors import ModelError
 from jlora.hf.architecture import parse_config
 from jlora.hf.peft import load_adapter
 from jlora.model import attention
-from jlora.model.adapter_layout import require_fits
+from jlora.model.adapter import require_fits
 from jlora.model.config import ModelConfig, block_weights, outer_weights
 from jlora.model.remat import LADDER
 from jlora.model.rope import DynamicRope, LinearRope, Llama3Rope, Rope, YarnRope, rotary_table

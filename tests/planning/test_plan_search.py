@@ -25,7 +25,7 @@ from jlora.planning.layouts import smallest
 from jlora.planning.roofline import estimate
 from jlora.planning.suggest import find_remedy, sentence
 from jlora.planning.topology import Target
-from jlora.reports import memory
+from jlora.reports import plan as plan_page
 from jlora.training.layout import Layout
 
 # A peak for tests of order alone.
@@ -419,20 +419,20 @@ def test_one_picture_shows_every_topology(config, tmp_path):
     assert [result["topology"] for result in results] == ["cpu:1", "cpu:2"]
     assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     one = tmp_path / "one.png"
-    memory.draw(results[:1], one)
+    plan_page.draw(results[:1], one)
     heights = [int.from_bytes(file.read_bytes()[20:24], "big") for file in (one, path)]
     assert heights[0] < heights[1]  # a row more
 
 
 def test_bars_end_at_the_peak(alone):
-    assert math.isclose(sum(memory._ours(alone).values()) * 2**30, alone["peak_bytes"])
-    assert math.isclose(sum(memory._full(alone).values()) * 2**30, alone["naive"]["total"])
+    assert math.isclose(sum(plan_page._ours(alone).values()) * 2**30, alone["peak_bytes"])
+    assert math.isclose(sum(plan_page._full(alone).values()) * 2**30, alone["naive"]["total"])
 
 
 def test_without_matplotlib_one_sentence(monkeypatch):
-    monkeypatch.setattr(memory.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(plan_page.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install 'jlora\[plot\]'"):
-        memory.require_matplotlib()
+        plan_page.require_matplotlib()
 
 
 def test_a_plan_compiles_anew():

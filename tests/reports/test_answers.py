@@ -10,8 +10,7 @@ from scipy.stats import binomtest
 from jlora.errors import DataError
 from jlora.evaluation.scores import score
 from jlora.reports import intervals
-from jlora.reports.answer_files import compare_files
-from jlora.reports.answers import SCORES, tabulated, write_comparison
+from jlora.reports.answers import SCORES, compare_files, tabulated, write_comparison
 from jlora.reports.run import write_report
 
 

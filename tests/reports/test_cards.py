@@ -6,7 +6,7 @@ import time
 import pytest
 from report_pages import Page, make_run, train_line
 
-from jlora.reports.cards import marked, sample_cell, turns_of
+from jlora.reports.answers import marked, sample_cell, turns_of
 from jlora.reports.charts import MOST_READINGS, Chart, Line, chart
 from jlora.reports.run import write_report
 from jlora.reports.runs import compare

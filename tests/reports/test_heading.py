@@ -8,8 +8,7 @@ import pytest
 import yaml
 from report_pages import SUMMARY, Page, make_run, train_line
 
-from jlora.reports.heading import heading
-from jlora.reports.run import write_report
+from jlora.reports.run import heading, write_report
 from jlora.reports.run_files import read_run
 from jlora.training.summary import origin
 

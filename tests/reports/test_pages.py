@@ -17,12 +17,10 @@ from jlora.config import load_config
 from jlora.data.speakers import Turn
 from jlora.evaluation.strategies import choose
 from jlora.reports.answers import write_comparison
-from jlora.reports.data import render
+from jlora.reports.data import look, render
 from jlora.reports.effort import write_effort
-from jlora.reports.index import write_index
-from jlora.reports.rows import look
 from jlora.reports.run import write_report
-from jlora.reports.runs import compare
+from jlora.reports.runs import compare, write_index
 
 pytestmark = [
     pytest.mark.browser,

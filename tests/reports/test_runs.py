@@ -7,9 +7,8 @@ import pytest
 from report_pages import Page, make_run
 
 import jlora.runs
-from jlora.reports.index import HEIGHT, WIDTH, sparkline, write_index
 from jlora.reports.run import write_report
-from jlora.reports.runs import compare
+from jlora.reports.runs import HEIGHT, WIDTH, compare, sparkline, write_index
 
 ANCHORS = "a: &a {x: 1, y: 2}\n" + "".join(
     f"{chr(98 + n)}: &{chr(98 + n)} {{{', '.join(f'k{i}: *{chr(97 + n)}' for i in range(9))}}}\n" for n in range(9)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jlora.config.keys import dotted
+from jlora.config.sections import dotted
 from jlora.errors import ConfigError, ModelError
 from jlora.files import manifest
 from jlora.training.checkpoint import Checkpoints, flatten

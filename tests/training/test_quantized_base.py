@@ -21,10 +21,9 @@ from jlora.config import DataSection, load_config
 from jlora.data.encoding import tokenize
 from jlora.data.tokens import load_tokenizer
 from jlora.hf.load import load_base
-from jlora.hf.merged import save_checkpoint
 from jlora.hf.names import name_table, to_hf
 from jlora.hf.source import open_source
-from jlora.hf.weights import Dequantized
+from jlora.hf.weights import Dequantized, save_checkpoint
 from jlora.model import quant
 from jlora.model.attention import reference
 from jlora.model.sharding import one_device_mesh

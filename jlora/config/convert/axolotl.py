@@ -3,7 +3,7 @@
 from typing import Any
 
 from jlora.config.convert.axolotl_rows import TEMPLATE, datasets
-from jlora.config.convert.rules import Conversion, Differs, Table, To, Without, is_set, one_of
+from jlora.config.convert.rules import LOGS, Conversion, Differs, Table, To, Without, alike, is_set, one_of
 from jlora.config.lora import PROJECTIONS
 
 NAME = "Axolotl"
@@ -13,13 +13,10 @@ ADAMW_SMALL = (
     *("adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit", "paged_adamw_32bit", "paged_adamw", "ao_adamw_4bit"),
     *("ao_adamw_8bit", "ao_adamw_fp8"),
 )
+SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant", "constant_with_warmup": "constant"}
 SPEED = "is how Axolotl computes the same; jlora chooses its own (model.attention, docs/performance.md)"
 SHARING = "devices share the work by mesh, without a file of its own"
-RESTARTS = "a jlora run resumes by itself from output_dir's last checkpoint"
 HUB = "jlora uploads nothing; the adapter lies in output_dir/adapter"
-LOGS = "metrics.jsonl and TensorBoard are always written; for others set training.wandb, mlflow or trackio"
-EVALS = "set training.evals_per_epoch or eval_every"
-SAVES = "set training.saves_per_epoch or save_every"
 
 
 def _optimizer(value: Any) -> str:
@@ -130,13 +127,7 @@ TABLE: Table = {
     "adam_beta2": To("optimizer.b2", float),
     "adam_epsilon": To("optimizer.eps", float),
     "max_grad_norm": To("optimizer.max_grad_norm", lambda value: float(value) or None),
-    "lr_scheduler": To(
-        "optimizer.schedule",
-        one_of(
-            {"cosine": "cosine", "linear": "linear", "constant": "constant", "constant_with_warmup": "constant"},
-            "cosine",
-        ),
-    ),
+    "lr_scheduler": To("optimizer.schedule", one_of(SCHEDULES, "cosine")),
     "warmup_steps": To("optimizer.warmup_steps", int),
     "cosine_min_lr_ratio": To("optimizer.min_learning_rate_ratio", float),
     "gradient_checkpointing": To("model.remat", _remat),
@@ -153,10 +144,10 @@ TABLE: Table = {
     "added_tokens_overrides": Without("result", "the tokenizer's own tokens are used"),
     "default_system_message": Without("result", "write it into the rows"),
     "group_by_length": Without("result", "rows are drawn in a random order, whatever their length", (False,)),
-    **{
-        key: Without("result", "there is one learning rate, and LoRA+'s for B")
-        for key in ("lr_groups", "embedding_lr", "embedding_lr_scale", "loraplus_lr_embedding")
-    },
+    **alike(
+        Without("result", "there is one learning rate, and LoRA+'s for B"),
+        "lr_groups embedding_lr embedding_lr_scale loraplus_lr_embedding",
+    ),
     "cosine_constant_lr_ratio": Without("result", "the cosine goes on to the last step"),
     "lr_scheduler_kwargs": Without("result", "a schedule has optimizer.warmup_steps alone"),
     "optim_args": Without("result", "set optimizer.b1, b2 and eps"),
@@ -172,61 +163,47 @@ TABLE: Table = {
     "test_datasets": Without("result", "name one file in data.eval"),
     "pretraining_dataset": Without("result", "use data.train with data.format=text"),
     "qat": Without("result", "no quantisation-aware training"),
-    **{
-        key: Without("result", "training.max_loss_spike skips a spike instead of stopping")
-        for key in ("loss_watchdog_threshold", "loss_watchdog_patience")
-    },
+    **alike(
+        Without("result", "training.max_loss_spike skips a spike instead of stopping"),
+        "loss_watchdog_threshold loss_watchdog_patience",
+    ),
     # Other speed or memory.
-    **{
-        key: Without("cost", SPEED, (False,))
-        for key in (
-            *("flash_attention", "xformers_attention", "sdp_attention", "flex_attention", "sage_attention"),
-            *("eager_attention", "attn_implementation", "flash_attn_cross_entropy", "flash_attn_fuse_mlp"),
-            *("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "torch_compile", "torch_compile_backend", "tf32"),
-            *("chunked_cross_entropy", "activation_offloading", "gradient_checkpointing_kwargs", "eval_batch_size"),
-            *("selective_checkpointing", "pad_to_sequence_len", "eval_sample_packing", "lora_on_cpu", "fp8"),
-        )
-    },
-    **{
-        key: Without("cost", SHARING, (False,))
-        for key in ("deepspeed", "fsdp", "fsdp_config", "fsdp_version", "ddp", "device_map", "max_memory")
-    },
-    **{
-        key: Without("cost", "a sequence stays on one device", (1,))
-        for key in ("sequence_parallel_degree", "context_parallel_size")
-    },
-    "eval_strategy": Without("cost", EVALS, ("no", "steps")),
-    "save_strategy": Without("cost", SAVES, ("no", "steps")),
+    **alike(
+        Without("cost", SPEED, (False,)),
+        "flash_attention xformers_attention sdp_attention flex_attention sage_attention eager_attention "
+        "attn_implementation flash_attn_cross_entropy flash_attn_fuse_mlp lora_mlp_kernel lora_qkv_kernel "
+        "lora_o_kernel torch_compile torch_compile_backend tf32 chunked_cross_entropy activation_offloading "
+        "gradient_checkpointing_kwargs eval_batch_size selective_checkpointing pad_to_sequence_len "
+        "eval_sample_packing lora_on_cpu fp8",
+    ),
+    **alike(Without("cost", SHARING, (False,)), "deepspeed fsdp fsdp_config fsdp_version ddp device_map max_memory"),
+    **alike(Without("cost", "a sequence stays on one device", (1,)), "sequence_parallel_degree context_parallel_size"),
+    "eval_strategy": Without("cost", "set training.evals_per_epoch or eval_every", ("no", "steps")),
+    "save_strategy": Without("cost", "set training.saves_per_epoch or save_every", ("no", "steps")),
     # Neither.
-    **{
-        key: Without("aside", LOGS)
-        for key in (
-            *("wandb_project", "wandb_entity", "wandb_watch", "wandb_name", "wandb_run_id", "wandb_log_model"),
-            *("wandb_mode", "mlflow_tracking_uri", "mlflow_experiment_name", "mlflow_run_name", "use_mlflow"),
-            *("use_comet", "comet_project_name", "use_tensorboard", "use_wandb", "include_tokens_per_second"),
-        )
-    },
-    **{key: Without("aside", HUB) for key in ("hub_model_id", "hub_strategy", "push_dataset_to_hub", "hub_revision")},
-    **{
-        key: Without("aside", RESTARTS, (False,))
-        for key in ("resume_from_checkpoint", "auto_resume_from_checkpoints", "save_first_step", "save_only_model")
-    },
-    **{
-        key: Without("aside", "the base's own config.json and tokenizer say it", (False,))
-        for key in (
-            *("base_model_config", "model_type", "tokenizer_type", "tokenizer_use_fast", "tokenizer_legacy"),
-            *("is_llama_derived_model", "is_mistral_derived_model", "is_qwen_derived_model"),
-        )
-    },
-    **{
-        key: Without("aside", "is about Axolotl's own running", (False,))
-        for key in (
-            *("dataset_prepared_path", "dataset_processes", "dataset_num_proc", "dataloader_num_workers", "strict"),
-            *("dataloader_pin_memory", "dataloader_prefetch_factor", "local_rank", "ddp_timeout", "debug"),
-            *("low_cpu_mem_usage", "save_safetensors", "gc_steps", "hf_use_auth_token", "bnb_config_kwargs"),
-            *("remove_unused_columns", "lora_target_parameters", "trust_remote_code", "float16", "bfloat16"),
-        )
-    },
+    **alike(
+        Without("aside", LOGS),
+        "wandb_project wandb_entity wandb_watch wandb_name wandb_run_id wandb_log_model wandb_mode "
+        "mlflow_tracking_uri mlflow_experiment_name mlflow_run_name use_mlflow use_comet comet_project_name "
+        "use_tensorboard use_wandb include_tokens_per_second",
+    ),
+    **alike(Without("aside", HUB), "hub_model_id hub_strategy push_dataset_to_hub hub_revision"),
+    **alike(
+        Without("aside", "a jlora run resumes by itself from output_dir's last checkpoint", (False,)),
+        "resume_from_checkpoint auto_resume_from_checkpoints save_first_step save_only_model",
+    ),
+    **alike(
+        Without("aside", "the base's own config.json and tokenizer say it", (False,)),
+        "base_model_config model_type tokenizer_type tokenizer_use_fast tokenizer_legacy is_llama_derived_model "
+        "is_mistral_derived_model is_qwen_derived_model",
+    ),
+    **alike(
+        Without("aside", "is about Axolotl's own running", (False,)),
+        "dataset_prepared_path dataset_processes dataset_num_proc dataloader_num_workers strict dataloader_pin_memory "
+        "dataloader_prefetch_factor local_rank ddp_timeout debug low_cpu_mem_usage save_safetensors gc_steps "
+        "hf_use_auth_token bnb_config_kwargs remove_unused_columns lora_target_parameters trust_remote_code float16 "
+        "bfloat16",
+    ),
 }
 
 # Read together with others below.

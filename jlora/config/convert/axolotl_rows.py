@@ -2,28 +2,24 @@
 
 from typing import Any
 
-from jlora.config.convert.rules import Conversion, Differs, To, is_set, one_of
-from jlora.config.counted import TURN_WEIGHTS
-
-
-def _template(value: Any) -> str | None:
-    if str(value) == "chatml":
-        return "chatml"
-    if str(value) == "tokenizer_default":
-        return None
-    raise Differs("the tokenizer's own chat template is taken; give a .jinja file as data.chat_template for another")
-
+from jlora.config.convert.rules import Conversion, To, is_set, one_of
+from jlora.config.data import TURN_WEIGHTS
 
 _ROLES = {"gpt": "assistant", "human": "user"}
 _ENDS = one_of({name: name for name in ("turn", "last", "none")}, "turn")
+TEMPLATE = To(
+    "data.chat_template",
+    one_of(
+        {"chatml": "chatml", "tokenizer_default": None},
+        None,
+        "the tokenizer's own chat template is taken; give a .jinja file as data.chat_template for another",
+    ),
+)
 
 
 def _roles(value: Any) -> str | list[str]:
     roles = [_ROLES.get(role, role) for role in value]
     return "response" if roles == ["assistant"] else roles
-
-
-TEMPLATE = To("data.chat_template", _template)
 
 
 def datasets(given: dict[str, Any], out: Conversion) -> None:

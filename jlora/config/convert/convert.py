@@ -36,22 +36,20 @@ def convert(path: str | Path, devices: int) -> tuple[str, str, list[Note]]:
     """
     path = Path(path)
     tree = read_yaml_of("--from", path)
-    if isinstance(tree, dict):
-        for peer in PEERS:
-            if peer.is_ours(tree):
-                try:
-                    converted = peer.convert(tree, devices)
-                except ConfigError as error:
-                    raise ConfigError(f"{path}: {error}") from None
-                except (TypeError, ValueError, AttributeError) as error:
-                    raise ConfigError(f"{path}: not as {peer.NAME} documents it: {error}") from None
-                text, order = _finish(path, converted), list(HEADINGS)
-                notes = sorted(dict.fromkeys(converted.notes), key=lambda note: order.index(note.effect))
-                return peer.NAME, text, notes
-    raise ConfigError(
-        f"{path}: looks like no configuration of Axolotl (base_model) or torchtune (model._component_); see "
-        "docs/migration.md"
-    )
+    peer = next((each for each in PEERS if isinstance(tree, dict) and each.is_ours(tree)), None)
+    if peer is None:
+        raise ConfigError(
+            f"{path}: looks like no configuration of Axolotl (base_model) or torchtune (model._component_); see "
+            "docs/migration.md"
+        )
+    try:
+        converted = peer.convert(tree, devices)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ConfigError(f"{path}: not as {peer.NAME} documents it: {error}") from None
+    text, order = _finish(path, converted), list(HEADINGS)
+    return peer.NAME, text, sorted(dict.fromkeys(converted.notes), key=lambda note: order.index(note.effect))
 
 
 def _finish(path: Path, converted: Conversion) -> str:

@@ -7,11 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from jlora.config.keys import assign
 from jlora.config.reference import yaml_scalar
+from jlora.config.sections import assign
 
 # What a key without a counterpart changes: the trained adapter; how fast it is trained, or in how much memory; neither.
 Effect = Literal["result", "cost", "aside"]
+LOGS = "metrics.jsonl and TensorBoard are always written; for others set training.wandb, mlflow or trackio"
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class Without:
     harmless: tuple[Any, ...] = ()
 
 
+@dataclass
 class Differs(Exception):
     """A value that jlora has no equal for.
 
@@ -57,9 +59,9 @@ class Differs(Exception):
       instead: what is taken for it; None leaves the default.
     """
 
-    def __init__(self, why: str, effect: Effect = "result", instead: Any = None) -> None:
-        super().__init__(why)
-        self.effect, self.instead = effect, instead
+    why: str
+    effect: Effect = "result"
+    instead: Any = None
 
 
 Table = dict[str, To | Without]
@@ -101,23 +103,27 @@ class Conversion:
         try:
             self.set(rule.ours, rule.convert(value))
         except Differs as differs:
-            self.note(key, value, differs.effect, str(differs))
+            self.note(key, value, differs.effect, differs.why)
             if differs.instead is not None:
                 self.set(rule.ours, differs.instead)
         except (TypeError, ValueError):
             self.note(key, value, "result", f"is not of the kind that {rule.ours} takes, and was left out")
 
 
-def one_of(choices: dict[Any, Any], else_: Any) -> Callable[[Any], Any]:
+def alike(rule: To | Without, keys: str) -> Table:
+    """The same rule for several keys, between which are spaces."""
+    return dict.fromkeys(keys.split(), rule)
+
+
+def one_of(
+    choices: dict[str, Any], else_: Any, why: str = "jlora has no such choice; {} is taken"
+) -> Callable[[Any], Any]:
     """A conversion by table; any other value differs, and `else_` is taken for it."""
 
     def convert(value: Any) -> Any:
-        try:
-            if value in choices:
-                return choices[value]
-        except TypeError:  # a list or a mapping
-            pass
-        raise Differs(f"jlora has no such choice; {else_} is taken", instead=else_)
+        if isinstance(value, str) and value in choices:
+            return choices[value]
+        raise Differs(why.format(else_), instead=else_)
 
     return convert
 

@@ -3,17 +3,14 @@
 import re
 from typing import Any
 
-from jlora.config.convert.rules import Conversion, Differs, Table, To, Without, is_set
+from jlora.config.convert.rules import LOGS, Conversion, Differs, Table, To, Without, alike, is_set, one_of
 from jlora.config.lora import MLP_PROJECTIONS, PROJECTIONS
 from jlora.errors import ConfigError
 
 NAME = "torchtune"
 
 FAMILIES = ("llama2", "code_llama2", "llama3", "llama3_1", "llama3_2", "llama3_3", "mistral", "qwen2", "qwen2_5")
-SPEED = "is how torchtune computes the same; jlora compiles its step always"
 FILES = "the base is read from its folder as it is, whatever its files are called"
-RESTARTS = "a jlora run goes on by itself from output_dir's last checkpoint"
-LOGS = "metrics.jsonl and TensorBoard are always written; for others set training.wandb, mlflow or trackio"
 
 # Builders of data sets: the hub's name where one is fixed, our format, and what else is to be said.
 Builder = tuple[str | None, str, str | None]
@@ -44,6 +41,7 @@ DATASETS: dict[str, Builder] = {
 }
 OPTIMIZERS = {"AdamW": "adamw", "Adam": "adamw", "SGD": "sgd", "Adafactor": "adafactor", "Lion": "lion"}
 OPTIMIZERS |= {"AdamW8bit": "adamw", "PagedAdamW": "adamw", "PagedAdamW8bit": "adamw", "AdamW4bit": "adamw"}
+DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 LOSSES = ("LinearCrossEntropyLoss", "CEWithChunkedOutputLoss", "CrossEntropyLoss", "SFTLoss")
 
 
@@ -62,12 +60,6 @@ def _schedule(value: Any) -> str:
     if str(value).endswith("get_cosine_schedule_with_warmup"):
         return "cosine"
     raise Differs("jlora has cosine, linear and constant; cosine is taken", instead="cosine")
-
-
-def _dtype(value: Any) -> str:
-    if value in ("bf16", "fp32"):
-        return {"bf16": "bfloat16", "fp32": "float32"}[value]
-    raise Differs("needs a loss scale; bfloat16 is taken", instead="bfloat16")
 
 
 TABLE: Table = {
@@ -92,7 +84,7 @@ TABLE: Table = {
     "lr_scheduler._component_": To("optimizer.schedule", _schedule),
     "lr_scheduler.num_warmup_steps": To("optimizer.warmup_steps", int),
     "clip_grad_norm": To("optimizer.max_grad_norm", float),
-    "dtype": To("model.dtype", _dtype),
+    "dtype": To("model.dtype", one_of(DTYPES, "bfloat16", "needs a loss scale; {} is taken")),
     "tensor_parallel_dim": To("mesh.tensor", int),
     "data_parallel_replicate_dim": To("mesh.data", int),
     "data_parallel_shard_dim": To("mesh.fsdp", int),
@@ -105,42 +97,28 @@ TABLE: Table = {
     "optimizer.nesterov": Without("result", "there is none", (False,)),
     "optimizer.amsgrad": Without("result", "there is none", (False,)),
     "quantizer": Without("result", "no quantisation-aware training"),
-    "teacher_model": Without("result", "no distillation from a teacher"),
-    "teacher_checkpointer": Without("result", "no distillation from a teacher"),
-    "kd_loss": Without("result", "no distillation from a teacher"),
-    "kd_ratio": Without("result", "no distillation from a teacher"),
+    **alike(Without("result", "no distillation from a teacher"), "teacher_model teacher_checkpointer kd_loss kd_ratio"),
     "tokenizer.prompt_template": Without("result", "give a chat template as data.chat_template"),
     "collate_fn": Without("result", "rows become batches as data.format says"),
     # Other speed or memory.
-    **{
-        key: Without("cost", SPEED, (False, 1))
-        for key in (
-            *("compile", "optimizer.fused", "optimizer.foreach", "optimizer_in_bwd", "custom_sharded_layers", "fsdp"),
-            *("fsdp_cpu_offload", "low_cpu_ram", "use_loss_parallel_ctx_manager", "enable_async_checkpointing"),
-            *("fsdp_reshard_after_forward", "context_parallel_dim", "enable_fp8_training", "ac_mode", "ac_option"),
-            *("batch_size_val", "loss.num_output_chunks"),
-        )
-    },
+    **alike(
+        Without("cost", "is how torchtune computes the same; jlora compiles its step always", (False, 1)),
+        "compile optimizer.fused optimizer.foreach optimizer_in_bwd custom_sharded_layers fsdp fsdp_cpu_offload "
+        "low_cpu_ram use_loss_parallel_ctx_manager enable_async_checkpointing fsdp_reshard_after_forward "
+        "context_parallel_dim enable_fp8_training ac_mode ac_option batch_size_val loss.num_output_chunks",
+    ),
     # Neither.
-    **{
-        key: Without("aside", FILES)
-        for key in ("checkpointer.checkpoint_files", "checkpointer.model_type", "checkpointer._component_")
-    },
-    **{
-        key: Without("aside", "the base's folder holds its tokenizer; set model.tokenizer for another")
-        for key in ("tokenizer._component_", "tokenizer.path", "tokenizer.merges_file")
-    },
-    **{
-        key: Without("aside", RESTARTS, (False,))
-        for key in (
-            *("resume_from_checkpoint", "checkpointer.recipe_checkpoint", "checkpointer.output_dir"),
-            *("checkpointer.adapter_checkpoint", "save_adapter_weights_only", "should_load_recipe_state"),
-        )
-    },
-    **{
-        key: Without("aside", LOGS, (False,))
-        for key in ("metric_logger", "log_peak_memory_stats", "log_level", "profiler")
-    },
+    **alike(Without("aside", FILES), "checkpointer.checkpoint_files checkpointer.model_type checkpointer._component_"),
+    **alike(
+        Without("aside", "the base's folder holds its tokenizer; set model.tokenizer for another"),
+        "tokenizer._component_ tokenizer.path tokenizer.merges_file",
+    ),
+    **alike(
+        Without("aside", "a jlora run goes on by itself from output_dir's last checkpoint", (False,)),
+        "resume_from_checkpoint checkpointer.recipe_checkpoint checkpointer.output_dir "
+        "checkpointer.adapter_checkpoint save_adapter_weights_only should_load_recipe_state",
+    ),
+    **alike(Without("aside", LOGS, (False,)), "metric_logger log_peak_memory_stats log_level profiler"),
     "device": Without("aside", "JAX takes what is there"),
 }
 

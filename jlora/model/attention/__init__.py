@@ -7,9 +7,64 @@ their positions. Rows of `jlora.data` are so; the steps of decoding are not.
 Knows nothing of projections, rotary embedding or caches.
 """
 
-from jlora.model.attention.choice import choose
+import jax
+import jax.numpy as jnp
+
+from jlora.errors import ConfigError
 from jlora.model.attention.gpu import cudnn, cudnn_one_segment
-from jlora.model.attention.interface import Attention, Places
-from jlora.model.attention.plain import reference
+from jlora.model.attention.interface import Attention, Places, reference
 from jlora.model.attention.tiles import blocked
 from jlora.model.attention.tpu import splash
+
+
+def choose(
+    name: str,
+    device: jax.Device,
+    head_dim: int,
+    length: int,
+    dtype: jnp.dtype,
+    one_segment: bool,
+    softcap: float | None = None,
+) -> tuple[str, Attention]:
+    """The implementation for a config's `model.attention`, and its name for the log.
+
+    Args:
+      device: one of those that the run is for, here or absent.
+      one_segment: no row holds more than one segment, from its start (see `DataSection.one_segment`).
+
+    Raises:
+      ConfigError: the implementation asked for by name does not run there, or not on these shapes.
+    """
+    platform, is_gpu = device.platform, device.platform in ("gpu", "cuda")
+    wanted = "cudnn" if is_gpu else "splash" if platform == "tpu" else "blocked"
+    asked = wanted if name == "auto" else name
+    anywhere: dict[str, Attention] = {"reference": reference, "blocked": blocked}
+    if asked in anywhere:
+        return asked, anywhere[asked]
+    if asked == "cudnn":
+        needs = {
+            "a GPU": is_gpu,
+            "compute capability 8.0": not is_gpu or float(getattr(device, "compute_capability", 8.0)) >= 8.0,
+            "model.dtype bfloat16 or float16": dtype in (jnp.bfloat16, jnp.float16),
+            "a head dim that is a multiple of 8 and at most 128": head_dim % 8 == 0 and head_dim <= 128,
+            "a length that is a multiple of 64": length % 64 == 0,
+            "a model whose attention has no soft cap": softcap is None,
+        }
+        kernel: Attention = cudnn_one_segment if one_segment else cudnn
+    else:
+        needs = {
+            "a TPU": platform == "tpu",
+            "a head dim of 64 or a multiple of 128": head_dim == 64 or head_dim % 128 == 0,
+            "a length that is a multiple of 128": length % 128 == 0,
+        }
+        kernel = splash
+    lacking = [need for need, met in needs.items() if not met]
+    if not lacking:
+        return asked, kernel
+    here = f"{platform}, {jnp.dtype(dtype).name}, head dim {head_dim}, length {length}"
+    if name == "auto":
+        return f"blocked, because {asked} needs {' and '.join(lacking)} (here {here})", blocked
+    working = " or ".join(dict.fromkeys(["auto", *([wanted] if wanted != asked else []), "blocked", "reference"]))
+    raise ConfigError(
+        f"model.attention={asked} needs {' and '.join(lacking)} (here {here}); set model.attention to {working}"
+    )

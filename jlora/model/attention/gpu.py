@@ -11,9 +11,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.extend.core import Primitive
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
-from jlora.model.attention.interface import Places, per_device
+from jlora.model.attention.interface import over_rows
 from jlora.runtime import private_jax
 
 # cuDNN takes a mask as a bias, so a mask of [T S] is held twice. Up to the first length that is little beside a
@@ -23,42 +23,10 @@ QUERY_BLOCK = 4096
 KEY_STEP = 64
 
 
-def cudnn(
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K H"],
-    places: Places,
-    window: int | None,
-    softcap: float | None = None,
-) -> Float[Array, "B T N H"]:
+@over_rows
+def cudnn(q: Array, k: Array, v: Array, segments: Array, window: int | None, softcap: float | None) -> Array:
     """Over rows of any number of segments; the mask of a long one exists for `QUERY_BLOCK` queries at a time."""
     assert softcap is None, "cuDNN has none through JAX"
-    return per_device(partial(_packed_rows, window=window), q, k, v, places.q_segments)
-
-
-def cudnn_one_segment(
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K H"],
-    places: Places,
-    window: int | None,
-    softcap: float | None = None,
-) -> Float[Array, "B T N H"]:
-    """Over rows that hold one segment from their start, and padding behind it: causality is all the mask.
-
-    What padding sees is not what it sees in the reference; no token before it ever looks at it.
-    """
-    assert softcap is None, "cuDNN has none through JAX"
-    return per_device(partial(_one_segment_rows, window=window), q, k, v, places.q_segments)
-
-
-def _one_segment_rows(q: Array, k: Array, v: Array, segments: Array, window: int | None) -> Array:
-    del segments
-    local = None if window is None or window >= q.shape[1] else (window - 1, 0)
-    return jax.nn.dot_product_attention(q, k, v, is_causal=True, local_window_size=local, implementation="cudnn")
-
-
-def _packed_rows(q: Array, k: Array, v: Array, segments: Array, window: int | None) -> Array:
     length = q.shape[1]
     block = length if length <= MAX_MASKED_LENGTH else QUERY_BLOCK
     outputs = []
@@ -71,6 +39,19 @@ def _packed_rows(q: Array, k: Array, v: Array, segments: Array, window: int | No
         k, v, out = jax.lax.optimization_barrier((k, v, out))
         outputs.append(out)
     return jnp.concatenate(outputs, axis=1)
+
+
+@over_rows
+def cudnn_one_segment(
+    q: Array, k: Array, v: Array, segments: Array, window: int | None, softcap: float | None
+) -> Array:
+    """Over rows that hold one segment from their start, and padding behind it: causality is all the mask.
+
+    What padding sees is not what it sees in the reference; no token before it ever looks at it.
+    """
+    assert softcap is None, "cuDNN has none through JAX"
+    local = None if window is None or window >= q.shape[1] else (window - 1, 0)
+    return jax.nn.dot_product_attention(q, k, v, is_causal=True, local_window_size=local, implementation="cudnn")
 
 
 def _is_kernel(primitive: Primitive, *_: Any, **__: Any) -> bool:

@@ -1,13 +1,17 @@
-"""What an implementation of attention takes, and how a kernel runs on each device's own rows and heads."""
+"""What an implementation of attention takes, how a kernel runs on each device's own rows, and the reference."""
 
 from collections.abc import Callable
+from functools import partial, wraps
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from jlora.errors import ConfigError
+from jlora.model.layers import capped
 from jlora.model.sharding import partition_spec
 
 # The checkpoint name of an implementation's output and of what else its backward pass would have to compute again:
@@ -69,3 +73,46 @@ def per_device(
     specs = (by_head, by_kv_head, by_kv_head, by_row)
     # Only the kernels' types are in the way of check_vma: they do not say over which axes their outputs vary.
     return jax.shard_map(kernel, in_specs=specs, out_specs=by_head, check_vma=False)(q, k, v, segments)
+
+
+def over_rows(kernel: Callable[..., Array]) -> Attention:
+    """An implementation from a kernel over a device's own rows: (q, k, v, segments, window, softcap) -> [B T N H]."""
+
+    @wraps(kernel)
+    def attention(
+        q: Float[Array, "B T N H"],
+        k: Float[Array, "B S K H"],
+        v: Float[Array, "B S K H"],
+        places: Places,
+        window: int | None,
+        softcap: float | None = None,
+    ) -> Float[Array, "B T N H"]:
+        return per_device(partial(kernel, window=window, softcap=softcap), q, k, v, places.q_segments)
+
+    return attention
+
+
+def reference(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    places: Places,
+    window: int | None,
+    softcap: float | None = None,
+) -> Float[Array, "B T N H"]:
+    """The reference that every kernel is checked against: softmax attention with all scores in memory, in float32.
+
+    Matches `eager_attention_forward` of transformers' Llama. Positions restart in every segment, so
+    "same segment, no later position" is causality within it; padding is segment 0 and sees itself only.
+    """
+    num_groups = q.shape[2] // k.shape[2]
+    q_grouped = q.reshape(*q.shape[:2], k.shape[2], num_groups, q.shape[3])
+    scores = jnp.einsum("btkgh,bskh->bkgts", q_grouped, k, preferred_element_type=jnp.float32)
+    position, key_position = places.q_positions[:, :, None], places.kv_positions[:, None, :]
+    visible = (places.q_segments[:, :, None] == places.kv_segments[:, None, :]) & (key_position <= position)
+    if window is not None:
+        visible &= key_position > position - window
+    scores = capped(scores * q.shape[-1] ** -0.5, softcap)
+    scores = jnp.where(visible[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    return checkpoint_name(jnp.einsum("bkgts,bskh->btkgh", weights, v).reshape(q.shape), ATTENTION_OUTPUT)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from jlora.model.attention.interface import ATTENTION_OUTPUT, Places, per_device
+from jlora.model.attention.interface import ATTENTION_OUTPUT, over_rows
 from jlora.model.layers import capped
 
 Limits = tuple[int | None, float | None]  # a window and a soft cap
@@ -18,28 +18,17 @@ TILE = 128  # tokens; the scores of a few heads stay in a core's cache
 HIDDEN = -1e30  # added to a score that is not to be seen
 
 
-def blocked(
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K H"],
-    places: Places,
-    window: int | None,
-    softcap: float | None = None,
-) -> Float[Array, "B T N H"]:
+@over_rows
+def blocked(q: Array, k: Array, v: Array, segments: Array, window: int | None, softcap: float | None) -> Array:
     """Softmax attention that holds the scores of one pair of tiles, with grouped queries as they are.
 
     FlashAttention-2 (arXiv:2307.08691, algorithms 1 and 2): a running softmax forward; backward the scores again,
     from the logarithm of their sum. Pairs of tiles in which no query sees a key are not visited: later ones, those
     of other segments, those beyond the window.
     """
-    return per_device(partial(_attend, (window, softcap)), q, k, v, places.q_segments)
-
-
-def _attend(limits: Limits, q: Array, k: Array, v: Array, segments: Array) -> Array:
-    """The rows and heads of one device."""
     grouped = (*k.shape[:3], q.shape[2] // k.shape[2], q.shape[3])
     queries, keys, values = _tiles(q.reshape(grouped)), _tiles(k[:, :, :, None]), _tiles(v[:, :, :, None])
-    return _rows(_tiled(limits, queries, keys, values, segments), grouped).reshape(q.shape)
+    return _rows(_tiled((window, softcap), queries, keys, values, segments), grouped).reshape(q.shape)
 
 
 def _tile_length(length: int) -> tuple[int, int]:

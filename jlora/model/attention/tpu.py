@@ -1,32 +1,23 @@
 """Splash attention, JAX's Pallas kernel for TPUs."""
 
 import math
-from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
-from jlora.model.attention.interface import ATTENTION_OUTPUT, Places, per_device
+from jlora.model.attention.interface import ATTENTION_OUTPUT, over_rows
 
 MAX_SPLASH_BLOCK = 512
 
 
-def splash(
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K H"],
-    places: Places,
-    window: int | None,
-    softcap: float | None = None,
-) -> Float[Array, "B T N H"]:
+@over_rows
+def splash(q: Array, k: Array, v: Array, segments: Array, window: int | None, softcap: float | None) -> Array:
     """Flash attention in Pallas for TPUs, with segment ids. Grouped queries as they are.
 
     Blocks that no query of a window sees are not computed.
     """
-    return per_device(
-        partial(_splash_rows, window=window, softcap=softcap, interpret=False), q, k, v, places.q_segments
-    )
+    return _splash_rows(q, k, v, segments, window, softcap, interpret=False)
 
 
 def _splash_rows(
