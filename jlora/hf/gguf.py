@@ -150,6 +150,8 @@ class GGUFFile:
         except (OSError, ValueError) as error:
             raise self._error(f"changed while it was being read ({error})", "run again") from None
 
+    has_codes = False  # as safetensors have them
+
     def stored_codes(self, name: str, kind: str | None) -> None:
         """None: no kind of GGUF has the codes of one of ours."""
 

@@ -193,6 +193,11 @@ class SafetensorsFolder:
         """
         return rank == 2 and self.dtypes[name] in FLOATS and f".{name}".endswith(self._input_first)
 
+    @property
+    def has_codes(self) -> bool:
+        """Whether weights are stored quantised."""
+        return bool(self._packed)
+
     def stored_codes(self, name: str, kind: str | None) -> Packed | None:
         """A tensor whose stored codes are those of `quant.Quantized` of `kind`; None where they are not."""
         packed = self._packed.get(name) if kind == "nf4" else None

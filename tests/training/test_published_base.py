@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from eight_devices import run_on_eight
+from grown_adapters import make_run
 from parity import logits, random_tokens, torch_logits
 from peft import PeftModel
 from published_bases import KINDS, make_base, rewrite, with_bitsandbytes
@@ -181,3 +182,12 @@ def test_a_run_exports_an_adapter_of_the_folder_and_merges_into_a_plain_model(
         expected = PeftModel.from_pretrained(theirs, adapter)(ids).logits
         found = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)(ids).logits
     np.testing.assert_allclose(found.numpy(), expected.numpy(), atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_adapter_is_verified_on_the_weights_that_jlora_reads(
+    dtype: str, nf4: tuple[Path, Any], tmp_path: Path
+) -> None:
+    run = make_run(tmp_path / "run", nf4[0], f"model.dtype={dtype}", "model.quantization=nf4")
+    result = export(run, tmp_path / "out", None, False, None, True)
+    assert result["peft_relative_difference"] < 1e-4 and result["base_read_by"] == "jlora"
