@@ -27,6 +27,17 @@ BNB_INT8_UNIT = np.float32(7.874015718698502e-3)
 _E2M1 = np.array([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], np.float32)
 E2M1 = np.concatenate([_E2M1, -_E2M1])
 
+
+def _pairs(levels: np.ndarray, high_first: bool) -> np.ndarray:
+    """What the two codes of each byte stand for, float32s side by side in one number, which are looked up at once."""
+    codes = np.arange(256)
+    high, low = levels[codes >> 4], levels[codes & 15]
+    return np.stack([high, low] if high_first else [low, high], 1).view(np.complex64)[:, 0]
+
+
+BNB_PAIRS = {kind: _pairs(levels, high_first=True) for kind, levels in BNB_LEVELS.items()}
+E2M1_PAIRS = _pairs(E2M1, high_first=False)
+
 # AutoAWQ's GEMM layout: output j of eight lies in so many nibbles from the lowest of its word.
 AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
 AWQ_BITS = 4
@@ -56,30 +67,38 @@ def unpack(words: np.ndarray, bits: int, count: int) -> np.ndarray:
     """
     packed = np.ascontiguousarray(words).view(np.uint8)
     if 8 % bits == 0:
-        shifts = np.arange(0, 8, bits, dtype=np.uint8)
-        codes = (packed[..., None] >> shifts & np.uint8(2**bits - 1)).reshape(len(packed), -1)
+        several = np.empty((*packed.shape, 8 // bits), np.uint8)
+        for i in range(8 // bits):
+            several[..., i] = packed >> np.uint8(bits * i) & np.uint8(2**bits - 1)
+        codes = several.reshape(len(packed), -1)
     else:
         ones = np.unpackbits(packed, axis=1, count=count * bits, bitorder="little").reshape(len(packed), count, bits)
         codes = np.packbits(ones, axis=2, bitorder="little")[..., 0]
     return codes[:, :count]
 
 
-def spread(scales: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    """Each wanted weight's scale, float32 [rows columns], or of one row or column where all have the same.
+def by_group(
+    operation: np.ufunc,
+    values: np.ndarray,
+    each: np.ndarray,
+    columns: Range,
+    size: int,
+    index: np.ndarray | None = None,
+) -> None:
+    """`operation` of values and what their group has, in place.
 
     Args:
-      scales: of two dims; [] and [1] are of one row and column, [out] of one column.
-      rows, columns: which of them each wanted row and column has.
+      values: [rows columns]. each: [rows groups], or of one group.
+      size: columns of a group, of the whole weight's. index: the group of each, where groups are no runs.
     """
-    scales = scales.reshape(scales.shape[0] if scales.ndim else 1, -1)
-    scales = scales if scales.shape[0] == 1 else scales[rows]
-    scales = np.asarray(scales, np.float32)
-    return scales if scales.shape[1] == 1 else np.take(scales, columns, axis=1)
-
-
-def blocks_of(columns: Range, size: int) -> np.ndarray:
-    """The block that each of a range lies in."""
-    return np.arange(*columns) // size
+    if each.shape[1] == 1:
+        operation(values, each, out=values)
+    elif index is None and columns[0] % size == columns[1] % size == 0:
+        runs = values.reshape(len(values), -1, size)
+        operation(runs, each[:, columns[0] // size : columns[1] // size, None], out=runs)
+    else:
+        groups = np.arange(*columns) // size if index is None else np.asarray(index.reshape(-1)[slice(*columns)])
+        operation(values, np.take(each, groups, axis=1), out=values)
 
 
 def bnb_4bit(parts: Parts, rows: Range, columns: Range, *, width: int, block: int, kind: str, offset: float | None,
@@ -95,12 +114,13 @@ def bnb_4bit(parts: Parts, rows: Range, columns: Range, *, width: int, block: in
     """
     first, last = rows[0] * width, rows[1] * width
     stored = parts["weight"].reshape(-1).view(np.uint8)[first // 2 : -(-last // 2)]
-    codes = np.empty((len(stored), 2), np.uint8)
-    codes[:, 0], codes[:, 1] = stored >> 4, stored & 15
-    values = BNB_LEVELS[kind][codes.reshape(-1)[first % 2 :][: last - first]]
+    values = BNB_PAIRS[kind][stored].view(np.float32)[first % 2 :][: last - first]
     start, stop = first // block, -(-last // block)
     absmax = bnb_absmax(parts, (start, stop), offset, nested)
-    values *= np.repeat(absmax, block)[first - start * block :][: last - first]
+    if first % block == last % block == 0:
+        values.reshape(-1, block)[...] *= absmax[:, None]
+    else:
+        values *= np.repeat(absmax, block)[first - start * block :][: last - first]
     return values.reshape(-1, width)[:, slice(*columns)]
 
 
@@ -153,7 +173,7 @@ def scaled_bytes(parts: Parts, rows: Range, columns: Range, *, stored: str, scal
       stored, scale: what `weight` and `scale` are stored as, by safetensors' names.
       block: rows and columns of a block.
     """
-    values = BYTES[stored][parts["weight"][slice(*rows), slice(*columns)].view(np.uint8)]
+    values = BYTES[stored][np.ascontiguousarray(parts["weight"][slice(*rows), slice(*columns)]).view(np.uint8)]
     return _scaled(values, parts, rows, columns, scale, block)
 
 
@@ -165,14 +185,14 @@ def packed_rows(parts: Parts, rows: Range, columns: Range, *, bits: int, width: 
       width: inputs of the whole weight.
     """
     codes = unpack(parts["weight"][slice(*rows)], bits, width)[:, slice(*columns)]
-    values = codes.astype(np.float32)
+    values = np.ascontiguousarray(codes, np.float32)
     if "zero" in parts:  # packed too, down the rows
         first, last = rows[0] // RUN, -(-rows[1] // RUN)
         words = parts["zero"][first * bits : last * bits].T
         zero = unpack(words, bits, min(words.shape[1] * 32 // bits, (last - first) * RUN)).T
-        zero = zero[rows[0] - first * RUN :][: rows[1] - rows[0]]
+        zero = zero[rows[0] - first * RUN :][: rows[1] - rows[0]].astype(np.float32)
+        by_group(np.subtract, values, zero, columns, block[1], parts.get("index"))
         parts = {name: part for name, part in parts.items() if name != "zero"}
-        values -= spread(zero, np.arange(len(zero)), _groups(parts, columns, block[1]))
     else:
         values -= np.float32(2 ** (bits - 1))
     return _scaled(values, parts, rows, columns, "F32", block)
@@ -187,28 +207,30 @@ def packed_e2m1(parts: Parts, rows: Range, columns: Range, *, scale: str, group:
       group: columns of a group.
     """
     first, last = columns[0] // 2, -(-columns[1] // 2)
-    codes = unpack(parts["weight"][slice(*rows), first:last], 4, 2 * (last - first))
-    values = E2M1[codes[:, columns[0] - 2 * first :][:, : columns[1] - columns[0]]]
+    values = E2M1_PAIRS[parts["weight"][slice(*rows), first:last]].view(np.float32)
+    values = np.ascontiguousarray(values[:, columns[0] - 2 * first :][:, : columns[1] - columns[0]])
     return _scaled(values, parts, rows, columns, scale, (1, group))
 
 
-def gptq(parts: Parts, rows: Range, columns: Range, *, bits: int, group: int, plus: int) -> np.ndarray:
+def gptq(
+    parts: Parts, rows: Range, columns: Range, *, bits: int, group: int, plus: int, runs: bool = True
+) -> np.ndarray:
     """GPTQ's layout: codes of an output lie down its column of `qweight`, int32 words.
 
     Args:
       parts: `qweight` [in*bits/32 out], `qzeros` [groups out*bits/32], `scales` [groups out]; `g_idx` [in] where the
         groups are no runs of inputs.
-      group: inputs of a group. plus: what a stored zero lacks, 1 in the first version of the format.
+      group: inputs of a group. runs: groups are runs. plus: what a stored zero lacks, 1 in the first version.
     """
     codes = unpack(parts["qweight"][:, slice(*rows)].T, bits, parts["qweight"].shape[0] * 32 // bits)
     first, last = rows[0] // RUN, -(-rows[1] // RUN)
     zeros = unpack(parts["qzeros"][:, first * bits : last * bits], bits, (last - first) * RUN)
     zeros = zeros[:, rows[0] - first * RUN :][:, : rows[1] - rows[0]]
     zeros = zeros + np.uint8(plus) & np.uint8(2**bits - 1)
-    values = codes[:, slice(*columns)].astype(np.float32)
-    groups = _groups({"index": parts["g_idx"]} if "g_idx" in parts else {}, columns, group)
-    values -= np.take(zeros.T.astype(np.float32), groups, axis=1)
-    values *= np.take(np.asarray(parts["scales"][:, slice(*rows)].T, np.float32), groups, axis=1)
+    values = np.ascontiguousarray(codes[:, slice(*columns)], np.float32)
+    index = None if runs else parts["g_idx"]
+    by_group(np.subtract, values, zeros.T.astype(np.float32), columns, group, index)
+    by_group(np.multiply, values, parts["scales"][:, slice(*rows)].T.astype(np.float32), columns, group, index)
     return values
 
 
@@ -222,34 +244,34 @@ def awq(parts: Parts, rows: Range, columns: Range, *, group: int) -> np.ndarray:
     first, last = rows[0] // 8, -(-rows[1] // 8)
 
     def outputs(words: np.ndarray) -> np.ndarray:
-        nibbles = unpack(words[:, first:last], AWQ_BITS, 8 * (last - first)).reshape(len(words), -1, 8)
-        codes = nibbles[..., AWQ_ORDER].reshape(len(words), -1)
-        return codes[:, rows[0] - 8 * first :][:, : rows[1] - rows[0]].T.astype(np.float32)
+        packed = np.ascontiguousarray(words[:, first:last].T).view(np.uint8).reshape(last - first, len(words), 4)
+        codes = np.empty((last - first, 8, len(words)), np.float32)
+        for output, nibble in enumerate(AWQ_ORDER):
+            codes[:, output] = packed[..., nibble // 2] >> np.uint8(4 * (nibble % 2)) & np.uint8(15)
+        return codes.reshape(-1, len(words))[rows[0] - 8 * first :][: rows[1] - rows[0]]
 
-    groups = _groups({}, columns, group)
     values = outputs(parts["qweight"][slice(*columns)])
-    values -= np.take(outputs(parts["qzeros"]), groups, axis=1)
-    values *= np.take(np.asarray(parts["scales"][:, slice(*rows)].T, np.float32), groups, axis=1)
+    by_group(np.subtract, values, outputs(parts["qzeros"]), columns, group)
+    by_group(np.multiply, values, parts["scales"][:, slice(*rows)].T.astype(np.float32), columns, group)
     return values
 
 
-def _groups(parts: Parts, columns: Range, size: int) -> np.ndarray:
-    """The group of each wanted column."""
-    if "index" in parts:
-        return np.asarray(parts["index"].reshape(-1)[slice(*columns)], np.int64)
-    return blocks_of(columns, size)
-
-
-def _scaled(values: np.ndarray, parts: Parts, rows: Range, columns: Range, scale: str, block: tuple[int, int]
-            ) -> np.ndarray:  # fmt: skip
+def _scaled(
+    values: np.ndarray, parts: Parts, rows: Range, columns: Range, scale: str, block: tuple[int, int]
+) -> np.ndarray:
     """`values` less what stands for zero, times their scales, in place."""
-    own, groups = blocks_of(rows, block[0]), _groups(parts, columns, block[1])
+
+    def of_rows(each: np.ndarray) -> np.ndarray:
+        """[] and [1] are of one row and column, [out] of one column."""
+        each = each.reshape(each.shape[0] if each.ndim else 1, -1)
+        return each if len(each) == 1 else each[np.arange(*rows) // block[0]]
+
+    index = parts.get("index")
     if "zero" in parts:
-        values -= spread(parts["zero"], own, groups)
-    scales = parts["scale"]
-    if scale in BYTES:
-        scales = BYTES[scale][scales.view(np.uint8)]
+        by_group(np.subtract, values, of_rows(parts["zero"]).astype(np.float32), columns, block[1], index)
+    scales = of_rows(parts["scale"])
+    scales = BYTES[scale][scales.view(np.uint8)] if scale in BYTES else scales.astype(np.float32)
     if "global" in parts:
-        scales = np.asarray(scales, np.float32) / np.asarray(parts["global"].reshape(()), np.float32)
-    values *= spread(scales, own, groups)
+        scales = scales / np.asarray(parts["global"].reshape(()), np.float32)
+    by_group(np.multiply, values, scales, columns, block[1], index)
     return values

@@ -9,6 +9,8 @@ from collections.abc import Callable, Container, Iterator, Mapping
 from functools import partial
 from typing import Any
 
+import numpy as np
+
 from jlora.errors import ModelError
 from jlora.hf import codecs
 from jlora.hf.bnb import bitsandbytes
@@ -161,10 +163,12 @@ def _index(module: str, names: dict[str, str], inputs: int, groups: int, stored:
     return ", by index"
 
 
-def _check_index(name: str, groups: int, stored: Stored) -> None:
+def _check_index(name: str, groups: int, stored: Stored) -> bool:
+    """Whether the groups that a tensor says are runs of inputs, equally long."""
     index = stored.read(name)
     if index.size and not 0 <= index.min() <= index.max() < groups:
         raise stored.refuse(name, f"names groups from {index.min()} to {index.max()}, of {groups}; get the file again")
+    return bool((index == np.arange(index.size) // max(1, -(-index.size // groups))).all())
 
 
 def _compressed(settings: dict[str, Any], stored: Stored) -> Iterator[tuple[str, Layout]]:
@@ -241,16 +245,15 @@ def _gptq(settings: dict[str, Any], stored: Stored) -> Iterator[tuple[str, Layou
             )  # fmt: skip
         group = -(-inputs // groups)
         names["qzeros"] = stored.require(f"{module}qzeros", (groups, -(-outputs * bits // 32)), ("I32",), name)
-        by_index = ""
+        runs = True
         if index in stored.shapes:
             names["g_idx"] = stored.require(index, (inputs,), ("I32",), name)
-            _check_index(index, groups, stored)
-            by_index = ", by index"
+            runs = _check_index(index, groups, stored)
         elif -(-inputs // group) != groups or (settings.get("group_size") or -1) not in (group, -1):
             raise stored.refuse(scales, f"has {groups} groups, which do not divide the {inputs} inputs of {name}")
         plus = 0 if second else 1
-        kind = f"gptq of {bits} bits in groups of {group}{by_index}, zeros less {plus}"
-        decode = partial(codecs.gptq, bits=bits, group=group, plus=plus)
+        kind = f"gptq of {bits} bits in groups of {group}, zeros less {plus}"
+        decode = partial(codecs.gptq, bits=bits, group=group, plus=plus, runs=runs)
         yield f"{module}weight", Layout(kind, (outputs, inputs), names, decode)
 
 
