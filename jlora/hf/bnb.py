@@ -19,6 +19,14 @@ MAX_BLOB = 4096
 
 
 def bitsandbytes(settings: dict[str, Any], stored: Stored) -> Iterator[tuple[str, Layout]]:
+    """The quantised weights of a folder: name -> layout.
+
+    Args:
+      settings: config.json's quantization_config, of which nothing is read: every weight says its own kind.
+
+    Raises:
+      ModelError: a state, codes or scales that contradict each other.
+    """
     for kind in codecs.BNB_LEVELS:
         for module in stored.modules(STATE + kind):
             yield f"{module}weight", _bnb_4bit(module, kind, stored)

@@ -251,7 +251,7 @@ def _with_stored_scales(leaf: quant.Quantized, codes: dict[int | None, Packed]) 
         def of_layer(layer: int, index: tuple[slice, ...]) -> np.ndarray:
             none = np.zeros(shape, computed.dtype)
             found = np.asarray(codes[layer].nf4_scales()[number]).reshape(shape) if layer in codes else none
-            return found[index]
+            return np.asarray(found[index])
 
         def stored(index: tuple[slice, ...] | None) -> np.ndarray:
             first, *rest = index or (slice(None),) * computed.ndim
