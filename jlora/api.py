@@ -183,7 +183,7 @@ def finetune(
     Args:
       config: a YAML file, or its keys as nested dicts.
       quiet: show no progress.
-      on_step, on_eval, on_save: see `jlora.training.callbacks.Callbacks`.
+      on_step, on_eval, on_save: see `jlora.training.metrics.Callbacks`.
       overrides: dotted keys, as in `finetune("c.yaml", **{"training.max_steps": 100})`.
 
     Raises:
@@ -194,7 +194,7 @@ def finetune(
         raise ConfigError("finetune trains one run; start a sweep with: jlora train")
     given: dict[str, Any] = {"on_step": on_step, "on_eval": on_eval, "on_save": on_save}
     from jlora.runtime.supervise import STOP_SIGNALS
-    from jlora.training.callbacks import Callbacks
+    from jlora.training.metrics import Callbacks
     from jlora.training.run import train
 
     # What a program does on signals stays its own once training is over.

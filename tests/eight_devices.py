@@ -1,35 +1,33 @@
-"""Runs in a process that has eight CPU devices, since the number is fixed when JAX starts."""
+"""What tests run in a process that has eight CPU devices, since the number is fixed when JAX starts.
 
+Each function below `run_on_eight` is called there, with words of a command line, and prints what the test reads.
+"""
+
+import hashlib
+import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jlora.config import MeshSection, load_config
+from jlora.errors import ConfigError
+from jlora.hf import load, share
+from jlora.hf.source import open_source
+from jlora.model import attention
+from jlora.model.attention import interface, tpu
+from jlora.model.config import block_weights
+from jlora.model.quant import map_axes
+from jlora.model.sharding import make_mesh, named_sharding
 from jlora.training.metrics import read_metrics
+from jlora.training.run import train
 
 ROOT = Path(__file__).parents[1]
-# One process for all meshes: most of the time of a small run is starting.
-RUNS = """
-import json, sys
-import jax
-import numpy as np
-from jlora.config import load_config
-from jlora.training.run import train
-config, meshes = sys.argv[1], json.loads(sys.argv[2])
-devices = jax.devices()
-for folder, sizes in meshes.items():
-    order = np.random.default_rng(0).permutation(8) if "permuted" in folder else range(8)
-    jax.devices = lambda: [devices[i] for i in order]
-    overrides = [f"mesh.{axis}={size}" for axis, size in zip(("data", "fsdp", "tensor"), sizes)]
-    train(load_config(config, [*overrides, "model.remat=full", f"output_dir={folder}"]), quiet=True)
-"""
-
-
-def run_on_eight(code, *args):
-    env = os.environ | {"JAX_NUM_CPU_DEVICES": "8", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", code, *args], cwd=ROOT, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return done.stdout
 
 
 def losses(run_dir):
@@ -38,3 +36,89 @@ def losses(run_dir):
     curves = {key: [line[key] for line in lines if key in line] for key in ("loss", "grad_norm", "eval_loss")}
     assert all(curves.values())
     return curves
+
+
+def run_on_eight(function, *words):
+    """Call a function of this module in such a process; its stdout."""
+    env = os.environ | {"JAX_NUM_CPU_DEVICES": "8", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, __file__, function.__name__, *words]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
+def train_over(config, meshes):
+    """Runs of a config, one after another: most of the time of a small run is starting.
+
+    Args:
+      meshes: as JSON, output folder -> sizes of data, fsdp and tensor.
+    """
+    devices = jax.devices()
+    for folder, sizes in json.loads(meshes).items():
+        order = np.random.default_rng(0).permutation(8) if "permuted" in folder else range(8)
+        jax.devices = lambda order=order: [devices[i] for i in order]
+        overrides = [f"mesh.{axis}={size}" for axis, size in zip(("data", "fsdp", "tensor"), sizes, strict=True)]
+        train(load_config(config, [*overrides, "model.remat=full", f"output_dir={folder}"]), quiet=True)
+
+
+def attend_by_splash():
+    """The gradients of splash over a mesh are those of the reference; the refusal of one that does not divide."""
+    tpu.MAX_SPLASH_BLOCK = 128
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.standard_normal((4, 256, n, 64)), jnp.float32) for n in (4, 2, 2))
+    segments = jnp.asarray(np.sort(rng.integers(1, 4, (4, 256)), axis=1), jnp.int32)
+    positions = jnp.arange(256)[None].repeat(4, 0)
+
+    def grads(attend):
+        return jax.jit(jax.grad(lambda *qkv: jnp.sin(attend(*qkv)).sum(), argnums=(0, 1, 2)))(q, k, v)
+
+    places = attention.Places(segments, segments, positions, positions)
+    expected = grads(partial(attention.reference, places=places, window=None))
+    splash = partial(interface.per_device, partial(tpu._splash_rows, window=None, interpret=True), segments=segments)
+    with jax.set_mesh(make_mesh(MeshSection(data=2, fsdp=2, tensor=2), jax.devices())):
+        for found, right in zip(grads(splash), expected, strict=True):
+            np.testing.assert_allclose(np.asarray(found), np.asarray(right), atol=1e-4)
+    with jax.set_mesh(make_mesh(MeshSection(data=1, fsdp=2, tensor=4), jax.devices())):
+        try:
+            grads(splash)
+        except ConfigError as error:
+            print(error)
+
+
+def load_published(*words):
+    """SHA-256 of what is held of bases that were published quantised, and their hashes.
+
+    Args:
+      words: folder, and what it is quantised to or "-", in turn.
+    """
+    share.BLOCK_WEIGHTS = 30_000
+    mesh = make_mesh(MeshSection(data=1, fsdp=4, tensor=2), jax.devices())
+    for folder, kind in zip(words[::2], words[1::2], strict=True):
+        source = open_source(Path(folder))
+        base, digest = load.load_base(source, "base", jnp.dtype("float32"), mesh, None if kind == "-" else kind)
+        print(hashlib.sha256(b"".join(np.asarray(x).tobytes() for x in jax.tree.leaves(base))).hexdigest(), digest)
+
+
+def load_quantized(folder):
+    """Each array of a quantised base lies where its axes say; a line of kind and hash of the whole."""
+    share.BLOCK_WEIGHTS = 30_000  # blocks of a few rows, of which the last overlaps the one before it
+    mesh = make_mesh(MeshSection(data=1, fsdp=4, tensor=2), jax.devices())
+
+    def check(where, array, axes):
+        expected = named_sharding(mesh, axes)
+        assert array.sharding.is_equivalent_to(expected, array.ndim), (where, array.sharding, expected)
+        return array
+
+    for kind in ("nf4", "int8", "fp8"):
+        base, _ = load.load_base(open_source(Path(folder)), "base", jnp.dtype("bfloat16"), mesh, kind)
+        for name in block_weights(base.cfg):
+            param = getattr(base.layers, name)
+            map_axes(partial(check, (kind, name)), param.get_value(), param.axes)
+        codes = base.layers.down_proj.get_value().codes.addressable_shards[0].data
+        assert codes.shape == ((2, 4, 32, 64) if kind == "nf4" else (2, 256, 64)), codes.shape
+        whole = b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(base))
+        print(kind, hashlib.sha256(whole).hexdigest())
+
+
+if __name__ == "__main__":
+    globals()[sys.argv[1]](*sys.argv[2:])

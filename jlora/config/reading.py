@@ -239,9 +239,12 @@ def describe(error: ValidationError) -> str:
         text = f"{key}: must hold keys of its own ({', '.join(fields)}), but it is {shown}"
     else:
         # Each member of a union has its say.
-        says = [p["msg"] for p in problems if p["loc"][: len(names)] == first["loc"][: len(names)]]
-        wanted = " or ".join(dict.fromkeys(say.removeprefix("Input should be ") for say in says))
-        text = f"{key}: should be {wanted}, but it is {shown}"
+        says = [
+            "be a smaller number" if p["type"] == "int_parsing_size" else re.sub(r"^\w+ should ", "", p["msg"])
+            for p in problems
+            if p["loc"][: len(names)] == first["loc"][: len(names)]
+        ]
+        text = f"{key}: should {' or '.join(dict.fromkeys(says)).replace(' or be ', ' or ')}, but it is {shown}"
         if isinstance(first["input"], bool | int | float) and any(p["type"] == "string_type" for p in problems):
             text += f'; for the text itself write {key}=\'"..."\', or "..." in the file'
     text = text.removeprefix(": ")  # a problem of the whole has no key

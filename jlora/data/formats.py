@@ -48,6 +48,8 @@ OTHER_NAMES: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "text": {"text": ("content",)},
 }
+# Of pairs whose answers are single turns (LLaMA-Factory, Axolotl); a list of answers may hold the prompt already.
+PROMPTS_OF_TURNS = ("conversations", "messages", "conversation")
 # What a row that is yet to be answered must have, where that is less.
 ASKED = {"alpaca": ("instruction",), "completion": ("prompt",)}
 # What other trainers read beside text, and what rows of some format have.
@@ -129,6 +131,8 @@ class Columns:
         required, others = COLUMNS[self.format], OTHER_NAMES[self.format]
         own = (*required, *OPTIONAL[self.format])
         required = required if self.answered else ASKED.get(self.format, required)
+        if self.format == "preference" and isinstance(row.get(self.given.get("chosen", "chosen")), dict):
+            others = {"prompt": (*PROMPTS_OF_TURNS, *others["prompt"])}
         used = {column: _source(row, column, others, self.given) for column in own}
         for column in required:
             if column in self.given and row.get(self.given[column]) is None:

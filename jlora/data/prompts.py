@@ -135,13 +135,14 @@ def encode_pair(tokenizer: Tokenizer, row: dict[str, Any]) -> tuple[Example, Exa
 
     `prompt`, `chosen` and `rejected` are strings, or lists of messages that go through the chat template. Without a
     prompt, or with one in string form beside lists, what both answers begin with is the prompt; lists that begin with
-    the prompt do not repeat it. An answer begins where its tokens part from those of the prompt alone; EOS is added to
-    strings.
+    the prompt do not repeat it. An answer that is one message is a list of it. An answer begins where its tokens part
+    from those of the prompt alone; EOS is added to strings.
 
     Raises BadRow, and ConfigError if a chat template is needed and there is none.
     """
     if weight_of(row, "weight") != 1.0:
         raise BadRow("wrong_weight", 'a pair has no weight; take "weight" out, or repeat the row')
+    row = _listed(row)
     kind = list if isinstance(row.get("chosen"), list) else str
     prompt: Any = row.get("prompt")
     chosen, rejected = field_of(row, "chosen", kind), field_of(row, "rejected", kind)
@@ -157,6 +158,8 @@ def encode_pair(tokenizer: Tokenizer, row: dict[str, Any]) -> tuple[Example, Exa
             common -= 1  # a space goes with the word behind it
         prompt, chosen, rejected = chosen[:common], chosen[common:], rejected[common:]
     if not (prompt if kind is list else prompt.strip()):
+        if kind is list and row.get("prompt"):
+            raise BadRow("wrong_type", 'the field "prompt" is str, but the answers are turns; write it as turns, too')
         raise BadRow("empty_prompt", "there is no prompt before the answers")
     answers, eos = {"chosen": chosen, "rejected": rejected}, tokenizer.eos_token
     if kind is str:
@@ -178,6 +181,14 @@ def encode_pair(tokenizer: Tokenizer, row: dict[str, Any]) -> tuple[Example, Exa
     start = min(_common(head, ids) for ids in whole)
     pair = [Example(np.asarray(ids, np.int32), np.arange(len(ids)) >= max(start, 1)) for ids in whole]
     return pair[0], pair[1]
+
+
+def _listed(row: dict[str, Any]) -> dict[str, Any]:
+    """A pair whose answers that are a single turn are lists of it."""
+    answers = {name: row.get(name) for name in ("chosen", "rejected")}
+    return row | {
+        name: [turn] for name, turn in answers.items() if isinstance(turn, dict) and {"role", "from"} & {*turn}
+    }
 
 
 def _common(first: Any, second: Any) -> int:
@@ -216,7 +227,7 @@ def reference_answer(row: dict[str, Any], *, format: str) -> str:
     if format == "alpaca" or (format == "completion" and not isinstance(row.get("prompt"), list)):
         return _response(row, format)
     if format in ("preference", "completion"):
-        messages = messages_of(field_of(row, "chosen" if format == "preference" else "completion", list))
+        messages = messages_of(field_of(_listed(row), "chosen" if format == "preference" else "completion", list))
     else:
         messages = _conversation(row, format, answered=True).messages
     if messages[-1]["role"] != "assistant":

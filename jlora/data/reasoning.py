@@ -4,6 +4,7 @@ import re
 
 from jlora.data.conversation import THOUGHTS, Message
 from jlora.data.marks import hide
+from jlora.data.row import BadRow
 
 # A reasoning and what sets it apart, as DeepSeek, Qwen and others write it, and gpt-oss.
 _THOUGHT = re.compile(
@@ -24,9 +25,17 @@ def last_answer(messages: list[Message]) -> int | None:
 
 
 def without_history(messages: list[Message]) -> list[Message]:
-    """The messages without the reasoning of answers that a user's turn follows."""
+    """The messages without the reasoning of answers that a user's turn follows.
+
+    Raises:
+      BadRow: nothing is left of one of them.
+    """
     last = _last(messages, "user")
-    return [_without(m) if m["role"] == "assistant" and i < last else m for i, m in enumerate(messages)]
+    kept = [_without(m) if m["role"] == "assistant" and i < last else m for i, m in enumerate(messages)]
+    for number, message in enumerate(kept, 1):
+        if message["role"] == "assistant" and not message["content"] and not message.get("tool_calls"):
+            raise BadRow("empty_response", f"message {number} is reasoning alone, which data.reasoning=strip removes")
+    return kept
 
 
 def in_content(message: Message, *, begun: bool = False) -> Message | None:

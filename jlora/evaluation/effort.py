@@ -36,8 +36,8 @@ from jlora.reports.plan import require_matplotlib
 from jlora.runtime import distributed, supervise
 from jlora.training.evaluator import Evaluator, describe_figures
 from jlora.training.folder import make_run_dir
+from jlora.training.opening import Shared
 from jlora.training.run import train
-from jlora.training.shared import Shared
 from jlora.training.step import Forward
 
 Record = dict[str, Any]
@@ -61,28 +61,24 @@ class Results:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self._records: dict[str, Record] = {}
+        self.records: dict[str, Record] = {}
         try:
             known = json.loads(read_theirs(folder / "effort.json", MAX_JSON))
-            self._records = {record["identity"]: record for record in known["results"]}
+            self.records = {record["identity"]: record for record in known["results"]}
         except FileNotFoundError:
             pass
         except (OSError, ValueError, TypeError, KeyError, RecursionError):
             raise ConfigError(f"{folder}/effort.json: not written by this command; move it away") from None
 
-    def get(self, identity: str) -> Record | None:
-        """What is known of a strategy."""
-        return self._records.get(identity)
-
     def put(self, record: Record, settings: Record, order: list[str]) -> None:
         """Keep a record, and write all; `order` of identities comes first."""
-        self._records[record["identity"]] = record
+        self.records[record["identity"]] = record
         self.write(settings, order)
 
     def write(self, settings: Record, order: list[str]) -> list[Record]:
         """Write all; returns the records of `order`, as far as they are there."""
-        wanted = [self._records[identity] for identity in order if identity in self._records]
-        others = [record for identity, record in self._records.items() if identity not in order]
+        wanted = [self.records[identity] for identity in order if identity in self.records]
+        others = [record for identity, record in self.records.items() if identity not in order]
         text = strict_json({"settings": settings, "results": wanted + others})
         write_text(self.folder / "effort.json", text + "\n")
         return wanted
@@ -114,12 +110,11 @@ def effort(cfg: Config, options: Options, quiet: bool) -> tuple[Record, list[Use
         results = Results(folder)
         for one in opened:
             shared = Shared(opened=one)
-            mine = [(way, identity) for base, way, identity in plan if base is one]
-            for way, identity in mine:
-                if not way.rows or is_trained(results.get(identity)):
+            mine = [(way, results.records.get(key) or _record(one, way, key)) for base, way, key in plan if base is one]
+            for way, record in mine:
+                if is_ready(way, record):
                     continue
                 say(f"== {one.name}: {way.name}")
-                record = results.get(identity) or _record(one, way, identity)
                 try:
                     finished = fine_tune(tuned_config(cfg, one, way, folder, files), record, quiet, shared)
                 except UserError as error:
@@ -129,8 +124,7 @@ def effort(cfg: Config, options: Options, quiet: bool) -> tuple[Record, list[Use
                 results.put(record, settings, order)
                 if not finished:
                     return {"settings": settings, "results": []}, failures, True
-            todo = [(way, key) for way, key in mine if not way.rows or is_trained(results.get(key))]
-            todo = [(way, key) for way, key in todo if "loss" not in (results.get(key) or {})]
+            todo = [(way, record) for way, record in mine if is_ready(way, record) and "loss" not in record]
             if todo:
                 mesh = one_device_mesh()
                 with jax.set_mesh(mesh):
@@ -138,9 +132,8 @@ def effort(cfg: Config, options: Options, quiet: bool) -> tuple[Record, list[Use
                     if jax.device_count() > 1:
                         shared = Shared(opened=one)  # the runs' own base lies over all devices
                     pretrained = shared.load(cfg, mesh)
-                    for way, key in todo:
+                    for way, record in todo:
                         say(f"== {one.name}: answers, {way.name}")
-                        record = results.get(key) or _record(one, way, key)
                         adapter = open_adapter(record["training"]["run"], pretrained) if way.rows else {}
                         model = Adapted(pretrained, adapter, jnp.dtype(cfg.model.dtype))
                         record |= judge(model, way, rows, cfg, options, mesh)
@@ -153,9 +146,9 @@ def effort(cfg: Config, options: Options, quiet: bool) -> tuple[Record, list[Use
     return {"settings": settings, "results": found}, failures, False
 
 
-def is_trained(record: Record | None) -> bool:
-    """Whether a fine-tuning came to its end."""
-    return record is not None and bool(record["training"]) and record["training"]["finished"]
+def is_ready(way: Strategy, record: Record) -> bool:
+    """Whether a strategy can be judged: it needs no fine-tuning, or that came to its end."""
+    return not way.rows or (record["training"] or {"finished": False})["finished"]
 
 
 def check(cfg: Config) -> None:
@@ -286,14 +279,8 @@ def judge(model: Adapted, way: Strategy, rows: Rows, cfg: Config, options: Optio
     size = cfg.training.batch_size // cfg.training.gradient_accumulation_steps
     evaluator = Evaluator(asked.dataset, section, size, Forward(kernel, "none", dtype, token_accuracy=True), mesh)
     figures = evaluator.measure(pretrained.base, model.adapter)
-    scored = answer_and_score(
-        model,
-        asked.questions,
-        max_new_tokens=options.max_new_tokens,
-        batch_size=options.batch_size,
-        timed=True,
-        until=asked.until,
-    )
+    limits = {"max_new_tokens": options.max_new_tokens, "batch_size": options.batch_size}
+    scored = answer_and_score(model, asked.questions, **limits, timed=True, until=asked.until)
     prompt_tokens = sum(len(question.ids) for question in asked.questions) / len(asked.questions)
     for answer, question in zip(scored["answers"], asked.questions, strict=True):
         answer |= {"prompt": question.shown, "reference": question.reference}

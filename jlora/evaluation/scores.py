@@ -53,7 +53,13 @@ def score(answers: list[str], references: list[str]) -> tuple[dict[str, Any], li
     from rouge_score.rouge_scorer import RougeScorer
     from sacrebleu.metrics import CHRF
 
-    rouge, chrf = RougeScorer(["rougeL"], tokenizer=_Words()), CHRF()
+    class Chrf(CHRF):
+        # sacrebleu's bootstrap sums in NumPy's float32 and scores a resample without a match 0.0, a Python float;
+        # `statistics.mean` then refuses the two together.
+        def _compute_score_from_stats(self, statistics: Any) -> Any:
+            return super()._compute_score_from_stats([int(each) for each in statistics])
+
+    rouge, chrf = RougeScorer(["rougeL"], tokenizer=_Words()), Chrf()
     each: list[dict[str, float]] = []
     for answer, reference in zip(answers, references, strict=True):
         each.append(
@@ -66,19 +72,18 @@ def score(answers: list[str], references: list[str]) -> tuple[dict[str, Any], li
     total = {name: sum(one[name] for one in each) / len(each) for name in ("exact_match", "rouge_l")}
     enough = len(each) >= intervals.FEWEST
     together = chrf.corpus_score(answers, [references], n_bootstrap=intervals.RESAMPLES if enough else 1)
+    bootstrap = None
+    if enough:
+        # What sacrebleu's own bootstrap says of the score, which it tells as text alone.
+        said = json.loads(together.format(width=6, signature="metric:chrF", is_json=True))
+        middle, half = float(said["confidence_mean"]), float(said["confidence_var"])
+        bootstrap = [max(0.0, middle - half), min(100.0, middle + half)]
     spread = {
         "exact_match": intervals.share(sum(one["exact_match"] == 1 for one in each), len(each)),
         "rouge_l": intervals.mean([one["rouge_l"] for one in each]),
-        "chrf": _interval(together) if enough else None,
+        "chrf": bootstrap,
     }
     return total | {"chrf": float(together.score), "intervals": spread}, each
-
-
-def _interval(found: Any) -> intervals.Interval:
-    """What sacrebleu's own bootstrap says of a score."""
-    said = json.loads(found.format(width=6, signature="metric:chrF", is_json=True))
-    middle, half = float(said["confidence_mean"]), float(said["confidence_var"])
-    return [max(0.0, middle - half), min(100.0, middle + half)]
 
 
 def describe_scores(scores: dict[str, Any]) -> str:
@@ -86,29 +91,13 @@ def describe_scores(scores: dict[str, Any]) -> str:
     return f"exact match {scores['exact_match']:.1%}, ROUGE-L {scores['rouge_l']:.4f}, chrF {scores['chrf']:.2f}"
 
 
-def answer_and_score(
-    model: Adapted,
-    questions: list[Question],
-    *,
-    max_new_tokens: int,
-    batch_size: int,
-    timed: bool = False,
-    until: tuple[str, ...] = (),
-) -> dict[str, Any]:
-    """Greedy answers with their scores.
+def answer_and_score(model: Adapted, questions: list[Question], **how: Any) -> dict[str, Any]:
+    """Greedy answers with their scores; `how` as for `jlora.inference.answers.answer`.
 
     Returns {"exact_match", "rouge_l", "chrf"} of all (see `score`), "generated" (how many), "mean_tokens",
-    "seconds" and "answers", which holds {"text", "tokens", "ended"} and the scores of each. For `timed` and `until`
-    see `jlora.inference.answers.answer`.
+    "seconds" and "answers", which holds {"text", "tokens", "ended"} and the scores of each.
     """
-    found = answering.answer(
-        model,
-        [question.ids for question in questions],
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
-        timed=timed,
-        until=until,
-    )
+    found = answering.answer(model, [question.ids for question in questions], **how)
     total, each = score(found.texts, [question.reference for question in questions])
     answers = [
         {"text": text, "tokens": tokens, "ended": ended} | scores

@@ -100,9 +100,9 @@ def split_rows(cfg: Config, tokenizers: list[Tokenizer], most: int) -> Rows:
     else:
         assert cfg.data.eval is not None, "checked by the command"
         train, heldout = hold_out(train, cfg.data.eval, seed)
-    learn = _shuffled(_take(source, train, cfg.data), [seed, 2])
+    learn = _drawn(source, train, cfg.data, [seed, 2])
     judged, section = (cfg.data.eval, cfg.data.held_out) if isinstance(cfg.data.eval, str) else (source, cfg.data)
-    judge = _shuffled(_take(judged, heldout, section), [seed, 3])[:most]
+    judge = _drawn(judged, heldout, section, [seed, 3])[:most]
     known = {_line(row) for row in judge}
     kept = [row for row in learn if _line(row) not in known]
     if not kept:
@@ -120,13 +120,10 @@ def _usable(source: str, tokenizers: list[Tokenizer], section: DataSection) -> D
     return replace(read[0], examples=[e for e, _ in pairs], places=[p for _, p in pairs])
 
 
-def _take(source: str, chosen: Dataset, section: DataSection) -> list[Fields]:
-    """The rows themselves, in the order of the file."""
+def _drawn(source: str, chosen: Dataset, section: DataSection, seed: list[int]) -> list[Fields]:
+    """The chosen rows themselves, shuffled."""
     places = set(chosen.places)
-    return [row.value for row in rows_of(source, section) if row.where in places]
-
-
-def _shuffled(rows: list[Fields], seed: list[int]) -> list[Fields]:
+    rows = [row.value for row in rows_of(source, section) if row.where in places]
     return [rows[i] for i in np.random.default_rng(seed).permutation(len(rows))]
 
 

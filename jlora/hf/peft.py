@@ -4,7 +4,8 @@ PEFT keeps A as [R, in] and B as [out, R], one pair a layer.
 """
 
 import math
-from dataclasses import replace
+import re
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from jlora.model.adapter_init import saved_weights
 from jlora.model.config import LLAMA, ModelConfig, ModuleNames, module_in_layer, module_path, projection_shapes
 
 WEIGHTS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
+MAGNITUDE = "lora_magnitude_vector"
 # What may be trained in full, the head last.
 TABLES = ("embed_tokens", "lm_head")
 
@@ -60,7 +62,7 @@ def tensor_shapes(section: LoraSection, cfg: ModelConfig) -> dict[str, tuple[int
                 shapes[factor_name(cfg.names, name, layer, "lora_A.weight")] = (rank, width_in)
                 shapes[factor_name(cfg.names, name, layer, "lora_B.weight")] = (width_out, rank)
                 if section.use_dora:
-                    shapes[factor_name(cfg.names, name, layer, "lora_magnitude_vector")] = (width_out,)
+                    shapes[factor_name(cfg.names, name, layer, MAGNITUDE)] = (width_out,)
     for name, shape in saved_weights(section, cfg).items():
         if name in TABLES:
             shapes[table_names(cfg.names)[name]] = shape
@@ -72,14 +74,26 @@ def tensor_shapes(section: LoraSection, cfg: ModelConfig) -> dict[str, tuple[int
     return shapes
 
 
-def _open(
-    folder: Path, cfg: ModelConfig, source: Source | None
-) -> tuple[AdapterSection, dict[str, tuple[int, ...]], dict[str, str], str | None]:
+@dataclass(frozen=True)
+class _Opened:
     """An adapter folder whose tensors are known by name and shape.
 
-    Returns its options, the shapes, embed_tokens and lm_head in `modules_to_save` -> the name of the tensor that stands
-    for it, and the SHA-256 of its base, if it says so.
+    Attributes:
+      section: its options, with the tables of `tables` in `modules_to_save`.
+      stored: what the file calls each tensor of `shapes`.
+      tables: embed_tokens, lm_head -> the name of the tensor that stands for it.
+      trained_on: SHA-256 of its base, if it says so.
     """
+
+    section: AdapterSection
+    where: Path
+    shapes: dict[str, tuple[int, ...]]
+    stored: dict[str, str]
+    tables: dict[str, str]
+    trained_on: str | None
+
+
+def _open(folder: Path, cfg: ModelConfig, source: Source | None) -> _Opened:
     section, names = read_adapter_config(folder, cfg), table_names(cfg.names)
     where = inside(folder, WEIGHTS)
     if not where.is_file() and inside(folder, PICKLE).is_file():
@@ -88,7 +102,12 @@ def _open(
             "(docs/migration.md has the lines)"
         )
     with open_safetensors(where) as file:
-        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+        stored = {_saved_name(name): name for name in file.keys()}
+        if len(stored) < len(file.keys()):
+            raise ModelError(
+                f"{where}: holds a tensor under two names (with and without .default or .weight); leave one"
+            )
+        shapes = {name: tuple(file.get_slice(own).get_shape()) for name, own in stored.items()}
         trained_on = (file.metadata() or {}).get("jlora_base_sha256")
         # PEFT writes the tables too where it takes the vocabulary to have changed, and loads them in the base's place.
         beside = [leaf for leaf in TABLES if leaf not in section.modules_to_save and names[leaf] in shapes]
@@ -106,7 +125,13 @@ def _open(
                 "adapter was trained on a base whose vocabulary was resized; give that one, or merge it in PEFT"
             )
     section = section.model_copy(update={"modules_to_save": [leaf for leaf in TABLES if leaf in tables]})
-    return section, shapes, tables, trained_on
+    return _Opened(section, where, shapes, stored, tables, trained_on)
+
+
+def _saved_name(name: str) -> str:
+    """What PEFT saves a tensor as that a model's own state names by its adapter too, `default`; PEFT loads both."""
+    name = re.sub(r"(\.lora_[AB])\.default(\.weight)$", r"\1\2", name)
+    return re.sub(rf"(\.{MAGNITUDE})(\.default)?(\.weight)?$", r"\1", name)
 
 
 def _as_in_base(file: Any, leaf: str, source: Source) -> bool:
@@ -133,7 +158,7 @@ def read_options(folder: Path, cfg: ModelConfig, source: Source | None = None) -
     Raises:
       ModelError: see `jlora.hf.adapter_config.read_adapter_config`; or no tensors that can be read.
     """
-    return _open(folder, cfg, source)[0]
+    return _open(folder, cfg, source).section
 
 
 def load_adapter(
@@ -149,10 +174,11 @@ def load_adapter(
     Raises:
       ModelError: no adapter, missing, extra, misshapen or non-finite tensors, or another base.
     """
-    (section, shapes, tables, trained_on), where = _open(folder, cfg, source), inside(folder, WEIGHTS)
-    if trained_on is not None and trained_on != base_hash:
+    opened = _open(folder, cfg, source)
+    section, where, shapes, tables = opened.section, opened.where, opened.shapes, opened.tables
+    if opened.trained_on is not None and opened.trained_on != base_hash:
         raise ModelError(
-            f"{where}: was trained on another base (tensors {trained_on[:12]}..., this base "
+            f"{where}: was trained on another base (tensors {opened.trained_on[:12]}..., this base "
             f"{base_hash[:12]}...); give the base it belongs to"
         )
     wanted, names = tensor_shapes(section, cfg), table_names(cfg.names)
@@ -168,7 +194,7 @@ def load_adapter(
     tensors: dict[str, np.ndarray] = {}
     if not problems:  # a file of other tensors may be of any size, so it is not read
         with open_safetensors(where) as file:
-            tensors = {name: read_floats(file, name, where) for name in wanted}
+            tensors = {name: read_floats(file, opened.stored[name], where) for name in wanted}
         problems = [
             f"{name} holds NaN or infinity"
             for name, tensor in tensors.items()
@@ -198,7 +224,7 @@ def load_adapter(
             for shape, factor in (
                 ((widths[0], rank), "lora_A.weight"),
                 ((rank, widths[1]), "lora_B.weight"),
-                ((widths[1],), "lora_magnitude_vector"),
+                ((widths[1],), MAGNITUDE),
             )
         )
         factors = jnp.asarray(a.reshape(-1, *inputs, rank)), jnp.asarray(b.reshape(-1, rank, *outputs))
@@ -312,7 +338,7 @@ def exported_tensors(folder: Path, adapter: Adapter, names: ModuleNames) -> dict
             tensors[factor_name(names, name, layer, "lora_A.weight")] = np.ascontiguousarray(down)
             tensors[factor_name(names, name, layer, "lora_B.weight")] = np.ascontiguousarray(up)
             if magnitude is not None:
-                tensors[factor_name(names, name, layer, "lora_magnitude_vector")] = magnitude[layer]
+                tensors[factor_name(names, name, layer, MAGNITUDE)] = magnitude[layer]
     return tensors
 
 

@@ -2,14 +2,57 @@
 
 import argparse
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from jlora.config import Config
-from jlora.planning.compiled import plan
-from jlora.planning.cost import time_and_cost
-from jlora.planning.search import search
-from jlora.planning.suggest import find_remedy, sentence
+from jlora.data import encoding
+from jlora.data.checks import count_batches
+from jlora.hf.pretrained import tokenizer_of
+from jlora.hf.shapes import SHAPES
+from jlora.planning.compiled import Plan, plan
+from jlora.planning.search import find_remedy, search, sentence
 from jlora.planning.topology import Target, compiler_logs_off
+
+
+def count_data(cfg: Config) -> dict[str, int] | None:
+    """`count_batches` of the user's own rows; None without rows or tokenizer."""
+    if cfg.model.path in SHAPES and cfg.model.tokenizer is None:
+        return None
+    if not all(Path(source.path).exists() for source in cfg.data.sources):
+        return None
+    tokenizer, _ = tokenizer_of(cfg.model.path, cfg.model.tokenizer, cfg.data.chat_template)
+    return count_batches(encoding.read_train(cfg.data, tokenizer), cfg)
+
+
+def time_and_cost(plan: Plan, cfg: Config, target: Target, args: argparse.Namespace) -> dict[str, Any]:
+    """Seconds and dollars of an epoch, at named utilisations of the published peak or at a given speed; as in `--json`.
+
+    Args:
+      args: of the command line: `tokens` of an epoch, in place of the config's rows; `tokens_per_second` of one device
+        or `utilization`; and `price`, dollars a device-hour.
+    """
+    counts = None if args.tokens else count_data(cfg)
+    steps: dict[str, float] = {name: counts[name] for name in ("packed", "padded")} if counts else {}
+    if args.tokens is not None:
+        steps = {"given": args.tokens / plan.tokens_per_step}
+    seconds: dict[str, dict[str, float]] = {}
+    for name, number in steps.items():
+        tokens, flops = number * plan.tokens_per_step, number * plan.flops_per_step
+        if (rate := args.tokens_per_second) is not None:
+            seconds[name] = {f"{rate:g} tokens/s/device": tokens / (rate * plan.devices)}
+        elif (peak := target.peak_flops) is not None:
+            seconds[name] = {f"{share:g}": flops / (plan.devices * peak * share) for share in args.utilization}
+    cost = None
+    if args.price is not None:
+        hourly = plan.devices * args.price
+        cost = {name: {at: value / 3600 * hourly for at, value in table.items()} for name, table in seconds.items()}
+    return {
+        "data": counts,
+        "epoch_tokens": {name: number * plan.tokens_per_step for name, number in steps.items()},
+        "seconds_per_epoch_at": seconds,
+        "cost_usd_at": cost,
+    }
 
 
 def planned(cfg: Config, target: Target, args: argparse.Namespace) -> tuple[dict[str, Any], str | None]:

@@ -8,6 +8,7 @@ compiler each time, never from JAX's persistent cache: see `jlora.training.auto_
 import math
 import re
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
@@ -28,9 +29,9 @@ from jlora.model.llama import Decoder, abstract_decoder
 from jlora.model.quant import is_quantized, map_axes
 from jlora.model.sharding import make_mesh, named_sharding
 from jlora.planning.flops import collective_bytes, count_flops
-from jlora.planning.layouts import with_settings
-from jlora.planning.roofline import estimate
-from jlora.planning.topology import Target, compiling_for
+from jlora.planning.layouts import estimate, with_settings
+from jlora.planning.topology import Target
+from jlora.runtime import private_jax
 from jlora.training import optim
 from jlora.training.auto_remat import HEADROOM, fastest_that_fits, fresh, peak_bytes
 from jlora.training.step import (
@@ -56,7 +57,7 @@ class Plan:
         the host's memory; the last two are None where the compiler refused the step.
       base_bytes, adapter_bytes, optimizer_bytes, batch_bytes: of the arguments, on one device.
       flops_per_step: over all devices. sent_bytes_per_step: by one.
-      estimate: see `jlora.planning.roofline`.
+      estimate: see `jlora.planning.layouts`.
       naive: see `naive`.
     """
 
@@ -149,16 +150,8 @@ def step_flops(cfg: Config, model: ModelConfig, mesh: jax.sharding.Mesh, forward
 
 def bytes_per_device(tree: Any) -> int:
     """What the leaves of a tree take on one device."""
-    total = 0
-    for leaf in jax.tree.leaves(tree):
-        total += math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-    return total
-
-
-def quantized_parameters(base: Decoder) -> int:
-    """Number of weights that are quantised, over all devices."""
-    leaves = jax.tree.leaves(base, is_leaf=is_quantized)
-    return sum(leaf.size for leaf in leaves if is_quantized(leaf))
+    leaves = jax.tree.leaves(tree)
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
 
 
 def checked_mesh(cfg: Config, devices: list[Any], model: ModelConfig) -> jax.sharding.Mesh:
@@ -206,7 +199,8 @@ def plan(cfg: Config, target: Target, model: ModelConfig | None = None, flops: f
         step, arguments, params = abstract_step(cfg, model, mesh, forward)
         flops = step_flops(cfg, model, mesh, forward) if flops is None else flops
         began = time.monotonic()
-        with compiling_for(target), fresh():
+        # Lets JAX lower for a GPU that is absent.
+        with private_jax.gpu_is_cuda() if target.platform == "gpu" else nullcontext(), fresh():
             try:
                 compiled = jax.jit(step, donate_argnums=0).lower(*arguments).compile()
                 memory: Any = compiled.memory_analysis()
@@ -221,6 +215,8 @@ def plan(cfg: Config, target: Target, model: ModelConfig | None = None, flops: f
     trained = count_trained(state.trained)
     total = count_parameters(params)
     base_bytes = bytes_per_device(params["base"])
+    base_leaves = jax.tree.leaves(params["base"], is_leaf=is_quantized)
+    quantized = sum(leaf.size for leaf in base_leaves if is_quantized(leaf))
     time_estimate = None
     if temp is not None and sent is not None:
         time_estimate = estimate(
@@ -228,7 +224,7 @@ def plan(cfg: Config, target: Target, model: ModelConfig | None = None, flops: f
             flops=flops,
             tokens=tokens,
             weight_bytes=base_bytes * mesh.shape["fsdp"],
-            dequantized_bytes=forward.dtype.itemsize * quantized_parameters(params["base"]) / mesh.shape["tensor"],
+            dequantized_bytes=forward.dtype.itemsize * quantized / mesh.shape["tensor"],
             temp_bytes=temp,
             sent_bytes=sent,
             micro_batches=cfg.training.gradient_accumulation_steps,

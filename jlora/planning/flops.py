@@ -7,6 +7,7 @@ import math
 import re
 from typing import Any
 
+import jax
 from jax.extend import core
 
 
@@ -30,14 +31,9 @@ def count_flops(jaxpr: core.Jaxpr) -> float:
 
 def subjaxprs(params: dict[str, Any]) -> list[core.Jaxpr]:
     """The jaxprs within an equation, by its parameters: bodies of loops, branches, calls, kernels."""
-    found = []
-    for value in params.values():
-        for item in value if isinstance(value, tuple | list) else (value,):
-            if isinstance(item, core.ClosedJaxpr):
-                found.append(item.jaxpr)
-            elif isinstance(item, core.Jaxpr):
-                found.append(item)
-    return found
+    kinds = core.ClosedJaxpr, core.Jaxpr
+    leaves = jax.tree.leaves(list(params.values()), is_leaf=lambda leaf: isinstance(leaf, kinds))
+    return [x.jaxpr if isinstance(x, core.ClosedJaxpr) else x for x in leaves if isinstance(x, kinds)]
 
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
@@ -110,8 +106,10 @@ def _trips(line: str, bodies: dict[str, list[str]]) -> int:
 
 
 def _sent_by_one(kind: str, started: bool, result: str, line: str) -> float:
-    size = sum(_size(name, dims) for name, dims in _SHAPE.findall(result))
-    n = _group_size(line)
+    size, n = 0.0, _group_size(line)
+    for name, dims in _SHAPE.findall(result):
+        bits = re.search(r"\d+", name)
+        size += math.prod(int(dim) for dim in dims.split(",") if dim) * (int(bits[0]) if bits else 8) / 8
     if kind == "collective-permute":
         return size / 2 if started else size
     if kind == "reduce-scatter":  # the result is a device's share; a start carries its operand too
@@ -119,12 +117,6 @@ def _sent_by_one(kind: str, started: bool, result: str, line: str) -> float:
     if kind == "all-gather" and started:
         size = size * n / (n + 1)
     return size * (n - 1) / n * (2 if kind == "all-reduce" else 1)
-
-
-def _size(name: str, dims: str) -> float:
-    bits = re.search(r"\d+", name)
-    count = math.prod(int(dim) for dim in dims.split(",") if dim)
-    return count * (int(bits[0]) if bits else 8) / 8
 
 
 def _group_size(line: str) -> int:

@@ -1,46 +1,77 @@
 """The ways to lay a run out: mesh, rematerialisation and micro-batch, which leave its result as it is, and
 quantisation of the base, which changes it a little and is never the faster way, only the smaller.
 
-What exists, which of them a run's batch and model allow, and a guess at each before anything is compiled.
+What exists, which of them a run's batch and model allow, and a guess at each before anything is compiled. A step's time
+is estimated from published peaks, and the whole model of speed stands here:
+
+    seconds = FLOPs / (devices x peak)  +  bytes of memory / bandwidth  +  bytes sent / link bandwidth
+
+No term hides behind another, and each runs at its published peak: real steps overlap some of it and reach less of
+each peak, so the figure ranks layouts of one run and is no promise of speed. Bytes of memory are the weights that
+a device multiplies with, once for each pass of each micro-batch, and its temporaries, written and read once.
+Quantised weights are read as they are held, written out dequantised and read again: they save memory, not time.
 """
 
 import math
-import types
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any
 
 import jax.numpy as jnp
 
-from jlora.config import Config, ModelSection
+from jlora.config import Config
 from jlora.config.sections import assign
 from jlora.model import quant
 from jlora.model.adapter import targets
 from jlora.model.config import ModelConfig, block_weights, outer_weights
 from jlora.model.divisibility import input_cuts, split_sizes
 from jlora.model.remat import LADDER
-from jlora.planning.roofline import estimate, passes
 from jlora.planning.topology import Target
-from jlora.training.layout import Layout, saved_bytes
+from jlora.training.auto_remat import Layout, saved_bytes
 
 # Policies that hold at least as much as this one does.
 HEAVIER = {name: LADDER[: number + 1] for number, name in enumerate(LADDER)}
 
 
-def choices(key: str) -> list[Any]:
-    """The values that the config allows for a key of its model section."""
+def passes(remat: str) -> int:
+    """How often a micro-batch goes through the weights: forward, backward, and again where layers are recomputed."""
+    return 2 if remat in ("none", "dots") else 3
 
-    def values(annotation: Any) -> list[Any]:
-        if annotation is None or annotation is type(None):
-            return [None]
-        if get_origin(annotation) is Literal:
-            return list(get_args(annotation))
-        if get_origin(annotation) in (Union, types.UnionType):
-            return [value for member in get_args(annotation) for value in values(member)]
-        return []
 
-    found = values(ModelSection.model_fields[key].annotation)
-    return sorted(dict.fromkeys(value for value in found if value != "auto"), key=lambda value: value is not None)
+def estimate(
+    target: Target,
+    *,
+    flops: float,
+    tokens: int,
+    weight_bytes: float,
+    dequantized_bytes: float,
+    temp_bytes: float,
+    sent_bytes: float,
+    micro_batches: int,
+    remat: str,
+) -> dict[str, float] | None:
+    """Seconds of a step by where they go, and tokens a second a device; None where no peak is published.
+
+    Args:
+      flops, tokens: of a step over all devices.
+      weight_bytes: the base weights that one device multiplies with, gathered, as they are held.
+      dequantized_bytes: those of them that are quantised, in the dtype of the matmuls.
+      temp_bytes, sent_bytes: of one device, held at once; sent in a step.
+    """
+    if target.peak_flops is None or target.bandwidth is None or target.link_bandwidth is None:
+        return None
+    compute = flops / (len(target.devices) * target.peak_flops)
+    weights = passes(remat) * (weight_bytes + 2 * dequantized_bytes)
+    memory = micro_batches * (weights + 2 * temp_bytes) / target.bandwidth
+    links = sent_bytes / target.link_bandwidth
+    total = compute + memory + links
+    return {
+        "seconds_per_step": total,
+        "compute_seconds": compute,
+        "memory_seconds": memory,
+        "link_seconds": links,
+        "tokens_per_second_per_device": tokens / total / len(target.devices),
+    }
 
 
 def quantizations(cfg: Config) -> list[Any]:
@@ -92,7 +123,7 @@ def layouts(model: ModelConfig, cfg: Config, num_devices: int, *, keep_batch: bo
             cuts = input_cuts(model, {"data": data, "fsdp": fsdp, "tensor": num_devices // (data * fsdp)})
             if not all(quant.divides(quantization, inputs, shards) for _, inputs, shards in cuts):
                 continue
-            for remat in (name for name in choices("remat") if name != "offload"):
+            for remat in (name for name in LADDER if name != "offload"):
                 for rows in _divisors(batch // shards):
                     yield Layout(data, fsdp, tensor, remat, quantization, rows, batch)
 

@@ -9,7 +9,6 @@ from jlora.config import Config
 from jlora.config.reference import yaml_scalar
 from jlora.data.formats import COLUMNS, columns_of, format_of
 from jlora.data.rows import BadRow, read_rows
-from jlora.data.tokens import Tokenizer
 from jlora.errors import DataError
 from jlora.hf.pretrained import tokenizer_of
 from jlora.reports.data import Seen, look
@@ -40,10 +39,11 @@ def propose(data: str, model: str, held_out: str | None, name: str) -> tuple[str
     """
     format = rows_format(data)
     tokenizer, config = tokenizer_of(model, None, None)
+    prompt = "chat" if format == "alpaca" and tokenizer.chat_template else "stanford"
     positions = config.get("max_position_embeddings") or LENGTHS[-1]
     tree: dict[str, Any] = {
         "model": {"path": model},
-        "data": {"train": data, "eval": held_out, "format": format, "prompt": _prompt(format, tokenizer)},
+        "data": {"train": data, "eval": held_out, "format": format, "prompt": prompt},
         "objective": {"name": "dpo" if format == "preference" else "sft"},
         "output_dir": f"runs/{name}",
     }
@@ -90,10 +90,6 @@ def rows_format(data: str) -> str:
     if format is None:
         raise DataError(f"{data}: none of the first rows is a JSON object with columns; see docs/data.md")
     return format
-
-
-def _prompt(format: str, tokenizer: Tokenizer) -> str:
-    return "chat" if format == "alpaca" and tokenizer.chat_template else "stanford"
 
 
 def written(tree: dict[str, Any], report: dict[str, Any]) -> str:
@@ -147,10 +143,7 @@ def written(tree: dict[str, Any], report: dict[str, Any]) -> str:
     ]
     text = ""
     for key, value, why in lines:
-        line = key if value is None and key != "  eval:" else f"{key} {_scalar(value)}"
+        shown = f"{value:.1e}" if isinstance(value, float) and value < 1e-3 else yaml_scalar(value)
+        line = key if value is None and key != "  eval:" else f"{key} {shown}"
         text += f"{line:<35} # {why}\n" if why else f"{line}\n"
     return text
-
-
-def _scalar(value: Any) -> str:
-    return f"{value:.1e}" if isinstance(value, float) and value < 1e-3 else yaml_scalar(value)

@@ -1,10 +1,14 @@
-"""`plan --search`: compile layouts of a run, the promising ones first, until the fastest that fits is known.
+"""Compile layouts of a run: the fastest that fits (`plan --search`), or the cheapest change of a run that does not.
 
-Memory grows with the rows of a micro-batch and with what is not rematerialised, so one answer of the compiler
-rules out many layouts; the others are left out where even their arithmetic takes longer than the best found.
+A search takes the promising ones first. Memory grows with the rows of a micro-batch and with what is not
+rematerialised, so one answer of the compiler rules out many layouts; the others are left out where even their
+arithmetic takes longer than the best found. A remedy is sought in order of cost: smaller micro-batches, more
+recomputation, activations in the host's memory, another mesh over the same devices, a quantised base, a shorter row,
+more devices.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -14,12 +18,14 @@ from jlora.hf.pretrained import model_shape
 from jlora.model.config import ModelConfig
 from jlora.model.sharding import make_mesh
 from jlora.planning.compiled import Plan, held_bytes, plan, step_flops
-from jlora.planning.layouts import HEAVIER, as_overrides, guess_seconds, layouts, smallest, with_settings
-from jlora.planning.topology import Target
-from jlora.training.layout import Layout, saved_bytes
+from jlora.planning.layouts import HEAVIER, as_overrides, guess_seconds, layouts, quantizations, smallest, with_settings
+from jlora.planning.topology import Target, larger
+from jlora.training.auto_remat import Layout, current, saved_bytes
 from jlora.training.step import make_forward
 
 ENOUGH = 4  # layouts that fit, met in the guessed order, after which the guessed order is trusted for the rest
+COMPILATIONS = 6  # of a remedy, at most, before more devices are tried; and then half as many again
+MIN_LENGTH = 128  # what the attention kernels take is a multiple of it
 
 
 class Compiler:
@@ -44,6 +50,10 @@ class Compiler:
             with jax.set_mesh(mesh):
                 self._flops[remat] = step_flops(cfg, self.model, mesh, make_forward(cfg, self.model, mesh)[1])
         return self._flops[remat]
+
+    def layouts(self, *, keep_batch: bool) -> list[Layout]:
+        """See `jlora.planning.layouts.layouts`."""
+        return list(layouts(self.model, self.cfg, len(self.target.devices), keep_batch=keep_batch))
 
     def guess(self, layout: Layout) -> tuple[float, float, float]:
         """See `guess_seconds`."""
@@ -73,6 +83,10 @@ class Compiler:
             if other.place == layout.place and layout.remat in HEAVIER.get(other.remat, (other.remat,)):
                 bounds.append(result.temporaries * min(1.0, layout.rows / other.rows))
         return self.held(layout) + max(bounds)
+
+    def may_fit(self, layout: Layout) -> bool:
+        """Whether nothing known says that a layout does not fit."""
+        return self.least(layout) <= self.target.capacity
 
     def speed(self, layout: Layout) -> tuple[float, float, float]:
         """Like `guess`, from the compiled program."""
@@ -126,7 +140,7 @@ class Found:
 
 
 def search(cfg: Config, target: Target, limit: int) -> Found:
-    """The fastest layout that fits, by `jlora.planning.roofline`.
+    """The fastest layout that fits, by `jlora.planning.layouts`.
 
     The batch of an optimizer step stays as configured, so a run's result does; only where no such layout fits
     are meshes tried that need another batch.
@@ -137,7 +151,7 @@ def search(cfg: Config, target: Target, limit: int) -> Found:
     compiler = Compiler(cfg, target, model_shape(cfg.model.path))
     everything: list[Layout] = []
     for keep_batch in (True, False):
-        found = list(layouts(compiler.model, cfg, len(target.devices), keep_batch=keep_batch))
+        found = compiler.layouts(keep_batch=keep_batch)
         everything += found
         _walk(compiler, found, limit)
         if any(result.fits for result in compiler.results.values()):
@@ -147,9 +161,6 @@ def search(cfg: Config, target: Target, limit: int) -> Found:
         chosen = min(fitting, key=compiler.speed)
     else:
         if not compiler.results:  # the arguments alone are too much everywhere
-            everything = [
-                x for keep in (True, False) for x in layouts(compiler.model, cfg, len(target.devices), keep_batch=keep)
-            ]
             compiler.compile(min({smallest(x) for x in everything}, key=compiler.held))
         chosen = min(compiler.results, key=lambda layout: compiler.results[layout].peak_bytes)
     kept = chosen.batch_size == cfg.training.batch_size
@@ -158,11 +169,10 @@ def search(cfg: Config, target: Target, limit: int) -> Found:
 
 def _walk(compiler: Compiler, queue: list[Layout], limit: int) -> None:
     """Compile from the most promising on, until enough fit, nothing better can be left, or the limit is reached."""
-    capacity = compiler.target.capacity
     queue, in_order = sorted(queue, key=compiler.guess), 0
     while queue and len(compiler.results) < limit:
         layout, *queue = queue
-        if compiler.least(layout) > capacity:
+        if not compiler.may_fit(layout):
             continue
         if in_order >= ENOUGH:
             return
@@ -188,3 +198,108 @@ def _is_slower(compiler: Compiler, layout: Layout, other: Layout) -> bool:
         return False
     row = compiler.flops(layout.remat) / compiler.cfg.training.batch_size
     return row / (len(compiler.target.devices) * peak) >= known["seconds_per_step"] / other.batch_size
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """A change of a run that fits: on which devices, the words of a command line, and the peak of a device then."""
+
+    topology: str
+    devices: int
+    overrides: list[str]
+    peak_bytes: int
+
+
+def find_remedy(cfg: Config, target: Target, result: Plan) -> Remedy | None:
+    """The cheapest change that fits; None where a bounded search finds none.
+
+    Args:
+      result: what `jlora.planning.compiled.plan` says of the run as it is.
+    """
+    model = model_shape(cfg.model.path)
+    compiler = Compiler(cfg, target, model)
+    now = current(cfg, result.mesh, result.remat)
+    compiler.results[now] = result
+    for layout in _cheaper_first(compiler, now):
+        if len(compiler.results) <= COMPILATIONS and layout not in compiler.results:
+            if compiler.may_fit(layout) and compiler.compile(layout).fits:
+                return _answer(compiler.results[layout], _difference(now, layout))
+    best = smallest(min(compiler.results, key=lambda layout: compiler.results[layout].peak_bytes))
+    if (shorter := _shorter_rows(compiler, now, best)) is not None:
+        return shorter
+    for bigger in larger(target):
+        compiler = Compiler(cfg, bigger, model)
+        found = {smallest(x) for x in compiler.layouts(keep_batch=True) or compiler.layouts(keep_batch=False)}
+        plausible = [x for x in found if x.quantization == now.quantization and compiler.may_fit(x)]
+        for layout in sorted(plausible, key=compiler.guess)[: COMPILATIONS // 2]:
+            if compiler.compile(layout).fits:
+                return _answer(compiler.results[layout], layout.settings())
+    return None
+
+
+def _cheaper_first(compiler: Compiler, now: Layout) -> Iterator[Layout]:
+    """Layouts over the same devices, cheapest change first."""
+    kept = compiler.layouts(keep_batch=True)
+    offload = () if compiler.target.platform == "cpu" else ("offload",)
+    for remat in dict.fromkeys((now.remat, "full", *offload)):
+        # The largest micro-batch that may fit, and the smallest.
+        rows = [x.rows for x in kept if x.place == now.place and x.remat == "full" and x.rows <= now.rows]
+        possible = [r for r in sorted(rows, reverse=True) if compiler.may_fit(replace(now, remat=remat, rows=r))]
+        for chosen in dict.fromkeys(possible[:1] + possible[-1:]):
+            yield replace(now, remat=remat, rows=chosen)
+    for quantization in quantizations(compiler.cfg):
+        others = {smallest(x) for x in kept if x.quantization == quantization}
+        yield from sorted((x for x in others if x != now and compiler.may_fit(x)), key=compiler.guess)
+
+
+def _shorter_rows(compiler: Compiler, now: Layout, layout: Layout) -> Remedy | None:
+    """The longest half, quarter, ... of `data.max_length` that fits in a layout."""
+    length, target = compiler.cfg.data.max_length, compiler.target
+    held = compiler.held(layout)
+    known = compiler.results.get(layout)
+    temporaries = known.temporaries if known else 0
+    tries = 0
+    while length // 2 >= MIN_LENGTH and held <= target.capacity and tries < COMPILATIONS // 2:
+        length = length // 2 // MIN_LENGTH * MIN_LENGTH
+        if held + temporaries * length / compiler.cfg.data.max_length > target.capacity:
+            continue
+        tries += 1
+        cfg = with_settings(compiler.cfg, {"data.max_length": length})
+        result = Compiler(cfg, target, compiler.model).compile(layout)
+        if result.fits:
+            return _answer(result, _difference(now, layout) | {"data.max_length": length})
+    return None
+
+
+def _difference(before: Layout, after: Layout) -> dict[str, Any]:
+    old = before.settings()
+    return {key: value for key, value in after.settings().items() if old[key] != value}
+
+
+def _answer(result: Plan, settings: dict[str, Any]) -> Remedy:
+    return Remedy(result.topology, result.devices, as_overrides(settings), result.peak_bytes)
+
+
+def sentence(result: Plan, remedy: Remedy | None) -> str:
+    """Why a run does not fit, by how much, and the cheapest change that fits."""
+    parts = {
+        "base weights": result.base_bytes,
+        "adapter and optimizer": result.adapter_bytes + result.optimizer_bytes,
+        "batch": result.batch_bytes,
+        "temporaries (activations)": result.temporaries,
+    }
+    name, size = max(parts.items(), key=lambda part: part[1])
+    over = (result.peak_bytes - result.capacity_bytes) / 2**30
+    says = (
+        f"{result.topology}: does not fit by {over:.2f} GiB a device; {name} take {size / 2**30:.2f} of "
+        f"{result.peak_bytes / 2**30:.2f} GiB"
+    )
+    if remedy is None:
+        return f"{says}, and no change that was tried fits; take more devices, or ones with more memory"
+    fits = f"fits with {remedy.peak_bytes / 2**30:.2f} GiB a device"
+    if remedy.topology == result.topology:
+        return f"{says}; set {' '.join(remedy.overrides)}, the cheapest change that {fits}"
+    return (
+        f"{says}, and no change on {result.devices} device{'s' * (result.devices > 1)} fits; "
+        f"{remedy.topology} ({remedy.devices} devices) with {' '.join(remedy.overrides)} {fits}"
+    )

@@ -10,7 +10,7 @@ import math
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,6 @@ from jax.experimental import topologies
 
 from jlora.errors import ConfigError
 from jlora.planning.hardware import GPUS, KNOWN, SLICES, TPUS, Gpu, canonical, read_gpu, unknown
-from jlora.runtime import private_jax
 from jlora.runtime.xla import GPU_MEMORY_FRACTION
 
 
@@ -152,8 +151,3 @@ def compiler_logs_off() -> Iterator[None]:
         os.dup2(saved, 2)
         os.close(saved)
         os.close(nowhere)
-
-
-def compiling_for(target: Target) -> AbstractContextManager[None]:
-    """What lets JAX lower for the target where its devices are absent."""
-    return private_jax.gpu_is_cuda() if target.platform == "gpu" else nullcontext()

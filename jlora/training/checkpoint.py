@@ -49,7 +49,9 @@ class Checkpoints:
         self._pending: tuple[int, Future[None]] | None = None
         if not read_only and distributed.is_main():
             self._folder.mkdir(parents=True, exist_ok=True)
-            self._clean()
+            for path in self._folder.iterdir():
+                if DEBRIS.fullmatch(path.name) and path.is_dir():
+                    shutil.rmtree(path)
 
     def steps(self) -> list[int]:
         """Committed steps, oldest first."""
@@ -219,13 +221,11 @@ class Checkpoints:
         found = self._fault(step, cached=False)
         if found is not None:
             raise OSError(None, f"{found} on reading it back; moved to {self._quarantine(step)}")
+        steps = [old for old in self.steps() if old <= step]
+        kept = {*steps[-self._keep :], self._best(steps) or step}
         for old in self.steps():
-            if old not in self._kept(step):
-                self._delete(self._folder / str(old))
-
-    def _kept(self, newest: int) -> set[int]:
-        steps = [step for step in self.steps() if step <= newest]
-        return {*steps[-self._keep :], self._best(steps) or newest}
+            if old not in kept:  # a folder that is half deleted has another name than a checkpoint
+                shutil.rmtree((self._folder / str(old)).rename(self._folder / f"{old}{DELETING}"))
 
     def _best(self, steps: list[int]) -> int | None:
         losses: dict[int, float] = {}
@@ -251,15 +251,6 @@ class Checkpoints:
         target = folder / next(name for name in names if name not in taken)
         # Its parent may be a file system of its own, which nothing can be renamed across.
         return Path(shutil.move(self._folder / str(step), target))
-
-    def _clean(self) -> None:
-        for path in self._folder.iterdir():
-            if DEBRIS.fullmatch(path.name) and path.is_dir():
-                shutil.rmtree(path)
-
-    def _delete(self, path: Path) -> None:
-        # A folder that is half deleted has another name than a checkpoint.
-        shutil.rmtree(path.rename(path.with_name(path.name + DELETING)))
 
     def _restore(self, step: int, like: dict[str, Any], **items: Any) -> Any:
         """The items of a checkpoint.

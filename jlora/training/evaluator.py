@@ -1,7 +1,8 @@
-"""The loss of held-out rows, during training and after it."""
+"""The loss of held-out rows, during training and after it, and whether it still falls."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -46,7 +47,8 @@ class Evaluator:
           on_batch: called after every batch.
         """
         totals: dict[str, float] = {}
-        for batch in self._batches():
+        rows, last = local_rows(self._mesh, self._batch_size), self._epochs.num_batches(1)
+        for batch in packing.batches(self._epochs, self._batch_size, rows, last=last):
             on_devices = {name: place_rows(array, self._mesh) for name, array in batch.items()}
             loss, count, sums = self._step(base, adapter, reference, on_devices)
             for name, value in {"loss": loss, "count": count, **sums}.items():
@@ -56,11 +58,8 @@ class Evaluator:
         means = {name: value / number for name, value in totals.items()}
         if self._pairs:
             return means | {"pairs": int(number)}
-        return means | {"perplexity": perplexity(means["loss"]), "tokens": int(tokens)}
-
-    def _batches(self) -> Iterable[dict[str, Any]]:
-        rows = local_rows(self._mesh, self._batch_size)
-        return packing.batches(self._epochs, self._batch_size, rows, last=self._epochs.num_batches(1))
+        perplexity = math.exp(means["loss"]) if means["loss"] < 700.0 else math.inf  # which does not fit a float
+        return means | {"perplexity": perplexity, "tokens": int(tokens)}
 
 
 def describe_figures(figures: dict[str, Any]) -> str:
@@ -72,6 +71,43 @@ def describe_figures(figures: dict[str, Any]) -> str:
     return f"loss {figures['loss']:.4f}, perplexity {figures['perplexity']:.3f}{right} over {figures['tokens']} tokens"
 
 
-def perplexity(loss: float) -> float:
-    """exp(loss), infinite where that does not fit a float."""
-    return math.exp(loss) if loss < 700.0 else math.inf
+@dataclass
+class Stopping:
+    """What a run remembers of its evaluations; the one before its first step is none of them.
+
+    As transformers' `EarlyStoppingCallback`: an evaluation counts where its loss is lower than the lowest before it, by
+    more than `min_delta`; after `patience` in a row that do not, the run is over.
+
+    Attributes:
+      patience: None never stops a run.
+      min_delta: in nats.
+      lowest: the lowest loss so far.
+      waited: evaluations in a row that did not count.
+    """
+
+    patience: int | None
+    min_delta: float
+    lowest: float = math.inf
+    waited: int = 0
+
+    @property
+    def over(self) -> bool:
+        """Whether the run has waited long enough."""
+        return self.patience is not None and self.waited >= self.patience
+
+    def saw(self, loss: float) -> bool:
+        """Take note of an evaluation; whether its loss is the lowest so far."""
+        counts = self.lowest - loss > self.min_delta
+        self.waited = 0 if counts else self.waited + 1
+        lower = loss < self.lowest
+        self.lowest = loss if lower else self.lowest
+        return lower
+
+    def get_state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of it, as JSON."""
+        return {"lowest": None if math.isinf(self.lowest) else self.lowest, "waited": self.waited}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Bring it back to where `get_state` was asked."""
+        self.lowest = math.inf if state["lowest"] is None else state["lowest"]
+        self.waited = state["waited"]

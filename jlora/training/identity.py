@@ -84,7 +84,8 @@ def check_identity(
       ModelError: saying what differs. ConfigError: `allowed` holds a name that there is not, or that cannot change.
     """
     # In a checkpoint of an older version, a key that it did not know counts as its default, and a hash as the same.
-    newer = {key: value for key, value in _defaults().items() if key in current["config"]}
+    defaults = dotted(Config(model={"path": "-"}, data={"train": "-"}, output_dir="-").model_dump(mode="json"))
+    newer = {key: value for key, value in defaults.items() if key in current["config"]}
     saved = {**saved, "config": newer | saved["config"], "hashes": current["hashes"] | saved["hashes"]}
     before, now = _named(saved), _named(current)
     known = before.keys() | now.keys()
@@ -93,12 +94,11 @@ def check_identity(
             raise ConfigError(f"resume.allow_changes holds '{name}'{nearest(name, sorted(known))}")
     changes = {name: [before.get(name), now.get(name)] for name in sorted(known) if before.get(name) != now.get(name)}
     for name in allowed:
-        if name not in changes or FIXED_KEYS.isdisjoint(_prefixes(name.removeprefix("config."))):
-            continue
-        raise ConfigError(
-            f"resume.allow_changes holds '{name}', which shapes what is trained, so a run cannot change it; "
-            "set another output_dir, and lora.init_from to start from this run's adapter"
-        )
+        if name in changes and any(f"{name}.".startswith(f"config.{key}.") for key in FIXED_KEYS):
+            raise ConfigError(
+                f"resume.allow_changes holds '{name}', which shapes what is trained, so a run cannot change it; "
+                "set another output_dir, and lora.init_from to start from this run's adapter"
+            )
     refused = [f"{name}: {old!r} -> {new!r}" for name, (old, new) in changes.items() if name not in allowed]
     if refused:
         raise ModelError(
@@ -106,16 +106,6 @@ def check_identity(
             "another output_dir, name it in resume.allow_changes, or start anew with --fresh"
         )
     return saved.get("history", []) + ([{"step": step, "changes": changes}] if changes else [])
-
-
-def _defaults() -> dict[str, Any]:
-    return dotted(Config(model={"path": "-"}, data={"train": "-"}, output_dir="-").model_dump(mode="json"))
-
-
-def _prefixes(name: str) -> list[str]:
-    """A dotted name and those of what it lies in: `a.b.c`, `a.b`, `a`."""
-    parts = name.split(".")
-    return [".".join(parts[:count]) for count in range(len(parts), 0, -1)]
 
 
 def _named(identity: dict[str, Any]) -> dict[str, Any]:

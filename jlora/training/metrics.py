@@ -1,4 +1,4 @@
-"""Where a run's numbers go: metrics.jsonl, trackers and the progress line."""
+"""Where a run's numbers go: metrics.jsonl, trackers, the progress line, and a Python program's own functions."""
 
 import json
 import math
@@ -7,24 +7,148 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsFloat
 
 import jax
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
 
 from jlora.config import TrainingSection
 from jlora.data.packing import Epochs
-from jlora.errors import NonFiniteError
+from jlora.errors import ConfigError, NonFiniteError
 from jlora.files.atomic import open_own, strict_json, write_text
-from jlora.files.text import redact
+from jlora.files.text import clean, redact
 from jlora.reports.run_files import read_records
-from jlora.training.progress import ProgressLine
 from jlora.training.trackers import Tracker
 
+# Lines of a log file come this often, where no terminal shows a bar; above a bar, so many in a run.
+PLAIN_LINE_SECONDS, LINES_ABOVE = 10.0, 20
+BAR_WIDTH = 12
 # What a step was skipped for, by its metric `skip`; and how many of its rows a sentence names.
 SKIPS = (None, "the loss, the gradients or the update are not finite", "the loss is a spike")
 NAMED_ROWS = 8
+
+
+@dataclass(frozen=True)
+class Callbacks:
+    """Functions that the training loop calls, in the process of `train`; one that raises ends the run.
+
+    Attributes:
+      on_step: of each logged step, with its number and its line of metrics.jsonl.
+      on_eval: of each evaluation, with the step and its figures; what it returns, a dict of numbers, is logged
+        beside them.
+      on_save: of each checkpoint whose writing began, with the step and the folder that it will be.
+    """
+
+    on_step: Callable[[int, dict[str, Any]], None] = lambda step, line: None
+    on_eval: Callable[[int, dict[str, Any]], dict[str, Any] | None] = lambda step, figures: None
+    on_save: Callable[[int, Path], None] = lambda step, folder: None
+
+
+def figures_of(returned: object, taken: dict[str, Any]) -> dict[str, float]:
+    """What `on_eval` returned, as figures to log beside those that are measured.
+
+    Raises:
+      ConfigError: it is no dict of numbers by names that are free.
+    """
+    if returned is None:
+        return {}
+    if not isinstance(returned, dict):
+        raise ConfigError(f"on_eval returned {type(returned).__name__}; let it return a dict of numbers, or None")
+    figures = {}
+    for name, value in returned.items():
+        if not isinstance(name, str) or name in taken:
+            raise ConfigError(f"on_eval returned a figure named {name!r}, which is none or taken; name it otherwise")
+        if isinstance(value, str) or not isinstance(value, SupportsFloat):
+            raise ConfigError(f"on_eval returned {name}={value!r:.50}; let it be a number")
+        figures[name] = float(value)
+    return figures
+
+
+class ProgressLine:
+    """A bar on a terminal, with lines above it that stay; a plain line now and then in a log file.
+
+    The time left is that of the steps and evaluations that are left, each as long as they took so far; compilation,
+    before the first step, counts for neither.
+    """
+
+    def __init__(self, total: int, start: int, quiet: bool, eval_every: int | None = None):
+        """Begin before the first step.
+
+        Args:
+          total, start: steps of the run, and those done before.
+          eval_every: steps between evaluations; there is one at the end, too, if there is any.
+        """
+        self._total, self._quiet, self._eval_every = total, quiet, eval_every
+        self._last, self._opened = -math.inf, time.monotonic()
+        self._first: tuple[int, float] | None = None  # the step after which the clock of steps begins, and when
+        self._step = self._evaluated = start  # the last one shown, and the last one that an evaluation followed
+        self._evaluation = 0.0  # seconds of one
+        self._bar: Progress | None = None
+        if sys.stderr.isatty() and not quiet:
+            columns = (TextColumn("step {task.completed}/{task.total}"), BarColumn(BAR_WIDTH))
+            self._bar = Progress(*columns, TextColumn("{task.fields[text]}"), console=Console(stderr=True))
+            self._task = self._bar.add_task("train", total=total, completed=start, text="")
+
+    def update(self, step: int, figures: dict[str, Any]) -> None:
+        """Show a step's figures, as metrics.jsonl has them."""
+        self._step, now = step, time.monotonic()
+        first, began = self._first = self._first or (step, now)  # compilation is over by then
+        short = f"epoch {figures['epoch']:.2f}  loss {figures['loss']:.4f}"
+        speed = f"{figures['tokens_per_second']:,.0f} tokens/s"
+        clocks = clock(now - self._opened) + (
+            f", {clock(self._left((now - began) / (step - first)))} left" if step > first else ""
+        )
+        more = f"lr {figures['learning_rate']:.1e}  grad {figures['grad_norm']:.2g}"
+        line = f"step {step}/{self._total}  {short}  {more}  {speed}  {clocks}"
+        if self._bar is not None:
+            self._bar.start()
+            self._bar.update(self._task, completed=step, text=f"{short}  {speed}  {clocks}")
+            if step % max(1, self._total // LINES_ABOVE) == 0 or step == self._total:
+                self.say(line)
+        elif now - self._last >= PLAIN_LINE_SECONDS or step == self._total:
+            self._last = now
+            self.say(line)
+
+    def evaluated(self, seconds: float, one: float) -> None:
+        """The steps stood still meanwhile.
+
+        Args:
+          seconds: that went by. one: that an evaluation takes once it is compiled.
+        """
+        self._evaluation, self._evaluated = one, self._step
+        if self._first is not None:
+            self._first = self._first[0], self._first[1] + seconds
+
+    def _left(self, seconds_per_step: float) -> float:
+        every = self._eval_every or self._total
+        evaluations = self._total // every - self._evaluated // every + (self._total % every > 0)
+        return seconds_per_step * (self._total - self._step) + self._evaluation * evaluations
+
+    def say(self, text: str) -> None:
+        """A line of its own, above the bar."""
+        if self._quiet:
+            return
+        text = clean(text)
+        if self._bar is not None:
+            self._bar.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def clock(seconds: float) -> str:
+    """101 -> 1:41; 5000 -> 1:23:20."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 class MetricsLog:

@@ -1,9 +1,14 @@
-"""A run before its first step: what it holds, what its config opens, and where an earlier start left off."""
+"""A run before its first step: what it holds, what its config opens, and where an earlier start left off.
+
+The runs of one process hand the base, tokenised rows and compiled steps from one to the next (`Shared`).
+"""
 
 import datetime
+import hashlib
+import json
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,25 +18,84 @@ from jlora.config import Config
 from jlora.data import packing
 from jlora.data.checks import check_rows, check_run
 from jlora.data.dataset import Dataset
+from jlora.data.encoding import read_data
 from jlora.data.packing import Epochs, Origin, plan_steps
 from jlora.errors import ConfigError, DataError, ModelError
 from jlora.files.text import counted
-from jlora.hf.pretrained import Pretrained, first_adapter, make_reference, warn_of_dropout
+from jlora.hf.pretrained import (
+    Opened,
+    Pretrained,
+    first_adapter,
+    load_pretrained,
+    make_reference,
+    open_pretrained,
+    warn_of_dropout,
+)
 from jlora.hf.source import base_fingerprint
 from jlora.model.adapter_init import check_options
 from jlora.model.divisibility import check_divides
 from jlora.runtime import distributed
 from jlora.runtime.distributed import Watch
 from jlora.training import optim
-from jlora.training.callbacks import Callbacks
 from jlora.training.checkpoint import Checkpoints
+from jlora.training.evaluator import Stopping
 from jlora.training.folder import batch_rows, saves_left, steps_between
 from jlora.training.identity import check_identity, run_identity
-from jlora.training.progress import ProgressLine
-from jlora.training.shared import Shared
-from jlora.training.step import Forward, TrainState, count_parameters, count_trained, init_state, make_forward
-from jlora.training.stopping import Stopping
+from jlora.training.metrics import Callbacks, ProgressLine
+from jlora.training.step import (
+    Forward,
+    TrainState,
+    count_parameters,
+    count_trained,
+    init_state,
+    make_forward,
+    param_dtype,
+)
 from jlora.training.summary import finished_summary
+
+
+@dataclass
+class Shared:
+    """What the runs of one process have in common, each taking from it what an earlier one made.
+
+    Attributes:
+      pretrained: the frozen base; its path, tokenizer, dtype, quantization and mesh are those of all the runs.
+      programs: compiled steps by the SHA-256 of what was compiled.
+    """
+
+    opened: Opened | None = None
+    pretrained: Pretrained | None = None
+    rows: dict[str, tuple[Dataset, Dataset | None]] = field(default_factory=dict)
+    programs: dict[str, Any] = field(default_factory=dict)
+
+    def open(self, cfg: Config) -> Opened:
+        """The base, no weight read yet, with its tokenizer."""
+        if self.opened is None:
+            self.opened = open_pretrained(cfg.model.path, cfg.model.tokenizer, cfg.data.chat_template)
+        return self.opened
+
+    def read(self, cfg: Config) -> tuple[Dataset, Dataset | None]:
+        """The tokenised rows of a run, training and held out."""
+        key = json.dumps([cfg.data.model_dump(mode="json"), cfg.training.seed if cfg.data.eval else None])
+        if key not in self.rows:
+            self.rows[key] = read_data(cfg, self.open(cfg).tokenizer)
+        return self.rows[key]
+
+    def load(self, cfg: Config, mesh: jax.sharding.Mesh) -> Pretrained:
+        """The base on the devices; one that is trained itself is each run's own."""
+        if self.pretrained is not None:
+            return self.pretrained
+        loaded = load_pretrained(self.open(cfg), param_dtype(cfg), mesh, cfg.model.quantization)
+        if cfg.method == "lora":
+            self.pretrained = loaded
+        return loaded
+
+    def compile(self, lowered: Any) -> Any:
+        """The executable of a lowered step, compiled once for all runs that lower to the same program."""
+        program = hashlib.sha256(lowered.as_text().encode()).hexdigest()
+        if program not in self.programs:
+            self.programs[program] = lowered.compile()
+        return self.programs[program]
 
 
 @dataclass

@@ -22,7 +22,7 @@ from jlora.model.config import ModelConfig
 Tree = Any
 
 # What a leaf is to the optimizer: trained as A is, trained as B is (LoRA+), or kept as it started.
-LIKE_A, LIKE_B, HELD = "A", "B", "held"
+LIKE_A, LIKE_B, FIXED = "A", "B", "fixed"
 SCHEDULES = ("cosine", "linear", "constant")
 
 
@@ -43,7 +43,7 @@ def join(trained: dict[str, Tree], frozen: dict[str, Tree]) -> dict[str, Tree]:
 
 
 def roles(trained: dict[str, Tree]) -> dict[str, Tree]:
-    """What every leaf of what is trained is to the optimizer: `LIKE_A`, `LIKE_B` or `HELD`.
+    """What every leaf of what is trained is to the optimizer: `LIKE_A`, `LIKE_B` or `FIXED`.
 
     LoRA+ has B, magnitudes and biases in the faster group, as `peft.optimizers.create_loraplus_optimizer`.
     """
@@ -59,7 +59,7 @@ def _adapter_roles(name: str, part: Any) -> Any:
     if isinstance(part, Saved):
         return replace(part, weight=LIKE_B if name.endswith("_bias") else LIKE_A)  # type: ignore[arg-type]
     magnitude = None if part.magnitude is None else LIKE_B
-    initial = None if part.initial is None else (HELD, HELD)
+    initial = None if part.initial is None else (FIXED, FIXED)
     return replace(part, lora_a=LIKE_A, lora_b=LIKE_B, magnitude=magnitude, initial=initial)
 
 
@@ -114,7 +114,7 @@ def check_rule(cfg: Config, model: ModelConfig) -> None:
 def make_optimizer(
     cfg: OptimizerSection, trained: dict[str, Tree], hyper: dict[str, Any]
 ) -> optax.GradientTransformation:
-    """Clipping, then the update rule, then LoRA+'s ratio, for the leaves of `trained` that are not held.
+    """Clipping, then the update rule, then LoRA+'s ratio, for the leaves of `trained` that are not fixed.
 
     With LoRA+ (arXiv:2402.12354) the updates of B, and of vectors, are multiplied by its ratio in the end: every rule
     is proportional to the learning rate, and all leaves are clipped together, which groups of their own would not be.
@@ -141,8 +141,8 @@ def make_optimizer(
             rule = optax.chain(optax.add_decayed_weights(decay), optax.sgd(schedule, momentum=cfg.b1 or None))
     clip = [] if cfg.max_grad_norm is None else [optax.clip_by_global_norm(cfg.max_grad_norm)]
     faster = [] if cfg.loraplus_lr_ratio is None else [_scale_by_loraplus(cfg.loraplus_lr_ratio, role_of)]
-    labels = jax.tree.map(lambda role: "held" if role == HELD else "trained", role_of)
-    both = {"trained": optax.chain(*clip, rule, *faster), "held": optax.set_to_zero()}
+    labels = jax.tree.map(lambda role: "fixed" if role == FIXED else "trained", role_of)
+    both = {"trained": optax.chain(*clip, rule, *faster), "fixed": optax.set_to_zero()}
     whole = optax.multi_transform(both, labels)
     # optax raises floats to the count of its steps, an integer.
     return whole._replace(update=jax.numpy_dtype_promotion("standard")(whole.update))
@@ -157,7 +157,7 @@ def _by_layer(rule: optax.GradientTransformation, trained: Tree, role_of: dict[s
 
     stacked = optax.GradientTransformation(over_layers(rule.init), over_layers(rule.update))
     labels = jax.tree.map(
-        lambda role, layers: optax.MaskedNode() if role == HELD else "layers" if layers else "whole",
+        lambda role, layers: optax.MaskedNode() if role == FIXED else "layers" if layers else "whole",
         role_of,
         {part: _stacked(part, tree) for part, tree in trained.items()},
     )
@@ -175,7 +175,7 @@ def _stacked(part: str, tree: Tree) -> Tree:
 
 
 def _scale_by_loraplus(ratio: float, role_of: dict[str, Tree]) -> optax.GradientTransformation:
-    mine = jax.tree.map(lambda role: optax.MaskedNode() if role == HELD else role, role_of)
+    mine = jax.tree.map(lambda role: optax.MaskedNode() if role == FIXED else role, role_of)
 
     def scale(updates: Tree, _: Any) -> Tree:
         return jax.tree.map(lambda update, role: update * ratio if role == LIKE_B else update, updates, mine)

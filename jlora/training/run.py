@@ -13,6 +13,7 @@ from typing import Any
 import jax
 
 from jlora.config import Config
+from jlora.data.checks import count_sources
 from jlora.errors import NonFiniteError
 from jlora.files import lock
 from jlora.files.atomic import write_json, write_text
@@ -23,7 +24,6 @@ from jlora.reports.run import write_report
 from jlora.runtime import distributed, signals
 from jlora.runtime.distributed import Watch
 from jlora.training.auto_remat import compile_fastest
-from jlora.training.callbacks import Callbacks, figures_of
 from jlora.training.checkpoint import Checkpoints
 from jlora.training.evaluator import Evaluator, describe_figures
 from jlora.training.folder import (
@@ -34,17 +34,15 @@ from jlora.training.folder import (
     require_trained,
 )
 from jlora.training.identity import require_one_job
-from jlora.training.metrics import MetricsLog, StepMeter
-from jlora.training.opening import Run, announce, open_run, resume
-from jlora.training.progress import ProgressLine
+from jlora.training.metrics import Callbacks, MetricsLog, ProgressLine, StepMeter, figures_of
+from jlora.training.opening import Run, Shared, announce, open_run, resume
 from jlora.training.samples import Samples
-from jlora.training.shared import Shared
 from jlora.training.step import (
     count_parameters,
     count_trained,
     make_train_step,
 )
-from jlora.training.summary import measured, origin, rows_of, seconds_before
+from jlora.training.summary import final_losses, origin, peak_memory, seconds_before, versions
 from jlora.training.trackers import open_trackers, require_trackers
 
 
@@ -107,13 +105,15 @@ def loop(run: Run, until: int | None, quiet: bool) -> StepMeter:
     meter = StepMeter(log, progress, run.epochs, cfg.training, run.tokens, num_steps, run.callbacks.on_step)
     announce(run, progress)
     evaluate = partial(held_out_loss, run, make_evaluator(run), log, progress, meter)
-    samples = make_samples(run, progress)
+    samples = Samples(run) if cfg.training.samples and run.mesh.size == 1 else None
+    if cfg.training.samples and samples is None:
+        progress.say("training.samples is left out: rows are answered on one device alone")
     run.watch.beat(run.step)
     try:
         if run.step == 0:
             evaluate()
             if samples is not None:
-                samples.take("before", run.params)
+                samples.take("before")
         end, stopped = min(num_steps, until or num_steps), False
         while run.step < end and not stopped and not run.stopping.over:
             # While the step before still runs: its figures are waited for only after this one is under way.
@@ -157,7 +157,7 @@ def loop(run: Run, until: int | None, quiet: bool) -> StepMeter:
         require_trained(run.state)
         choose_weights(run)
         if samples is not None:
-            samples.take("after", run.params)
+            samples.take("after")
     return meter
 
 
@@ -177,7 +177,7 @@ def choose_weights(run: Run) -> None:
 def finish(run: Run, meter: StepMeter, began: float) -> dict[str, Any]:
     """Export the adapter of a run that came to its end, and write what every run leaves; returns its summary."""
     run.require_there()
-    cfg, finished = run.cfg, run.finished
+    cfg, finished, rows = run.cfg, run.finished, run.train_data
     exported = finished and cfg.method == "lora"
     if exported:
         where = (cfg.lora, run.pretrained, run.forward.dtype, run.mesh)
@@ -189,7 +189,14 @@ def finish(run: Run, meter: StepMeter, began: float) -> dict[str, Any]:
         "exported_step": run.exported if exported else None,
         "epochs": run.epochs.epoch_at(run.step),
         "skipped_steps": int(run.state.skipped),
-        "rows": rows_of(run.train_data, run.eval_data),
+        "rows": {
+            "read": rows.read,
+            "used": len(rows.examples),
+            "dropped": dict(rows.dropped),
+            "truncated": rows.truncated,
+            "eval": len(run.eval_data.examples) if run.eval_data else 0,
+            **({"sources": count_sources(rows)} if rows.parts else {}),
+        },
         "trainable_params": count_trained(run.state.trained),
         "frozen_params": count_parameters({name: part for name, part in run.frozen.items() if name != "scales"}),
         "remat": run.identity.get("remat", run.remat),
@@ -198,7 +205,12 @@ def finish(run: Run, meter: StepMeter, began: float) -> dict[str, Any]:
         "adapter": str(run.folder / "adapter") if exported else None,
         **origin(began),
         "wall_seconds": time.monotonic() - began + seconds_before(run.folder, run.start),
-        **measured(run.folder, meter, run.compiled),
+        **final_losses(run.folder),
+        "tokens": {"total": meter.tokens_before + meter.tokens},
+        "tokens_per_second": meter.tokens_per_second(),
+        "peak_memory_bytes": peak_memory(run.compiled),
+        "device": f"{jax.devices()[0].device_kind} x {jax.device_count()}",
+        "versions": versions(),
     }
     if distributed.is_main():
         write_json(run.folder / "summary.json", summary)
@@ -257,14 +269,3 @@ def held_out_loss(
     log.write({"step": run.step, **{f"eval_{name}": value for name, value in (figures | more).items()}})
     progress.say(f"step {run.step}: held-out {describe_figures(figures)}")
     return figures["loss"]
-
-
-def make_samples(run: Run, progress: ProgressLine) -> Samples | None:
-    """What answers some rows before and after, where the config asks for it and one device holds the model."""
-    count = run.cfg.training.samples
-    if count and run.mesh.size > 1:
-        progress.say("training.samples is left out: rows are answered on one device alone")
-    if not count or run.mesh.size > 1:
-        return None
-    rows, longest = run.eval_data or run.train_data, run.cfg.data.longest
-    return Samples(run.folder, rows, count, run.pretrained, run.forward.dtype, longest)

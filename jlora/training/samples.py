@@ -1,20 +1,17 @@
 """What a run answers to a few of its own rows, before and after training. Knows nothing of HTML."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
-from jlora.data.dataset import Dataset
 from jlora.data.speakers import turns
 from jlora.files.atomic import write_json
-from jlora.hf.pretrained import Pretrained
 from jlora.inference.generate import generate
 from jlora.inference.model import Adapted
 from jlora.reports.run_files import parse, read_text
+from jlora.training.opening import Run
 
 # Tokens of an answer, and of a text without a prompt that stand for one.
 NEW_TOKENS = 96
@@ -22,62 +19,50 @@ TEXT_PROMPT = 24
 FILE = "samples.json"
 
 
-def choose(
-    dataset: Dataset, count: int, pretrained: Pretrained, longest: int
-) -> tuple[list[list[int]], list[dict[str, Any]]]:
-    """Prompts from the first rows of the data, token ids each, and the samples that they begin.
+class Samples:
+    """Greedy answers of a run to a few of its rows, kept in the run folder from before the first step on.
 
     A row's prompt is what comes before its first trained token; of a plain text, some of its first tokens. A sample's
-    `cut` names those of its texts that were cut at the most tokens, which for a row are `longest`.
+    `cut` names those of its texts that were cut at the most tokens, which for a row are `data.longest`.
     """
-    prompts, samples = [], []
-    for example in dataset.examples[:count]:
-        sequence = example.sequences()[0]
-        start = int(np.argmax(sequence.trained))
-        start = start if start > 1 else min(TEXT_PROMPT, len(sequence.ids) // 2)
-        end = start + int(
-            np.argmin([*sequence.trained[start:], False])
-        )  # of a conversation, where its first answer ends
-        tokenizer, prompt = pretrained.tokenizer, sequence.ids[:start].tolist()
-        cut = end == len(sequence.ids) >= longest and int(sequence.ids[-1]) != tokenizer.eos_id
-        prompts.append(prompt)
-        samples.append(
-            {
-                "prompt": tokenizer.decode(prompt),
-                "turns": turns(tokenizer, prompt),
-                "wanted": tokenizer.decode(sequence.ids[start:end].tolist()),
-                "cut": ["wanted"] * cut,
-            }
-        )
-    return prompts, samples
 
+    def __init__(self, run: Run):
+        """Choose the rows: the first held-out ones, or training ones where there are none."""
+        self._run = run
+        self._prompts: list[list[int]] = []
+        self._samples: list[dict[str, Any]] = []
+        tokenizer, rows = run.pretrained.tokenizer, run.eval_data or run.train_data
+        for example in rows.examples[: run.cfg.training.samples]:
+            sequence = example.sequences()[0]
+            start = int(np.argmax(sequence.trained))
+            start = start if start > 1 else min(TEXT_PROMPT, len(sequence.ids) // 2)
+            # Of a conversation, where its first answer ends.
+            end = start + int(np.argmin([*sequence.trained[start:], False]))
+            prompt = sequence.ids[:start].tolist()
+            cut = end == len(sequence.ids) >= run.cfg.data.longest and int(sequence.ids[-1]) != tokenizer.eos_id
+            self._prompts.append(prompt)
+            self._samples.append(
+                {
+                    "prompt": tokenizer.decode(prompt),
+                    "turns": turns(tokenizer, prompt),
+                    "wanted": tokenizer.decode(sequence.ids[start:end].tolist()),
+                    "cut": ["wanted"] * cut,
+                }
+            )
 
-class Samples:
-    """Greedy answers of a run to a few of its rows, kept in the run folder from before the first step on."""
-
-    def __init__(
-        self, run_dir: Path, dataset: Dataset, count: int, pretrained: Pretrained, dtype: jnp.dtype, longest: int
-    ):
-        """Choose the rows.
-
-        Args:
-          longest: tokens at which rows are cut.
-        """
-        self._path, self._pretrained, self._dtype = run_dir / FILE, pretrained, dtype
-        self._prompts, self._samples = choose(dataset, count, pretrained, longest)
-
-    def take(self, when: str, parts: dict[str, Any]) -> None:
-        """Answer with `parts`, {"base", "adapter"} as they are now, and write it down as `when`: before or after."""
-        kept = read_samples(self._path)
+    def take(self, when: str) -> None:
+        """Answer with base and adapter as they are now, and write it down as `when`: before or after."""
+        run, path = self._run, self._run.folder / FILE
+        kept = read_samples(path)
         if [sample.get("prompt") for sample in kept] == [sample["prompt"] for sample in self._samples]:
             self._samples = kept
-        model = Adapted(replace(self._pretrained, base=parts["base"]), parts["adapter"], self._dtype)
+        parts = run.params
+        model = Adapted(replace(run.pretrained, base=parts["base"]), parts["adapter"], run.forward.dtype)
         *_, texts = generate(model, self._prompts, max_new_tokens=NEW_TOKENS)
-        decode: Callable[[list[int]], str] = self._pretrained.tokenizer.decode
         for number, (sample, ids) in enumerate(zip(self._samples, texts, strict=True)):
             cut = [name for name in sample.get("cut", []) if name != when] + [when] * (len(ids) >= NEW_TOKENS)
-            self._samples[number] = sample | {when: decode(ids), "cut": cut}
-        write_json(self._path, {"samples": self._samples})
+            self._samples[number] = sample | {when: run.pretrained.tokenizer.decode(ids), "cut": cut}
+        write_json(path, {"samples": self._samples})
 
 
 def read_samples(path: Path) -> list[dict[str, Any]]:

@@ -25,8 +25,7 @@ from jlora.model.llama import Decoder
 from jlora.model.quant import is_quantized
 from jlora.model.sharding import named_sharding, place
 from jlora.training import optim
-from jlora.training.objective import chunked_cross_entropy, correct_tokens, token_cross_entropy
-from jlora.training.preference import pair_loss, pair_sums
+from jlora.training.objective import chunked_cross_entropy, correct_tokens, pair_loss, pair_sums, token_cross_entropy
 
 Tree = Any
 
@@ -40,10 +39,10 @@ def count_parameters(tree: Tree) -> int:
 
 
 def count_trained(trained: Tree) -> int:
-    """Number of elements of the trained leaves, without factors that are only held (see `optim.roles`)."""
+    """Number of elements of the trained leaves, without factors that stay as they were (see `optim.roles`)."""
     roles = jax.tree.leaves(optim.roles(trained))
     leaves = jax.tree.leaves(trained)
-    return sum(leaf.size for leaf, role in zip(leaves, roles, strict=True) if role != optim.HELD)
+    return sum(leaf.size for leaf, role in zip(leaves, roles, strict=True) if role != optim.FIXED)
 
 
 @no_type_check  # tree functions put what they like at its leaves
@@ -96,15 +95,12 @@ class Forward:
           reference: the adapter that makes the base the model that pairs are compared with; None: the base alone.
         """
         if self.objective.name == "sft":
-            hidden = self._hidden(base, adapter, batch, dropout_key)
-            scored = hidden, base.head(adapter), batch["targets"], batch["weights"]
+            scored = self._scored(base, adapter, batch, dropout_key)
             sums = {"token_accuracy": correct_tokens(*scored).sum()} if self.token_accuracy else {}
             return chunked_cross_entropy(*scored, base.cfg.logits_softcap), batch["weights"].sum(), sums
 
         def answers(adapter: Adapter, dropout_key: Array | None) -> Float[Array, "B P 2"]:
-            hidden = self._hidden(base, adapter, batch, dropout_key)
-            scored = hidden, base.head(adapter), batch["targets"], batch["weights"]
-            losses = token_cross_entropy(*scored, base.cfg.logits_softcap)
+            losses = token_cross_entropy(*self._scored(base, adapter, batch, dropout_key), base.cfg.logits_softcap)
             return pair_sums(-losses, batch["segments"])
 
         policy = answers(adapter, dropout_key)
@@ -118,14 +114,14 @@ class Forward:
     ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
         """Of every trained token its log-probability, and 1 where it is the likeliest; 0 of the others."""
         with products_in(self.dtype):
-            hidden = self._hidden(base, adapter, batch, None)
-            scored = hidden, base.head(adapter), batch["targets"], batch["weights"]
+            scored = self._scored(base, adapter, batch, None)
             return -token_cross_entropy(*scored, base.cfg.logits_softcap), correct_tokens(*scored)
 
-    def _hidden(
+    def _scored(
         self, base: Decoder, adapter: Adapter, batch: dict[str, Array], dropout_key: Array | None
-    ) -> Float[Array, "B T D"]:
-        return base.hidden(
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "V D"], Int[Array, "B T"], Float[Array, "B T"]]:
+        """What every loss takes: hidden states, head, targets and weights."""
+        hidden = base.hidden(
             batch["tokens"],
             batch["positions"],
             batch["segments"],
@@ -136,6 +132,7 @@ class Forward:
             remat=self.remat,
             dtype=self.dtype,
         )
+        return hidden, base.head(adapter), batch["targets"], batch["weights"]
 
 
 def state_shardings(trained: Tree, cfg: Config, mesh: jax.sharding.Mesh) -> TrainState:

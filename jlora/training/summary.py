@@ -11,24 +11,10 @@ from typing import Any
 
 import jax
 
-from jlora.data.checks import count_sources
-from jlora.data.dataset import Dataset
 from jlora.files.text import counted, redact
 from jlora.reports.run_files import parse, read_text
 from jlora.training.auto_remat import peak_bytes
-from jlora.training.metrics import StepMeter, read_metrics
-
-
-def rows_of(train_data: Dataset, eval_data: Dataset | None) -> dict[str, Any]:
-    """What became of the rows that were read."""
-    return {
-        "read": train_data.read,
-        "used": len(train_data.examples),
-        "dropped": dict(train_data.dropped),
-        "truncated": train_data.truncated,
-        "eval": len(eval_data.examples) if eval_data else 0,
-        **({"sources": count_sources(train_data)} if train_data.parts else {}),
-    }
+from jlora.training.metrics import read_metrics
 
 
 def origin(began: float) -> dict[str, Any]:
@@ -57,22 +43,6 @@ def seconds_before(run_dir: Path, start: int) -> float:
     return float(before) if isinstance(before, int | float) else 0.0
 
 
-def measured(run_dir: Path, meter: StepMeter, compiled: Any) -> dict[str, Any]:
-    """The measured part of summary.json.
-
-    Args:
-      compiled: the compiled step, or None where no step was left to take.
-    """
-    return {
-        **final_losses(run_dir),
-        "tokens": {"total": meter.tokens_before + meter.tokens},
-        "tokens_per_second": meter.tokens_per_second(),
-        "peak_memory_bytes": peak_memory(compiled),
-        "device": f"{jax.devices()[0].device_kind} x {jax.device_count()}",
-        "versions": versions(),
-    }
-
-
 def finished_summary(run_dir: Path) -> dict[str, Any] | None:
     """The summary of a run that ended well and whose adapter is still there; None of any other."""
     summary = parse(read_text(run_dir / "summary.json"))
@@ -89,18 +59,17 @@ def finished_summary(run_dir: Path) -> dict[str, Any] | None:
 def final_losses(run_dir: Path) -> dict[str, Any]:
     """Last training loss; first, last and lowest held-out loss, and the step of the lowest; from the log."""
     lines = read_metrics(run_dir / "metrics.jsonl")
-    train_losses = [line["loss"] for line in lines if "loss" in line]
-    eval_losses = [line["eval_loss"] for line in lines if "eval_loss" in line]
-    trained = [
-        (line["eval_loss"], -line["step"]) for line in lines if line.get("eval_loss") is not None and line["step"]
-    ]
-    lowest, step = min(trained, default=(None, None))
+    train_losses = [line["loss"] for line in lines if "loss" in line] or [None]
+    evaluated = [line for line in lines if "eval_loss" in line]
+    eval_losses = [line["eval_loss"] for line in evaluated] or [None]
+    trained = [line for line in reversed(evaluated) if line["eval_loss"] is not None and line["step"]]
+    lowest: dict[str, Any] = min(trained, key=lambda line: line["eval_loss"], default={})  # of equal ones the newest
     return {
-        "train_loss": train_losses[-1] if train_losses else None,
-        "eval_loss_before": eval_losses[0] if eval_losses else None,
-        "eval_loss": eval_losses[-1] if eval_losses else None,
-        "lowest_eval_loss": lowest,
-        "lowest_eval_step": None if step is None else -step,
+        "train_loss": train_losses[-1],
+        "eval_loss_before": eval_losses[0],
+        "eval_loss": eval_losses[-1],
+        "lowest_eval_loss": lowest.get("eval_loss"),
+        "lowest_eval_step": lowest.get("step"),
     }
 
 

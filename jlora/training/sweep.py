@@ -21,8 +21,8 @@ from jlora.runtime import distributed, signals
 from jlora.training import optim
 from jlora.training.folder import make_run_dir
 from jlora.training.metrics import read_metrics
+from jlora.training.opening import Shared
 from jlora.training.run import train
-from jlora.training.shared import Shared
 from jlora.training.summary import peak_memory
 
 
@@ -48,11 +48,6 @@ class Sweep:
             summary = {"status": "failed", "error": str(error), "steps": steps}
         self.summaries[name] = summary
         self.stopped = signals.received()  # also after a run's last step, which takes nothing from that run
-
-    @property
-    def failed(self) -> bool:
-        """Whether a run ended before its time."""
-        return any(summary["status"] == "failed" for summary in self.summaries.values())
 
     def halve(self) -> list[str]:
         """Take the runs from rung to rung, each of twice the steps; returns the half that is left at the last one.
@@ -97,8 +92,9 @@ def train_together(cfg: Config, quiet: bool = False) -> dict[str, Any]:
             sweep.train(name)
         runs = {name: sweep.summaries.get(name, {"status": "not started", "steps": 0}) for name in sweep.configs}
         left = sweep.stopped and any(run["status"] != "finished" for run in runs.values())
+        failed = any(run["status"] == "failed" for run in runs.values())
         summary = {
-            "status": "failed" if sweep.failed else "preempted" if left else "finished",
+            "status": "failed" if failed else "preempted" if left else "finished",
             "runs": runs,
             "wall_seconds": time.monotonic() - began,
             "peak_memory_bytes": peak_memory(None),

@@ -18,12 +18,6 @@ from jlora.errors import ConfigError
 from jlora.files.atomic import write_text
 from jlora.reports.run_files import read_text
 
-# Key of `training` -> what it is called, what to install.
-ASKED_FOR = {
-    "wandb": ("Weights & Biases", "wandb"),
-    "mlflow": ("MLflow", "mlflow"),
-    "trackio": ("trackio", "trackio"),
-}
 # MLflow takes so many parameters at once, and so many characters of each.
 MOST_PARAMETERS, LONGEST_PARAMETER = 100, 500
 
@@ -49,12 +43,11 @@ def require_trackers(cfg: TrainingSection) -> None:
     Raises:
       ConfigError: one is not installed, or would ask who logs in where nobody is there to answer.
     """
-    for key, (_, package) in ASKED_FOR.items():
+    for key in ASKED_FOR:
         if getattr(cfg, key) and importlib.util.find_spec(key) is None:
-            sentence = (
-                f"training.{key} is set, but {package} is not installed; pip install {package}, or set it to null"
+            raise ConfigError(
+                f"training.{key} is set, but {key} is not installed; pip install {key}, or set it to null"
             )
-            raise ConfigError(sentence)
     if not cfg.wandb:
         return
     import wandb
@@ -77,15 +70,15 @@ def open_trackers(cfg: Config, run_dir: Path, resume_step: int) -> dict[str, Tra
       ConfigError: one refuses the run, or cannot be reached.
     """
     trackers = {"TensorBoard": _tensorboard(run_dir, resume_step)}
-    for key, (title, _) in ASKED_FOR.items():
+    for key, (title, opener) in ASKED_FOR.items():
         project = getattr(cfg.training, key)
         if not project:
             continue
         kept = run_dir / key / "jlora-id"
         before = read_text(kept).strip() if resume_step else ""
         try:
-            with _no_stdout():
-                run_id, trackers[title] = OPENERS[key](project, run_dir, cfg.model_dump(mode="json"), before)
+            with contextlib.redirect_stdout(io.StringIO()):  # which is for results
+                run_id, trackers[title] = opener(project, run_dir, cfg.model_dump(mode="json"), before)
         except Exception as error:  # of a library of others', which has its own for each cause
             reason = " ".join(str(error).split())[:200]
             raise ConfigError(f"training.{key}={project}: {title} refuses the run ({reason})") from None
@@ -93,11 +86,6 @@ def open_trackers(cfg: Config, run_dir: Path, resume_step: int) -> dict[str, Tra
             kept.parent.mkdir(exist_ok=True)
             write_text(kept, run_id)
     return trackers
-
-
-def _no_stdout() -> contextlib.AbstractContextManager[Any]:
-    """stdout is for results."""
-    return contextlib.redirect_stdout(io.StringIO())
 
 
 def _tensorboard(run_dir: Path, resume_step: int) -> Tracker:
@@ -156,10 +144,11 @@ def _trackio(project: str, run_dir: Path, config: dict[str, Any], before: str) -
     )
 
     def close() -> None:
-        with _no_stdout():
+        with contextlib.redirect_stdout(io.StringIO()):  # which is for results
             trackio.finish()
 
     return name, Tracker(run.log, close)
 
 
-OPENERS = {"wandb": _wandb, "mlflow": _mlflow, "trackio": _trackio}
+# Key of `training`, which is what to install, too -> what it is called, what opens it.
+ASKED_FOR = {"wandb": ("Weights & Biases", _wandb), "mlflow": ("MLflow", _mlflow), "trackio": ("trackio", _trackio)}

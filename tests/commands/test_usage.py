@@ -271,3 +271,28 @@ def test_bug_of_ours_is_not_dressed_up(monkeypatch):
 
 def test_preemption_has_a_code_of_its_own(capfd, monkeypatch):
     assert end_of(lambda: cli.PREEMPTED, capfd, monkeypatch) == (75, "")
+
+
+def test_paths_of_flags_begin_in_the_home_folder(monkeypatch):
+    """Also behind `=`, where a shell leaves `~` as it is."""
+    monkeypatch.setenv("HOME", "/home/someone")
+    monkeypatch.setattr(xla, "use_huge_pages", lambda: None)
+    parsers, tried = [], 0
+
+    def keep(parser, *_, **__):
+        parsers.append(parser)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli.Parser, "parse_args", keep)
+    monkeypatch.setattr(cli.Parser, "parse_intermixed_args", keep)
+    for command in PURPOSES:
+        with pytest.raises(KeyboardInterrupt):
+            importlib.import_module(COMMANDS[command]).main()
+        for part in (*parsers[-1]._actions, *parsers[-1]._mutually_exclusive_groups):
+            part.required = False
+        for action in parsers[-1]._actions:
+            if action.type == "path" and action.option_strings:
+                found = getattr(parsers[-1].parse_known_args([f"{action.option_strings[-1]}=~/x"])[0], action.dest)
+                assert found in ("/home/someone/x", ["/home/someone/x"]), f"{command} {action.option_strings}"
+                tried += 1
+    assert tried > 20

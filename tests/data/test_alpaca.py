@@ -6,7 +6,8 @@ from tiny import make_tokenizer
 
 from jlora.config import Counted
 from jlora.data.alpaca import PREAMBLE, PREAMBLE_WITH_INPUT, stanford_prompt
-from jlora.data.prompts import encode_pair, encode_row, shown_prompt
+from jlora.data.formats import Columns
+from jlora.data.prompts import encode_pair, encode_row, reference_answer, shown_prompt
 from jlora.data.row import BadRow
 from jlora.data.tokens import load_tokenizer
 
@@ -83,8 +84,41 @@ def test_prompt_that_the_answers_repeat_is_there_once(chat):
         ({"prompt": 7, "chosen": " a", "rejected": " b"}, 'the field "prompt" is int, not str'),
         ({"prompt": ASKED, "chosen": " a", "rejected": " b"}, 'the field "prompt" is list, not str'),
         ({"prompt": {"a": 1}, "chosen": GOOD, "rejected": BAD}, 'the field "prompt" is dict, not list'),
+        ({"prompt": "1 1?", "chosen": GOOD, "rejected": BAD}, 'the field "prompt" is str, but the answers are turns'),
+        ({"prompt": "1 1?", "chosen": GOOD[0], "rejected": BAD[0]}, "is str, but the answers are turns"),
+        ({"prompt": "1 1?", "chosen": {"answer": "2"}, "rejected": {}}, 'the field "chosen" is dict, not str'),
     ],
 )
 def test_prompt_of_another_type_is_not_thrown_away(chat, row, words):
     with pytest.raises(BadRow, match=words):
         encode_pair(chat, row)
+
+
+THEIRS = {"conversations": [{"from": "human", "value": "1 1?"}]}
+THEIRS |= {"chosen": {"from": "gpt", "value": "2"}, "rejected": {"from": "gpt", "value": "3"}}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        THEIRS,
+        {"messages": ASKED, "chosen": GOOD[0], "rejected": BAD[0]},
+        {"prompt": ASKED, "chosen": GOOD[0], "rejected": BAD[0]},
+        {"prompt": ASKED, "conversations": "of another", "chosen": GOOD[0], "rejected": BAD},
+    ],
+)
+def test_answers_that_are_single_turns(chat, row):
+    """LLaMA-Factory's and Axolotl's pairs: the turns before, and one turn for each answer."""
+    read = Columns("preference", {}).read(row)
+    once = encode_pair(chat, {"prompt": ASKED, "chosen": GOOD, "rejected": BAD})
+    for ours, theirs in zip(encode_pair(chat, read), once, strict=True):
+        np.testing.assert_array_equal(ours.ids, theirs.ids)
+        np.testing.assert_array_equal(ours.trained, theirs.trained)
+    assert reference_answer(read, format="preference") == "2"
+
+
+def test_turns_beside_whole_answers_are_no_prompt():
+    """They are often the chosen conversation again, which would then stand twice."""
+    row = {"messages": ASKED + GOOD, "chosen": ASKED + GOOD, "rejected": ASKED + BAD}
+    columns = Columns("preference", {})
+    assert columns.read(row) == row and columns.unused == {"messages": 1}

@@ -161,6 +161,13 @@ def test_reasoning_is_kept_stripped_or_not_trained():
     )
 
 
+def test_an_answer_that_is_reasoning_alone_cannot_be_stripped():
+    turns = [user("a"), answer("<think>hm</think>"), user("b"), answer("c")]
+    assert "⟦<think>hm</think>" in text({"messages": turns})
+    with pytest.raises(BadRow, match="message 2 is reasoning alone"):
+        encode(ours(QWEN), {"messages": turns}, reasoning="strip")
+
+
 def test_a_reasoning_that_the_template_would_drop_is_in_the_text():
     """R1's template takes the reasoning out of every answer, which would train answers without any."""
     for message in (answer("4", reasoning_content="two"), answer("<think>\ntwo\n</think>\n\n4")):

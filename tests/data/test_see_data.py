@@ -171,6 +171,12 @@ def test_what_is_wrong_is_said_in_a_sentence(config, rows, keys, name, level, wo
     assert seen.errors == ([sentence] if level == "error" else [])
 
 
+def test_a_run_whose_held_out_rows_are_all_trained_on_does_not_begin(config, here, tmp_path):
+    code, _, err = here("train", config(GOOD, eval=GOOD[:2]), "-q")
+    assert code == 3 and err.startswith("error: data.eval: 2 of 2 sequences are in data.train too"), err
+    assert err.count("\n") == 1 and not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
 def test_chat_template_that_ends_no_turn(config, tmp_path):
     template = tmp_path / "endless.jinja"
     template.write_text(ENDLESS)

@@ -170,6 +170,12 @@ def test_scores_by_hand_and_by_the_libraries():
     assert each[1]["chrf"] == pytest.approx(100) and each[3]["chrf"] == 0
 
 
+def test_interval_over_answers_of_which_some_match_nothing():
+    total, _ = scores.score(["a b c d", "x", "y", "z", "w"], ["a b c d e", "1", "2", "3", "4"])
+    low, high = total["intervals"]["chrf"]
+    assert 0 <= low < total["chrf"] < high
+
+
 def test_a_missing_library_is_one_sentence(world, evaluate, monkeypatch):
     found = importlib.util.find_spec
     monkeypatch.setattr(scores.importlib.util, "find_spec", lambda name: None if "sacre" in name else found(name))

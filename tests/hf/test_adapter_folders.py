@@ -155,7 +155,35 @@ def test_what_a_configuration_leaves_out_or_says_in_vain(name, llama, tmp_path, 
     assert warned == ("fan_in_fan_out" in changes)
 
 
+# How trainers that save a model's own state name tensors: PEFT's own ends, and what stands there.
+OWN_STATE = {
+    "magnitudes of a module": {"lora_magnitude_vector": "lora_magnitude_vector.weight"},
+    "an adapter's name": {
+        "lora_A.weight": "lora_A.default.weight",
+        "lora_B.weight": "lora_B.default.weight",
+        "lora_magnitude_vector": "lora_magnitude_vector.default.weight",
+    },
+    "the name on some": {"lora_B.weight": "lora_B.default.weight"},
+}
+
+
+@pytest.mark.parametrize("name", OWN_STATE)
+def test_tensors_under_the_names_of_a_models_own_state(name, llama, tmp_path):
+    folder = write_adapter(llama, tmp_path / "adapter", use_dora=True)
+    saved, renamed = load_file(folder / WEIGHTS), {}
+    for own, tensor in saved.items():
+        end = next((end for end in OWN_STATE[name] if own.endswith(end)), "")
+        renamed[own.removesuffix(end) + OWN_STATE[name].get(end, "")] = tensor
+    assert len(saved.keys() - renamed.keys()) == 6 * len(OWN_STATE[name])
+    save_file(renamed, folder / WEIGHTS, {"format": "pt"})
+    read(llama, folder)
+    save_file(saved | renamed, folder / WEIGHTS, {"format": "pt"})
+    with pytest.raises(ModelError, match="holds a tensor under two names"):
+        read(llama, folder)
+
+
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "an adapter of MLX": ({"peft_type": None, "fine_tune_type": "lora"}, "peft_type is None; only LORA adapters"),
     "no such module": ({"target_modules": ["c_attn", "W_pack"]}, "selects no module of this base"),
     "a pattern of none": ({"target_modules": "q_proj"}, "selects no module of this base"),
     "all excluded": ({"exclude_modules": ["v_proj", "q_proj"]}, "exclude_modules=['v_proj', 'q_proj'] selects no"),

@@ -21,12 +21,11 @@ from jlora.planning import layouts, search
 from jlora.planning.compiled import Plan, fresh
 from jlora.planning.flops import collective_bytes
 from jlora.planning.hardware import GPUS, Gpu, read_gpu
-from jlora.planning.layouts import smallest
-from jlora.planning.roofline import estimate
-from jlora.planning.suggest import find_remedy, sentence
+from jlora.planning.layouts import estimate, smallest
+from jlora.planning.search import find_remedy, sentence
 from jlora.planning.topology import Target
 from jlora.reports import plan as plan_page
-from jlora.training.layout import Layout
+from jlora.training.auto_remat import Layout
 
 # A peak for tests of order alone.
 TARGET = Target("gpu:a:4", "gpu", [None] * 4, 80, 1e12, 1e11, 1e10)
@@ -311,7 +310,7 @@ def test_search_from_the_command_line(config):
 
 def remedy_of(monkeypatch, config, capacity, per_row, *overrides, spread=60.0):
     cfg, target, calls = fake(monkeypatch, config, capacity, per_row, spread)
-    monkeypatch.setattr("jlora.planning.suggest.larger", lambda target: iter(()))
+    monkeypatch.setattr("jlora.planning.search.larger", lambda target: iter(()))
     now = Layout(1, 4, 1, "dots", None, 2, 8)
     settings = now.settings() | dict(word.split("=") for word in overrides)
     cfg = load_config(config, ["data.max_length=512", *layouts.as_overrides(settings)])

@@ -206,8 +206,8 @@ def test_four_processes_the_first_is_killed_and_one_process_goes_on(material, al
 READS_LONG = """
 import time
 from jlora import train
-from jlora.training import shared
-shared.read_data = lambda *args: (print("reading", flush=True), time.sleep(300))
+from jlora.training import opening
+opening.read_data = lambda *args: (print("reading", flush=True), time.sleep(300))
 train.main()
 """
 

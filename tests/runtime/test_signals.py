@@ -15,8 +15,8 @@ import pytest
 import yaml
 from tiny import make_completions, make_llama, make_tokenizer, write_config
 
+import jlora.training.opening
 import jlora.training.run
-import jlora.training.shared
 import jlora.training.sweep
 from jlora.config import load_config
 from jlora.errors import Interrupted, Stopped
@@ -105,7 +105,7 @@ def test_run_that_reads_rows_ends_at_once(folder, tmp_path, number):
 
 
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
-@pytest.mark.parametrize("owner, name", [(jlora.training.shared, "load_pretrained"), (Evaluator, "measure")])
+@pytest.mark.parametrize("owner, name", [(jlora.training.opening, "load_pretrained"), (Evaluator, "measure")])
 def test_nothing_is_begun_before_the_first_step(folder, tmp_path, monkeypatch, number, owner, name):
     """Weights, the held-out loss of step 0; and nothing is compiled for a step that is not wanted any more."""
     whole = getattr(owner, name)
@@ -135,9 +135,9 @@ def test_run_that_goes_on_and_sweep_end_before_a_new_step(folder, tmp_path, monk
     sweep = [{"name": "a", "lora.rank": 2}, {"name": "b"}]
     both = configure(folder, tmp_path / "both", sweep=sweep, max_steps=3)
     with monkeypatch.context() as patch:
-        read = jlora.training.shared.read_data
+        read = jlora.training.opening.read_data
         kill = partial(os.kill, os.getpid(), signal.SIGINT)
-        patch.setattr(jlora.training.shared, "read_data", lambda *a: [read(*a), kill()][0])
+        patch.setattr(jlora.training.opening, "read_data", lambda *a: [read(*a), kill()][0])
         for run in (train, train_together):
             with pytest.raises(Stopped):
                 run(load_config(config if run is train else both), True)

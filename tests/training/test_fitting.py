@@ -17,7 +17,7 @@ from jlora.planning.compiled import held_bytes, plan
 from jlora.planning.layouts import with_settings
 from jlora.planning.topology import Target
 from jlora.training import auto_remat
-from jlora.training.layout import Layout, saved_bytes
+from jlora.training.auto_remat import Layout, saved_bytes
 from jlora.training.run import train
 from jlora.training.summary import peak_memory
 

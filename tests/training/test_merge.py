@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -24,8 +25,8 @@ from jlora.hf import verify, weights
 from jlora.hf.architecture import parse_config
 from jlora.hf.names import name_table
 from jlora.hf.source import open_source
-from jlora.training import auto_remat, merge
-from jlora.training.export import export
+from jlora.training import auto_remat
+from jlora.training.export import export, needed_memory
 from jlora.training.run import train
 
 ROOT = Path(__file__).parents[2]
@@ -158,7 +159,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(run, tmp_path, 
         **{"vocab_size": 32000, "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80},
         **{"num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 128},
     )
-    assert merge.needed_memory(cfg, large) / 2**30 == pytest.approx(1.75 + 0.77 + 0.5, abs=0.01)
+    assert needed_memory(cfg, large) / 2**30 == pytest.approx(1.75 + 0.77 + 0.5, abs=0.01)
     monkeypatch.setattr(auto_remat, "free_host_bytes", lambda: 400 * 2**20)
     with pytest.raises(
         MemoryExceeded, match="takes 0.5 GiB of the host's memory, and 0.4 GiB are available"
@@ -166,7 +167,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(run, tmp_path, 
         export(run, tmp_path / "out", None, True, None, False)
     assert refused.value.exit_code == 5
     monkeypatch.setattr(auto_remat, "free_host_bytes", lambda: 2**40)
-    monkeypatch.setattr(merge.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     with pytest.raises(ConfigError, match="takes 0.0 GiB in bfloat16, and 0.0 GiB are free"):
         export(run, tmp_path / "out", None, True, "bfloat16", False)
     assert not list(tmp_path.iterdir())

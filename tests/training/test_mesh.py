@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from eight_devices import RUNS, losses, run_on_eight
+from eight_devices import attend_by_splash, losses, run_on_eight, train_over
 from safetensors.numpy import load_file
 from shared_data import SHARED, needs_data
 from tiny import make_completions, make_llama, make_tokenizer, write_config
@@ -21,37 +21,6 @@ MESHES = {
     **{"data=8": (8, 1, 1), "fsdp=8": (1, 8, 1), "fsdp=4 tensor=2": (1, 4, 2), "2x2x2": (2, 2, 2)},
     **{"2x2x2 permuted": (2, 2, 2), "fsdp=8 permuted": (1, 8, 1)},
 }
-
-
-SPLASH = """
-import numpy as np, jax, jax.numpy as jnp
-from functools import partial
-from jlora.model import attention
-from jlora.model.attention import interface, tpu
-from jlora.config import MeshSection
-from jlora.errors import ConfigError
-from jlora.model.sharding import make_mesh
-tpu.MAX_SPLASH_BLOCK = 128
-rng = np.random.default_rng(0)
-q, k, v = (jnp.asarray(rng.standard_normal((4, 256, n, 64)), jnp.float32) for n in (4, 2, 2))
-segments = jnp.asarray(np.sort(rng.integers(1, 4, (4, 256)), axis=1), jnp.int32)
-positions = jnp.arange(256)[None].repeat(4, 0)
-def grads(attend):
-    return jax.jit(jax.grad(lambda *qkv: jnp.sin(attend(*qkv)).sum(), argnums=(0, 1, 2)))(q, k, v)
-places = attention.Places(segments, segments, positions, positions)
-expected = grads(partial(attention.reference, places=places, window=None))
-splash = partial(
-    interface.per_device, partial(tpu._splash_rows, window=None, interpret=True), segments=segments
-)
-with jax.set_mesh(make_mesh(MeshSection(data=2, fsdp=2, tensor=2), jax.devices())):
-    for found, right in zip(grads(splash), expected):
-        np.testing.assert_allclose(np.asarray(found), np.asarray(right), atol=1e-4)
-with jax.set_mesh(make_mesh(MeshSection(data=1, fsdp=2, tensor=4), jax.devices())):
-    try:
-        grads(splash)
-    except ConfigError as error:
-        print(error)
-"""
 
 
 def drift(run_dir, reference):
@@ -70,7 +39,7 @@ def require_the_same_runs(folder, config, meshes, largest_drift):
     train(load_config(config, ["model.remat=full", f"output_dir={folder / 'one'}"]), quiet=True)
     expected = losses(folder / "one")
     folders = {name: str(folder / name.replace(" ", "_")) for name in meshes}
-    run_on_eight(RUNS, str(config), json.dumps({folders[name]: sizes for name, sizes in meshes.items()}))
+    run_on_eight(train_over, str(config), json.dumps({folders[name]: sizes for name, sizes in meshes.items()}))
     for name, run_dir in folders.items():
         for key, curve in losses(Path(run_dir)).items():
             np.testing.assert_allclose(curve, expected[key], rtol=1e-5, err_msg=f"{name}: {key}")
@@ -118,4 +87,4 @@ def test_a_real_model_of_260_thousand_parameters(tmp_path):
 
 def test_splash_over_a_mesh():
     """Rows over data and fsdp, heads over tensor; refused where the key/value heads do not divide."""
-    assert "mesh.tensor=4 does not divide the 2 key/value heads" in run_on_eight(SPLASH)
+    assert "mesh.tensor=4 does not divide the 2 key/value heads" in run_on_eight(attend_by_splash)

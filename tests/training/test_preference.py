@@ -23,7 +23,7 @@ from jlora.hf.peft import save_adapter
 from jlora.model import attention
 from jlora.model.adapter_init import new_adapter
 from jlora.training.metrics import read_metrics
-from jlora.training.preference import pair_loss
+from jlora.training.objective import pair_loss
 from jlora.training.run import train
 from jlora.training.step import Forward
 

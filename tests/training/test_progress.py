@@ -2,18 +2,18 @@
 
 import re
 import sys
+import time
 
 import pytest
 
-from jlora.training import progress
-from jlora.training.progress import ProgressLine, clock
+from jlora.training.metrics import ProgressLine, clock
 
 
 @pytest.fixture
 def now(monkeypatch):
     """A clock of our own, in a list."""
     seconds = [1000.0]
-    monkeypatch.setattr(progress.time, "monotonic", lambda: seconds[0])
+    monkeypatch.setattr(time, "monotonic", lambda: seconds[0])
     return seconds
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from eight_devices import run_on_eight
+from eight_devices import load_published, run_on_eight
 from grown_adapters import make_run
 from parity import logits, random_tokens, torch_logits
 from peft import PeftModel
@@ -106,23 +106,6 @@ def test_logits_are_those_of_transformers_on_the_same_folder(nf4: tuple[Path, An
         np.testing.assert_allclose(logits(load(folder, kind)[0], {}, ids), expected, atol=1e-4, err_msg=str(folder))
 
 
-EIGHT = """
-import hashlib, sys, jax, jax.numpy as jnp, numpy as np
-from pathlib import Path
-from jlora.config import MeshSection
-from jlora.hf import share
-from jlora.hf.load import load_base
-from jlora.hf.source import open_source
-from jlora.model.sharding import make_mesh
-share.BLOCK_WEIGHTS = 30_000
-mesh = make_mesh(MeshSection(data=1, fsdp=4, tensor=2), jax.devices())
-for folder, kind in zip(sys.argv[1::2], sys.argv[2::2]):
-    kind = None if kind == "-" else kind
-    base, digest = load_base(open_source(Path(folder)), "base", jnp.dtype("float32"), mesh, kind)
-    print(hashlib.sha256(b"".join(np.asarray(x).tobytes() for x in jax.tree.leaves(base))).hexdigest(), digest)
-"""
-
-
 def test_eight_devices_hold_their_shards_of_the_same_base(
     plain: Path, nf4: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -131,7 +114,7 @@ def test_eight_devices_hold_their_shards_of_the_same_base(
         rewrite(plain, folder, *KINDS[folder.name])
     with_bitsandbytes(plain, tmp_path / "some", **NF4, llm_int8_skip_modules=SKIPPED)
     folders |= {nf4[0]: "nf4", tmp_path / "some": "nf4"}
-    lines = run_on_eight(EIGHT, *(str(word) for pair in folders.items() for word in pair)).split("\n")
+    lines = run_on_eight(load_published, *(str(word) for pair in folders.items() for word in pair)).split("\n")
     monkeypatch.setattr(share, "BLOCK_WEIGHTS", 12_345)
     for line, (folder, kind) in zip(lines, folders.items(), strict=False):
         base, digest = load(folder, None if kind == "-" else kind)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from eight_devices import RUNS, losses, run_on_eight
+from eight_devices import load_quantized, losses, run_on_eight, train_over
 from shared_data import SHARED, needs_data
 from tiny import make_completions, make_llama, make_tokenizer, write_config
 
@@ -123,34 +123,8 @@ def test_training_is_that_on_the_dequantised_base(base, tmp_path):
     chex.assert_trees_all_equal(before, jax.tree.map(np.asarray, load(base, kind)[0]))
 
 
-SHARDINGS = """
-import hashlib, sys, jax, jax.numpy as jnp, numpy as np
-from jlora.config import MeshSection
-from jlora.hf.source import open_source
-from jlora.hf.load import load_base
-from jlora.model.quant import map_axes
-from jlora.model.sharding import make_mesh, named_sharding
-from jlora.model.config import block_weights
-from jlora.hf import share
-share.BLOCK_WEIGHTS = 30_000  # blocks of a few rows, of which the last overlaps the one before it
-mesh = make_mesh(MeshSection(data=1, fsdp=4, tensor=2), jax.devices())
-for kind in ("nf4", "int8", "fp8"):
-    base, _ = load_base(open_source(__import__("pathlib").Path(sys.argv[1])), "base", jnp.dtype("bfloat16"), mesh, kind)
-    for name in block_weights(base.cfg):
-        param = getattr(base.layers, name)
-        def check(array, axes):
-            expected = named_sharding(mesh, axes)
-            assert array.sharding.is_equivalent_to(expected, array.ndim), (kind, name, array.sharding, expected)
-            return array
-        map_axes(check, param.get_value(), param.axes)
-    codes = base.layers.down_proj.get_value().codes.addressable_shards[0].data
-    assert codes.shape == ((2, 4, 32, 64) if kind == "nf4" else (2, 256, 64)), codes.shape
-    print(kind, hashlib.sha256(b"".join(np.asarray(x).tobytes() for x in jax.tree.leaves(base))).hexdigest())
-"""
-
-
 def test_eight_devices_hold_their_shards_of_the_same_codes(base):
-    shards = run_on_eight(SHARDINGS, str(base))
+    shards = run_on_eight(load_quantized, str(base))
     for kind in ("nf4", "int8", "fp8"):
         whole = b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(load(base, kind, "bfloat16")[0]))
         assert f"{kind} {hashlib.sha256(whole).hexdigest()}" in shards  # bit for bit
@@ -160,7 +134,7 @@ def test_eight_devices_hold_their_shards_of_the_same_codes(base):
 def test_eight_devices_train_as_one_does(base, tmp_path):
     config = run_config(tmp_path, base, "one", "model.quantization=nf4", "model.remat=full")
     train(load_config(config), quiet=True)
-    run_on_eight(RUNS, str(config), json.dumps({str(tmp_path / "eight"): (1, 4, 2)}))
+    run_on_eight(train_over, str(config), json.dumps({str(tmp_path / "eight"): (1, 4, 2)}))
     for key, curve in losses(tmp_path / "eight").items():
         np.testing.assert_allclose(curve, losses(tmp_path / "one")[key], rtol=1e-5, err_msg=key)
 

@@ -1,5 +1,6 @@
 """A run that resumes with another batch size, or other rows: which rows it takes, and what it counts."""
 
+import json
 import os
 import signal
 
@@ -9,6 +10,7 @@ from tiny import make_llama, make_rows, make_tokenizer, write_config
 import jlora.training.run
 from jlora.config import load_config
 from jlora.data.packing import Epochs, Origin, batches
+from jlora.errors import ModelError
 from jlora.training.metrics import read_metrics
 from jlora.training.run import train
 
@@ -122,3 +124,26 @@ def test_a_place_is_an_origin_for_any_batch_size(tiny):
             batch = next(batches(other, size))
             assert batch["tokens"].shape == (size, 320)
     assert four.place(0) == Origin()
+
+
+def test_a_template_that_writes_the_day(tiny, tmp_path, capsys):
+    """As Llama 3.2's does: the run resumes on another day if the config holds the first, and its start says so."""
+    turns = "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+    (tmp_path / "day.jinja").write_text("{{ strftime_now('%d %b %Y') }}: " + turns, encoding="utf-8")
+    pair = [{"role": "user", "content": "q:"}, {"role": "assistant", "content": "a"}]
+    (tmp_path / "rows.jsonl").write_text(f"{json.dumps({'messages': pair})}\n" * 4, encoding="utf-8")
+    data = {"format": "messages", "max_length": 64, "chat_template": str(tmp_path / "day.jinja")}
+    path = write_config(
+        tmp_path / "c.yaml",
+        *(tiny / "base", tmp_path / "rows.jsonl", tmp_path / "run"),
+        data=data,
+        training={"max_steps": 2, "batch_size": 2},
+    )
+    cfg = load_config(path, ["data.date=2024-07-26"])
+    assert train(cfg, quiet=True, until=1)["steps"] == 1
+    capsys.readouterr()
+    with pytest.raises(ModelError, match=r"hashes\.data"):
+        train(load_config(path), until=2)
+    assert "does not resume tomorrow, when its rows are others; set data.date=20" in capsys.readouterr().err
+    assert train(cfg)["status"] == "finished"
+    assert "tomorrow" not in capsys.readouterr().err

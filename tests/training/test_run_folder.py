@@ -311,3 +311,33 @@ def test_seconds_of_earlier_starts_are_counted(tmp_path):
     assert (seconds_before(tmp_path, 4), seconds_before(tmp_path, 0)) == (12.5, 0.0)
     (tmp_path / "summary.json").write_text('{"wall_seconds": "a"')
     assert seconds_before(tmp_path, 4) == 0.0
+
+
+DEEP = '{"a":' + "[" * 100_000
+
+
+@pytest.mark.parametrize("summary", ['{"status": "finished"}', '["finished"]', DEEP, "", '{"adapter": 3'])
+def test_a_damaged_summary_is_written_anew(summary, world, run_dir):
+    whole = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
+    (run_dir / "summary.json").write_text(summary, encoding="utf-8")
+    found = train(config_of(world, run_dir), quiet=True)
+    assert found["status"] == "finished" and found["adapter"] == str(run_dir / "adapter")
+    if summary != '{"status": "finished"}':
+        assert json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))["eval_loss"] == whole["eval_loss"]
+
+
+def test_a_damaged_line_of_metrics_does_not_keep_a_run_from_going_on(world, run_dir):
+    unfinished(run_dir)
+    shutil.rmtree(run_dir / "checkpoints" / "2")
+    with open(run_dir / "metrics.jsonl", "a", encoding="utf-8") as file:
+        file.write(DEEP + "\n")
+    found = train(config_of(world, run_dir), quiet=True)
+    assert (found["status"], found["steps"]) == ("finished", 2)
+
+
+def test_a_run_is_not_put_into_the_folder_of_its_base(world, tmp_path):
+    base = shutil.copytree(world / "base", tmp_path / "base")
+    before = snapshot(base)
+    cfg = load_config(world / "c.yaml", [f"model.path={base}", f"output_dir={tmp_path}/./base/"])
+    assert "is the base's own folder (model.path); set another" in sentence_of(ConfigError, train, cfg, quiet=True)
+    assert snapshot(base) == before

@@ -16,10 +16,10 @@ from transformers import EarlyStoppingCallback, TrainerControl, TrainerState, Tr
 import jlora.training.run
 from jlora.config import load_config
 from jlora.errors import ConfigError
+from jlora.training.evaluator import Stopping
 from jlora.training.folder import steps_between
 from jlora.training.metrics import read_metrics
 from jlora.training.run import train
-from jlora.training.stopping import Stopping
 from jlora.training.summary import warn_of_result
 
 LOSSES = [3.0, 2.5, 2.4999, 2.45, 2.6, 2.45, 2.4, 2.39, 2.385, 2.7, float("nan"), 2.2]

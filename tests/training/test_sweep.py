@@ -22,8 +22,8 @@ import jlora.training.run
 from jlora.config import load_config, variants
 from jlora.errors import ConfigError, NonFiniteError
 from jlora.training.metrics import read_metrics
+from jlora.training.opening import Shared
 from jlora.training.run import train
-from jlora.training.shared import Shared
 from jlora.training.sweep import require_all, train_together
 
 ROOT = Path(__file__).parents[2]
@@ -183,6 +183,19 @@ def test_halving_resumes_where_it_stopped(tiny):
     assert train(b, quiet=True, until=3)["steps"] == 3
     runs = train_together(cfg, quiet=True)["runs"]
     assert {name: run["steps"] for name, run in runs.items()} == {"a": 4, "b": 3}
+
+
+def test_fewer_steps_than_were_taken_leave_the_results_alone(tiny):
+    sweep = [{"name": "a"}, {"name": "b"}]
+    folder = tiny / "fewer"
+    path = configure(tiny, sweep, "fewer.yaml")
+    cfg = load_config(path, ["training.max_steps=2", f"output_dir={folder}"])
+    train_together(cfg, quiet=True)
+    before = (folder / "summary.json").read_bytes()
+    allowed = ["training.max_steps=1", "resume.allow_changes=[config.training.max_steps]"]
+    with pytest.raises(ConfigError, match="fewer/a: is at step 2 already, past the 1 asked for; raise training.max"):
+        train_together(load_config(path, [*allowed, f"output_dir={folder}"]), quiet=True)
+    assert (folder / "summary.json").read_bytes() == before
 
 
 def test_a_signal_after_the_last_step_of_a_run_stops_the_sweep(tiny, monkeypatch):
