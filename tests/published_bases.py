@@ -47,12 +47,28 @@ def with_bitsandbytes(base: Path, folder: Path, dtype: torch.dtype = torch.bfloa
     found = {}
     for name, module in model.named_modules():
         if isinstance(module, bnb.nn.Linear4bit):
-            module.weight.quant_state.dtype = torch.float32  # as it is before it is rounded
-            found[f"{name}.weight"] = bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+            found[f"{name}.weight"] = dequantized(module.weight.data, module.weight.quant_state)
         elif isinstance(module, bnb.nn.Linear8bitLt):
             scb = module.weight.SCB if module.state.SCB is None else module.state.SCB
             found[f"{name}.weight"] = bnb.functional.int8_vectorwise_dequant(module.weight.data, scb)
     return found
+
+
+def dequantized(codes: torch.Tensor, state: Any) -> torch.Tensor:
+    """As bitsandbytes does it, before it is rounded to 16 bits.
+
+    Its kernel for CPUs (0.50.2) takes other absmaxes than its quantiser and its kernel for GPUs where rows are no whole
+    blocks; there it is what the latter two do.
+    """
+    from bitsandbytes.functional import dequantize_4bit, dequantize_blockwise
+
+    state.dtype = torch.float32
+    if state.shape[1] % state.blocksize == 0:
+        return dequantize_4bit(codes, state)
+    pairs = codes.view(torch.uint8).reshape(-1)
+    values = state.code[torch.stack([pairs >> 4, pairs & 15], 1).reshape(-1).long()]
+    absmax = dequantize_blockwise(state.absmax, state.state2) + state.offset
+    return (values * absmax.repeat_interleave(state.blocksize)[: len(values)]).reshape(state.shape)
 
 
 def rewrite(
