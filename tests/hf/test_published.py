@@ -62,7 +62,7 @@ def test_weights_are_those_of_the_library_that_wrote_them(kind: str, base: Path,
 
 
 def test_fused_turned_and_odd_projections_are_read_too(tmp_path: Path) -> None:
-    """Phi-3's qkv_proj and gate_up_proj; GPT-2's matrices, elsewhere stored [in, out]; rows that are no whole blocks."""
+    """Phi-3's qkv_proj and gate_up_proj; GPT-2's, elsewhere stored [in, out]; rows that are no whole blocks of 64."""
     for name, kind in (("phi3", "gptq_4_whole"), ("gpt2", "nf4"), ("gpt2", "int8")):
         plain, folder = tmp_path / f"{name}_{kind}", tmp_path / kind
         make_family(plain, name)
