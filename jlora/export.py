@@ -94,7 +94,7 @@ def print_result(result: dict[str, Any]) -> None:
     if "peft_relative_difference" in result:
         print(f"  in PEFT they differ by {result['peft_relative_difference']:.1e}")
         if result["base_read_by"] == "jlora":
-            print("  (on the base as jlora reads it: transformers cannot read this GGUF file)")
+            print("  (on the base as jlora reads it: transformers cannot read these files, or rounds what it reads)")
 
 
 if __name__ == "__main__":
