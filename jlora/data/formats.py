@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from jlora.config import DataSection
+from jlora.data.pairs import pairs_of
 from jlora.data.row import BadRow, Row
 from jlora.data.rows import read_rows
 from jlora.errors import ConfigError
@@ -24,7 +25,7 @@ COLUMNS = {
 }
 # Those that it may have.
 OPTIONAL: dict[str, tuple[str, ...]] = {
-    "preference": ("prompt",),
+    "preference": ("prompt", "tools"),
     "messages": ("system", "tools", "loss_mask", "weight"),
     "sharegpt": ("system", "tools", "loss_mask", "weight"),
     "alpaca": ("input", "system", "history", "weight"),
@@ -33,7 +34,11 @@ OPTIONAL: dict[str, tuple[str, ...]] = {
 }
 # Other names of columns, as published data sets have them (GSM8K, Dolly, Orca, SQuAD); the more usual first.
 OTHER_NAMES: dict[str, dict[str, tuple[str, ...]]] = {
-    "preference": {"prompt": ("question", "query", "instruction")},
+    "preference": {
+        "prompt": ("question", "query", "instruction"),
+        "chosen": ("chosen_response",),
+        "rejected": ("rejected_response",),
+    },
     "messages": {"messages": ("conversations", "conversation")},
     "sharegpt": {"conversations": ("conversation", "messages")},
     "alpaca": {
@@ -179,6 +184,8 @@ class Columns:
 def rows_of(source: str, cfg: DataSection, columns: Columns | None = None) -> Iterator[Row]:
     """The rows of a source as a run reads them: objects, under the names that their format has for its columns.
 
+    A preference row with several rejected answers is a row for each.
+
     Args:
       columns: counts what other names there are.
 
@@ -195,4 +202,7 @@ def rows_of(source: str, cfg: DataSection, columns: Columns | None = None) -> It
                 raise BadRow("wrong_type", f"a row must be a JSON object, not {type(value).__name__}")
         except BadRow as bad:
             value = bad
-        yield Row(row.where, value)
+        if cfg.format == "preference":
+            yield from pairs_of(Row(row.where, value))
+        else:
+            yield Row(row.where, value)

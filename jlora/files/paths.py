@@ -10,7 +10,8 @@ from jlora.errors import ConfigError, ModelError, UserError
 
 # What the commands write in a run folder.
 RUN_FILES = (
-    *(".lock", ".shared", "config.yaml", "metrics.jsonl", "samples.json", "summary.json", "report.html"),
+    *(".lock", ".shared", "config.yaml", "metrics.jsonl", "samples.json", "starts.jsonl", "summary.json"),
+    "report.html",
     *("effort.json", "effort.html", "effort.png"),
 )
 RUN_FOLDERS = ("adapter", "checkpoints", "quarantine", "tensorboard", "wandb", "mlflow", "trackio")

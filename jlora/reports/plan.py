@@ -3,7 +3,6 @@
 The picture needs matplotlib, and nothing of JAX.
 """
 
-import importlib.util
 import io
 from functools import partial
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Column, Table
 
-from jlora.errors import ConfigError
+from jlora.errors import ConfigError, require_installed
 from jlora.files.atomic import write_bytes
 from jlora.reports.figures import duration
 
@@ -117,8 +116,7 @@ def require_matplotlib(what: str = "--plot") -> None:
     Raises:
       ConfigError: it is not installed.
     """
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ConfigError(f"{what} needs matplotlib, which is not installed; pip install 'jlora[plot]'")
+    require_installed(what, ("matplotlib",), "'jlora[plot]'")
 
 
 def draw(results: list[dict[str, Any]], path: Path) -> None:
