@@ -103,6 +103,27 @@ SHAPES = {
     "assistant_first": {"messages": [answer("I am here."), user("Say 0"), answer("It is 0.")]},
     "unanswered": {"messages": [user("Hi"), answer("Hello."), user("Bye")]},
 }  # fmt: skip
+# What a template cannot write, so that transformers refuses the row too, or would lose some of it without a word.
+ALTERNATING = {"system": "template_error", "results": "template_error", "assistant_first": "template_error"}
+LOST_TOOLS = {"tools": "tools_ignored", "results": "tools_ignored"}
+REFUSED = {
+    "llama3": LOST_TOOLS,
+    "gemma": ALTERNATING | {"tools": "tools_ignored"},
+    "gemma3": {"results": "template_error", "assistant_first": "template_error", "tools": "tools_ignored"},
+    "phi3": LOST_TOOLS,
+    "phi3_5": LOST_TOOLS,
+    "deepseek_r1_distill": LOST_TOOLS,
+    "deepseekv3": LOST_TOOLS,
+    "lfm2": LOST_TOOLS,
+    "cohere2": {"results": "template_error", "assistant_first": "template_error", "tools": "tools_ignored"},
+}
+# Templates that drop a reasoning in the last content as well.
+DROPPING = {"deepseek_r1_distill", "deepseekv3"}
+
+
+def accepted(name, shape):
+    """Whether a template can write a row of a shape."""
+    return shape not in REFUSED.get(name, {})
 
 
 @cache

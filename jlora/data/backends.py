@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from jlora.errors import ModelError, UserError
@@ -50,8 +51,9 @@ class Fast:
     def specials(self) -> dict[int, str]:
         return {i: token.content for i, token in self.tokenizer.get_added_tokens_decoder().items() if token.special}
 
-    def added_strings(self) -> list[str]:
-        return [token.content for token in self.tokenizer.get_added_tokens_decoder().values()]
+    @cached_property
+    def added(self) -> dict[str, int]:
+        return {token.content: i for i, token in self.tokenizer.get_added_tokens_decoder().items()}
 
     def name(self, token: int) -> str:
         return self.tokenizer.id_to_token(token) or ""
@@ -89,9 +91,6 @@ class SentencePiece:
 
     def specials(self) -> dict[int, str]:
         return {i: content for content, i in self.added.items()}
-
-    def added_strings(self) -> list[str]:
-        return [*self.added]
 
     def name(self, token: int) -> str:
         return self.specials()[token] if token in self.added.values() else self.processor.id_to_piece(token)

@@ -6,7 +6,7 @@ be the same text but for them.
 
 import json
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from jlora.config import Counted
 from jlora.data import reasoning as thoughts
@@ -91,20 +91,21 @@ def write(tokenizer: Tokenizer, chat: Conversation, reasoning: str, roles: list[
     """
     renders = _renderer(tokenizer, chat.tools)
     given = thoughts.without_history(chat.messages) if reasoning == "strip" else chat.messages
-    messages, text, marked, marks = _whole(renders, given)
-    last = thoughts.last_answer(messages)
-    if last is not None and not any(each[1:] == (THOUGHT, last) for each in marks):
+    whole = _whole(tokenizer, chat.tools, given)
+    last = thoughts.last_answer(whole.messages)
+    if last is not None and not any(each[1:] == (THOUGHT, last) for each in whole.marks):
         for begun in (False, True):
             if told := thoughts.in_content(given[last], begun=begun):
-                messages, text, marked, marks = _whole(renders, [*given[:last], told, *given[last + 1 :]])
-            if not thoughts.TWICE.search(text):
+                whole = _whole(tokenizer, chat.tools, [*given[:last], told, *given[last + 1 :]])
+            if not thoughts.TWICE.search(whole.text):
                 break
+    messages, text, marked, marks, generated = whole
     _check_tools(tokenizer, chat.tools, messages, text, False)
     layout = Layout(tokenizer, renders, marked, text, marks)
     answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     spans = [layout.content(i) for i, m in enumerate(messages) if m["role"] in roles and m["role"] != "assistant"]
     if "assistant" in roles and tokenizer.marks_answers:
-        spans += _generated(tokenizer, chat.tools, messages, layout, answers)
+        spans += _generated(generated, layout, answers)
     elif "assistant" in roles:
         spans += [layout.answer(i) for i in answers]
     return text, sorted(spans, key=lambda span: span.start)
@@ -120,16 +121,44 @@ def _renderer(tokenizer: Tokenizer, tools: list[Any] | None) -> Render:
     return renders
 
 
-def _whole(renders: Render, messages: list[Message]) -> tuple[list[Message], str, list[Message], list[Mark]]:
-    """The messages in the first form of which the template loses nothing, their text, and both with marks."""
+class _Whole(NamedTuple):
+    """Messages of which the template loses nothing, their text, both with marks, and what the template itself marks.
 
-    def whole(form: list[Message]) -> tuple[list[Message], str, list[Message], list[Mark]]:
-        text = shown(renders(form, False))
+    Attributes:
+      generated: characters from and to, of each `{% generation %}`; none where the template has no such marks.
+    """
+
+    messages: list[Message]
+    text: str
+    marked: list[Message]
+    marks: list[Mark]
+    generated: list[tuple[int, int]]
+
+
+def _whole(tokenizer: Tokenizer, tools: list[Any] | None, messages: list[Message]) -> _Whole:
+    """The messages in the first form of which the template loses nothing."""
+    renders = _renderer(tokenizer, tools)
+
+    def whole(form: list[Message]) -> _Whole:
+        text, generated = _written(tokenizer, tools, form)
         marked, marks = _marked(renders, form, text, False)
         _check_whole(form, marks)
-        return form, text, marked, marks
+        return _Whole(form, text, marked, marks, generated)
 
     return _accepted(messages, whole)
+
+
+def _written(
+    tokenizer: Tokenizer, tools: list[Any] | None, messages: list[Message]
+) -> tuple[str, list[tuple[int, int]]]:
+    """A text, and what the template itself says that the assistant generates: both of one rendering."""
+    if not tokenizer.marks_answers:
+        return shown(_renderer(tokenizer, tools)(messages, False)), []
+    try:
+        raw, spans = tokenizer.render_marked(messages, tools)
+    except DataError as error:
+        raise BadRow("template_error", str(error)) from error
+    return shown(raw), [(len(shown(raw[:start])), len(shown(raw[:end]))) for start, end in spans if start < end]
 
 
 def _accepted(messages: list[Message], made: Callable[[list[Message]], T]) -> T:
@@ -203,12 +232,8 @@ def _marked(renders: Render, messages: list[Message], text: str, prompt: bool) -
     )
 
 
-def _generated(
-    tokenizer: Tokenizer, tools: list[Any] | None, messages: list[Message], layout: Layout, answers: list[int]
-) -> list[Span]:
-    """What the template itself says that the assistant generates, by `{% generation %}`."""
-    raw, spans = tokenizer.render_marked(messages, tools)
-    places = [(len(shown(raw[:start])), len(shown(raw[:end]))) for start, end in spans if start < end]
+def _generated(places: list[tuple[int, int]], layout: Layout, answers: list[int]) -> list[Span]:
+    """The answers by what the template says that the assistant generates."""
     if len(places) == len(answers):
         return [Span(i, *place) for i, place in zip(answers, places, strict=True)]
     ends = [(layout.anchor(i).at, i) for i in answers]

@@ -2,15 +2,15 @@
 
 import itertools
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
-
-import numpy as np
+from typing import Any, Literal, NamedTuple, get_args
 
 from jlora.config import DataSection
 from jlora.data.characters import characters
 from jlora.data.encoding import encode_whole, fit
 from jlora.data.formats import rows_of
-from jlora.data.row import BadRow
+from jlora.data.parts import Kind, parts_of
+from jlora.data.prompts import Example, RowText, encode_texts
+from jlora.data.row import BadRow, Row
 from jlora.data.tokens import Tokenizer
 from jlora.files.text import clean
 
@@ -19,15 +19,22 @@ SHOWN = 2048
 SHOWN_CUT = 64
 
 Mark = Literal["context", "trained", "cut", "gap"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
 class Piece(NamedTuple):
-    """A token; a `gap` stands for tokens left out, and its text says how many."""
+    """A token; a `gap` stands for tokens left out, and its text says how many.
+
+    Attributes:
+      kind: of a chat, whether it is of tools or of reasoning. weight: of its loss.
+    """
 
     id: int
     text: str
     part: Mark
     special: bool
+    kind: Kind = ""
+    weight: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -71,7 +78,10 @@ def show_rows(source: str, count: int, tokenizer: Tokenizer, cfg: DataSection) -
         shown.append(
             Shown(
                 row.where,
-                [_pieces(tokenizer, *each[:2], len(some.ids)) for each, some in zip(sequences, kept, strict=True)],
+                [
+                    _pieces(tokenizer, each, _kinds(tokenizer, row, cfg, len(each.ids)), len(some.ids))
+                    for each, some in zip(sequences, kept, strict=True)
+                ],
                 tokens,
                 sum(int(each.trained.sum()) for each in kept),
                 sum(len(each.ids) for each in sequences) - tokens,
@@ -80,8 +90,22 @@ def show_rows(source: str, count: int, tokenizer: Tokenizer, cfg: DataSection) -
     return shown
 
 
-def _pieces(tokenizer: Tokenizer, ids: np.ndarray, trained: np.ndarray, limit: int) -> list[Piece]:
+def _kinds(tokenizer: Tokenizer, row: Row, cfg: DataSection, length: int) -> list[Kind]:
+    """The kind of each of so many tokens of a row; none where it is not a chat of one sequence."""
+    plain: list[Kind] = [""] * length
+    if cfg.format not in ("messages", "sharegpt"):
+        return plain
+    text, parts = parts_of(tokenizer, row.value, cfg.format, cfg.reasoning)
+    (found,) = encode_texts(tokenizer, [RowText(text, [(*part[:2], KINDS.index(part[2])) for part in parts], None)])
+    if isinstance(found, BadRow):  # there are no such parts
+        return plain
+    first: Kind = next((kind for start, _, kind in parts if start == 0), "")  # no loss counts a first token
+    return [first, *(KINDS[int(number)] for number in found[0].weights[1:])]
+
+
+def _pieces(tokenizer: Tokenizer, example: Example, kinds: list[Kind], limit: int) -> list[Piece]:
     """Pieces of a sequence, of which the model gets `limit` tokens, and no more than there are."""
+    ids, trained = example.ids, example.trained
 
     def part(first: int, last: int) -> list[Piece]:
         found = zip(range(first, last), characters(tokenizer, ids[first:last]), strict=True)
@@ -89,6 +113,7 @@ def _pieces(tokenizer: Tokenizer, ids: np.ndarray, trained: np.ndarray, limit: i
             Piece(
                 int(ids[i]), clean(text.replace("\r", "")),
                 "cut" if i >= limit else "trained" if trained[i] else "context", special,
+                kinds[i], float(example.weights[i]),
             )
             for i, (text, special) in found
         ]  # fmt: skip

@@ -106,17 +106,19 @@ def lay_out(tokenizer: Tokenizer, row: dict[str, Any], *, format: str, prompt: s
 
 def encode_texts(tokenizer: Tokenizer, layouts: list[RowText]) -> list[Encoded]:
     """The tokens of rows laid out, encoded together, which is faster than one by one."""
-    ends = [{len(laid.text), *(end for span in laid.spans for end in span[:2])} for laid in layouts]
-    texts = [laid.text[:end] for laid, some in zip(layouts, ends, strict=True) for end in some]
-    encoded = iter(tokenizer.encode_all(texts))
+    encoded = tokenizer.encode_all([laid.text for laid in layouts])
+    places = [sorted({place for span in laid.spans for place in span[:2]}) for laid in layouts]
+    known = [tokenizer.up_to(laid.text, *each) for laid, *each in zip(layouts, encoded, places, strict=True)]
+    rest = iter(tokenizer.encode_all([left for each in known for _, left in each]))
     found: list[Encoded] = []
-    for laid, some in zip(layouts, ends, strict=True):
-        upto = {end: _begun(tokenizer, next(encoded), laid.eos is None) for end in some}
-        ids = upto[len(laid.text)]
+    for laid, own, some, counts in zip(layouts, encoded, places, known, strict=True):
+        ids = _begun(tokenizer, list(own), laid.eos is None)
+        begun = len(ids) - len(own)
+        upto = {place: begun + count + len(next(rest)) for place, (count, _) in zip(some, counts, strict=True)}
         plain = all(weight in (0.0, 1.0) for *_, weight in laid.spans)
         weights = np.zeros(len(ids) + 1, dtype=bool if plain else np.float32)
         for start, end, weight in laid.spans:
-            weights[len(upto[start]) : len(upto[end])] = weight
+            weights[upto[start] : upto[end]] = weight
         if laid.eos is not None and ids[-1] != tokenizer.eos_id:
             ids.append(tokenizer.eos_id)
             weights[-1] = laid.eos

@@ -3,6 +3,7 @@
 Knows nothing of rows, formats or loss masks.
 """
 
+import bisect
 import datetime
 import hashlib
 import json
@@ -140,8 +141,32 @@ class Tokenizer:
     @cached_property
     def whole(self) -> re.Pattern[str]:
         """What finds in a text those tokens that stand for a string as a whole, special or not."""
-        strings = sorted({self.eos_token, *self.backend.added_strings()}, key=len, reverse=True)
+        strings = sorted({self.eos_token, *self.backend.added}, key=len, reverse=True)
         return re.compile("|".join(map(re.escape, strings)))
+
+    def up_to(self, text: str, ids: list[int], places: list[int]) -> list[tuple[int, str]]:
+        """For each of some places of a text whose ids are known: how many of them lead up to where, and what is left.
+
+        So the text up to a place has that number of ids and those of what is left. A token that stands for a string as
+        a whole splits a text before anything else does; where such tokens are not found in the text one by one, all of
+        it is left.
+        """
+        found = [(match.start(), match.end(), self.backend.added.get(match[0])) for match in self.whole.finditer(text)]
+        known = set(self.backend.added.values())
+        at = [i for i, token in enumerate(ids) if token in known]
+        if [ids[i] for i in at] != [token for *_, token in found]:
+            found = []
+        ends = [end for _, end, _ in found]
+        counts = []
+        for place in places:
+            last = bisect.bisect_right(ends, place) - 1
+            if place == len(text):
+                counts.append((len(ids), ""))
+            elif last < 0:
+                counts.append((0, text[:place]))
+            else:
+                counts.append((at[last], text[found[last][0] : place]))
+        return counts
 
     def render(self, messages: list[dict[str, Any]], *, add_generation_prompt: bool, tools: Any = None) -> str:
         """The text of a conversation by the chat template, run in a sandbox.

@@ -166,7 +166,8 @@ def write_adapter(
         dtype, tolerance = jnp.dtype("float32"), 1e-5
     whole = gather(adapter, mesh)
     if is_main():
-        save_adapter(folder, whole, section, pretrained.name, pretrained.base_hash, pretrained.base.cfg.names)
+        base, names = pretrained.lasting_name, pretrained.base.cfg.names
+        save_adapter(folder, whole, section, base, pretrained.base_hash, names)
     wait_for_all("exported")
     cfg = pretrained.base.cfg
     reread = place_adapter(load_adapter(folder, cfg, pretrained.base_hash, section.dropout), cfg, mesh)

@@ -4,20 +4,23 @@ from dataclasses import asdict, dataclass
 from itertools import groupby
 from typing import Any, get_args
 
+import numpy as np
 from rich.console import Console
 from rich.text import Text
 
 from jlora.config import Config
 from jlora.data.checks import Check, Level, check, check_overlap, check_run, count_batches, describe, scan
-from jlora.data.encoding import read_data
+from jlora.data.encoding import read_data, tokenize
+from jlora.data.near import check_near
 from jlora.data.packing import plan_steps
-from jlora.data.preview import Shown, show_rows
+from jlora.data.preview import Piece, Shown, show_rows
 from jlora.data.tokens import Tokenizer
 from jlora.errors import ConfigError, DataError
 from jlora.files.text import clean, counted
 from jlora.hf.pretrained import open_tokenizer, stop_tokens, tokenizer_of
 from jlora.hf.shapes import SHAPES
 from jlora.reports import page
+from jlora.reports.answers import Card, Cell, marked
 from jlora.reports.charts import Chart, chart
 
 Table = tuple[list[str], list[list[str]]]
@@ -27,10 +30,14 @@ COUNTS = {
 }  # fmt: skip
 LENGTHS = {"min": "shortest", "median": "median", "p90": "90 % at most", "max": "longest"}
 
+# How strong the colour of a token is whose loss hardly counts, in per cent of that of the one which counts most.
+FAINT = 25
 # Of checks, the worst first.
 LEVELS = get_args(Level)
 
 STYLES = {"context": "", "trained": "bold green", "cut": "strike red", "gap": "italic dim"}
+# Of tools and of reasoning, trained or not.
+COLOURS = {"tool": "cyan", "thought": "magenta"}
 # Where there is no colour, what is trained and what is cut off stands in brackets.
 BRACKETS = {"trained": "⟦⟧", "cut": "✂✂"}
 BAR = 40
@@ -67,10 +74,13 @@ def look(cfg: Config, num_rows: int) -> Seen:
         if cfg.data.on_bad_row == "skip":
             raise
         section = cfg.data.model_copy(update={"on_bad_row": "skip"})
-        train_data, eval_data = read_data(cfg.model_copy(update={"data": section}), tokenizer)
+        try:
+            train_data, eval_data = read_data(cfg.model_copy(update={"data": section}), tokenizer)
+        except DataError:  # of what is left, which is not what is wrong first
+            raise error from None
         num_bad = sum(sum(each.dropped.values()) for each in (train_data, eval_data) if each)
-        checks.append(Check("bad_rows", "error", num_bad, str(error)))
-    report: dict[str, Any] = {"train": None, "eval": None}
+        checks.append(Check("bad_rows", "error", num_bad, _bad_rows(cfg, tokenizer)))
+    report: dict[str, Any] = {"train": None, "eval": None, "near": []}
     hashes = {}
     for name, dataset in (("train", train_data), ("eval", eval_data)):
         if dataset is None:
@@ -83,6 +93,9 @@ def look(cfg: Config, num_rows: int) -> Seen:
         report["train"]["held_out"] = len(eval_data.examples)
     if eval_data is not None:
         checks += check_overlap(hashes["train"], eval_data, hashes["eval"])
+        shared = np.isin(hashes["eval"], hashes["train"])
+        warned, report["near"] = check_near(train_data, eval_data, shared, tokenizer.decode)
+        checks += warned
     _, num_steps = plan_steps(cfg, train_data)
     report["steps"] = num_steps
     checks += check_run(cfg, num_steps, positions)
@@ -90,6 +103,19 @@ def look(cfg: Config, num_rows: int) -> Seen:
     each = -(-num_rows // len(cfg.data.sources))  # the first rows of every source
     rows = [row for source in cfg.data.sources for row in show_rows(source.path, each, tokenizer, cfg.data)]
     return Seen(report, rows[:num_rows])
+
+
+def _bad_rows(cfg: Config, tokenizer: Tokenizer) -> str:
+    """What is wrong with the rows of every source; `train` would tell the first source's alone."""
+    sources = [(source.path, cfg.data) for source in cfg.data.sources]
+    sources += [(cfg.data.eval, cfg.data.held_out)] if isinstance(cfg.data.eval, str) else []
+    says = []
+    for path, section in sources:
+        try:
+            tokenize(path, tokenizer, section)
+        except DataError as error:
+            says.append(str(error))
+    return "; and ".join(says)
 
 
 def _tokenizer(cfg: Config) -> tuple[Tokenizer, list[int], Any]:
@@ -110,22 +136,40 @@ def render(title: str, report: dict[str, Any], rows: list[Shown]) -> str:
       title: such as the config's name.
     """
     sets = {name: report[name] for name in ("train", "eval") if report[name] is not None}
-    pieces = [
-        [[(part, list(run)) for part, run in groupby(sequence, lambda piece: piece.part)] for sequence in row.sequences]
-        for row in rows
-    ]
+    shown = [piece for row in rows for sequence in row.sequences for piece in sequence]
+    most = max([1.0, *(piece.weight for piece in shown)])
+    runs = [[_runs(sequence, most) for sequence in row.sequences] for row in rows]
     return page.render(
         "data.html",
         name=title,
         checks=sorted(report["checks"], key=lambda found: LEVELS.index(found["level"])),
+        near=[_near(**pair) for pair in report["near"]],
         train=report["train"],
         held_out=report["eval"],
         charts=[_lengths(f"data.{name}", found) for name, found in sets.items()],
         rows=_rows(sets),
         sources=_sources(report["train"]["sources"]),
         batches=_batches(report["train"]["batches"]),
-        first=list(zip(rows, pieces, strict=True)),
+        kinds={piece.kind for piece in shown},
+        weighted=any(piece.weight not in (0.0, most) for piece in shown),
+        first=list(zip(rows, runs, strict=True)),
     )
+
+
+def _runs(sequence: list[Piece], most: float) -> list[tuple[str, int, list[Piece]]]:
+    """Pieces that look alike and follow each other: their classes, and how strong their colour is, in per cent."""
+
+    def look(piece: Piece) -> tuple[str, int]:
+        shade = FAINT + (100 - FAINT) * piece.weight / most if piece.part == "trained" else 100
+        return f"{piece.part} {piece.kind}".strip(), round(shade)
+
+    return [(*looks, list(run)) for looks, run in groupby(sequence, look)]
+
+
+def _near(places: list[str], share: float, texts: list[str]) -> Card:
+    """A held-out sequence and a training one, with the words marked that are not in both."""
+    pairs = zip(places, texts, reversed(texts), strict=True)
+    return Card(f"about {share:.0%} alike", [], [Cell(place, marked(text, other)) for place, text, other in pairs])
 
 
 def _rows(sets: dict[str, dict[str, Any]]) -> Table:
@@ -134,7 +178,7 @@ def _rows(sets: dict[str, dict[str, Any]]) -> Table:
     if "held_out" in sets["train"]:
         rows.insert(1, ["of them held out", f"{sets['train']['held_out']:,}", *[""] * (len(sets) - 1)])
     rows += [[f"tokens, {k}", *(f"{found['lengths'][key]:,}" for found in sets.values())] for key, k in LENGTHS.items()]
-    rows += [[f"dropped: {k}", *(f"{found['dropped'].get(k, 0):,}" for found in sets.values())] for k in reasons]
+    rows += [[f"bad rows: {k}", *(f"{found['dropped'].get(k, 0):,}" for found in sets.values())] for k in reasons]
     return ["", *(f"data.{name}" for name in sets)], rows
 
 
@@ -173,8 +217,14 @@ def print_report(report: dict[str, Any], rows: list[Shown], console: Console) ->
     for found in report["checks"]:
         if found["level"] != "error":
             say(f"{found['level']}: {found['sentence']}")
+    for pair in report["near"]:
+        say(f"  about {pair['share']:.0%} alike, around where they part:")
+        for place, text in zip(pair["places"], pair["texts"], strict=True):
+            say(f"    {place}: {' '.join(text.split())}")
     errors, warnings = (sum(found["level"] == level for found in report["checks"]) for level in ("error", "warning"))
-    verdict = "would train wrongly" if errors else counted(warnings, "warning") if warnings else "nothing found wrong"
+    stops = any(found["name"] == "bad_rows" for found in report["checks"])
+    wrong = "train would stop at the bad rows" if stops else "would train wrongly"
+    verdict = wrong if errors else counted(warnings, "warning") if warnings else "nothing found wrong"
     say(f"{counted(report['steps'], 'optimizer step')}; {verdict}")
     if rows:
         plain = console.color_system is None
@@ -182,6 +232,10 @@ def print_report(report: dict[str, Any], rows: list[Shown], console: Console) ->
         for part, words in (("context", "not trained"), ("trained", "trained"), ("cut", "cut off")):
             marks = BRACKETS.get(part, "  ") if plain else "  "
             legend.append(f"{marks[0]}{words}{marks[1]}".strip(), STYLES[part]).append("  ")
+        kinds = {piece.kind for row in rows for sequence in row.sequences for piece in sequence}
+        for kind, words in (("tool", "tools"), ("thought", "reasoning")):
+            if kind in kinds and not plain:
+                legend.append(words, COLOURS[kind]).append("  ")
         console.print(legend)
         for row in rows:
             _print_row(row, plain, console)
@@ -195,7 +249,7 @@ def _print_set(name: str, found: dict[str, Any], say: Any) -> None:
         f"{found['trained_tokens']:,} of them trained ({found['trained_tokens'] / found['tokens']:.1%})"
     )
     say(
-        f"  cut {found['truncated']:,}, dropped {sum(found['dropped'].values()):,}, "
+        f"  cut {found['truncated']:,}, bad rows {sum(found['dropped'].values()):,}, "
         f"exact copies {found['duplicates']:,}; tokens a sequence: {lengths['min']:,} to {lengths['max']:,}, "
         f"median {lengths['median']:,}, 90 % at most {lengths['p90']:,}, 99 % at most {lengths['p99']:,}"
     )
@@ -229,7 +283,15 @@ def _print_row(row: Shown, plain: bool, console: Console) -> None:
                 text.append(BRACKETS.get(before, "  ")[1].strip() + BRACKETS.get(piece.part, "  ")[0].strip())
             before = piece.part
             words = f"[… {piece.text} …]" if piece.part == "gap" else piece.text
-            text.append(words, STYLES[piece.part] + " reverse" * piece.special)
+            text.append(words, _style(piece) + " reverse" * piece.special)
         if plain:
             text.append(BRACKETS.get(before, "  ")[1].strip())
         console.print(text, soft_wrap=True)
+
+
+def _style(piece: Piece) -> str:
+    """How a piece looks: what counts less is not bold."""
+    if piece.part not in ("context", "trained"):
+        return STYLES[piece.part]
+    style = STYLES[piece.part].replace("bold", "bold" if piece.weight >= 1.0 else "")
+    return style.replace("green", COLOURS[piece.kind]) if piece.kind and style else COLOURS.get(piece.kind, style)

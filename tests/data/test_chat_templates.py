@@ -4,39 +4,32 @@ import itertools
 import re
 from dataclasses import replace
 
+import numpy as np
 import pytest
-from chat_templates import PUBLISHED, SHAPES, answer, encode, ours, shown, theirs, user
+from chat_templates import (
+    DROPPING,
+    PUBLISHED,
+    REFUSED,
+    SHAPES,
+    accepted,
+    answer,
+    encode,
+    ours,
+    shown,
+    theirs,
+    user,
+)
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from jlora.data.row import BadRow
 
 CASES = list(itertools.product(PUBLISHED, SHAPES))
-# What a template cannot write, so that transformers refuses the row too, or would lose some of it without a word.
-ALTERNATING = {"system": "template_error", "results": "template_error", "assistant_first": "template_error"}
-LOST_TOOLS = {"tools": "tools_ignored", "results": "tools_ignored"}
-REFUSED = {
-    "llama3": LOST_TOOLS,
-    "gemma": ALTERNATING | {"tools": "tools_ignored"},
-    "gemma3": {"results": "template_error", "assistant_first": "template_error", "tools": "tools_ignored"},
-    "phi3": LOST_TOOLS,
-    "phi3_5": LOST_TOOLS,
-    "deepseek_r1_distill": LOST_TOOLS,
-    "deepseekv3": LOST_TOOLS,
-    "lfm2": LOST_TOOLS,
-    "cohere2": {"results": "template_error", "assistant_first": "template_error", "tools": "tools_ignored"},
-}
 # Templates that read no `reasoning_content`: here it stands in the last answer, between tags, where they would lose it.
 NO_REASONING = {
     *("llama3", "qwen2_5", "qwen3_instruct_2507", "gemma", "gemma3", "phi3", "phi3_5", "deepseek_r1_distill"),
     *("deepseekv3", "lfm2", "cohere2"),
 }
-# Templates that drop a reasoning in the last content as well.
-DROPPING = {"deepseek_r1_distill", "deepseekv3"}
-
-
-def accepted(name, shape):
-    return shape not in REFUSED.get(name, {})
 
 
 def by_transformers(name, row, **options):
@@ -146,6 +139,37 @@ def test_located_turns_are_those_that_trl_marks(name, shape):
         return
     tokens = [theirs(name).decode([token]) for token in expected.input_ids]
     assert example.trained.tolist() == corrected(name, row, tokens, expected.assistant_masks)
+
+
+# Of the answers of "turns", in order; the last two shapes of the matrix.
+WEIGHTS = (0.5, 0.0, 2.0)
+
+
+def answers_of(name, row):
+    """What transformers marks of each answer by TRL's training template, as a mask of its own."""
+    expected = by_transformers(f"{name}_training", row, return_assistant_tokens_mask=True)
+    tokens = [theirs(name).decode([token]) for token in expected.input_ids]
+    found = np.zeros((len(row["messages"]) // 2, len(tokens)), bool)
+    for mask, (start, end) in zip(found, runs(expected.assistant_masks), strict=True):
+        mask[without_empty_thought(tokens, start, end) : end] = True
+    return found
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("marked", [True, False])
+def test_weights_of_turns_and_the_last_answer_alone(name, marked):
+    row = SHAPES["turns"]
+    tokenizer = ours(f"{name}_training" if marked else name)
+    if marked:
+        answers = answers_of(name, row)
+    else:  # `test_located_turns_are_those_that_trl_marks` has shown which they are
+        trained = encode(tokenizer, row).trained
+        answers = np.stack([(np.arange(len(trained)) >= a) & (np.arange(len(trained)) < b) for a, b in runs(trained)])
+    turns = [dict(turn) for turn in row["messages"]]
+    for turn, weight in zip(turns[1::2], WEIGHTS, strict=True):
+        turn["weight"] = weight
+    np.testing.assert_array_equal(encode(tokenizer, {"messages": turns}).weights, np.array(WEIGHTS) @ answers)
+    np.testing.assert_array_equal(encode(tokenizer, row, train_on="last").weights, answers[-1])
 
 
 # Ways of templates, made small: `[role]` begins a turn and `<|end|>` ends it, which is a token.

@@ -3,6 +3,7 @@
 Screenshots stay in the folder that JLORA_SCREENSHOTS names, if it is set.
 """
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import browser
 import pytest
+from chat_templates import SHAPES, answer, source, tokenizer_folder, user
 from report_pages import make_run
 from tiny import make_completions, make_llama, make_tokenizer, write_config
 
@@ -48,6 +50,26 @@ def data_page(folder: Path) -> Path:
     seen = look(load_config(config), 6)
     (folder / "data.html").write_text(render("c", seen.report, seen.rows), encoding="utf-8")
     return folder / "data.html"
+
+
+def chats_page(folder: Path) -> Path:
+    """Tools, reasoning, emoji, rare scripts, weights, a row that is cut, and a held-out row that is nearly it."""
+    thinking = answer("It is 391. 🎉", reasoning_content="17 · 20 + 17 · 3 = 391 👍🏽")
+    weighted = [answer("नमस्ते, สวัสดี, 你好, مرحبا 🙂", weight=0.25), user("And?"), answer("𐎀𐎁 გამარჯობა", weight=0.5)]
+    long = [user("Why is the sky blue?"), answer("Air scatters short waves of light more than long ones. " * 12)]
+    rows = [SHAPES["results"], {"messages": [user("17 · 23?"), thinking]}]
+    rows += [{"messages": [user("Hello to 👨‍👩‍👧‍👦 🇩🇪?"), *weighted, user("Bye"), answer("Bye")]}, {"messages": long}]
+    held = [{"messages": [long[0], answer(long[1]["content"].replace("Air", "It", 1))]}]
+    for name, some in (("rows", rows), ("held", held)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some), encoding="utf-8")
+    (folder / "template.jinja").write_text(source("qwen3_instruct_2507"), encoding="utf-8")
+    section = {"format": "messages", "max_length": 640, "eval": str(folder / "held.jsonl")}
+    section["chat_template"] = str(folder / "template.jinja")
+    config = write_config(folder / "c.yaml", Path("llama2-7b"), folder / "rows.jsonl", folder / "run", data=section)
+    seen = look(load_config(config, [f"model.tokenizer={tokenizer_folder('<|im_end|>')}"]), 4)
+    assert len(seen.report["near"]) == 1 and seen.rows[-1].cut
+    (folder / "chats.html").write_text(render("c", seen.report, seen.rows), encoding="utf-8")
+    return folder / "chats.html"
 
 
 ANSWER = "It came on a Tuesday, the box was dented, and the card slot has been of more use than I had thought. "
@@ -111,6 +133,7 @@ PAGES: dict[str, tuple[Callable[[Path], Path], int]] = {
     "report": (report_page, 4),
     "compared": (compared_page, 4),
     "data": (data_page, 2),
+    "chats": (chats_page, 2),
     "judged": (judged_page, 0),
     "effort": (effort_page, 4),
     "index": (index_page, 0),
