@@ -63,7 +63,8 @@ def _bnb_4bit(module: str, kind: str, stored: Stored) -> Layout:
         nested = 0
     else:
         value = blob.get("nested_offset")
-        if type(nested) is not int or nested < 1 or not isinstance(value, float | int) or not math.isfinite(value):
+        # An integer may be greater than every float.
+        if type(nested) is not int or nested < 1 or not isinstance(value, float | int) or not abs(value) < 1e30:
             raise stored.refuse(state, f"says nested_blocksize={nested!r} and nested_offset={value!r}")
         offset = float(value)
         names["absmax"] = stored.require(f"{name}.absmax", (num_blocks,), ("U8",), name)

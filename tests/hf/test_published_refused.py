@@ -145,6 +145,7 @@ DAMAGED = {
     "nf4_shape": ("nf4", blob(shape=[128, -192]), r"says the shape \[128, -192\]"),
     "nf4_other_shape": ("nf4", blob(shape=[64, 384]), r"misshapen.*o_proj.weight \[64, 384\] instead of \[128, 192\]"),
     "nf4_block": ("nf4", blob(blocksize=0), "says the block size 0"),
+    "nf4_large_offset": ("nf4", blob(nested_offset=10**400), "nested_offset=1000"),
     "nf4_offset": ("nf4", blob(nested_offset="x"), "nested_offset='x'"),
 }
 
