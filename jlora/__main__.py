@@ -8,6 +8,7 @@ from typing import Any
 
 import jlora
 from jlora import cli
+from jlora.errors import ConfigError
 
 # Command -> the module that holds it.
 COMMANDS = {name: f"jlora.{name}" for name in ("init", "train", "plan", "generate", "evaluate", "effort")}
@@ -44,6 +45,9 @@ def main() -> None:
         "--completion", action=Completion, choices=("bash", "zsh", "fish"), help="print what makes a shell complete"
     )
     parser.add_argument("command", metavar="COMMAND", choices=tuple(PURPOSES), help=argparse.SUPPRESS)
+    if len(sys.argv) == 1 and cli.COMPLETION not in os.environ:
+        parser.print_help()
+        parser.exit(ConfigError.exit_code)
     command = completed() or parser.parse_args(sys.argv[1 : 3 if sys.argv[1:2] == ["--completion"] else 2]).command
     sys.argv = [f"jlora {command}", *sys.argv[2:]]
     importlib.import_module(COMMANDS[command]).main()

@@ -8,7 +8,7 @@ import re
 import sys
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import nullcontext
 from typing import Any, NoReturn, get_args
 
@@ -96,11 +96,12 @@ def _path(text: str) -> str:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def run(command: Callable[[], int | None], listen: bool = True) -> None:
+def run(command: Callable[[], int | None], listen: bool = True, flags: Collection[str] = ()) -> None:
     """Run a command's body and exit: a `UserError` becomes one line on stderr and its exit code.
 
     Args:
       listen: to signals, also in native code; a command that forks has to do it itself, after that.
+      flags: arguments of a command without a config, which its sentences name in place of keys.
     """
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs its every step, and tracebacks of failed saves
@@ -127,7 +128,7 @@ def run(command: Callable[[], int | None], listen: bool = True) -> None:
                 raise
             _uncaught(type(error), error, error.__traceback__)
         code = known.exit_code if known else 1
-        sentence = clean(redact(" ".join(str(known or error).splitlines())))
+        sentence = as_flags(clean(redact(" ".join(str(known or error).splitlines()))), flags)
         if known:
             print(f"error: {sentence}", file=sys.stderr)
     streams.flush()
@@ -136,6 +137,16 @@ def run(command: Callable[[], int | None], listen: bool = True) -> None:
             distributed.end(code, sentence)
         supervise.done(code)
     sys.exit(code)
+
+
+def as_flags(sentence: str, flags: Collection[str]) -> str:
+    """A sentence that says `--on-bad-row skip` where it said `data.on_bad_row=skip`, of the flags that there are."""
+
+    def flag(found: re.Match[str]) -> str:
+        name = "base" if found[0].startswith("model.path") else found[1]
+        return f"--{name.replace('_', '-')}{' ' * bool(found[2])}" if name in flags else found[0]
+
+    return re.sub(r"\b(?:data|model)\.([a-z_]+)\b(=?)", flag, sentence)
 
 
 def explain(error: Exception) -> UserError | None:
@@ -195,8 +206,13 @@ def show(args: argparse.Namespace, found: Any, people: Callable[[], None], kept:
 
 def add_config_arguments(parser: Parser) -> None:
     """The config file, by position or as `--config FILE`, and `key=value` overrides behind it; see `config_file`."""
-    parser.add_argument("--config", type="path", metavar="FILE", help="YAML file of the run; see docs/config.md")
-    overrides = parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a dotted config key")
+    parser.add_argument("--config", type="path", metavar="FILE", help="the same as CONFIG")
+    overrides = parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="CONFIG, key=value",
+        help="YAML file of the run, and overrides of its dotted keys, which `jlora config` lists",
+    )
     overrides.completer = _config_words  # type: ignore[attr-defined]
     parser.usage = f"{parser.prog} CONFIG [key=value ...] [options]"
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from jlora import cli
 from jlora.config import load_config
 from jlora.errors import ConfigError
+from jlora.evaluation import require_scores
 from jlora.runtime import xla
 
 
@@ -55,6 +56,7 @@ def main() -> None:
             raise ConfigError("--heldout, --max-new-tokens and --batch-size must be at least 1")
         if args.price is not None and not 0 <= args.price < float("inf"):
             raise ConfigError("--price must be finite and not negative")
+        require_scores()
         cfg = load_config(cli.config_file(args), args.overrides)
 
         from jlora.evaluation.effort import Options, effort

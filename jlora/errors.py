@@ -4,7 +4,9 @@ Every message is one sentence that says what is wrong, where, and what to do. `j
 one into a line on stderr and the exit code below; anything else that is raised is a bug of ours (1).
 """
 
+import importlib.util
 import re
+from collections.abc import Sequence
 
 LONGEST = 3000  # characters: a value from the user's files may be of any length
 
@@ -35,6 +37,20 @@ class ModelError(UserError):
     """Bad base model, tokenizer, checkpoint or adapter."""
 
     exit_code = 4
+
+
+def require_installed(what: str, packages: Sequence[str], install: str) -> None:
+    """Refuse to go on without packages of others.
+
+    Args:
+      what: needs them. install: what follows `pip install`.
+
+    Raises:
+      ConfigError: naming those that are not installed.
+    """
+    missing = [name for name in packages if importlib.util.find_spec(name.replace("-", "_")) is None]
+    if missing:
+        raise ConfigError(f"{what} needs {' and '.join(missing)}, not installed here; pip install {install}")
 
 
 class MemoryExceeded(UserError):

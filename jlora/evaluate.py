@@ -8,6 +8,7 @@ import argparse
 
 from jlora import cli
 from jlora.errors import ConfigError
+from jlora.evaluation import require_scores
 
 
 def make_parser() -> cli.Parser:
@@ -41,7 +42,7 @@ def make_parser() -> cli.Parser:
 
 
 def check_arguments(args: argparse.Namespace) -> None:
-    """Refuse arguments that do not go together.
+    """Refuse arguments that do not go together, or that need what is not installed.
 
     Raises:
       ConfigError: naming them.
@@ -54,6 +55,8 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise ConfigError("--compare names all adapters itself; leave --adapter out")
     if args.html and args.generate is None:
         raise ConfigError("--html shows answers; say of how many rows with --generate N")
+    if args.generate is not None:
+        require_scores()
 
 
 def main() -> None:
@@ -69,7 +72,7 @@ def main() -> None:
         if args.json:
             cli.print_json(found)
 
-    cli.run(body)
+    cli.run(body, flags=vars(args))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jlora import cli
-from jlora.errors import ConfigError
+from jlora.errors import ConfigError, require_installed
 
 
 def step(text: str) -> int | str:
@@ -43,7 +43,9 @@ def main() -> None:
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), help="of merged weights; default: the run's"
     )
-    parser.add_argument("--cost", action="store_true", help="also measure the loss before and after --merge (see docs)")
+    parser.add_argument(
+        "--cost", action="store_true", help="also measure the loss before and after --merge, on the run's held-out rows"
+    )
     parser.add_argument("--verify", action="store_true", help="also load the adapter in PEFT and compare logits")
     cli.add_output_arguments(parser, json="one JSON object")
     args = parser.parse_args()
@@ -62,6 +64,8 @@ def main() -> None:
             return cli.show(args, result, lambda: print(said))
         if args.combination or args.rank is not None:
             raise ConfigError("--combination and --rank are of --adapters; leave them out with --adapter")
+        if args.verify:
+            require_installed("--verify", ("torch", "peft"), "torch peft")
         from jlora.training.export import export, use_host
 
         run, out = Path(args.run), Path(args.out)
@@ -75,7 +79,8 @@ def main() -> None:
 def print_result(result: dict[str, Any]) -> None:
     """The figures of an export's proof, for people."""
     print(f"{result['out']}: {result['kind']} of step {result['step']}, read back and compared:")
-    print(f"  logits differ by {result['logits_relative_difference']:.1e} of their size")
+    difference = result["logits_relative_difference"]
+    print(f"  logits differ by {difference:.1e} of their size" if difference else "  logits are identical")
     if "merged_into" in result:
         print(f"  merged into the {result['merged_into']} weights that the adapter was trained on")
     if "cross_entropy_merged" in result:
@@ -84,10 +89,12 @@ def print_result(result: dict[str, Any]) -> None:
         if before is not None:
             cost = f"{after - before:+.1e} (from {before:.4f} to {after:.4f})"
         print(f"  its cost in cross-entropy: {cost}")
+    if "base" in result:
+        print(f"  its base, to load it on: {result['base']}")
     if "peft_relative_difference" in result:
         print(f"  in PEFT they differ by {result['peft_relative_difference']:.1e}")
         if result["base_read_by"] == "jlora":
-            print("  (on the base as jlora reads it: transformers cannot read this GGUF file)")
+            print("  (on the base as jlora reads it: transformers cannot read these files, or rounds what it reads)")
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ def main() -> None:
 
         prompted(args)
 
-    cli.run(body)
+    cli.run(body, flags=vars(args))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """A single-file HTML page about one training run: figures, curves, data, samples and provenance.
 
 `train` writes it at the end of a run; `jlora report RUN` writes it anew, `jlora report RUN RUN --out FILE` compares
-runs in one page, and so it does files of answers.
+runs in one page, as `jlora report SWEEP` does those of a sweep, and so it does files of answers.
 """
 
 from pathlib import Path
@@ -26,7 +26,7 @@ def main() -> None:
         type="path",
         nargs="+",
         metavar="RUN",
-        help="run folder; or files of answers, as jlora generate prints them as JSON",
+        help="run folder, or a sweep's; or files of answers, as jlora generate prints them as JSON",
     )
     parser.add_argument(
         "--out", type="path", metavar="FILE", help="HTML file; default for one run: its own report.html"
@@ -42,7 +42,7 @@ def main() -> None:
         from jlora.reports.answers import MOST_FILES, compare_files
         from jlora.reports.page import write_page
         from jlora.reports.run import write_report
-        from jlora.reports.runs import MOST_RUNS, compare
+        from jlora.reports.runs import MOST_RUNS, compare, sweep_runs, write_sweep
 
         runs = [Path(run) for run in args.runs]
         if all(run.is_file() for run in runs):
@@ -60,9 +60,13 @@ def main() -> None:
             require_own(run, ConfigError)
             if not any((run / name).is_file() for name in ("metrics.jsonl", "summary.json", "config.yaml")):
                 raise ConfigError(f"{run}: is not a run folder (no metrics.jsonl, summary.json or config.yaml in it)")
+        begun = sweep_runs(runs[0])
         if args.watch:
             if len(runs) > 1 or args.out:
                 raise ConfigError("--watch follows one run and writes no file; name one run, without --out")
+            if begun is not None:
+                those = ", ".join(map(str, begun)) or "none has begun"
+                raise ConfigError(f"--watch follows one run, and {runs[0]} is a sweep; name one of its runs ({those})")
             from jlora.reports.live import serve
 
             return serve(runs[0], args.port or 0)
@@ -73,6 +77,8 @@ def main() -> None:
         out = Path(args.out) if args.out else runs[0] / "report.html"
         if len(runs) > 1:
             write_page(out, compare(runs))
+        elif begun is not None:
+            write_sweep(runs[0], out)
         else:
             write_report(runs[0], out)
         cli.show(args, None, lambda: print(out))

@@ -17,7 +17,7 @@ import numpy as np
 
 from jlora.config import MeshSection, load_config
 from jlora.errors import ConfigError
-from jlora.hf import load
+from jlora.hf import load, share
 from jlora.hf.source import open_source
 from jlora.model import attention
 from jlora.model.attention import interface, tpu
@@ -85,9 +85,23 @@ def attend_by_splash():
             print(error)
 
 
+def load_published(*words):
+    """SHA-256 of what is held of bases that were published quantised, and their hashes.
+
+    Args:
+      words: folder, and what it is quantised to or "-", in turn.
+    """
+    share.BLOCK_WEIGHTS = 30_000
+    mesh = make_mesh(MeshSection(data=1, fsdp=4, tensor=2), jax.devices())
+    for folder, kind in zip(words[::2], words[1::2], strict=True):
+        source = open_source(Path(folder))
+        base, digest = load.load_base(source, "base", jnp.dtype("float32"), mesh, None if kind == "-" else kind)
+        print(hashlib.sha256(b"".join(np.asarray(x).tobytes() for x in jax.tree.leaves(base))).hexdigest(), digest)
+
+
 def load_quantized(folder):
     """Each array of a quantised base lies where its axes say; a line of kind and hash of the whole."""
-    load.BLOCK_WEIGHTS = 30_000  # blocks of a few rows, of which the last overlaps the one before it
+    share.BLOCK_WEIGHTS = 30_000  # blocks of a few rows, of which the last overlaps the one before it
     mesh = make_mesh(MeshSection(data=1, fsdp=4, tensor=2), jax.devices())
 
     def check(where, array, axes):

@@ -86,6 +86,12 @@ class LoraSection(Section):
         return isinstance(self.init_lora_weights, str) and self.init_lora_weights != "gaussian"
 
     @property
+    def starts_as_base(self) -> bool:
+        """Whether a new adapter adds nothing to what the base computes, to the bit; a magnitude or a copy may round."""
+        own = self.use_dora or self.modules_to_save or self.bias != "none"
+        return self.init_from is None and not self.takes_from_base and not own
+
+    @property
     def targets(self) -> tuple[str, ...]:
         """The projections that are named, in a model's own order."""
         chosen = PROJECTIONS if self.target_modules == "all-linear" else self.target_modules

@@ -3,6 +3,7 @@
 import copy
 import re
 from collections import Counter
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,16 @@ from pydantic import ValidationError
 from jlora.config.section import nearest
 from jlora.config.sections import SECTIONS, Config, assign, known_keys
 from jlora.errors import ConfigError
+from jlora.files.paths import beside
 
 # PyYAML takes some twenty seconds a MiB.
 MAX_YAML_BYTES = 64 * 2**10
 
 # Characters of a wrong value that a sentence repeats.
 MAX_SHOWN = 200
+
+# Problems of a config that one sentence tells.
+MOST_PROBLEMS = 10
 
 # What all runs of a sweep have in common: the base on the devices with its tokenizer, and the sweep itself.
 COMMON_KEYS = (
@@ -34,12 +39,11 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
       ConfigError: unreadable file, bad YAML, unknown key (with the nearest name) or bad value.
     """
     path = Path(path)
-    tree = read_yaml_of("--config", path)
+    tree = read_yaml_of(path)
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: must hold keys such as model and data, not {type(tree).__name__}")
-    for override in overrides:
-        _apply_override(tree, override)
-    return validated(tree, str(path))
+    given = [_apply_override(tree, override) for override in overrides]
+    return validated(tree, str(path), given)
 
 
 def config_of(config: str | Path | dict[str, Any], overrides: dict[str, Any]) -> Config:
@@ -49,7 +53,7 @@ def config_of(config: str | Path | dict[str, Any], overrides: dict[str, Any]) ->
       ConfigError: as `load_config`.
     """
     where = "the config" if isinstance(config, dict) else str(config)
-    tree = copy.deepcopy(config) if isinstance(config, dict) else read_yaml_of("config", Path(config))
+    tree = copy.deepcopy(config) if isinstance(config, dict) else read_yaml_of(Path(config))
     if not isinstance(tree, dict):
         raise ConfigError(f"{where}: must hold keys such as model and data, not {type(tree).__name__}")
     for key, value in overrides.items():
@@ -60,8 +64,11 @@ def config_of(config: str | Path | dict[str, Any], overrides: dict[str, Any]) ->
     return validated(tree, where)
 
 
-def validated(tree: dict[str, Any], where: str) -> Config:
+def validated(tree: dict[str, Any], where: str, given: Collection[str] = ()) -> Config:
     """A tree of keys as a config.
+
+    Args:
+      where: it stands. given: keys of it that the command line sets, dotted.
 
     Raises:
       ConfigError: naming `where`, the key, and what it should be.
@@ -69,7 +76,11 @@ def validated(tree: dict[str, Any], where: str) -> Config:
     try:
         cfg = Config.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(f"{where}: {describe(error)}") from None
+        from jlora.config.convert.names import tool_of
+
+        peer = tool_of(tree)
+        hint = f"; this looks like a file of {peer}, which jlora config --from {where} converts" if peer else ""
+        raise ConfigError(describe(error, where, given) + hint) from None
     try:
         variants(cfg)
     except ConfigError as error:
@@ -120,7 +131,7 @@ def _vary(tree: dict[str, Any], key: str, value: Any, name: str) -> None:
             f"sweep entry '{name}': '{key}' is the same for all runs of a sweep; set it for all, or run it apart"
         )
     if key not in known:
-        raise ConfigError(f"sweep entry '{name}': unknown key '{key}'{nearest(str(key), known)}")
+        raise ConfigError(f"sweep entry '{name}': unknown key '{key}'{_instead(str(key))}")
     assign(tree, key, value)
 
 
@@ -187,21 +198,24 @@ def read_yaml(path: Path) -> Any:
     return parse_yaml(content.decode("utf-8"))
 
 
-def read_yaml_of(flag: str, path: Path) -> Any:
-    """As `read_yaml`, of a file that the user names with a flag.
+def read_yaml_of(path: Path) -> Any:
+    """As `read_yaml`, of a file that the user names.
 
     Raises:
       ConfigError: it cannot be read, or is no such YAML.
     """
     try:
         return read_yaml(path)
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file{beside(path)}") from None
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror}); check {flag}") from None
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); name another file") from None
     except ValueError as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from None
 
 
-def _apply_override(tree: dict[str, Any], override: str) -> None:
+def _apply_override(tree: dict[str, Any], override: str) -> str:
+    """Set the key of an override, and tell it."""
     key, equals, text = override.partition("=")
     shown = _shown(override)
     if not equals or not key:
@@ -210,43 +224,83 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         assign(tree, key, parse_yaml(text))
     except ValueError as error:
         raise ConfigError(f"override '{shown}': {error}") from None
+    return key
 
 
 def _shown(text: str) -> str:
     return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
 
 
-def describe(error: ValidationError) -> str:
-    """The first problem in one sentence; the number of others behind it."""
-    problems = error.errors()
-    first = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
-    # Members of a union show up behind the key as type tags; the keys of the file are the known fields.
-    where = [str(part) for part in first["loc"]]
-    names = where[: 2 if where and where[0] in SECTIONS else 1]
-    fields = (SECTIONS.get(where[0], Config) if where else Config).model_fields
+def describe(error: ValidationError, where: str = "", given: Collection[str] = ()) -> str:
+    """What is wrong, in one sentence of ten problems at most.
+
+    Args:
+      where: the keys stand. given: those that the command line sets, dotted.
+    """
+    # Unknown keys first: they may be why others are missing. Members of a union show up behind the key as type tags.
+    problems = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
+    by_key: dict[tuple[str, ...], list[Any]] = {}
+    for problem in problems:
+        names = tuple(str(part) for part in problem["loc"])
+        by_key.setdefault(names[: 2 if names and names[0] in SECTIONS else 1], []).append(problem)
+    several = len(by_key) > 1
+    says, before = [], None
+    for number, (names, found) in enumerate(list(by_key.items())[:MOST_PROBLEMS], 1):
+        place = "the command line" if _is_given(names, given) else where
+        new = place if place != before else ""
+        says.append(f"{new}{': ' * bool(new)}{f'({number}) ' * several}{_problem(names, found, several)}")
+        before = place
+    left = len(by_key) - len(says)
+    return "; ".join(says) + f"; and {left} more" * (left > 0)
+
+
+def _is_given(names: tuple[str, ...], given: Collection[str]) -> bool:
+    """Whether the command line sets a key: itself, one within it that is no section, or all that it lies in."""
+    key = ".".join(names)
+    within = len(names) > 1 or key not in SECTIONS
+    return any(key == own or key.startswith(f"{own}.") or (within and own.startswith(f"{key}.")) for own in given)
+
+
+def _problem(names: tuple[str, ...], problems: list[Any], among: bool) -> str:
+    """What is wrong with one key.
+
+    Args:
+      problems: pydantic's, of each member of a union its own. among: others, so that not all known keys are told.
+    """
+    first = problems[0]
+    fields = (SECTIONS.get(names[0], Config) if names else Config).model_fields
     key = ".".join(names)
     shown = _shown(repr(first["input"]))
     if first["type"] == "extra_forbidden":
-        text = f"unknown key '{key}'{nearest(names[-1], fields)}"
-        elsewhere = [f"{name}.{names[-1]}" for name, other in SECTIONS.items() if names[-1] in other.model_fields]
-        if elsewhere:
-            text = f"unknown key '{key}'; did you mean '{elsewhere[0]}'?"
-    elif first["type"] == "missing":
-        text = f"key '{key}' is missing; set it in the file or as {key}=VALUE"
-    elif first["type"] == "value_error":
-        text = f"{key}: {first['ctx']['error']}"
-    elif first["type"] == "model_type":
-        text = f"{key}: must hold keys of its own ({', '.join(fields)}), but it is {shown}"
-    else:
-        # Each member of a union has its say.
-        says = [
-            "be a smaller number" if p["type"] == "int_parsing_size" else re.sub(r"^\w+ should ", "", p["msg"])
-            for p in problems
-            if p["loc"][: len(names)] == first["loc"][: len(names)]
-        ]
-        text = f"{key}: should {' or '.join(dict.fromkeys(says)).replace(' or be ', ' or ')}, but it is {shown}"
-        if isinstance(first["input"], bool | int | float) and any(p["type"] == "string_type" for p in problems):
-            text += f'; for the text itself write {key}=\'"..."\', or "..." in the file'
-    text = text.removeprefix(": ")  # a problem of the whole has no key
-    others = len(problems) - 1
-    return text if not others or first["type"] != "extra_forbidden" else f"{text} ({others} more problems)"
+        return f"unknown key '{key}'{_instead(key, among)}"
+    if first["type"] == "missing":
+        return f"key '{key}' is missing; set it in the file or as {key}=VALUE"
+    if first["type"] == "value_error":
+        return f"{key}: {first['ctx']['error']}".removeprefix(": ")  # a problem of the whole has no key
+    if first["type"] == "model_type":
+        return f"{key}: must hold keys of its own ({', '.join(fields)}), but it is {shown}"
+    says = [
+        "be a smaller number" if p["type"] == "int_parsing_size" else re.sub(r"^\w+ should ", "", p["msg"])
+        for p in problems
+    ]
+    text = f"{key}: should {' or '.join(dict.fromkeys(says)).replace(' or be ', ' or ')}, but it is {shown}"
+    if isinstance(first["input"], bool | int | float) and any(p["type"] == "string_type" for p in problems):
+        text += f'; for the text itself write {key}=\'"..."\', or "..." in the file'
+    return text
+
+
+def _instead(key: str, short: bool = False) -> str:
+    """What follows a key that is not known: ours for another tool's, the nearest, or all of them unless `short`."""
+    from jlora.config.convert.names import in_jlora
+
+    section, _, leaf = key.rpartition(".")
+    elsewhere = [f"{name}.{leaf}" for name, other in SECTIONS.items() if leaf in other.model_fields]
+    if elsewhere:
+        return f"; did you mean '{elsewhere[0]}'?"
+    if theirs := in_jlora(key):
+        return f"; {theirs}"
+    known, prefix = (
+        (SECTIONS[section].model_fields, f"{section}.") if section in SECTIONS else (Config.model_fields, "")
+    )
+    instead = nearest(leaf, known, prefix)
+    return "" if short and "did you mean" not in instead else instead

@@ -46,7 +46,7 @@ class Section(BaseModel):
         yield from ()
 
 
-def nearest(name: str, known: Any) -> str:
-    """What follows a name that is not known: the nearest one, or all of them."""
+def nearest(name: str, known: Any, prefix: str = "") -> str:
+    """What follows a name that is not known: the nearest one, behind what all begin with, or all of them."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"; did you mean '{close[0]}'?" if close else f"; known are {', '.join(known)}"
+    return f"; did you mean '{prefix}{close[0]}'?" if close else f"; known are {', '.join(known)}"

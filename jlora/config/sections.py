@@ -160,7 +160,9 @@ class OptimizerSection(Section):
     schedule: Literal["cosine", "linear", "constant"] = Field(
         "cosine", description="decay from the peak over the steps after warm-up, or none"
     )
-    warmup_steps: Annotated[int, Field(ge=0, le=MOST_STEPS)] = Field(0, description="steps of linear warm-up from zero")
+    warmup_steps: Annotated[int, Field(ge=0, le=MOST_STEPS)] = Field(
+        0, description="steps of linear warm-up; the first has rate 0, as in transformers"
+    )
     warmup_ratio: Annotated[float, Field(gt=0.0, lt=1.0)] | None = Field(
         None, description="share of all steps that warm up, rounded up, instead of warmup_steps"
     )

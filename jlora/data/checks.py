@@ -175,7 +175,8 @@ def check(dataset: Dataset, found: Scan, cfg: Config, name: str) -> list[Check]:
     )  # fmt: skip
     dropped = sum(dataset.dropped.values())
     reasons = ", ".join(f"{reason} {count:,}" for reason, count in dataset.dropped.items())
-    add("dropped", "warning", dropped, f"{_of(dropped, dataset.read, 'rows')} are dropped ({reasons})")
+    if data.on_bad_row == "skip":  # else `train` stops, and drops none
+        add("dropped", "warning", dropped, f"{_of(dropped, dataset.read, 'rows')} are dropped ({reasons})")
     copies = _copies(found.hashes)
     add(
         "duplicates", "warning", len(copies),

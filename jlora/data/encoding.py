@@ -22,6 +22,8 @@ AT_ONCE = 512
 CHARACTERS = 2**19
 # Bytes of files beyond which it is said that their tokens go into memory.
 LARGE = 2**30
+# Bad rows that a sentence tells, each with its place.
+MOST_BAD = 10
 
 
 def tokenize(source: str, tokenizer: Tokenizer, cfg: DataSection) -> Dataset:
@@ -67,7 +69,7 @@ def _read_all(source: str, tokenizer: Tokenizer, cfg: DataSection, keep: Keep) -
     """Hand all examples with their places over to `keep`, some at a time; the dataset returned has the rest."""
     columns = Columns(cfg.format, cfg.columns)
     facts = Dataset(examples=[], read=0, renamed=columns.renamed, unused=columns.unused)
-    first_bad: str | None = None
+    bad_rows: dict[str, list[str]] = {}  # what is wrong -> where
     empty = True
     digest = hashlib.sha256()
     for group in _grouped(rows_of(source, cfg, columns), tokenizer, cfg):
@@ -81,23 +83,24 @@ def _read_all(source: str, tokenizer: Tokenizer, cfg: DataSection, keep: Keep) -
                 some, truncated = fit(found, cfg)
             except BadRow as bad:
                 facts.dropped[bad.reason] += 1
-                first_bad = first_bad or f"{row.where}: {bad.message}"
+                if facts.dropped.total() <= MOST_BAD:
+                    bad_rows.setdefault(bad.message, []).append(row.where)
                 continue
             facts.truncated += truncated
             examples += some
             places += [row.where] * len(some)
             for example in some:
                 digest.update(example.digested())
-        if examples and not (first_bad and cfg.on_bad_row == "error"):  # else the rest is read for its bad rows alone
+        if examples and not (bad_rows and cfg.on_bad_row == "error"):  # else the rest is read for its bad rows alone
             keep(examples, places)
         empty = empty and not examples
     num_bad = facts.dropped.total()
-    if first_bad and cfg.on_bad_row == "error":
-        others = f" ({num_bad - 1} more bad rows)" if num_bad > 1 else ""
-        raise DataError(f"{first_bad}{others}; fix it, or drop such rows (data.on_bad_row=skip, or --on-bad-row skip)")
+    told = "; ".join(f"{', '.join(places)}: {message}" for message, places in bad_rows.items())
+    told += f"; {num_bad - MOST_BAD:,} more bad rows" if num_bad > MOST_BAD else ""
     if empty:
-        why = f"; all {num_bad} rows were dropped, the first at {first_bad}" if first_bad else ""
-        raise DataError(f"{source}: holds no usable row{why}")
+        raise DataError(f"{source}: holds no usable row" + f"; all {num_bad:,} are bad: {told}" * (num_bad > 0))
+    if bad_rows and cfg.on_bad_row == "error":
+        raise DataError(f"{told}; fix {'them' if num_bad > 1 else 'it'}, or drop such rows (data.on_bad_row=skip)")
     facts.digest = digest.hexdigest()
     return facts
 

@@ -67,23 +67,39 @@ KNOWN = frozenset({
 MOST_NAMED, LONGEST_NAME = 8, 40
 
 
-def format_of(row: dict[str, Any], answered: bool = True) -> str | None:
+def format_of(row: dict[str, Any], answered: bool = True, given: Mapping[str, str] | None = None) -> str | None:
     """The format whose columns a row has, most of them under their own names; None where it has those of none.
 
     Args:
-      answered: those of the answer are among them.
+      answered: those of the answer are among them. given: column of a format -> its name in the row.
     """
-    found = []
+    found, given = [], given or {}
     for name, columns in (COLUMNS if answered else COLUMNS | ASKED).items():
-        if None not in (sources := [_source(row, column, OTHER_NAMES[name], {}) for column in columns]):
+        if not given.keys() <= {*COLUMNS[name], *OPTIONAL[name]}:
+            continue
+        if None not in (sources := [_source(row, column, OTHER_NAMES[name], given) for column in columns]):
             own = sum(source == column for source, column in zip(sources, columns, strict=True)) / len(columns)
             found.append((own, name))
     best = max(found, key=lambda pair: pair[0])[1] if found else None
     if best in ("messages", "sharegpt"):  # whose lists have the same names, so a turn tells
-        turns = next(row[name] for name in ("messages", "conversations", "conversation") if row.get(name) is not None)
+        lists = [given.get(column, column) for column in ("messages", "conversations", "conversation")]
+        turns = next(row[name] for name in lists if row.get(name) is not None)
         turn = turns[0] if isinstance(turns, list) and turns else {}
         return "sharegpt" if "from" in turn else "messages" if "role" in turn else best
     return best
+
+
+def lacking(row: dict[str, Any], given: Mapping[str, str]) -> tuple[str, list[str], list[str]]:
+    """Of a row of no format the nearest one, its columns that are missing, and the row's texts that may be those."""
+    used = {
+        name: [_source(row, column, OTHER_NAMES[name], given) for column in columns]
+        for name, columns in COLUMNS.items()
+        if given.keys() <= {*columns, *OPTIONAL[name]}
+    }
+    nearest = min(used, key=lambda name: (used[name].count(None) / len(used[name]), name != "alpaca"))
+    missing = [column for column, source in zip(COLUMNS[nearest], used[nearest], strict=True) if source is None]
+    taken = {*used[nearest], *given.values()}
+    return nearest, missing, [name for name, value in row.items() if isinstance(value, str) and name not in taken]
 
 
 def columns_of(row: dict[str, Any]) -> str:
@@ -131,7 +147,7 @@ class Columns:
         """A row with the format's columns under their own names; as it is where it lacks one, or is of another format.
 
         Raises:
-          BadRow: it has pictures or sounds, or lacks a column that `data.columns` names.
+          BadRow: it has pictures or sounds, lacks a column that `data.columns` names, or is of no format.
         """
         required, others = COLUMNS[self.format], OTHER_NAMES[self.format]
         own = (*required, *OPTIONAL[self.format])
@@ -144,7 +160,11 @@ class Columns:
                 lacking = f'the field "{self.given[column]}" (data.columns.{column}) is missing'
                 raise BadRow("missing_field", f"{lacking} (it has {columns_of(row)})")
             if used[column] is None:
-                return row
+                left = [name for name in row if name not in KNOWN]
+                if left and column not in row and format_of(row, self.answered) is None:
+                    has = f"it has {columns_of(row)}; rename one, or set data.columns.{column}={left[0]}"
+                    raise BadRow("missing_field", f'the field "{column}" is missing ({has})')
+                return row  # of another format, or told by who reads the field
         if any(used[column] != column for column in required if column not in self.given):
             if any(all(row.get(name) is not None for name in names) for names in COLUMNS.values()):
                 return row  # of another format, whose answers stand elsewhere

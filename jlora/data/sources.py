@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jlora.errors import DataError
-from jlora.files.paths import inside
+from jlora.files.paths import beside, inside
 from jlora.files.theirs import open_theirs
 
 # How a file's name ends -> how it is read; and how it ends further where it is compressed.
@@ -102,7 +102,7 @@ def files_of(source: str, split: str) -> Files | None:
         return Files([File(path, path.name, kind)], [])
     if not path.is_dir():
         if kind_of(source) or source.startswith((".", "/", "~")):
-            raise DataError(f"{source}: no such file; check the path")
+            raise DataError(f"{source}: no such file{beside(source)}")
         return None
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         return None  # as `save_to_disk` leaves it

@@ -20,7 +20,8 @@ import jax.numpy as jnp
 
 from jlora.config import Config
 from jlora.errors import ConfigError, UserError
-from jlora.evaluation.scores import answer_and_score, describe_scores, require_scores
+from jlora.evaluation import require_scores
+from jlora.evaluation.scores import answer_and_score, describe_scores
 from jlora.evaluation.strategies import Rows, Strategy, ask, choose, split_rows
 from jlora.files import lock
 from jlora.files.atomic import strict_json, write_text

@@ -12,7 +12,7 @@ from jlora.config import DataSection, ObjectiveSection
 from jlora.data import encoding
 from jlora.data.speakers import Turn, turns
 from jlora.errors import ConfigError
-from jlora.evaluation.scores import answer_and_score, describe_scores, require_scores
+from jlora.evaluation.scores import answer_and_score, describe_scores
 from jlora.files.paths import short_names
 from jlora.hf.pretrained import make_reference, open_adapter, run_config, warn_of_length
 from jlora.inference.answers import Question, read_questions
@@ -31,8 +31,6 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     Raises:
       UserError: of base, adapters and rows, as where they are read; or pairs without a run on pairs.
     """
-    if args.generate is not None:
-        require_scores()
     mesh = one_device_mesh()
     with jax.set_mesh(mesh):
         names = args.compare or []

@@ -3,12 +3,11 @@
 Needs rouge-score and sacrebleu (extra `eval`). Knows nothing of models or rows.
 """
 
-import importlib.util
 import json
 import re
 from typing import Any
 
-from jlora.errors import ConfigError
+from jlora.evaluation import require_scores
 from jlora.inference import answers as answering
 from jlora.inference.answers import Question
 from jlora.inference.model import Adapted
@@ -25,18 +24,6 @@ class _Words:
 
     def tokenize(self, text: str) -> list[str]:
         return _WORD.findall(text.lower())
-
-
-def require_scores() -> None:
-    """Refuse to go on without the libraries that score.
-
-    Raises:
-      ConfigError: one is not installed.
-    """
-    missing = [name for name in ("rouge_score", "sacrebleu") if importlib.util.find_spec(name) is None]
-    if missing:
-        names = " and ".join(name.replace("_", "-") for name in missing)
-        raise ConfigError(f"scoring answers needs {names}, not installed here; pip install 'jlora[eval]'")
 
 
 def score(answers: list[str], references: list[str]) -> tuple[dict[str, Any], list[dict[str, float]]]:

@@ -23,7 +23,8 @@ def _asking(name: str, what: str, error: type[UserError], hint: str = "") -> Ite
       what: it could have been here, such as `folder`.
 
     Raises:
-      error: it is no name of the hub, or a path whose first part is a folder here; or the hub does not deliver it.
+      error: it is no name of the hub, a file's, or a path whose first part is a folder here; or what the hub does not
+        deliver.
     """
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
@@ -32,6 +33,8 @@ def _asking(name: str, what: str, error: type[UserError], hint: str = "") -> Ite
     try:
         validate_repo_id(name)
     except HFValidationError:
+        slash = ""
+    if name.lower().endswith(".gguf"):  # no repository has such a name, but one may be made to get what is sent there
         slash = ""
     if not slash:
         raise error(f"{name}: no such {what}, and not a hub name (OWNER/NAME); check the path")

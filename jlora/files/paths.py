@@ -1,5 +1,6 @@
 """Paths as users write and read them, and folders: others' files stay inside theirs, and caches are the user's."""
 
+import difflib
 import os
 import stat
 from collections.abc import Iterable, Sequence
@@ -9,7 +10,8 @@ from jlora.errors import ConfigError, ModelError, UserError
 
 # What the commands write in a run folder.
 RUN_FILES = (
-    *(".lock", ".shared", "config.yaml", "metrics.jsonl", "samples.json", "summary.json", "report.html"),
+    *(".lock", ".shared", "config.yaml", "metrics.jsonl", "samples.json", "starts.jsonl", "summary.json"),
+    "report.html",
     *("effort.json", "effort.html", "effort.png"),
 )
 RUN_FOLDERS = ("adapter", "checkpoints", "quarantine", "tensorboard", "wandb", "mlflow", "trackio")
@@ -50,6 +52,16 @@ def inside(folder: Path, name: str, error: type[UserError] = ModelError, folders
     if target.exists() and not (target.is_dir() if folders else target.is_file()):
         raise error(f"{path}: is not a {'folder' if folders else 'regular file'}; get it again")
     return path
+
+
+def beside(path: str | Path) -> str:
+    """What follows a file that is not there: one beside it with nearly its name, or that the path is to be checked."""
+    try:
+        names = [name for name in os.listdir(Path(path).parent) if not name.startswith(".")]
+    except OSError:
+        names = []
+    close = difflib.get_close_matches(Path(path).name, names, n=1, cutoff=0.75)
+    return f"; did you mean {Path(path).parent / close[0]}?" if close else "; check the path"
 
 
 def short_names(paths: Sequence[str | Path]) -> list[str]:

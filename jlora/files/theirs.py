@@ -2,9 +2,11 @@
 
 import errno
 import io
+import json
 import os
 import stat
 from pathlib import Path
+from typing import Any
 
 # The largest that are read whole, in bytes: of real files a tokenizer.json is below 40 MB, a template below 50 KB, a
 # metrics.jsonl of a million steps below 500 MB.
@@ -48,3 +50,12 @@ def text_of_theirs(path: Path, limit: int, errors: str = "strict") -> str:
       OSError, ValueError: as `read_theirs`; or it is not UTF-8.
     """
     return io.TextIOWrapper(io.BytesIO(read_theirs(path, limit)), encoding="utf-8", errors=errors).read()
+
+
+def parse(text: str) -> dict[str, Any] | None:
+    """A JSON object, or None for anything else."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None

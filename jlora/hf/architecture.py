@@ -11,6 +11,7 @@ from typing import Any
 from jlora.config import ATTENTION_PROJECTIONS, MLP_PROJECTIONS
 from jlora.errors import ModelError
 from jlora.hf.families import FAMILIES, WRAPPERS, Family, names_in, text_of
+from jlora.hf.published import method_of
 from jlora.model.config import ModelConfig, ModuleNames
 from jlora.model.rope import DynamicRope, LinearRope, Llama3Rope, Rope, RopeScaling, YarnRope
 
@@ -30,7 +31,6 @@ BIAS_KEYS = {"attention_bias": ATTENTION_PROJECTIONS, "mlp_bias": MLP_PROJECTION
 ONLY_SUPPORTED: dict[str, tuple[Any, ...]] = {
     "model_type": tuple(FAMILIES),
     "hidden_act": (*ACTIVATIONS, None),
-    "quantization_config": (None,),
 }
 # What config.json calls layers in `layer_types`.
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -57,6 +57,7 @@ def parse_config(raw: dict[str, Any], where: str) -> ModelConfig:
       ModelError: an architecture or a field that changes the numerics and is not supported, by name.
     """
     raw = text_of(raw, where)
+    method_of(raw, where)
     family = _family(raw, where)
     raw = raw | {ours: raw[theirs] for ours, theirs in family.keys if theirs in raw}
     _check_ignored(raw, family, where)

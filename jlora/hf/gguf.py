@@ -1,4 +1,4 @@
-"""A Llama model in one GGUF file, presented as what a Hugging Face folder would give.
+"""A Llama model in a GGUF file, or in the pieces of one, presented as what a Hugging Face folder would give.
 
 Names, shapes, config keys and layouts are Hugging Face's. Where the file leaves something open,
 llama.cpp's reading of it is followed: its loader (llama-model.cpp, llama-vocab.cpp) for the metadata
@@ -23,7 +23,7 @@ from tokenizers.models import BPE
 from jlora.errors import ModelError
 from jlora.files.sandbox import panics
 from jlora.files.theirs import open_theirs
-from jlora.hf.gguf_header import CONVERT, MAGIC, Header, read_header, shown
+from jlora.hf.gguf_header import CONVERT, MAGIC, Header, first_piece, read_header, read_pieces, shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -78,13 +78,13 @@ _PRE = {
 
 
 class GGUFFile:
-    """One open GGUF file.
+    """One open GGUF file; of a model in pieces, all of them, by the path of any.
 
     The constructor raises `ModelError` for whatever is wrong with the configuration or the tensors, so
     that `read` cannot fail later; the vocabulary is checked by `tokenizer`.
 
     Attributes:
-        path: the file.
+        path: the file, or the first piece.
         config: the equivalent of config.json. `torch_dtype` is the embedding's type in the file, and
             float32 if that is a quantised one. `rope_scaling` is None or of type "linear".
         shapes: Hugging Face tensor name -> shape, as in the model's state dict; linear weights are
@@ -94,14 +94,12 @@ class GGUFFile:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path = first_piece(path)
         self._header = self._open()
         self._tensors = self._header.tensors
         arch = self._header.get("general.architecture", str)
         if arch != "llama":
             raise self._error(f'has the architecture "{arch}"', 'use a model of architecture "llama"')
-        if self._header.get("split.count", int, 1) > 1:
-            raise self._error("is one part of a split model", "join the parts with llama-gguf-split --merge")
         self.config = self._read_config()
         self.shapes, self._gguf_names = self._map_tensors()
         tensors = {name: self._tensors[stored] for name, stored in self._gguf_names.items()}
@@ -145,11 +143,17 @@ class GGUFFile:
 
     def stored(self, name: str, start: int, stop: int) -> np.ndarray:
         """Bytes [start, stop) of tensor `name` as the file has them, uint8; a read-only view of the mapped file."""
-        offset = self._tensors[self._gguf_names[name]].offset + start
+        tensor = self._tensors[self._gguf_names[name]]
+        offset = tensor.offset + start
         try:
-            return np.memmap(self.path, np.uint8, "r", offset, (stop - start,))
+            return np.memmap(tensor.file, np.uint8, "r", offset, (stop - start,))
         except (OSError, ValueError) as error:
             raise self._error(f"changed while it was being read ({error})", "run again") from None
+
+    has_codes = False  # as safetensors have them
+
+    def stored_codes(self, name: str, kind: str | None) -> None:
+        """None: no kind of GGUF has the codes of one of ours."""
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """The tokenizer that tokenizer.ggml.* describes, with its special tokens and chat template.
@@ -266,7 +270,8 @@ class GGUFFile:
         if magic != MAGIC:
             raise self._error("is not a GGUF file", "give a GGUF file or a Hugging Face folder")
         try:
-            return read_header(self.path)
+            header = read_header(self.path)
+            return read_pieces(header) if header.get("split.count", int, 1) > 1 else header
         except (OSError, ValueError) as error:
             raise self._error(f"is truncated or damaged ({error})", "download or convert it again") from error
 

@@ -4,7 +4,8 @@ Every count is held against the bytes that are left, so that no header takes mor
 """
 
 import math
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +24,12 @@ VERSIONS = (2, 3)
 MAX_DIMS = 4
 ALIGNMENT = 32  # where general.alignment is not there
 
+# How llama-gguf-split calls pieces.
+PIECE = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<ending>\.gguf)", re.DOTALL)
+# Of ggml's types those that it has given up.
+GONE = {4: "Q4_2", 5: "Q4_3", 31: "Q4_0_4_4", 32: "Q4_0_4_8", 33: "Q4_0_8_8", 36: "IQ4_NL_4_4", 37: "IQ4_NL_4_8"}
+GONE[38] = "IQ4_NL_8_8"
+
 _SCALARS = {
     GGUFValueType.UINT8: "<u1", GGUFValueType.INT8: "<i1", GGUFValueType.UINT16: "<u2", GGUFValueType.INT16: "<i2",
     GGUFValueType.UINT32: "<u4", GGUFValueType.INT32: "<i4", GGUFValueType.UINT64: "<u8", GGUFValueType.INT64: "<i8",
@@ -34,10 +41,12 @@ class StoredTensor(NamedTuple):
     """A tensor in the file.
 
     Attributes:
+      file: it is of several pieces.
       shape: as NumPy has it, the last dim varying fastest.
       offset, size: bytes, from the start of the file; all of them lie in it.
     """
 
+    file: Path
     name: str
     shape: tuple[int, ...]
     type: GGMLQuantizationType
@@ -117,18 +126,58 @@ def read_header(path: Path) -> Header:
     Raises:
       OSError: it cannot be read.
       ValueError: it is cut or damaged; one clause says how.
+      ModelError: a tensor is of a type that is not known.
     """
     with open_theirs(path) as file:
-        return _Reader(np.memmap(file, np.uint8, "r")).header(path)
+        return _Reader(path, np.memmap(file, np.uint8, "r")).header()
+
+
+def read_pieces(first: Header) -> Header:
+    """The header of a model in several files, given that of the first, as llama-gguf-split parts it.
+
+    Raises:
+      OSError, ValueError: as `read_header`, with the file's name.
+      ModelError: pieces are missing, or are not of one model.
+    """
+    count, name = first.get("split.count", int, 1), PIECE.fullmatch(first.path.name)
+    if name is None or int(name["count"]) != count:
+        raise ModelError(
+            f"{first.path} is one of {count} pieces, and is not called ...-0000N-of-{count:05}.gguf; give all pieces "
+            "the names that they were published with."
+        )
+    tensors = dict(first.tensors)
+    for number in range(2, count + 1):
+        file = inside(first.path.parent, f"{name['stem']}-{number:05}-of-{count:05}{name['ending']}")
+        if not is_gguf(file):
+            raise ModelError(
+                f"{file} is missing or no GGUF file, piece {number} of {count}; put all pieces in one folder."
+            )
+        try:
+            piece = read_header(file)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{file.name}: {error}") from error
+        found = piece.get("split.no", int, -1), piece.get("split.count", int, 1)
+        if found != (number - 1, count) or tensors.keys() & piece.tensors.keys():
+            raise ModelError(f"{file} is not piece {number} of {count} of {first.path.name}; get all pieces again.")
+        tensors |= piece.tensors
+    if (said := first.get("split.tensors.count", int, len(tensors))) != len(tensors):
+        raise ModelError(f"{first.path} says {said} tensors, but its pieces have {len(tensors)}; get all pieces again.")
+    return replace(first, tensors=tensors)
+
+
+def first_piece(path: Path) -> Path:
+    """The first file of a model in pieces, by the name of any; of others the file itself."""
+    name = PIECE.fullmatch(path.name)
+    return path if name is None else path.with_name(f"{name['stem']}-00001-of-{name['count']}{name['ending']}")
 
 
 class _Reader:
     """A place in the file, which moves on with each read."""
 
-    def __init__(self, data: np.ndarray):
-        self._data, self._at = data, 4
+    def __init__(self, path: Path, data: np.ndarray):
+        self._path, self._data, self._at = path, data, 4
 
-    def header(self, path: Path) -> Header:
+    def header(self) -> Header:
         version = self._int(4)
         if version not in VERSIONS:
             raise ValueError(f"it has version {version}, not {' or '.join(map(str, VERSIONS))}")
@@ -157,7 +206,7 @@ class _Reader:
                 raise ValueError(f"tensor {name!r} ends beyond the file")
             tensors[name] = info._replace(offset=start + end)
             end += info.size + -info.size % alignment
-        return Header(path, values, tensors)
+        return Header(self._path, values, tensors)
 
     def _take(self, count: int) -> np.ndarray:
         if count > len(self._data) - self._at:
@@ -199,21 +248,30 @@ class _Reader:
         if num_dims > MAX_DIMS:
             raise ValueError(f"tensor {name!r} has {num_dims} dims")
         shape = tuple(self._int(8) for _ in range(num_dims))[::-1]
-        kind = GGMLQuantizationType(self._int(4))
+        kind = self._kind(name, self._int(4))
         per_block, block_bytes = GGML_QUANT_SIZES[kind]
         if shape and shape[-1] % per_block:
             raise ValueError(f"tensor {name!r} has rows of {shape[-1]} in blocks of {per_block}")
-        return StoredTensor(name, shape, kind, self._int(8), math.prod(shape) // per_block * block_bytes)
+        return StoredTensor(self._path, name, shape, kind, self._int(8), math.prod(shape) // per_block * block_bytes)
+
+    def _kind(self, name: str, number: int) -> GGMLQuantizationType:
+        try:
+            return GGMLQuantizationType(number)
+        except ValueError:
+            do = "use a file of another type, such as Q8_0 or F16"
+            do += "" if number in GONE else ", or a newer gguf package: pip install -U gguf"
+            kind = GONE.get(number, f"with the number {number}")
+            raise ModelError(f"{self._path} has {name} in the type {kind}, which is not known; {do}.") from None
 
 
 def gguf_in(folder: Path) -> Path | None:
-    """The GGUF file of a folder, by its first bytes; None where there is none.
+    """The GGUF file of a folder, by its first bytes, or its first piece; None where there is none.
 
     Raises:
       ModelError: there are several.
     """
     try:
-        found = sorted(file.name for file in folder.iterdir() if is_gguf(file))
+        found = sorted({first_piece(file).name for file in folder.iterdir() if is_gguf(file)})
     except OSError as error:
         raise ModelError(f"{folder}: cannot be looked into ({error.strerror}); check its permissions") from None
     if len(found) > 1:

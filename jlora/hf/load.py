@@ -8,9 +8,9 @@ second quantisation of nf4 and int4, the absmax of their blocks.
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -23,92 +23,17 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jlora.errors import ConfigError, ModelError
 from jlora.hf.names import Entry
+from jlora.hf.packed import Packed
+from jlora.hf.share import Range, Share, share_of
 from jlora.hf.source import Source, check_names
 from jlora.model import quant
-from jlora.model.config import ModelConfig, projection_shapes
 from jlora.model.llama import Decoder, abstract_decoder
 from jlora.model.sharding import named_sharding
 
-# Weights of one block, over all devices of this process. Beside the devices' buffers the host holds a block and
-# its copies on the way (put, turned), and what malloc keeps of those that were: twenty to forty blocks
-# were measured.
-BLOCK_WEIGHTS = 2**20
 HASH_BYTES = 4 * 2**20
 
 # The one axis of a mesh of this process's devices. A buffer over it is the devices' own shards, end to end.
 DEVICE = PartitionSpec("device")
-
-Range = tuple[int, int]
-
-
-@dataclass(frozen=True)
-class Share:
-    """What the devices of this process hold of one tensor, in the file's layout.
-
-    Attributes:
-      regions: rows and columns that each device is sent, each [start, stop); a vector is one row. All of one size.
-      kept: the first column of those that each device keeps, counted from the first that it is sent; int32.
-      width: number of columns that it keeps.
-      unit: rows that must stay together, since they are one index of the leaf's dim `axis`.
-      axis: dim of the leaf that the rows run along, counted from the last, which is -1.
-    """
-
-    regions: tuple[tuple[Range, Range], ...]
-    kept: np.ndarray
-    width: int
-    unit: int
-    axis: int
-
-    def blocks(self) -> tuple[int, list[int]]:
-        """Rows a block, and where blocks start, counted from each device's first row.
-
-        All blocks have one size, so that one compiled function writes them all; the last may overlap the one
-        before it.
-        """
-        (first, last), (left, right) = self.regions[0]
-        units = (last - first) // self.unit
-        unit_weights = self.unit * (right - left) * len(self.regions)
-        count = math.ceil(units / max(1, BLOCK_WEIGHTS // unit_weights))
-        size = math.ceil(units / count)
-        starts = [min(start, units - size) for start in range(0, units, size)]
-        return size * self.unit, [start * self.unit for start in starts]
-
-
-def _joined(cut: tuple[slice, ...], dims: tuple[int, ...]) -> Range:
-    """The range that slices take once their dims are joined into one; only the first may be split."""
-    assert all(one.indices(dim) == (0, dim, 1) for one, dim in zip(cut[1:], dims[1:], strict=True)), (cut, dims)
-    if not dims:
-        return 0, 1
-    inner = math.prod(dims[1:])
-    start, stop, _ = cut[0].indices(dims[0])
-    return start * inner, stop * inner
-
-
-def share_of(
-    cfg: ModelConfig, entry: Entry, sharding: NamedSharding, shape: tuple[int, ...], whole_rows: bool
-) -> Share:
-    """The share of this process in the tensor of `entry`, whose weight has `shape`, over layers where stacked.
-
-    Args:
-      whole_rows: devices are sent whole rows of the file, whichever columns of them they keep.
-    """
-    stacked = len(shape) - len(entry.shape)
-    # A projection has its input dims first, which are the file's columns. A table has its rows first, a vector none.
-    split = len(projection_shapes(cfg)[entry.leaf][0]) if entry.transposed else len(entry.hf_shape) - 1
-    regions = []
-    indices = sharding.addressable_devices_indices_map(shape)
-    for device in sharding.mesh.local_devices:
-        cut = (indices[device] or ())[stacked:]
-        head, tail = _joined(cut[:split], entry.shape[:split]), _joined(cut[split:], entry.shape[split:])
-        regions.append((tail, head) if entry.transposed else (head, tail))
-    unit = math.prod(entry.shape[split + 1 :]) if entry.transposed else 1
-    axis = (split if entry.transposed else 0) - len(entry.shape)
-    width, kept = regions[0][1][1] - regions[0][1][0], np.zeros(len(regions), np.int32)
-    if whole_rows:
-        kept = np.array([left for _, (left, _) in regions], np.int32)
-        regions = [(rows, (0, entry.hf_shape[-1])) for rows, _ in regions]
-    return Share(tuple(regions), kept, width, unit, axis)
-
 
 # The next two run on all devices of this process, each on its own shard and with nothing between them: one
 # program, compiled once and not once for each device.
@@ -167,13 +92,13 @@ def _write(
     return every(buffers, blocks, starts)
 
 
-def _pieces(source: Source, name: str, share: Share, size: int, start: int) -> Iterator[np.ndarray]:
+def _pieces(part: Callable[[Range, Range], np.ndarray], share: Share, size: int, start: int) -> Iterator[np.ndarray]:
     """Rows [start, start + size) of each device's share, each row of the file read once for all of them."""
     wanted: dict[Range, list[Range]] = {}
     for (first, _), columns in share.regions:
         wanted.setdefault((first + start, first + start + size), []).append(columns)
     hulls = {rows: (min(c[0] for c in columns), max(c[1] for c in columns)) for rows, columns in wanted.items()}
-    read = {rows: source.part(name, rows, hull) for rows, hull in hulls.items()}
+    read = {rows: part(rows, hull) for rows, hull in hulls.items()}
     cut: dict[tuple[Range, Range], np.ndarray] = {}
     for (first, _), (left, right) in share.regions:
         rows = first + start, first + start + size
@@ -192,10 +117,14 @@ def _load_tensor(source: Source, name: str, entry: Entry, share: Share, leaf: "L
         if entry.layer is not None:
             shape[0], start[0] = 1, entry.layer
         shape[share.axis] = -1
+    part: Callable[[Range, Range], np.ndarray] = partial(source.part, name)
+    if (codes := source.stored_codes(name, leaf.kind)) is not None:
+        share, part = share.of_codes(), codes.nf4_codes
+        leaf.codes[entry.layer] = codes
     size, offsets = share.blocks()
     finite = True
     for offset in offsets:
-        pieces = list(_pieces(source, name, share, size, offset))
+        pieces = list(_pieces(part, share, size, offset))
         put = jax.device_put(pieces, list(local.devices))
         whole = (len(pieces) * pieces[0].shape[0], pieces[0].shape[1])
         blocks, checked = _turn(
@@ -237,6 +166,7 @@ class Loaded:
       buffers: this process's shards of each part, end to end along dim 0, over the mesh of this process's devices.
         On CPUs floats of 8 and 16 bits are unsigned integers there, since XLA for CPUs writes into a bfloat16
         buffer by converting all of it to float32 and back.
+      codes: layer -> the tensor whose codes are written as they are stored, and whose scales are, in the end.
     """
 
     param: nnx.Param
@@ -245,6 +175,7 @@ class Loaded:
     kind: str | None
     parts: Any
     buffers: tuple[jax.Array, ...]
+    codes: dict[int | None, Packed] = field(default_factory=dict)
 
     @classmethod
     def empty(
@@ -291,6 +222,7 @@ class Loaded:
         self.buffers = ()
         if self.kind in quant.LEVELS:
             value = _finish(value, mesh, _shardings(self.param.get_raw_value(), axes, mesh))
+            value = _with_stored_scales(value, self.codes) if self.codes else value
         self.param.set_raw_value(value)
 
 
@@ -308,6 +240,34 @@ def _finish(leaf: quant.Quantized, mesh: Mesh, placed: quant.Quantized) -> quant
     without = replace(placed, codes=None)
     layers = jax.jit(partial(jax.lax.map, one_layer), out_shardings=without, donate_argnums=0)
     return replace(layers(leaf.scales), codes=leaf.codes)
+
+
+def _with_stored_scales(leaf: quant.Quantized, codes: dict[int | None, Packed]) -> quant.Quantized:
+    """A stacked leaf with its scales as they are stored, in the layers that have them stored."""
+
+    def whole(number: int, computed: jax.Array) -> jax.Array:
+        layers, *shape = computed.shape
+
+        def of_layer(layer: int, index: tuple[slice, ...]) -> np.ndarray:
+            none = np.zeros(shape, computed.dtype)
+            found = np.asarray(codes[layer].nf4_scales()[number]).reshape(shape) if layer in codes else none
+            return np.asarray(found[index])
+
+        def stored(index: tuple[slice, ...] | None) -> np.ndarray:
+            first, *rest = index or (slice(None),) * computed.ndim
+            return np.stack([of_layer(layer, tuple(rest)) for layer in range(*first.indices(layers))])
+
+        found = jax.make_array_from_callback(computed.shape, computed.sharding, stored)
+        return _where(np.array([layer in codes for layer in range(layers)]), found, computed)
+
+    scales, second, offset = map(whole, range(3), (leaf.scales, leaf.second, leaf.offset))
+    return replace(leaf, scales=scales, second=second, offset=offset)
+
+
+@jax.jit
+def _where(layers: jax.Array, first: jax.Array, second: jax.Array) -> jax.Array:
+    """The layers of `first` where they are marked, else of `second`."""
+    return jnp.where(layers.reshape(-1, *(1 for _ in first.shape[1:])), first, second)
 
 
 def _agreed(rows: np.ndarray) -> np.ndarray:

@@ -13,9 +13,11 @@ from jax.sharding import Mesh
 from pydantic import ValidationError
 
 from jlora.config import Config, LoraSection, describe, read_yaml
+from jlora.config.places import relocated
 from jlora.data.tokens import Tokenizer, from_fast, load_tokenizer, with_template
 from jlora.errors import ConfigError, ModelError
 from jlora.files.paths import inside, require_own
+from jlora.files.starts import places
 from jlora.files.theirs import open_theirs
 from jlora.hf.adapter_config import CONFIG
 from jlora.hf.architecture import parse_config
@@ -74,6 +76,11 @@ class Pretrained:
     base: Decoder
     base_hash: str
     tokenizer: Tokenizer
+
+    @property
+    def lasting_name(self) -> str:
+        """The name that an adapter gives its base: the hub's, or where it lies, which another folder finds, too."""
+        return str(Path(self.name).absolute()) if Path(self.name).exists() else self.name
 
 
 def open_pretrained(path: str, tokenizer_path: str | None, chat_template: str | None) -> Opened:
@@ -189,6 +196,8 @@ def open_adapter(folder: str | None, pretrained: Pretrained) -> Adapter:
 def run_config(folder: str | Path | None) -> Config | None:
     """The resolved config of the run that `folder` is, or lies in; None where there is none.
 
+    Its relative paths lead to where they led when it was trained, unless there is something here that they lead to.
+
     Raises:
       ModelError: it is no such config, or the run folder holds links.
     """
@@ -199,7 +208,7 @@ def run_config(folder: str | Path | None) -> Config | None:
         if file.is_file() and (candidate == Path(folder) or (candidate / "checkpoints").is_dir()):
             require_own(candidate, ModelError)
             try:
-                return Config.model_validate(read_yaml(file))
+                return relocated(Config.model_validate(read_yaml(file)), places(candidate))
             except (OSError, ValueError) as error:
                 said = describe(error) if isinstance(error, ValidationError) else " ".join(str(error).split())
                 raise ModelError(f"{file}: not the config of a run ({said})") from None

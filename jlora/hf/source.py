@@ -7,6 +7,7 @@ safetensors, GGUF and JSON only: no pickle, no remote code.
 import hashlib
 import json
 import math
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,6 +29,8 @@ from jlora.hf.families import WRAPPED_IN, tensor_in, text_of
 from jlora.hf.gguf import GGUFFile
 from jlora.hf.gguf_header import gguf_in
 from jlora.hf.names import Entry, name_table, tensor_name
+from jlora.hf.packed import Packed, Stored, map_file
+from jlora.hf.published import find_packed, other_tensors
 from jlora.model.config import ModelConfig
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -96,7 +99,7 @@ class SafetensorsFolder:
                 raise ModelError(f"{index}: holds no weight_map from tensor to file; download it again")
             files = sorted(set(weight_map.values()))
         else:
-            hint = "convert it to safetensors" if any(folder.glob("*.bin")) else "download the model again"
+            hint = to_safetensors(folder) if any(folder.glob("*.bin")) else "download the model again"
             raise ModelError(f"{folder}: holds no model.safetensors and no index of shards; {hint}")
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, str] = {}
@@ -108,6 +111,7 @@ class SafetensorsFolder:
             self._rename({name: tensor_in(name) for name in self.shapes})
         else:
             self._name_as_a_whole_model()
+        self._take_packed()
         if self._has_other_head():
             self.config = self.config | {"tie_word_embeddings": False}
             print(
@@ -148,6 +152,17 @@ class SafetensorsFolder:
         self.sizes = {new: self.sizes[old] for old, new in kept}
         self._places = {new: self._places[old] for old, new in kept}
 
+    def _take_packed(self) -> None:
+        """From here on a weight that is stored quantised is one tensor, and what makes it up is none."""
+        stored = Stored(self.shapes, self.dtypes, self.sizes, self._places)
+        self._packed = find_packed(self.config, stored, self._name)
+        if self._packed:
+            others = other_tensors(stored, self._packed, name_table(self.model))
+            packed = self._packed.items()
+            self.shapes = {name: self.shapes[name] for name in others} | {name: one.shape for name, one in packed}
+            self.dtypes = {name: self.dtypes[name] for name in others} | {name: one.dtype for name, one in packed}
+            self.sizes = {name: self.sizes[name] for name in others} | {name: one.size for name, one in packed}
+
     def _has_other_head(self) -> bool:
         """Whether a head is stored beside the embedding that it is said to be, in values that differ as float32."""
         names = self._head, self._table
@@ -166,14 +181,27 @@ class SafetensorsFolder:
             if name != "__metadata__":
                 start, stop = tensor["data_offsets"]
                 shape = tuple(tensor["shape"])
-                self.shapes[name] = shape[::-1] if self._turned(name, len(shape)) else shape
                 self.dtypes[name] = tensor["dtype"]
+                self.shapes[name] = shape[::-1] if self._turned(name, len(shape)) else shape
                 self.sizes[name] = stop - start
                 self._places[name] = path, 8 + size + start
 
     def _turned(self, name: str, rank: int) -> bool:
-        """Whether a projection is stored as [in, out]: it is given out as [out, in], like every other."""
-        return rank == 2 and f".{name}".endswith(self._input_first)
+        """Whether a projection is stored as [in, out]: it is given out as [out, in], like every other.
+
+        One that is quantised is stored as [out, in].
+        """
+        return rank == 2 and self.dtypes[name] in FLOATS and f".{name}".endswith(self._input_first)
+
+    @property
+    def has_codes(self) -> bool:
+        """Whether weights are stored quantised."""
+        return bool(self._packed)
+
+    def stored_codes(self, name: str, kind: str | None) -> Packed | None:
+        """A tensor whose stored codes are those of `quant.Quantized` of `kind`; None where they are not."""
+        packed = self._packed.get(name) if kind == "nf4" else None
+        return packed if packed is not None and packed.layout.nf4_offset is not None else None
 
     def read(self, name: str) -> np.ndarray:
         """One tensor whole, a new array as it is stored, or turned; bfloat16 comes as ml_dtypes.bfloat16."""
@@ -184,8 +212,11 @@ class SafetensorsFolder:
     def part(self, name: str, rows: tuple[int, int], columns: tuple[int, int]) -> np.ndarray:
         """Rows and columns, each [start, stop), of one tensor; a vector is one row.
 
-        A read-only view of the mapped file: only the pages that it is read on are loaded.
+        A read-only view of the mapped file: only the pages that it is read on are loaded. Of a tensor that is stored
+        quantised a new array, float32.
         """
+        if name in self._packed:
+            return self._packed[name].part(rows, columns)
         path, offset = self._places[name]
         dtype, shape = floats(self.dtypes[name], name, path), self.shapes[name]
         turned = self._turned(name, len(shape))
@@ -195,7 +226,12 @@ class SafetensorsFolder:
         return part.T if turned else part
 
     def stored(self, name: str, start: int, stop: int) -> np.ndarray:
-        """Bytes [start, stop) of one tensor as they lie in the file, uint8; a read-only view of the mapped file."""
+        """Bytes [start, stop) of one tensor as they lie in the file, uint8; a read-only view of the mapped file.
+
+        Of a quantised tensor they are those of all that makes it up, end to end.
+        """
+        if name in self._packed:
+            return self._packed[name].raw(start, stop)
         path, offset = self._places[name]
         return map_file(path, np.dtype(np.uint8), offset + start, (stop - start,))
 
@@ -204,12 +240,11 @@ class SafetensorsFolder:
 Source = SafetensorsFolder | GGUFFile
 
 
-def map_file(path: Path, dtype: np.dtype, offset: int, shape: tuple[int, ...]) -> np.ndarray:
-    """Read-only view of a region of a file that was whole when its header was read."""
-    try:
-        return np.memmap(path, dtype, "r", offset, shape)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: changed while it was being read ({error}); run again") from None
+def to_safetensors(folder: Path) -> str:
+    """What to do with a folder of pickled weights, which can hold any program and are not read."""
+    code = f"from transformers import AutoModelForCausalLM as M; M.from_pretrained({str(folder)!r})"
+    command = shlex.join(["python", "-c", f"{code}.save_pretrained({str(folder)!r})"])
+    return f"its .bin files are pickled, so convert them to safetensors once, where PyTorch is installed: {command}"
 
 
 def floats(stored: str, name: str, path: Path) -> np.dtype:

@@ -166,7 +166,8 @@ def write_adapter(
         dtype, tolerance = jnp.dtype("float32"), 1e-5
     whole = gather(adapter, mesh)
     if is_main():
-        save_adapter(folder, whole, section, pretrained.name, pretrained.base_hash, pretrained.base.cfg.names)
+        base, names = pretrained.lasting_name, pretrained.base.cfg.names
+        save_adapter(folder, whole, section, base, pretrained.base_hash, names)
     wait_for_all("exported")
     cfg = pretrained.base.cfg
     reread = place_adapter(load_adapter(folder, cfg, pretrained.base_hash, section.dropout), cfg, mesh)
@@ -177,8 +178,9 @@ def write_adapter(
 def compare_with_peft(folder: Path, adapter: Adapter, pretrained: Pretrained) -> tuple[float, str]:
     """Load an exported adapter in PEFT on the base as transformers reads it, float32, and compare logits with ours.
 
-    Returns their relative difference, and who read the base's file: "transformers", or "jlora" where that is a GGUF
-    file which transformers cannot read.
+    Returns their relative difference, and who read the base's files: "transformers", or "jlora" where they are a GGUF
+    file which transformers cannot read, or weights that were published quantised: it would round what it dequantises,
+    and not without the library that wrote them.
 
     Raises:
       ConfigError: torch, transformers or peft is not installed.
@@ -210,17 +212,26 @@ def transformers_base(pretrained: Pretrained) -> tuple[Any, str]:
     folder = path if path.is_dir() else path.parent
     options: dict[str, Any] = {"dtype": torch.float32, "local_files_only": True, "use_safetensors": True}
     auto = AutoModelForImageTextToText if WRAPPED_IN in source.config else AutoModelForCausalLM
+    by_jlora = source.has_codes and WRAPPED_IN not in source.config
     try:
-        return auto.from_pretrained(str(folder), **options, **gguf), "transformers"
+        if not by_jlora:
+            return auto.from_pretrained(str(folder), **options, **gguf), "transformers"
     except Exception as error:  # of any kind: it is another's reader
         if not gguf:
             reason = " ".join(str(error).split())[:300]
             raise ModelError(f"{path}: transformers does not load this base ({reason}), so no export fits it") from None
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**source.config))
-    state = {name: torch.from_numpy(source.read(name).astype(np.float32)) for name in name_table(pretrained.base.cfg)}
+    config = {key: value for key, value in source.config.items() if key != "quantization_config"}
+    with nullcontext() if by_jlora else torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config)).eval()
+    dtype = pretrained.base.embed_tokens.get_value().dtype  # to which ours are rounded
+    state = {
+        name: torch.from_numpy(source.read(name).astype(dtype).astype(np.float32))
+        for name in name_table(pretrained.base.cfg)
+    }
     if pretrained.base.cfg.tie_word_embeddings:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
     model.load_state_dict(state, assign=True)
+    if by_jlora:
+        return model, "jlora"
     model.model.rotary_emb = type(model.model.rotary_emb)(model.config)  # its buffer was made on "meta"
     return model, "jlora"

@@ -25,7 +25,7 @@ from jlora.hf.source import FLOATS, Source
 from jlora.model.adapter import Adapter, Lora, Saved
 from jlora.model.config import ModelConfig
 from jlora.model.llama import Decoder
-from jlora.model.quant import CHANNEL_TYPES, Quantized, dequantize, encode, finish
+from jlora.model.quant import BLOCK, CHANNEL_TYPES, Quantized, dequantize, encode, finish
 
 # Weights of a block of rows, unless a head has more.
 BLOCK_WEIGHTS = 2**20
@@ -62,7 +62,7 @@ class Dequantized:
     are held at a time."""
 
     def __init__(self, source: Source, cfg: ModelConfig, kind: str):
-        self._stored, self._cfg, self._kind = Stored(source), cfg, kind
+        self._source, self._stored, self._cfg, self._kind = source, Stored(source), cfg, kind
         self._name, self._codes = "", Quantized(None, None, None, None, kind, ())
 
     def rows(self, name: str, entry: Entry, start: int, stop: int) -> np.ndarray:
@@ -77,6 +77,10 @@ class Dequantized:
 
     def _quantize(self, name: str, entry: Entry) -> Quantized:
         """The tensor's codes and scales, their outputs as one dim, on the host."""
+        if (stored := self._source.stored_codes(name, self._kind)) is not None:
+            outputs, inputs = entry.hf_shape
+            codes = stored.nf4_codes((0, outputs), (0, inputs // 2)).T.reshape(-1, BLOCK // 2, outputs)
+            return Quantized(codes, *stored.nf4_scales(), self._kind, (inputs,))
         parts: list[np.ndarray] = []
         for start, stop in blocks(self._cfg, entry):
             found = _encode(self._stored.rows(name, entry, start, stop).T, self._kind)
@@ -233,7 +237,8 @@ def save_checkpoint(
     if shards.is_sharded:
         index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
         write_json(folder / "model.safetensors.index.json", index)
-    config = {key: value for key, value in config.items() if key not in ("torch_dtype", "dtype", WRAPPED_IN)}
+    gone = ("torch_dtype", "dtype", WRAPPED_IN, "quantization_config")
+    config = {key: value for key, value in config.items() if key not in gone}
     config |= {"architectures": [architecture], "dtype": dtype, "torch_dtype": dtype}
     write_json(folder / "config.json", config)
     add_files(folder)

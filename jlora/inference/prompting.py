@@ -1,7 +1,6 @@
 """What `jlora generate` does with a model: answer prompts in order, or talk."""
 
 import argparse
-import json
 import sys
 from functools import partial
 from typing import Any
@@ -10,7 +9,7 @@ import jax
 
 from jlora.config import DataSection
 from jlora.data.formats import Columns, rows_of
-from jlora.data.prompts import encode_prompt
+from jlora.data.prompts import encode_prompt, shown_prompt
 from jlora.data.row import BadRow, Row
 from jlora.errors import ConfigError, DataError
 from jlora.files.atomic import strict_json
@@ -19,6 +18,9 @@ from jlora.hf.pretrained import Pretrained, warn_of_length
 from jlora.inference.generate import Sampling, generate
 from jlora.inference.model import open_model
 from jlora.model.sharding import one_device_mesh
+
+# What ends an answer among others that came to no end of its own, as on the pages.
+CUT = " … cut here (--max-new-tokens)"
 
 
 def read_prompts(args: argparse.Namespace, section: DataSection) -> list[Row]:
@@ -80,9 +82,12 @@ def answer_rows(args: argparse.Namespace, run: Any, section: DataSection, pretra
                 ended = len(ids) < args.max_new_tokens
                 print(strict_json({"prompt": row, "text": text, "tokens": len(ids), "ended": ended}), flush=True)
             else:
+                cut = len(ids) >= args.max_new_tokens
                 if len(rows) > 1:
-                    print(f"--- {json.dumps(row, ensure_ascii=False)}")
+                    text = f"--- {shown_prompt(row, format=section.format)}\n{text}{CUT * cut}"
                 print(clean(text) if sys.stdout.isatty() else text, flush=True)
+                if cut and len(rows) == 1 and not args.quiet:
+                    print(f"the answer is cut at --max-new-tokens {args.max_new_tokens}", file=sys.stderr)
 
 
 def chat(args: argparse.Namespace, run: Any, section: DataSection, pretrained: Pretrained) -> None:

@@ -117,8 +117,14 @@ def quantize(weight: Float[Array, "*weight"], kind: str, num_inputs: int) -> Qua
     )
 
 
-def encode(weight: Float[Array, "I O"], kind: str) -> tuple[Shaped[Array, "*codes O"], Float[Array, "*blocks O"]]:
-    """Codes and scales of `Quantized` before `finish`, with the outputs as one dim."""
+def encode(weight: Shaped[Array, "I O"], kind: str) -> tuple[Shaped[Array, "*codes O"], Float[Array, "*blocks O"]]:
+    """Codes and scales of `Quantized` before `finish`, with the outputs as one dim.
+
+    Bytes are codes of 4 bits already, in the order of `Quantized`; their absmax is left 0.
+    """
+    if weight.dtype == jnp.uint8:
+        codes = weight.reshape(-1, BLOCK // 2, weight.shape[1])
+        return codes, jnp.zeros((codes.shape[0], weight.shape[1]), jnp.float32)
     return channel_codes(weight, kind) if kind in CHANNEL_TYPES else block_codes(weight, kind)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from jlora.config import Config
 from jlora.data import encoding
 from jlora.data.checks import count_batches
+from jlora.data.dataset import hold_out
 from jlora.hf.pretrained import tokenizer_of
 from jlora.hf.shapes import SHAPES
 from jlora.planning.compiled import Plan, plan
@@ -16,13 +17,16 @@ from jlora.planning.topology import Target, compiler_logs_off
 
 
 def count_data(cfg: Config) -> dict[str, int] | None:
-    """`count_batches` of the user's own rows; None without rows or tokenizer."""
+    """`count_batches` of the user's own rows but for those held out; None without rows or tokenizer."""
     if cfg.model.path in SHAPES and cfg.model.tokenizer is None:
         return None
     if not all(Path(source.path).exists() for source in cfg.data.sources):
         return None
     tokenizer, _ = tokenizer_of(cfg.model.path, cfg.model.tokenizer, cfg.data.chat_template)
-    return count_batches(encoding.read_train(cfg.data, tokenizer), cfg)
+    rows = encoding.read_train(cfg.data, tokenizer)
+    if isinstance(cfg.data.eval, float):
+        rows, _ = hold_out(rows, cfg.data.eval, cfg.training.seed)
+    return count_batches(rows, cfg)
 
 
 def time_and_cost(plan: Plan, cfg: Config, target: Target, args: argparse.Namespace) -> dict[str, Any]:

@@ -95,7 +95,7 @@ TPUS = {
 }
 KNOWN = (
     f"tpu:GENERATION:SLICE with {', '.join(TPUS)} (such as tpu:v5p:2x2x1), gpu:CARD:COUNT with "
-    f"{', '.join(GPUS)} (such as gpu:h100-80gb:2) or a file (gpu:CARD.yaml:2, see docs/planner.md), cpu:COUNT"
+    f"{', '.join(GPUS)} (such as gpu:h100-80gb:2) or a file that describes one (gpu:CARD.yaml:2), cpu:COUNT"
 )
 
 # Slices that Cloud offers, by the number of dims of a generation's torus.
@@ -134,12 +134,16 @@ def canonical(spec: str) -> str:
 
 
 def unknown(spec: str) -> ConfigError:
-    """That a SPEC is not known, with the nearest that is."""
+    """That a SPEC is not known, with the nearest that is, or all."""
     known = [*(f"gpu:{card}" for card in GPUS), *(f"tpu:{name}" for name in TPUS)]
     kind, _, rest = spec.partition(":")
     close = difflib.get_close_matches(f"{kind}:{rest.partition(':')[0]}".lower(), known, n=1, cutoff=0.6)
-    nearest = f"; did you mean {close[0]}{':' * bool(rest)}{rest.partition(':')[2]}?" if close else ""
-    return ConfigError(f"unknown topology '{spec}'{nearest.rstrip(':')}; known are {KNOWN}")
+    size = rest.partition(":")[2]
+    if kind == "gpu" and not (size.isascii() and size.isdecimal() and int(size)):
+        size = "1"
+    nearest = f"{close[0]}:{size}".rstrip(":") if close else ""
+    instead = f"did you mean {nearest}? --topology list names all" if close else f"known are {KNOWN}"
+    return ConfigError(f"unknown topology '{spec}'; {instead}")
 
 
 def read_gpu(path: Path) -> Gpu:
@@ -148,7 +152,7 @@ def read_gpu(path: Path) -> Gpu:
     Raises:
       ConfigError: the file cannot be read, or a key is unknown, missing or of a wrong value.
     """
-    tree = read_yaml_of("--topology", path)
+    tree = read_yaml_of(path)
     try:
         return TypeAdapter(Gpu).validate_python(tree)
     except ValidationError as error:

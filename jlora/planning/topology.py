@@ -19,7 +19,7 @@ import jax
 from jax.experimental import topologies
 
 from jlora.errors import ConfigError
-from jlora.planning.hardware import GPUS, KNOWN, SLICES, TPUS, Gpu, canonical, read_gpu, unknown
+from jlora.planning.hardware import GPUS, SLICES, TPUS, Gpu, canonical, read_gpu, unknown
 from jlora.runtime.xla import GPU_MEMORY_FRACTION
 
 
@@ -116,7 +116,8 @@ def _tpu_devices(spec: str, name: str, size: str) -> list[Any]:
         topology = topologies.get_topology_desc(platform="tpu", topology_name=f"{name}:{size}", **options)
     except (jax.errors.JaxRuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise ConfigError(f"topology '{spec}' is not a slice that exists ({reason}); known are {KNOWN}") from None
+        slices = ", ".join(SLICES[3 if name in ("v4", "v5p") else 2])
+        raise ConfigError(f"topology '{spec}' is not a slice that exists ({reason}); such as {slices}") from None
     return list(topology.devices)
 
 

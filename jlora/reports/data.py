@@ -10,7 +10,7 @@ from rich.text import Text
 
 from jlora.config import Config
 from jlora.data.checks import Check, Level, check, check_overlap, check_run, count_batches, describe, scan
-from jlora.data.encoding import read_data
+from jlora.data.encoding import read_data, tokenize
 from jlora.data.near import check_near
 from jlora.data.packing import plan_steps
 from jlora.data.preview import Piece, Shown, show_rows
@@ -74,9 +74,12 @@ def look(cfg: Config, num_rows: int) -> Seen:
         if cfg.data.on_bad_row == "skip":
             raise
         section = cfg.data.model_copy(update={"on_bad_row": "skip"})
-        train_data, eval_data = read_data(cfg.model_copy(update={"data": section}), tokenizer)
+        try:
+            train_data, eval_data = read_data(cfg.model_copy(update={"data": section}), tokenizer)
+        except DataError:  # of what is left, which is not what is wrong first
+            raise error from None
         num_bad = sum(sum(each.dropped.values()) for each in (train_data, eval_data) if each)
-        checks.append(Check("bad_rows", "error", num_bad, str(error)))
+        checks.append(Check("bad_rows", "error", num_bad, _bad_rows(cfg, tokenizer)))
     report: dict[str, Any] = {"train": None, "eval": None, "near": []}
     hashes = {}
     for name, dataset in (("train", train_data), ("eval", eval_data)):
@@ -100,6 +103,19 @@ def look(cfg: Config, num_rows: int) -> Seen:
     each = -(-num_rows // len(cfg.data.sources))  # the first rows of every source
     rows = [row for source in cfg.data.sources for row in show_rows(source.path, each, tokenizer, cfg.data)]
     return Seen(report, rows[:num_rows])
+
+
+def _bad_rows(cfg: Config, tokenizer: Tokenizer) -> str:
+    """What is wrong with the rows of every source; `train` would tell the first source's alone."""
+    sources = [(source.path, cfg.data) for source in cfg.data.sources]
+    sources += [(cfg.data.eval, cfg.data.held_out)] if isinstance(cfg.data.eval, str) else []
+    says = []
+    for path, section in sources:
+        try:
+            tokenize(path, tokenizer, section)
+        except DataError as error:
+            says.append(str(error))
+    return "; and ".join(says)
 
 
 def _tokenizer(cfg: Config) -> tuple[Tokenizer, list[int], Any]:
@@ -162,7 +178,7 @@ def _rows(sets: dict[str, dict[str, Any]]) -> Table:
     if "held_out" in sets["train"]:
         rows.insert(1, ["of them held out", f"{sets['train']['held_out']:,}", *[""] * (len(sets) - 1)])
     rows += [[f"tokens, {k}", *(f"{found['lengths'][key]:,}" for found in sets.values())] for key, k in LENGTHS.items()]
-    rows += [[f"dropped: {k}", *(f"{found['dropped'].get(k, 0):,}" for found in sets.values())] for k in reasons]
+    rows += [[f"bad rows: {k}", *(f"{found['dropped'].get(k, 0):,}" for found in sets.values())] for k in reasons]
     return ["", *(f"data.{name}" for name in sets)], rows
 
 
@@ -206,7 +222,9 @@ def print_report(report: dict[str, Any], rows: list[Shown], console: Console) ->
         for place, text in zip(pair["places"], pair["texts"], strict=True):
             say(f"    {place}: {' '.join(text.split())}")
     errors, warnings = (sum(found["level"] == level for found in report["checks"]) for level in ("error", "warning"))
-    verdict = "would train wrongly" if errors else counted(warnings, "warning") if warnings else "nothing found wrong"
+    stops = any(found["name"] == "bad_rows" for found in report["checks"])
+    wrong = "train would stop at the bad rows" if stops else "would train wrongly"
+    verdict = wrong if errors else counted(warnings, "warning") if warnings else "nothing found wrong"
     say(f"{counted(report['steps'], 'optimizer step')}; {verdict}")
     if rows:
         plain = console.color_system is None
@@ -231,7 +249,7 @@ def _print_set(name: str, found: dict[str, Any], say: Any) -> None:
         f"{found['trained_tokens']:,} of them trained ({found['trained_tokens'] / found['tokens']:.1%})"
     )
     say(
-        f"  cut {found['truncated']:,}, dropped {sum(found['dropped'].values()):,}, "
+        f"  cut {found['truncated']:,}, bad rows {sum(found['dropped'].values()):,}, "
         f"exact copies {found['duplicates']:,}; tokens a sequence: {lengths['min']:,} to {lengths['max']:,}, "
         f"median {lengths['median']:,}, 90 % at most {lengths['p90']:,}, 99 % at most {lengths['p99']:,}"
     )

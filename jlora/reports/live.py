@@ -76,15 +76,12 @@ class Followed:
     def _draw(self, training: bool) -> str:
         run = read_run(self._folder)
         if training:  # a summary is that of an earlier start
-            run = replace(run, summary={"samples": run.summary["samples"]} | {key: {} for key in MAPPINGS})
+            samples = run.summary["samples"]
+            run = replace(run, summary={"samples": samples} | {key: {} for key in MAPPINGS}, training=True)
         if run.steps:
             self._pace.saw(max(run.steps), time.monotonic())
         total = steps_in_all(run)
         shown = told(run) | {"total": total, "left": self._pace.left(total) if training else None}
-        if training:
-            shown |= {"state": "training", "status": "training"}
-        elif run.summary.get("status") is None:
-            shown |= {"state": "warning", "status": "stopped, can be resumed" if run.records else "has not begun"}
         return page.render("live.html", **shown)
 
 

@@ -3,7 +3,6 @@
 The picture needs matplotlib, and nothing of JAX.
 """
 
-import importlib.util
 import io
 from functools import partial
 from pathlib import Path
@@ -12,8 +11,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Column, Table
 
-from jlora.errors import ConfigError
+from jlora.errors import ConfigError, require_installed
 from jlora.files.atomic import write_bytes
+from jlora.reports.figures import duration
 
 GIB = 2**30
 # Okabe and Ito's palette, told apart by colour-blind readers; the pale ones get the dark text.
@@ -33,33 +33,39 @@ def print_plan(result: dict[str, Any]) -> None:
             continue
         table.add_row(name, _gib(result[f"{name}_bytes"]))
     console.print(table)
-    naive_gb = {name: value / 1e9 for name, value in result["naive"].items()}
+    if on_cpu := result["topology"].startswith("cpu:"):
+        console.print("the peak is that of a step; the process takes more: Python, JAX with its compiler, the rows")
+    naive = {name: _size(value) for name, value in result["naive"].items()}
     console.print(
-        f"full fine-tuning would take {naive_gb['total_min']:,.0f}-{naive_gb['total']:,.0f} GB over all devices: "
-        f"weights {naive_gb['weights']:,.0f}, gradients {naive_gb['gradients']:,.0f}, optimizer "
-        f"{naive_gb['optimizer_min']:,.0f}-{naive_gb['optimizer']:,.0f}"
+        f"full fine-tuning would take {naive['total_min']} to {naive['total']} over all devices: weights "
+        f"{naive['weights']}, gradients {naive['gradients']}, optimizer {naive['optimizer_min']} to "
+        f"{naive['optimizer']}"
     )
     console.print(
-        f"{result['trainable_params']:,} trained of {result['frozen_params'] + result['trainable_params']:,} "
-        f"parameters; {result['flops_per_step']:.3g} FLOPs and {result['tokens_per_step']:,} tokens a step; "
+        f"{result['naive']['weights'] // 2:,} parameters, {result['trainable_params']:,} trained; "
+        f"{result['flops_per_step']:.3g} FLOPs and {result['tokens_per_step']:,} tokens a step; "
         f"attention {result['attention']}; remat {result['remat']}; compiled in {result['compile_seconds']:.0f} s"
     )
     if result["seconds_per_epoch_at"]:
         console.print(time_table(result))
+    elif not result["epoch_tokens"]:
+        console.print("no time: the config's rows or their tokenizer are not here; give --tokens of an epoch")
+    elif on_cpu:
+        console.print("no time: no peak of a CPU is published; give a speed, as measured, with --tokens-per-second")
 
 
 def time_table(result: dict[str, Any]) -> Table:
-    """Hours and dollars of an epoch, by how rows are batched and at which speed."""
+    """Time and dollars of an epoch, by how rows are batched and at which speed."""
     cost, counts = result["cost_usd_at"], result["data"]
     rows = f" of {counts['rows']:,} rows and {counts['tokens']:,} tokens" if counts else ""
-    heads: list[Column | str] = ["batches", RIGHT("tokens with padding"), "speed", RIGHT("hours")]
+    heads: list[Column | str] = ["batches", RIGHT("tokens with padding"), "speed", RIGHT("time")]
     heads += [RIGHT("US dollars")] if cost else []
     table = Table(*heads, title=f"an epoch{rows} on {result['topology']}", title_justify="left")
     for name, times in result["seconds_per_epoch_at"].items():
         for at, seconds in times.items():
             tokens = f"{result['epoch_tokens'][name]:,.0f}"
             how = at if "tokens" in at else f"{float(at):.0%} of the peak"
-            table.add_row(name, tokens, how, f"{seconds / 3600:,.2f}", *([f"{cost[name][at]:,.2f}"] if cost else []))
+            table.add_row(name, tokens, how, duration(seconds), *([f"{cost[name][at]:,.2f}"] if cost else []))
     return table
 
 
@@ -93,6 +99,13 @@ def _speed(tried: dict[str, Any]) -> float:
     return tried["estimate"]["tokens_per_second_per_device"] if tried["estimate"] else 0.0
 
 
+def _size(value: int) -> str:
+    """Bytes in GB, or in MB below one."""
+    if value < 1e9:
+        return f"{value / 1e6:,.{int(value < 1e7)}f} MB"
+    return f"{value / 1e9:,.{int(value < 1e10)}f} GB"
+
+
 def _gib(value: int | None) -> str:
     return "-" if value is None else f"{value / 2**30:,.2f}"
 
@@ -103,8 +116,7 @@ def require_matplotlib(what: str = "--plot") -> None:
     Raises:
       ConfigError: it is not installed.
     """
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ConfigError(f"{what} needs matplotlib, which is not installed; pip install 'jlora[plot]'")
+    require_installed(what, ("matplotlib",), "'jlora[plot]'")
 
 
 def draw(results: list[dict[str, Any]], path: Path) -> None:

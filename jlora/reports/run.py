@@ -14,8 +14,12 @@ STATUS = {
     "finished": "finished",
     "preempted": "stopped, can be resumed",
     "failed": "failed",
-    "None": "in progress, or stopped early",
+    "training": "training",
+    "stopped": "stopped, can be resumed",
+    "not begun": "has not begun",
 }
+UNSURE = ("stopped", "not begun")  # how it came to be is not written down
+MOST_STARTS = 3  # of those that changed nothing, the last ones that are named
 ROWS = {"used": "trained on", "eval": "held out"}
 
 
@@ -38,12 +42,11 @@ def write_report(run_dir: Path, out: Path | None = None) -> Path:
 
 def told(run: RunFiles) -> dict[str, Any]:
     """What a page tells of a run, by the names that the templates know."""
-    status = str(run.summary.get("status"))
     return {
         "run": run,
         "facts": heading(run),
-        "state": status if status in STATUS else "",
-        "status": STATUS.get(status, status),
+        "state": "warning" if run.state in UNSURE else run.state if run.state in STATUS else "",
+        "status": STATUS.get(run.state, run.state),
         "note": _note(run),
         "change": _change(run),
         "share": _share(run),
@@ -139,7 +142,8 @@ def heading(run: RunFiles) -> dict[str, str]:
         "Rows": ", ".join(f"{shown(rows[key], compact)} {what}" for key, what in ROWS.items() if rows.get(key)),
         "Epochs": _epochs(run, sections["training"]),
         "Date": day(run),
-        "Command": str(run.summary.get("command") or ""),
+        "Resumed": _resumed(run),
+        **_commands(run),
     }
     return {name: fact for name, fact in facts.items() if fact}
 
@@ -156,10 +160,37 @@ def method(keys: dict[str, Any], lora: dict[str, Any], objective: dict[str, Any]
 
 
 def day(run: RunFiles) -> str:
-    """When it was started, or else when it logged last, in the time of this machine."""
-    if run.summary.get("started") is not None:
-        return str(run.summary["started"]).replace("T", " ")[:16]
+    """When it was first started, or else when it logged last, in the time of this machine."""
+    for start in (*run.starts[:1], run.summary):
+        if start.get("started") is not None:
+            return _minute(start["started"])
     return "" if run.changed is None else datetime.datetime.fromtimestamp(run.changed).strftime("%Y-%m-%d %H:%M")
+
+
+def _minute(time: object) -> str:
+    return str(time).replace("T", " ")[:16]
+
+
+def _resumed(run: RunFiles) -> str:
+    """Where each later start went on, when, and what was changed; of many the last ones, and those with changes."""
+    later = [start for start in run.starts if drawable(start.get("step"))]
+    said = []
+    for number, start in enumerate(later, 1):
+        pairs = {name: pair for name, pair in mapping(start.get("changes")).items() if isinstance(pair, list)}
+        changes = [f"{name.removeprefix('config.')} {' → '.join(map(shown, pair))}" for name, pair in pairs.items()]
+        if changes or number > len(later) - MOST_STARTS:
+            words = [f"at step {shown(start['step'])}", _minute(start.get("started", "")), *changes]
+            said.append(", ".join(filter(None, words)))
+    return f"{len(later)} times; " * (len(later) > len(said)) + "; ".join(said)
+
+
+def _commands(run: RunFiles) -> dict[str, str]:
+    """By which it was started first, and each other one that it was resumed by."""
+    first: dict[str, float | None] = {}
+    for start in run.starts or [run.summary]:
+        if start.get("command"):
+            first.setdefault(str(start["command"]), drawable(start.get("step")))
+    return {f"Command at step {step:,.0f}" if step else "Command": command for command, step in first.items()}
 
 
 def _rate(optimizer: dict[str, Any]) -> str:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from jlora.config.reading import parse_yaml
-from jlora.files.theirs import MAX_LOG, text_of_theirs
+from jlora.files.lock import held
+from jlora.files.starts import read_starts
+from jlora.files.theirs import MAX_LOG, parse, text_of_theirs
 from jlora.reports.charts import Point
 from jlora.reports.figures import drawable, mapping
 
@@ -26,6 +27,7 @@ class RunFiles:
       series: values by step of each of `KEYS`.
       summary: summary.json, empty where there is none yet; each of `MAPPINGS` is one, and samples are mappings.
       config: config.yaml as it stands.
+      starts: see `jlora.files.starts`, the first one first; `training`: whether a process is at work there.
       changed: when metrics.jsonl was last written, in seconds since 1970; None where there is none.
     """
 
@@ -35,11 +37,26 @@ class RunFiles:
     series: dict[str, list[Point]]
     summary: dict[str, Any]
     config: str
+    starts: list[dict[str, Any]]
+    training: bool
     changed: float | None
 
     def figure(self, key: str, logged: str) -> Any:
         """A figure of the summary, or else the last value logged."""
         return self.summary[key] if self.summary.get(key) is not None else last_value(self.series[logged])
+
+    @property
+    def state(self) -> str:
+        """As its summary says, or else whether it goes on, was ended by force, or has not begun."""
+        if self.summary.get("status") is not None:
+            return str(self.summary["status"])
+        return "training" if self.training else "stopped" if self.records else "not begun"
+
+    @property
+    def seconds(self) -> Any:
+        """How long all starts took together; of one that was ended by force, to its last logged line."""
+        logged = next((record["wall_seconds"] for record in reversed(self.records) if "wall_seconds" in record), None)
+        return self.summary["wall_seconds"] if self.summary.get("wall_seconds") is not None else logged
 
     @property
     def steps(self) -> list[float]:
@@ -78,7 +95,8 @@ def read_run(run_dir: Path) -> RunFiles:
     summary |= {"samples": [each for each in samples if mapping(each)] if isinstance(samples, list) else []}
     summary |= {key: mapping(summary.get(key)) for key in MAPPINGS}
     config, changed = read_text(run_dir / "config.yaml"), changed_at(run_dir / "metrics.jsonl")
-    return RunFiles(run_dir.resolve().name, records, unreadable, series, summary, config, changed)
+    begun = read_starts(run_dir), held(run_dir)
+    return RunFiles(run_dir.resolve().name, records, unreadable, series, summary, config, *begun, changed)
 
 
 def changed_at(path: Path) -> float | None:
@@ -95,15 +113,6 @@ def read_text(path: Path) -> str:
         return text_of_theirs(path, MAX_LOG, "replace")
     except (OSError, ValueError):
         return ""
-
-
-def parse(text: str) -> dict[str, Any] | None:
-    """A JSON object, or None for anything else."""
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    return value if isinstance(value, dict) else None
 
 
 def read_records(path: Path) -> tuple[list[dict[str, Any]], int]:

@@ -1,20 +1,23 @@
 """Many runs: in one page, compared or as an index, and in a line each on the terminal."""
 
 import datetime
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from jlora.config import yaml_scalar
+from jlora.config.reading import parse_yaml
 from jlora.config.sections import dotted
-from jlora.files.paths import short_names
-from jlora.files.text import clean
+from jlora.errors import ConfigError
+from jlora.files.paths import require_own, short_names
+from jlora.files.text import clean, counted
 from jlora.reports.answers import Card, sample_cell, turns_of
 from jlora.reports.charts import MOST_DOTS, Chart, Line, Point, Spot, chart, smoothed, thinned
 from jlora.reports.figures import compact, drawable, duration, loss, mapping, memory, perplexity, shown
 from jlora.reports.page import link, render, write_page
 from jlora.reports.run import STATUS, heading
-from jlora.reports.run_files import RunFiles, read_run
+from jlora.reports.run_files import RunFiles, read_run, read_text
 
 # Lines that a reader still tells apart.
 MOST_RUNS = 8
@@ -33,6 +36,35 @@ WIDTH, HEIGHT, POINTS, MOST_KEYS = 120, 28, 120, 8
 LISTED = ("run", "status", "steps", "held-out loss", "train loss", "base", "method", "rate", "took", "changed")
 
 
+def sweep_runs(folder: Path) -> list[Path] | None:
+    """The runs of a sweep that have begun, in its order; None where the folder is not that of a sweep."""
+    try:
+        entries = mapping(parse_yaml(read_text(folder / "config.yaml"))).get("sweep")
+    except ValueError:
+        return None
+    names = [str(mapping(entry).get("name")) for entry in entries] if isinstance(entries, list) else []
+    runs = [folder / name for name in names if re.fullmatch(r"[\w-]+", name)]
+    return [run for run in runs if (run / "metrics.jsonl").is_file()] if runs else None
+
+
+def write_sweep(folder: Path, out: Path | None = None) -> Path:
+    """Write `folder/report.html`, or `out`: the runs of a sweep compared, or listed where they are too many for that.
+
+    Raises:
+      ConfigError: none has begun, one is no folder of its own, or the page cannot be written there.
+    """
+    path, runs = out or folder / "report.html", sweep_runs(folder)
+    if not runs:
+        raise ConfigError(f"{folder}: no run of this sweep has begun; look again when one has")
+    for run in runs:
+        require_own(run, ConfigError)
+    if len(runs) > MOST_RUNS:
+        write_index(path, runs, "as the sweep has them")
+    else:
+        write_page(path, compare(runs))
+    return path
+
+
 def compare(folders: list[Path]) -> str:
     """The page of some run folders, in their order."""
     names = short_names([folder.resolve() for folder in folders])
@@ -41,7 +73,7 @@ def compare(folders: list[Path]) -> str:
     lowest = f"Lowest held-out loss: {after[0][1]}, {after[0][0]:.4f}. " if len(after) > 1 else ""
     return render(
         "runs.html",
-        title=f"{len(runs)} runs compared",
+        title=f"{counted(len(runs), 'run')} compared",
         lead=f"{lowest}Lines of training loss are smoothed.",
         figures=(HEADS, [(run.name, *_figures(run)) for run in runs]),
         charts=_charts(runs),
@@ -58,7 +90,7 @@ def _figures(run: RunFiles) -> list[str]:
         shown(run.figure("train_loss", "loss"), loss),
         shown(run.num_steps()),
         shown(run.figure("tokens_per_second", "tokens_per_second"), compact),
-        shown(summary.get("wall_seconds"), duration),
+        shown(run.seconds, duration),
         *(shown(summary["peak_memory_bytes"].get(where), memory) for where in ("host", "device")),
         shown(summary.get("trainable_params"), compact),
     ]
@@ -104,8 +136,8 @@ def _samples(runs: list[RunFiles]) -> list[Card]:
     return out
 
 
-def write_index(path: Path, folders: list[Path]) -> None:
-    """Write the page of some run folders, in their order, whole or not at all.
+def write_index(path: Path, folders: list[Path], order: str = "the newest first") -> None:
+    """Write the page of some run folders, in their order, which has a name, whole or not at all.
 
     Raises:
       ConfigError: it cannot be written there.
@@ -124,11 +156,11 @@ def write_index(path: Path, folders: list[Path]) -> None:
             | {"link": link(path, target) if target.is_file() else None, "best": number == lowest}
             | {"unlike": own[:MOST_KEYS], "more": len(own[MOST_KEYS:])}
         )
-    write_page(path, render("index.html", title="Runs", rows=rows, width=WIDTH, height=HEIGHT))
+    write_page(path, render("index.html", title="Runs", order=order, rows=rows, width=WIDTH, height=HEIGHT))
 
 
 def _row(run: RunFiles) -> dict[str, Any]:
-    (before, after), status, facts = run.held_out(), str(run.summary.get("status")), heading(run)
+    (before, after), status, facts = run.held_out(), _status(run), heading(run)
     return {
         "name": run.name,
         "state": status if status in STATUS else "",
@@ -136,7 +168,7 @@ def _row(run: RunFiles) -> dict[str, Any]:
         "date": facts.get("Date", ""),
         "what": ", ".join(facts[name] for name in ("Base", "Method") if name in facts),
         "steps": shown(run.num_steps(), compact),
-        "held_out": "–" if after is None else f"{shown(before, loss)} → {shown(after, loss)}",
+        "held_out": _held_out(before, after),
         "train": shown(run.figure("train_loss", "loss"), loss),
         "spark": sparkline(run.series["loss"]),
     }
@@ -152,6 +184,16 @@ def sparkline(points: list[Point]) -> list[Spot]:
     return [(round(1 + (x - first) * across, 1), round(HEIGHT - 1 - (y - low) * up, 1)) for x, y in drawn]
 
 
+def _status(run: RunFiles) -> str:
+    """Where it stands; a run that goes on has a summary of an earlier start."""
+    return "training" if run.training else run.state
+
+
+def _held_out(before: object, after: object) -> str:
+    """Losses before and after, as far as they were measured."""
+    return "–" if before is None and after is None else f"{shown(before, loss)} → {shown(after, loss)}"
+
+
 def described(folder: Path) -> dict[str, Any]:
     """A run as its files tell it; None where they do not say."""
     run = read_run(folder)
@@ -159,7 +201,7 @@ def described(folder: Path) -> dict[str, Any]:
     section = {name: mapping(config.get(name)) for name in ("model", "lora", "optimizer")}
     return {
         "run": str(folder),
-        "status": run.summary.get("status", "unfinished"),
+        "status": _status(run),
         "steps": run.num_steps(),
         "eval_loss_before": before,
         "eval_loss": after,
@@ -168,7 +210,7 @@ def described(folder: Path) -> dict[str, Any]:
         "method": config.get("method"),
         "rank": section["lora"].get("rank"),
         "learning_rate": section["optimizer"].get("learning_rate"),
-        "wall_seconds": run.summary.get("wall_seconds"),
+        "wall_seconds": run.seconds,
         "changed": run.changed,
     }
 
@@ -184,13 +226,12 @@ def print_runs(runs: list[dict[str, Any]]) -> None:
         console = Console(markup=False, highlight=False, width=10_000)
     table = Table(*LISTED, box=box.SIMPLE_HEAD, pad_edge=False)
     for run in runs:
-        held_out = f"{shown(run['eval_loss_before'], loss)} → {shown(run['eval_loss'], loss)}"
         method = f"LoRA r={run['rank']}" if run["method"] == "lora" else shown(run["method"])
         table.add_row(
             clean(run["run"]),
             clean(shown(run["status"])),
             shown(run["steps"], compact),
-            held_out if run["eval_loss"] is not None else "–",
+            _held_out(run["eval_loss_before"], run["eval_loss"]),
             shown(run["train_loss"], loss),
             clean(Path(str(run["base"])).name),
             clean(method),

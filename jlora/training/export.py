@@ -57,26 +57,14 @@ Step = int | Literal["best"] | None
 
 
 def restore(
-    cfg: Config, run_dir: Path, step: Step, model: ModelConfig, base_hash: str, mesh: jax.sharding.Mesh
-) -> tuple[int, Adapter, Decoder | None]:
-    """Step, adapter and, of a full fine-tuning, weights of a checkpoint (the newest without `step`), on `mesh`.
+    cfg: Config, run_dir: Path, step: int, model: ModelConfig, base_hash: str, mesh: jax.sharding.Mesh
+) -> tuple[Adapter, Decoder | None]:
+    """Adapter and, of a full fine-tuning, weights of a checkpoint, on `mesh`.
 
     Raises:
-      ModelError: no such checkpoint, or one of another base or run.
+      ModelError: it is one of another base or run.
     """
     checkpoints = Checkpoints(run_dir / "checkpoints", cfg.training.keep_checkpoints, read_only=True)
-    steps = checkpoints.steps()
-    if step == "best" and (step := checkpoints.best()) is None:
-        raise ModelError(
-            f"{run_dir}: no checkpoint has a held-out loss (data.eval, training.eval_every); leave --step best out"
-        )
-    if not steps or (step is not None and step not in steps):
-        wanted = "checkpoint" if step is None else f"checkpoint of step {step}"
-        raise ModelError(f"{run_dir}: holds no {wanted}; it has {', '.join(map(str, steps)) or 'none'}")
-    if step is None:
-        step = checkpoints.newest_whole()
-    elif (found := checkpoints.fault(step)) is not None:
-        raise ModelError(f"{run_dir}/checkpoints/{step}: the checkpoint is damaged ({found}); export another step")
     saved = checkpoints.identity(step)["hashes"]["base"]
     if saved != base_hash:
         raise ModelError(
@@ -94,7 +82,30 @@ def restore(
         like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole), decoder)
         restored = {}, checkpoints.restore_trained(step, {"base": like})["base"]
     checkpoints.close()
-    return step, *restored
+    return restored
+
+
+def find_step(cfg: Config, run_dir: Path, step: Step) -> int:
+    """The checkpoint that is meant, which is whole.
+
+    Raises:
+      ModelError: there is none such.
+    """
+    checkpoints = Checkpoints(run_dir / "checkpoints", cfg.training.keep_checkpoints, read_only=True)
+    steps = checkpoints.steps()
+    if step == "best" and (step := checkpoints.best()) is None:
+        raise ModelError(
+            f"{run_dir}: no checkpoint has a held-out loss (data.eval, training.eval_every); leave --step best out"
+        )
+    if not steps or (step is not None and step not in steps):
+        wanted = "checkpoint" if step is None else f"checkpoint of step {step}"
+        raise ModelError(f"{run_dir}: holds no {wanted}; it has {', '.join(map(str, steps)) or 'none'}")
+    if step is None:
+        step = checkpoints.newest_whole()
+    elif (found := checkpoints.fault(step)) is not None:
+        raise ModelError(f"{run_dir}/checkpoints/{step}: the checkpoint is damaged ({found}); export another step")
+    checkpoints.close()
+    return step
 
 
 def export(
@@ -129,6 +140,7 @@ def export(
         raise ConfigError("--dtype is that of a whole checkpoint (--merge); an adapter is written in float32")
     if cost and (not merge or cfg.method == "full"):
         raise ConfigError("--cost is that of merging an adapter, by --merge; leave it out")
+    found = find_step(cfg, run_dir, step)
     try:
         opened = open_pretrained(cfg.model.path, cfg.model.tokenizer, cfg.data.chat_template)
     except ModelError as error:
@@ -139,19 +151,20 @@ def export(
     with new_folder(out) as folder:
         if full:
             chosen = dtype or cfg.model.dtype
-            return write_full(cfg, opened, run_dir, step, folder, chosen, cost) | {"out": str(out)}
+            return write_full(cfg, opened, run_dir, found, folder, chosen, cost) | {"out": str(out)}
         mesh = one_device_mesh()
         with jax.set_mesh(mesh):
             # PEFT has the base as it is stored.
             kind = None if peft else cfg.model.quantization
             pretrained = load_pretrained(opened, jnp.dtype(cfg.model.dtype), mesh, kind)
-            step, adapter, _ = restore(cfg, run_dir, step, model, pretrained.base_hash, mesh)
+            adapter, _ = restore(cfg, run_dir, found, model, pretrained.base_hash, mesh)
             where = (cfg.lora, pretrained, PROOF_DTYPE, mesh)
-            result: dict[str, Any] = {"step": step, "out": str(out), "kind": "adapter"}
+            result: dict[str, Any] = {"step": found, "out": str(out), "kind": "adapter"}
+            result["base"] = pretrained.lasting_name
             result["logits_relative_difference"] = verify.write_adapter(folder, adapter, *where)
             if peft:
-                found = verify.compare_with_peft(folder, adapter, pretrained)
-                result["peft_relative_difference"], result["base_read_by"] = found
+                compared = verify.compare_with_peft(folder, adapter, pretrained)
+                result["peft_relative_difference"], result["base_read_by"] = compared
     return result
 
 
@@ -251,7 +264,7 @@ def require_room(out: Path, cfg: Config, model: ModelConfig, dtype: str) -> None
 
 
 def write_full(
-    cfg: Config, opened: Opened, run_dir: Path, step: Step, out: Path, dtype: str, cost: bool
+    cfg: Config, opened: Opened, run_dir: Path, step: int, out: Path, dtype: str, cost: bool
 ) -> dict[str, Any]:
     """Write a full checkpoint, read it back, compare logits; returns their relative difference, among others.
 
@@ -269,7 +282,7 @@ def write_full(
     require_room(out, cfg, model, dtype)
     host = make_mesh(MeshSection(data=1, fsdp=1, tensor=1), jax.devices("cpu")[:1])
     with jax.default_device(host.devices.flat[0]):
-        step, adapter, trained = restore(cfg, run_dir, step, model, hash_base(source, opened.name), host)
+        adapter, trained = restore(cfg, run_dir, step, model, hash_base(source, opened.name), host)
         weights: Weights = Stored(source)
         if trained is not None:
             weights = Trained(trained)

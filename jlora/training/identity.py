@@ -7,9 +7,7 @@ import jax
 
 from jlora.config import Config, nearest
 from jlora.config.sections import dotted
-from jlora.data.dataset import Dataset
 from jlora.errors import ConfigError, ModelError
-from jlora.hf.pretrained import Pretrained, adapter_digest
 from jlora.runtime import distributed
 from jlora.training.summary import versions
 
@@ -43,21 +41,11 @@ FIXED_KEYS = {
 FREE_SECTIONS = ("mesh.", "distributed.", "resume.")
 
 
-def run_identity(cfg: Config, pretrained: Pretrained, train_data: Dataset, eval_data: Dataset | None) -> dict[str, Any]:
-    """What must be the same when a run resumes."""
+def run_identity(cfg: Config, hashes: dict[str, str | None]) -> dict[str, Any]:
+    """What must be the same when a run resumes: its config, and `hashes` of what that names."""
     flat = dotted(cfg.model_dump(mode="json"))
-    return {
-        "config": {
-            key: value for key, value in flat.items() if key not in FREE_KEYS and not key.startswith(FREE_SECTIONS)
-        },
-        "hashes": {
-            "base": pretrained.base_hash,
-            "tokenizer": pretrained.tokenizer.digest,
-            "data": train_data.digest,
-            "eval": eval_data.digest if eval_data else None,
-            **({"init_from": adapter_digest(cfg.lora.init_from)} if cfg.lora.init_from else {}),
-        },
-    }
+    kept = {key: value for key, value in flat.items() if key not in FREE_KEYS and not key.startswith(FREE_SECTIONS)}
+    return {"config": kept, "hashes": hashes}
 
 
 def require_one_job(cfg: Config, folder: Path) -> None:
@@ -70,12 +58,13 @@ def require_one_job(cfg: Config, folder: Path) -> None:
 
 
 def check_identity(
-    run_dir: Path, step: int, saved: dict[str, Any], current: dict[str, Any], allowed: list[str]
+    run_dir: Path, step: int, saved: dict[str, Any], current: dict[str, Any], allowed: list[str], whole: bool = True
 ) -> list[dict[str, Any]]:
     """The run's history, of what was changed on the way; refuses to resume from a checkpoint of another run.
 
     Args:
       step: of the checkpoint. allowed: names such as config.optimizer.learning_rate that may differ.
+      whole: False compares what there is of `current`, whose other hashes are not known yet.
 
     Returns:
       one entry for each start that changed something: `step`, and `changes`, name -> [from, to].
@@ -92,7 +81,8 @@ def check_identity(
     for name in allowed:
         if name not in known:
             raise ConfigError(f"resume.allow_changes holds '{name}'{nearest(name, sorted(known))}")
-    changes = {name: [before.get(name), now.get(name)] for name in sorted(known) if before.get(name) != now.get(name)}
+    compared = sorted(known if whole else known - {f"hashes.{key}" for key in saved["hashes"]} | now.keys())
+    changes = {name: [before.get(name), now.get(name)] for name in compared if before.get(name) != now.get(name)}
     for name in allowed:
         if name in changes and any(f"{name}.".startswith(f"config.{key}.") for key in FIXED_KEYS):
             raise ConfigError(

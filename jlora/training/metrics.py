@@ -27,6 +27,7 @@ from jlora.training.trackers import Tracker
 # Lines of a log file come this often, where no terminal shows a bar; above a bar, so many in a run.
 PLAIN_LINE_SECONDS, LINES_ABOVE = 10.0, 20
 BAR_WIDTH = 12
+METRICS = "metrics.jsonl"
 # What a step was skipped for, by its metric `skip`; and how many of its rows a sentence names.
 SKIPS = (None, "the loss, the gradients or the update are not finite", "the loss is a spike")
 NAMED_ROWS = 8
@@ -93,6 +94,11 @@ class ProgressLine:
             self._bar = Progress(*columns, TextColumn("{task.fields[text]}"), console=Console(stderr=True))
             self._task = self._bar.add_task("train", total=total, completed=start, text="")
 
+    @property
+    def plain(self) -> bool:
+        """Whether there is no bar, so that lines come now and then."""
+        return self._bar is None
+
     def update(self, step: int, figures: dict[str, Any]) -> None:
         """Show a step's figures, as metrics.jsonl has them."""
         self._step, now = step, time.monotonic()
@@ -154,19 +160,27 @@ def clock(seconds: float) -> str:
 class MetricsLog:
     """Appends one JSON object a logged step, and tells its numbers to the trackers."""
 
-    def __init__(self, run_dir: Path, resume_step: int, trackers: dict[str, Tracker] | None, main: bool = True):
+    def __init__(
+        self,
+        run_dir: Path,
+        resume_step: int,
+        trackers: dict[str, Tracker] | None,
+        main: bool = True,
+        began: float | None = None,
+    ):
         """Open the log, or go on with it.
 
         Args:
           resume_step: lines of later steps, written before a crash, are dropped.
-          trackers: by name; closed with the log.
+          trackers: by name; closed with the log. They have clocks of their own.
           main: False writes nothing.
+          began: by `time.monotonic`, from when `wall_seconds` of each line counts; None leaves them out.
         """
-        self._main = main
+        self._main, self._began = main, began
         if not main:
             return
         self._trackers = dict(trackers or {})
-        self._path = run_dir / "metrics.jsonl"
+        self._path = run_dir / METRICS
         lines = read_metrics(self._path) if resume_step else []
         kept = [line for line in lines if line["step"] <= resume_step]
         # What was told before a crash is not told again.
@@ -174,12 +188,14 @@ class MetricsLog:
         write_text(self._path, "".join(json.dumps(line) + "\n" for line in kept))
         self._stream = os.fdopen(open_own(self._path, os.O_WRONLY | os.O_APPEND), "a", encoding="utf-8")
 
-    def write(self, line: dict[str, Any]) -> None:
-        """Log one object; `step` is its x value."""
+    def write(self, line: dict[str, Any]) -> dict[str, Any]:
+        """Log one object, whose `step` is its x value, and return it as it was logged."""
+        seconds = {} if self._began is None else {"wall_seconds": round(time.monotonic() - self._began, 3)}
+        timed = line | seconds
         if not self._main:
-            return
+            return timed
         try:
-            self._stream.write(strict_json(line) + "\n")
+            self._stream.write(strict_json(timed) + "\n")
             self._stream.flush()
         except OSError as error:  # a stream does not say which file it is
             error.filename = str(self._path)
@@ -189,6 +205,7 @@ class MetricsLog:
         news = {name: value for name, value in numbers.items() if (step, name) not in self._told}
         for name, tracker in list(self._trackers.items()):
             self._tell(name, partial(tracker.log, numbers if tracker.rewinds else news, step))
+        return timed
 
     def close(self) -> None:
         """Flush everything."""
@@ -284,7 +301,7 @@ class StepMeter:
             if skip:
                 line |= {"skipped": skip, "rows": rows}
             line |= {"tokens": total, "tokens_per_second": rate} | memory_now()
-            self._log.write(line)
+            line = self._log.write(line)
             self._progress.update(step, line)
             self._on_step(step, line)
         if not skip:

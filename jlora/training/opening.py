@@ -9,6 +9,7 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from jlora.files.text import counted
 from jlora.hf.pretrained import (
     Opened,
     Pretrained,
+    adapter_digest,
     first_adapter,
     load_pretrained,
     make_reference,
@@ -41,7 +43,7 @@ from jlora.training.checkpoint import Checkpoints
 from jlora.training.evaluator import Stopping
 from jlora.training.folder import batch_rows, saves_left, steps_between
 from jlora.training.identity import check_identity, run_identity
-from jlora.training.metrics import Callbacks, ProgressLine
+from jlora.training.metrics import METRICS, PLAIN_LINE_SECONDS, Callbacks, ProgressLine
 from jlora.training.step import (
     Forward,
     TrainState,
@@ -61,12 +63,14 @@ class Shared:
     Attributes:
       pretrained: the frozen base; its path, tokenizer, dtype, quantization and mesh are those of all the runs.
       programs: compiled steps by the SHA-256 of what was compiled.
+      of_base: what was measured of the bare base, by what it depends on; see `Run.of_base`.
     """
 
     opened: Opened | None = None
     pretrained: Pretrained | None = None
     rows: dict[str, tuple[Dataset, Dataset | None]] = field(default_factory=dict)
     programs: dict[str, Any] = field(default_factory=dict)
+    of_base: dict[str, Any] = field(default_factory=dict)
 
     def open(self, cfg: Config) -> Opened:
         """The base, no weight read yet, with its tokenizer."""
@@ -76,7 +80,7 @@ class Shared:
 
     def read(self, cfg: Config) -> tuple[Dataset, Dataset | None]:
         """The tokenised rows of a run, training and held out."""
-        key = json.dumps([cfg.data.model_dump(mode="json"), cfg.training.seed if cfg.data.eval else None])
+        key = rows_key(cfg)
         if key not in self.rows:
             self.rows[key] = read_data(cfg, self.open(cfg).tokenizer)
         return self.rows[key]
@@ -98,6 +102,11 @@ class Shared:
         return self.programs[program]
 
 
+def rows_key(cfg: Config) -> str:
+    """What the rows of a run depend on, with the tokenizer."""
+    return json.dumps([cfg.data.model_dump(mode="json"), cfg.training.seed if cfg.data.eval else None])
+
+
 @dataclass
 class Run:
     """A run from its opening to its end.
@@ -107,6 +116,9 @@ class Run:
       start, step: steps done when this process took the run up, and now; `tokens` those of the steps before.
       compiled: the step, once it is.
       exported: the step whose weights a finished run leaves.
+      saved: the identity in the checkpoint at `start`; None where there is none.
+      changes: what this start does otherwise than the one before, as in `history`.
+      began: when the run began, by `time.monotonic`, as if all its starts had followed one another.
       require_there: raises ConfigError where the run folder is gone; see `jlora.files.lock`.
     """
 
@@ -130,8 +142,11 @@ class Run:
     batches: Any
     stopping: Stopping
     remat: str
-    start: int = 0
-    step: int = 0
+    saved: dict[str, Any] | None
+    start: int
+    step: int
+    changes: dict[str, Any] = field(default_factory=dict)
+    began: float = 0.0
     tokens: int = 0
     compiled: Any = None
     exported: int | None = None
@@ -160,6 +175,20 @@ class Run:
         training = self.cfg.training
         return steps_between(training.save_every, training.saves_per_epoch, self.epochs.steps_in_epoch)
 
+    def of_base(self, what: str, measure: Callable[[], Any]) -> tuple[Any, bool]:
+        """What `measure` finds of a run that is yet to take a step, and whether an earlier run had found it.
+
+        Runs whose new adapters add nothing measure the same, on the same rows in the same batches.
+        """
+        if self.cfg.method != "lora" or not self.cfg.lora.starts_as_base:
+            return measure(), False
+        sizes = self.cfg.training.batch_size // self.cfg.training.gradient_accumulation_steps, self.kernel
+        key = json.dumps([what, rows_key(self.cfg), *sizes, self.cfg.objective.model_dump(mode="json")])
+        if known := key in self.shared.of_base:
+            return self.shared.of_base[key], known
+        found = self.shared.of_base[key] = measure()
+        return found, False
+
     def position(self, tokens: int) -> dict[str, Any]:
         """What a checkpoint says of the rows and evaluations so far, as JSON; see `take_up_rows`."""
         return {
@@ -177,6 +206,17 @@ def open_run(cfg: Config, folder: Path, mesh: jax.sharding.Mesh, watch: Watch, s
     Raises:
       ConfigError, DataError, ModelError: what does not fit together, before anything large is read where it can be.
     """
+    open_checkpoints = partial(Checkpoints, folder / "checkpoints", cfg.training.keep_checkpoints)
+    earlier = open_checkpoints() if (folder / "checkpoints").is_dir() else None  # a refusal leaves no folder behind
+    newest = earlier.newest_whole if earlier else lambda: 0
+    start = distributed.from_first(f"newest checkpoint of {folder}", newest)
+    saved = (earlier or open_checkpoints()).identity(start) if start else None
+
+    def require_same(hashes: dict[str, str | None]) -> None:
+        if saved is not None:
+            check_identity(folder, start, saved, run_identity(cfg, hashes), cfg.resume.allow_changes, whole=False)
+
+    require_same({})  # at once: all else takes its time
     opened = shared.open(cfg)
     check_divides(opened.model, mesh, cfg)
     if cfg.method == "lora":
@@ -197,6 +237,8 @@ def open_run(cfg: Config, folder: Path, mesh: jax.sharding.Mesh, watch: Watch, s
     train_data, eval_data = shared.read(cfg)
     digests = {"data": train_data.digest, "eval": eval_data.digest if eval_data else None}
     distributed.require_agreement("data", DataError, digests)
+    hashes = {"tokenizer": opened.tokenizer.digest, **digests}
+    require_same(hashes)
     epochs, num_steps = plan_steps(cfg, train_data)
     checks = check_rows(cfg, train_data, eval_data)
     checks += check_run(cfg, num_steps, opened.source.config.get("max_position_embeddings"))
@@ -208,6 +250,9 @@ def open_run(cfg: Config, folder: Path, mesh: jax.sharding.Mesh, watch: Watch, s
     if not quiet:
         warn_of_cpu(cfg, mesh)
     pretrained = shared.load(cfg, mesh)
+    hashes["base"] = pretrained.base_hash
+    if cfg.lora.init_from:
+        hashes["init_from"] = adapter_digest(cfg.lora.init_from)
     params = {"adapter": first_adapter(cfg, pretrained, mesh), "base": pretrained.base}
     if (reference := make_reference(cfg, pretrained, mesh)) is not None:
         params["reference"] = reference
@@ -228,11 +273,14 @@ def open_run(cfg: Config, folder: Path, mesh: jax.sharding.Mesh, watch: Watch, s
         state=init_state(trained, cfg, mesh),
         frozen=frozen,
         hyper=optim.hyperparameters(cfg.optimizer, num_steps),
-        identity=run_identity(cfg, pretrained, train_data, eval_data),
-        checkpoints=Checkpoints(folder / "checkpoints", cfg.training.keep_checkpoints),
+        identity=run_identity(cfg, hashes),
+        checkpoints=earlier or open_checkpoints(),
         batches=packing.batches(epochs, cfg.training.batch_size, batch_rows(cfg, mesh)),
         stopping=Stopping(cfg.training.early_stopping_patience, cfg.training.early_stopping_min_delta),
         remat=cfg.model.remat,
+        saved=saved,
+        start=start,
+        step=start,
     )
 
 
@@ -251,13 +299,13 @@ def resume(run: Run) -> dict[str, Any] | None:
     Raises:
       ConfigError, ModelError: the checkpoint is another run's, or beyond the steps that are asked for.
     """
-    cfg = run.cfg
-    start = distributed.from_first(f"newest checkpoint of {run.folder}", run.checkpoints.newest_whole)
-    if start:
-        saved = run.checkpoints.identity(start)
+    cfg, start, saved = run.cfg, run.start, run.saved
+    if saved is not None:
         history = check_identity(run.folder, start, saved, run.identity, cfg.resume.allow_changes)
         run.identity["history"] = history
-        take_up_rows(run, start, changed=len(history) > len(saved.get("history", [])))
+        if len(history) > len(saved.get("history", [])):
+            run.changes = history[-1]["changes"]
+        take_up_rows(run, start, changed=bool(run.changes))
         if start > run.num_steps:
             raise ConfigError(
                 f"{run.folder}: is at step {start} already, past the {run.num_steps} asked for; raise "
@@ -265,7 +313,6 @@ def resume(run: Run) -> dict[str, Any] | None:
             )
         if run.remat == "auto":
             run.remat = saved.get("remat", run.remat)
-        run.start = run.step = start
         done = finished_summary(run.folder) if run.finished else None
         if done is not None:
             return done
@@ -300,7 +347,7 @@ def take_up_rows(run: Run, start: int, changed: bool) -> None:
 
 
 def announce(run: Run, progress: ProgressLine) -> None:
-    """What is about to happen, in three lines."""
+    """What is about to happen, in three lines; in a log file, how many lines are to come, too."""
     cfg, rows = run.cfg, run.train_data
     dropped = f", dropped {dict(rows.dropped)}" if rows.dropped else ""
     cut = f", {rows.truncated} cut at {cfg.data.max_length} tokens" if rows.truncated else ""
@@ -308,5 +355,11 @@ def announce(run: Run, progress: ProgressLine) -> None:
     total, trained = count_parameters(run.pretrained.base), count_trained(run.state.trained)
     progress.say(f"base {cfg.model.path}{held}: {total:,} parameters, {trained:,} trained; attention {run.kernel}")
     sources = ", ".join(source.path for source in cfg.data.sources)
-    progress.say(f"data {sources}: {len(rows.examples)} sequences of {rows.read} rows{dropped}{cut}")
-    progress.say(counted(run.num_steps, "step") + (f", resumed from step {run.start}" if run.start else ""))
+    held_out = f", {len(run.eval_data.examples)} held out" if run.eval_data else ""
+    if isinstance(cfg.data.eval, str):
+        held_out += f" ({cfg.data.eval})"
+    progress.say(f"data {sources}: {len(rows.examples)} sequences of {rows.read} rows{held_out}{dropped}{cut}")
+    later = f", resumed from step {run.start}" if run.start else ""
+    progress.say(counted(run.num_steps, "step") + later)
+    if progress.plain:
+        progress.say(f"a line every {PLAIN_LINE_SECONDS:.0f} s, and all of them in {run.folder}/{METRICS}")

@@ -13,10 +13,13 @@ from typing import Any
 import jax
 
 from jlora.config import Config
+from jlora.config.places import places_of
 from jlora.data.checks import count_sources
 from jlora.errors import NonFiniteError
 from jlora.files import lock
 from jlora.files.atomic import write_json, write_text
+from jlora.files.starts import add_start, read_starts
+from jlora.files.text import counted
 from jlora.hf.verify import export_adapter
 from jlora.model.divisibility import check_batch_split
 from jlora.model.sharding import make_mesh
@@ -83,8 +86,11 @@ def train(
                 print(f"{folder}: this run is finished; nothing is left to do", file=sys.stderr)
             run.checkpoints.close()
             return finished
+        run.began = began - seconds_before(folder, run.start)
         if main:
             write_text(folder / "config.yaml", cfg.dump_yaml())
+            start = {"step": run.start, **origin(began), "changes": run.changes, "paths": places_of(cfg)}
+            add_start(folder, start)
         meter = loop(run, until, quiet)
         summary = finish(run, meter, began)
         # A process that has left the job treats peers as lost after host_timeout seconds.
@@ -100,7 +106,8 @@ def loop(run: Run, until: int | None, quiet: bool) -> StepMeter:
     """
     cfg, num_steps = run.cfg, run.num_steps
     main = distributed.is_main()
-    log = MetricsLog(run.folder, run.start, open_trackers(cfg, run.folder, run.start) if main else None, main)
+    trackers = open_trackers(cfg, run.folder, run.start) if main else None
+    log = MetricsLog(run.folder, run.start, trackers, main, run.began)
     progress = ProgressLine(num_steps, run.start, quiet, run.eval_every)
     meter = StepMeter(log, progress, run.epochs, cfg.training, run.tokens, num_steps, run.callbacks.on_step)
     announce(run, progress)
@@ -113,6 +120,7 @@ def loop(run: Run, until: int | None, quiet: bool) -> StepMeter:
         if run.step == 0:
             evaluate()
             if samples is not None:
+                progress.say(f"answering {counted(cfg.training.samples, 'sample')} before training")
                 samples.take("before")
         end, stopped = min(num_steps, until or num_steps), False
         while run.step < end and not stopped and not run.stopping.over:
@@ -157,6 +165,7 @@ def loop(run: Run, until: int | None, quiet: bool) -> StepMeter:
         require_trained(run.state)
         choose_weights(run)
         if samples is not None:
+            progress.say(f"answering {counted(cfg.training.samples, 'sample')} after training")
             samples.take("after")
     return meter
 
@@ -204,7 +213,8 @@ def finish(run: Run, meter: StepMeter, began: float) -> dict[str, Any]:
         "history": run.identity.get("history", []),
         "adapter": str(run.folder / "adapter") if exported else None,
         **origin(began),
-        "wall_seconds": time.monotonic() - began + seconds_before(run.folder, run.start),
+        "started": next((start.get("started") for start in read_starts(run.folder)), None),
+        "wall_seconds": time.monotonic() - run.began,
         **final_losses(run.folder),
         "tokens": {"total": meter.tokens_before + meter.tokens},
         "tokens_per_second": meter.tokens_per_second(),
@@ -251,21 +261,27 @@ def held_out_loss(
     """Held-out loss of the current state, logged; None without held-out rows."""
     if evaluator is None:
         return None
-    if run.step == 0:
-        progress.say("measuring the held-out loss of the base")
-    marks = [time.monotonic()]
 
-    def on_batch() -> None:
-        run.watch.beat(run.step)
-        marks.append(time.monotonic())
+    def measure() -> tuple[dict[str, Any], float, float]:
+        if run.step == 0:
+            progress.say("measuring the held-out loss of the base")
+        marks = [time.monotonic()]
 
-    with meter.paused():
+        def on_batch() -> None:
+            run.watch.beat(run.step)
+            marks.append(time.monotonic())
+
         now = run.params
         figures = evaluator.measure(now["base"], now["adapter"], now.get("reference"), on_batch)
-    lasted, count = marks[-1] - marks[0], len(marks) - 1
-    after_first = (marks[-1] - marks[1]) / (count - 1) * count if count > 1 else lasted  # the first may compile
-    progress.evaluated(lasted, after_first)
+        lasted, count = marks[-1] - marks[0], len(marks) - 1
+        after_first = (marks[-1] - marks[1]) / (count - 1) * count if count > 1 else lasted  # the first may compile
+        return figures, lasted, after_first
+
+    with meter.paused():
+        (figures, lasted, after_first), known = run.of_base("loss", measure) if run.step == 0 else (measure(), False)
+    progress.evaluated(0.0 if known else lasted, after_first)
     more = figures_of(run.callbacks.on_eval(run.step, figures), figures)
     log.write({"step": run.step, **{f"eval_{name}": value for name, value in (figures | more).items()}})
-    progress.say(f"step {run.step}: held-out {describe_figures(figures)}")
+    before = " (the base, as measured before)" if known else ""
+    progress.say(f"step {run.step}: held-out {describe_figures(figures)}{before}")
     return figures["loss"]

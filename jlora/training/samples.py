@@ -58,7 +58,11 @@ class Samples:
             self._samples = kept
         parts = run.params
         model = Adapted(replace(run.pretrained, base=parts["base"]), parts["adapter"], run.forward.dtype)
-        *_, texts = generate(model, self._prompts, max_new_tokens=NEW_TOKENS)
+
+        def answers() -> list[list[int]]:
+            return list(generate(model, self._prompts, max_new_tokens=NEW_TOKENS))[-1]
+
+        texts = run.of_base(f"{len(self._prompts)} answers", answers)[0] if when == "before" else answers()
         for number, (sample, ids) in enumerate(zip(self._samples, texts, strict=True)):
             cut = [name for name in sample.get("cut", []) if name != when] + [when] * (len(ids) >= NEW_TOKENS)
             self._samples[number] = sample | {when: run.pretrained.tokenizer.decode(ids), "cut": cut}

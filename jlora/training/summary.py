@@ -12,9 +12,10 @@ from typing import Any
 import jax
 
 from jlora.files.text import counted, redact
+from jlora.reports.figures import drawable
 from jlora.reports.run_files import parse, read_text
 from jlora.training.auto_remat import peak_bytes
-from jlora.training.metrics import read_metrics
+from jlora.training.metrics import METRICS, read_metrics
 
 
 def origin(began: float) -> dict[str, Any]:
@@ -34,13 +35,13 @@ def origin(began: float) -> dict[str, Any]:
 
 
 def seconds_before(run_dir: Path, start: int) -> float:
-    """Seconds of the starts before this one that ended in order, by the summary that the last of them left.
+    """Seconds of the starts before this one; of the last one, where it was ended by force, to its last logged line.
 
     Args:
       start: the step that this one resumed from; 0 where it began anew.
     """
-    before = (parse(read_text(run_dir / "summary.json")) or {}).get("wall_seconds") if start else None
-    return float(before) if isinstance(before, int | float) else 0.0
+    said = [parse(read_text(run_dir / "summary.json")) or {}, *read_metrics(run_dir / METRICS)] if start else []
+    return max((drawable(each.get("wall_seconds")) or 0.0 for each in said), default=0.0)
 
 
 def finished_summary(run_dir: Path) -> dict[str, Any] | None:
@@ -58,7 +59,7 @@ def finished_summary(run_dir: Path) -> dict[str, Any] | None:
 
 def final_losses(run_dir: Path) -> dict[str, Any]:
     """Last training loss; first, last and lowest held-out loss, and the step of the lowest; from the log."""
-    lines = read_metrics(run_dir / "metrics.jsonl")
+    lines = read_metrics(run_dir / METRICS)
     train_losses = [line["loss"] for line in lines if "loss" in line] or [None]
     evaluated = [line for line in lines if "eval_loss" in line]
     eval_losses = [line["eval_loss"] for line in evaluated] or [None]
@@ -117,8 +118,7 @@ def warn_of_result(summary: dict[str, Any]) -> None:
     before, after, lowest = (summary.get(key) for key in ("eval_loss_before", "eval_loss", "lowest_eval_loss"))
     if before is None or after is None or lowest is None:
         return
-    step, steps = summary["lowest_eval_step"], summary["steps"]
-    left = lowest if summary.get("exported_step") == step else after
+    step, steps, left = summary["lowest_eval_step"], summary["steps"], left_loss(summary)
     if left > before:
         print(
             f"warning: training raised the held-out loss from {before:.4f} to {left:.4f}: the base alone is better on "
@@ -133,9 +133,22 @@ def warn_of_result(summary: dict[str, Any]) -> None:
         )
 
 
+def left_loss(summary: dict[str, Any]) -> float | None:
+    """Held-out loss of the weights that a run left, which need not be those of its last step."""
+    best = summary.get("exported_step") is not None and summary["exported_step"] == summary["lowest_eval_step"]
+    return summary.get("lowest_eval_loss" if best else "eval_loss")
+
+
 def print_sweep(summary: dict[str, Any]) -> None:
     """The end of a sweep, for people."""
     for name, run in summary["runs"].items():
-        losses = {key.replace("_", " "): run.get(key) for key in ("train_loss", "eval_loss")}
-        text = ", ".join(f"{key} {value:.4f}" for key, value in losses.items() if value is not None)
-        print(f"{name}: {run['status']} after {run['steps']} steps, {text}")
+        losses = {"train loss": run.get("train_loss"), "held-out loss": run.get("eval_loss")}
+        text = "".join(f", {key} {value:.4f}" for key, value in losses.items() if value is not None)
+        print(f"{name}: {run['status']} after {counted(run['steps'], 'step')}{text}")
+    left = {name: left_loss(run) for name, run in summary["runs"].items() if run["status"] == "finished"}
+    losses = {name: loss for name, loss in left.items() if loss is not None}
+    if losses:
+        best = min(losses, key=lambda name: losses[name])
+        print(f"best by held-out loss ({losses[best]:.4f}): {best}, adapter: {summary['runs'][best]['adapter']}")
+    if summary["report"] is not None:
+        print(f"report: {summary['report']}")

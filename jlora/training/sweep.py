@@ -5,6 +5,7 @@ they share the base, their rows where those are the same, and the compiled step 
 """
 
 import math
+import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ from jlora.files import lock
 from jlora.files.atomic import write_json, write_text
 from jlora.files.paths import require_own
 from jlora.model.adapter_init import check_options
+from jlora.reports.runs import sweep_runs, write_sweep
 from jlora.runtime import distributed, signals
 from jlora.training import optim
 from jlora.training.folder import make_run_dir
@@ -40,6 +42,9 @@ class Sweep:
         """Take one run on, to its end or to `until`; one that fails does not end the others."""
         if self.stopped or self.summaries.get(name, {}).get("status") == "failed":
             return
+        if not self.quiet:
+            number, rung = list(self.configs).index(name) + 1, f", to step {until}" if until else ""
+            print(f"run {number} of {len(self.configs)}: {name}{rung}", file=sys.stderr)
         try:
             summary = train(self.configs[name], self.quiet, self.shared, until)
         except (NonFiniteError, NothingTrained) as error:
@@ -98,8 +103,11 @@ def train_together(cfg: Config, quiet: bool = False) -> dict[str, Any]:
             "runs": runs,
             "wall_seconds": time.monotonic() - began,
             "peak_memory_bytes": peak_memory(None),
+            "report": str(folder / "report.html") if sweep_runs(folder) else None,
         }
         write_json(folder / "summary.json", summary)
+        if summary["report"] is not None:
+            write_sweep(folder)
     return summary
 
 

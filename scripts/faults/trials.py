@@ -131,7 +131,7 @@ def final_state(run_dir: Path) -> str:
 
     if wait(apart(body, run_dir.with_suffix(".log"))):
         raise Lost(f"{run_dir}: its last state cannot be read")
-    measured = ("tokens_per_second", "host_bytes", "device_bytes")
+    measured = ("tokens_per_second", "wall_seconds", "host_bytes", "device_bytes")
     lines = [{k: v for k, v in line.items() if k not in measured} for line in read_metrics(run_dir / "metrics.jsonl")]
     parts = [str(last), out.read_text(encoding="utf-8"), json.dumps(lines)]
     parts.append((run_dir / "checkpoints" / str(last) / "data" / "metadata").read_text(encoding="utf-8"))

@@ -54,6 +54,17 @@ def test_evaluate_counts_what_it_drops(world, here, tmp_path):
     assert result["dropped"] == {"malformed_json": 1, "missing_field": 1}
 
 
+def test_rows_of_another_format_are_told_by_the_commands_own_flag(world, here, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"prompt": "Say", "completion": " blue."}) + "\n", encoding="utf-8")
+    common = ("evaluate", "--base", world / "base", "--adapter", world / "run", "-q", "--data", rows)
+    code, out, err = here(*common)
+    assert (code, out) == (3, "") and "; --format completion reads such rows" in err
+    assert "data.format" not in err and "skip" not in err  # of which all are bad
+    rows.write_text((world / "eval.jsonl").read_text() + "{\n", encoding="utf-8")
+    assert here(*common)[2].endswith("fix it, or drop such rows (--on-bad-row skip)\n")
+
+
 def test_without_a_run_rows_are_read_by_their_columns(world, here, tmp_path):
     rows = tmp_path / "rows.jsonl"
     rows.write_text(json.dumps({"prompt": "Say", "completion": " blue."}) + "\n", encoding="utf-8")

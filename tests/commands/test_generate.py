@@ -67,6 +67,20 @@ def test_prompts_of_a_file_as_json_rows_in_order(world, here):
     assert alone.splitlines() == printed
 
 
+def test_answers_to_many_prompts_stand_below_them(world, here, tmp_path):
+    """Each prompt as text, without its row's own answer; an answer of the most tokens is marked as cut."""
+    rows = [{"instruction": "Say blue.", "input": "Twice.", "output": "SECRET"}, {"instruction": "Say tree."}]
+    (tmp_path / "two.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    common = ("--adapter", world / "run", "--prompts", tmp_path / "two.jsonl")
+    printed = generate(here, world, *common)
+    answers = [json.loads(line) for line in generate(here, world, *common, "--json").splitlines()]
+    marks = ["" if answer["ended"] else " … cut here (--max-new-tokens)" for answer in answers]
+    heads = ["--- Say blue.\n\nTwice.\n", "--- Say tree.\n"]
+    parts = zip(heads, answers, marks, strict=True)
+    assert printed == "".join(f"{head}{answer['text']}{mark}\n" for head, answer, mark in parts)
+    assert any(marks) and "SECRET" not in printed
+
+
 def test_prompt_is_the_instruction_of_an_alpaca_run(world, here, tmp_path):
     row = {"instruction": "Say blue 3 times."}
     (tmp_path / "one.jsonl").write_text(json.dumps(row) + "\n")
@@ -78,7 +92,8 @@ def test_prompt_is_the_instruction_of_an_alpaca_run(world, here, tmp_path):
 
 def test_generate_says_its_format_on_stderr_alone(world, here):
     code, out, err = here("generate", "--base", world / "base", "--prompt", "a", "--max-new-tokens", 1)
-    assert (code, err) == (0, "format completion\n") and "format" not in out
+    cut = "the answer is cut at --max-new-tokens 1\n"
+    assert (code, err) == (0, f"format completion\n{cut}") and "format" not in out and "cut" not in out
 
 
 def test_chat_over_a_pipe(world):
@@ -123,8 +138,8 @@ def test_a_base_with_a_chat_template_is_talked_to(world, here, tmp_path):
     template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"chat_template": template}))
     given = ("generate", "--base", tmp_path / "base", "--prompt", "a", "--max-new-tokens", 2)
-    assert here(*given)[::2] == (0, "format messages\n")
-    assert here(*given, "--format", "completion")[::2] == (0, "format completion\n")
+    assert here(*given)[2].splitlines()[0] == "format messages"
+    assert here(*given, "--format", "completion")[2].splitlines()[0] == "format completion"
 
 
 @pytest.mark.parametrize(

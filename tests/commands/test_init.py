@@ -1,6 +1,7 @@
 """`jlora init`: the config that it writes for rows, and what it says of rows that no config fits."""
 
 import json
+import re
 
 import pytest
 from command_line import one_sentence
@@ -33,6 +34,13 @@ def many(format, mark):
 def test_a_row_is_of_the_format_that_reads_it(format):
     assert format_of(ROWS[format]) == format and set(COLUMNS[format]) <= ROWS[format].keys()
     assert format_of(ROWS[format] | {"id": 7, "input": ""}) == format
+
+
+def test_a_row_is_of_the_format_whose_columns_are_given():
+    turns = {"dialog": ROWS["messages"]["messages"]}
+    assert format_of(turns) is None and format_of(turns, given={"messages": "dialog"}) == "messages"
+    assert format_of({"q": "a", "r": "b"}, given={"prompt": "q", "completion": "r"}) == "completion"
+    assert format_of({"q": "a", "output": "b"}, given={"instruction": "q"}) == "alpaca"
 
 
 def test_a_row_of_no_format():
@@ -84,6 +92,39 @@ def test_rows_that_no_config_fits(world, here, tmp_path, rows, code, words):
     given = here("init", "--data", path, "--base", world / "base", "--out", tmp_path / "out.yaml")
     assert given[0] == code and words in one_sentence(given[2])
     assert not (tmp_path / "out.yaml").exists()
+
+
+def test_columns_of_other_names_are_said_by_a_flag(world, here, tmp_path):
+    path = write(tmp_path / "rows.jsonl", [{"q": f"Say {n}.", "reply": f"{n}.", "topic": "a"} for n in range(30)])
+    arguments = ("--data", path, "--base", world / "base", "--out", tmp_path / "out.yaml")
+    code, _, err = here("init", *arguments)
+    assert code == 3 and "lack instruction and output" in err
+    columns = re.search(r"such as --columns (\S+),", err)[1]
+    assert columns == "instruction=q,output=reply"
+    assert here("init", *arguments, "--columns", columns, "-q") == (0, "", "")
+    cfg = load_config(tmp_path / "out.yaml")
+    assert (cfg.data.format, cfg.data.columns) == ("alpaca", {"instruction": "q", "output": "reply"})
+    assert here("data", tmp_path / "out.yaml", "-q") == (0, "", "")
+    for given, code, words in (
+        ("output=answer_text", 3, 'has no column "answer_text" (--columns output=answer_text); it has q, reply, topic'),
+        ("question=q", 2, "no format has question"),
+        ("q", 2, "not of the form instruction=q,output=reply"),
+    ):
+        other = here("init", *arguments[:-1], tmp_path / "other.yaml", "--columns", given)
+        assert other[0] == code and words in one_sentence(other[2])
+
+
+def test_lines_of_the_config_say_what_holds(world, here, tmp_path):
+    """Steps an epoch times epochs, how few rows choose the best, and the rate of a small base."""
+    write(tmp_path / "rows.jsonl", many("completion", "")[:30])
+    out = tmp_path / "out.yaml"
+    assert here("init", "--data", tmp_path / "rows.jsonl", "--base", world / "base", "--out", out, "-q")[0] == 0
+    text, cfg = out.read_text(encoding="utf-8"), load_config(out)
+    each, total = (
+        int(re.search(words, text)[1]) for words in (r"about (\d+) steps an epoch", r"(\d+) optimizer steps")
+    )
+    assert abs(each * cfg.training.epochs - total) <= cfg.training.epochs / 2
+    assert "a noisy choice by 3 rows" in text and cfg.optimizer.learning_rate == 1e-3
 
 
 def test_what_is_missing_is_asked_for_on_a_terminal_alone(here):

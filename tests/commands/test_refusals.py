@@ -14,8 +14,8 @@ from jlora.files import manifest
 # Configs and rows
 
 CONFIG_ERRORS = [
-    ("lora.rnak=4", ["config.yaml", "unknown key 'lora.rnak'", "did you mean 'rank'"]),
-    ("lora.rank=0", ["config.yaml", "lora.rank", "greater than 0"]),
+    ("lora.rnak=4", ["the command line", "unknown key 'lora.rnak'", "did you mean 'lora.rank'"]),
+    ("lora.rank=0", ["the command line", "lora.rank", "greater than 0"]),
     ("training.gradient_accumulation_steps=3", ["batch_size 4", "3 equal parts", "divisor"]),
     ("mesh.data=1009", ["mesh data=1009", "devices"]),
     ("training.wandb=project", ["training.wandb", "pip install wandb"]),
@@ -32,7 +32,7 @@ ROW_ERRORS = [
     (b'\n{"instruction": "a", "output": "\xff"}\n', ["rows.jsonl:2", "not valid UTF-8"]),
     (b'{"instruction": "a", "output": ""}\n', ["rows.jsonl:1", '"output" is empty']),
     (b'{"instruction": "a"}\n', ["rows.jsonl:1", '"output" is missing']),
-    (b'{"instruction": "' + b"a" * 300 + b'", "output": "b"}\n', ["rows.jsonl:1", "data.max_length=320"]),
+    (b'{"instruction": "' + b"a" * 300 + b'", "output": "b"}\n', ["rows.jsonl:1", "320 tokens"]),
     (b"", ["rows.jsonl", "no usable row"]),
 ]
 
@@ -70,7 +70,7 @@ def test_rows_that_are_all_dropped(world, here, tmp_path):
         *("data.max_length=16", "data.on_bad_row=skip"),
     )
     message = one_sentence(err)
-    assert code == 3 and "all 24 rows were dropped" in message and "rows.jsonl:1" in message
+    assert code == 3 and "all 24 are bad" in message and "rows.jsonl:1" in message
 
 
 @pytest.mark.parametrize(

@@ -166,7 +166,7 @@ def test_runs_are_listed_the_newest_first(world, here, tmp_path):
     listed = json.loads(out)
     assert (code, err) == (0, "") and [run["run"] for run in listed] == [f"{tmp_path}/sweep/new", f"{tmp_path}/old"]
     summary = json.loads((world / "run" / "summary.json").read_text())
-    assert [run["status"] for run in listed] == ["unfinished", "finished"]
+    assert [run["status"] for run in listed] == ["stopped", "finished"]
     for key in ("steps", "eval_loss", "eval_loss_before", "train_loss"):
         assert listed[0][key] == listed[1][key] == summary[key], key
     assert (listed[1]["method"], listed[1]["wall_seconds"]) == ("lora", summary["wall_seconds"])

@@ -36,7 +36,7 @@ FLAGS = {
     ],
     "report": ["--out", "--watch", "--port", "-q"],
     "runs": ["--json", "--html"],
-    "init": ["--data", "--base", "--eval", "--out", "-q"],
+    "init": ["--data", "--base", "--eval", "--columns", "--out", "-q"],
     "config": ["--schema", "--from", "--devices", "--out", "--json"],
 }
 
@@ -136,6 +136,24 @@ def test_console_script_carries_the_commands(here):
     assert code == 0 and out.startswith("# Configuration reference")
 
 
+def test_command_list_without_a_command(here):
+    code, out, err = here("__main__")
+    assert (code, err) == (2, "") and out == here("__main__", "--help")[1]
+
+
+@pytest.mark.parametrize("command", ["train", "data", "plan"])
+def test_help_lists_the_config_by_position(here, command):
+    _, out, _ = here(command, "--help")
+    assert re.search(r"positional arguments:\n  CONFIG, key=value\n? +YAML file of the run", out)
+
+
+def test_sentences_name_the_flags_of_a_command_without_a_config():
+    sentence = "set data.on_bad_row=skip, data.format=messages, model.path or data.max_length; data.columns.a=b"
+    assert cli.as_flags(sentence, ()) == sentence
+    said = cli.as_flags(sentence, ("on_bad_row", "format", "base", "max_length", "data"))
+    assert said == "set --on-bad-row skip, --format messages, --base or --max-length; data.columns.a=b"
+
+
 def test_console_script_as_a_program():
     done = shell("__main__", "export", "--adapter")
     assert done.returncode == 2 and one_sentence(done.stderr) == done.stderr.rstrip("\n")
@@ -149,11 +167,11 @@ def test_console_script_as_a_program():
     ("arguments", "words"),
     [
         (["train"], "config"),
-        (["train", "{world}/none.yaml"], "none.yaml: cannot be read"),
+        (["train", "{world}/none.yaml"], "none.yaml: no such file"),
         (["train", "{world}/config.yaml", "--lora.rank", "8"], "write lora.rank=8"),
         (["train", "{world}/config.yaml", "lora.rank=8", "--training.max_steps=3"], "write training.max_steps=3"),
         (["train", "--config", "{world}/config.yaml", "--bogus"], "--bogus"),
-        (["train", "--config", "{world}/none.yaml"], "none.yaml: cannot be read"),
+        (["train", "--config", "{world}/none.yaml"], "none.yaml: no such file"),
         (["train", "--config", "{world}"], "cannot be read"),
         (["generate", "--prompt", "a"], "--base"),
         (["generate", "--base", "{world}/base"], "--prompt"),
@@ -174,7 +192,6 @@ def test_console_script_as_a_program():
         (["evaluate", "--base", "{world}/base", "--data", "x", "--batch-size", "0"], "--batch-size"),
         (["evaluate", "--base", "{world}/base", "--data", "x", "--dtype", "int3"], "--dtype"),
         (["export", "--out", "x"], "--adapter"),
-        (["__main__"], "COMMAND"),
         (["__main__", "trian"], "trian"),
         (["config", "--bogus"], "--bogus"),
     ],

@@ -42,23 +42,53 @@ def sections():
     [
         ("optimiser.name=lion", "unknown key 'optimiser'; did you mean 'optimizer'?"),
         ("ouput_dir=x", "unknown key 'ouput_dir'; did you mean 'output_dir'?"),
-        ("lora.rnak=8", "unknown key 'lora.rnak'; did you mean 'rank'?"),
-        ("training.max_step=8", "unknown key 'training.max_step'; did you mean 'max_steps'?"),
+        ("lora.rnak=8", "unknown key 'lora.rnak'; did you mean 'lora.rank'?"),
+        ("training.max_step=8", "unknown key 'training.max_step'; did you mean 'training.max_steps'?"),
         ("rank=8", "unknown key 'rank'; did you mean 'lora.rank'?"),
         ("training.learning_rate=1", "unknown key 'training.learning_rate'; did you mean 'optimizer.learning_rate'?"),
         ("mesh.zzz=1", "unknown key 'mesh.zzz'; known are data, fsdp, tensor"),
         ("data.seed.deep=1", "unknown key 'data.seed'; did you mean 'training.seed'?"),
+        ("lora.r=8", "unknown key 'lora.r'; in jlora: lora.rank"),
+        ("lora_target_modules=all-linear", "unknown key 'lora_target_modules'; in jlora: lora.target_modules"),
+        ("num_train_epochs=3", "unknown key 'num_train_epochs'; in jlora: training.epochs"),
+        ("load_in_4bit=true", "unknown key 'load_in_4bit'; in jlora: model.quantization=nf4"),
+        ("group_by_length=true", "unknown key 'group_by_length'; jlora has none (rows are drawn in a random order"),
     ],
 )
 def test_unknown_key_is_refused_with_the_nearest_name(file, override, words):
     message = refused(file, override)
-    assert words in message and str(file) in message
+    assert message.startswith(f"the command line: {words}")
 
 
 def test_unknown_key_in_the_file_itself(file):
     tree = MINIMAL | {"lora": {"rank": 4, "dropuot": 0.1}}
     file.write_text(yaml.safe_dump(tree), encoding="utf-8")
-    assert "unknown key 'lora.dropuot'; did you mean 'dropout'?" in refused(file)
+    assert "unknown key 'lora.dropuot'; did you mean 'lora.dropout'?" in refused(file)
+
+
+def test_all_problems_are_told_each_with_its_place(file):
+    tree = MINIMAL | {"lora": {"r": 4, "lora_alpha": 8}, "training": {"epochs": "many"}}
+    file.write_text(yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")
+    assert refused(file, "training.seed=-1", "num_train_epochs=2") == (
+        f"{file}: (1) unknown key 'lora.r'; in jlora: lora.rank; (2) unknown key 'lora.lora_alpha'; in jlora: "
+        "lora.alpha; the command line: (3) unknown key 'num_train_epochs'; in jlora: training.epochs; "
+        f"{file}: (4) training.epochs: should be a valid integer, unable to parse string as an integer or a valid "
+        "number, unable to parse string as a number, but it is 'many'; the command line: (5) training.seed: should be "
+        "greater than or equal to 0, but it is -1"
+    )
+    message = refused(file, *(f"key{number}=1" for number in range(20)))
+    assert "(10) unknown key" in message and "(11)" not in message and message.endswith("; and 13 more")
+
+
+def test_file_of_another_tool_is_told_as_such(file):
+    file.write_text("base_model: some/base\nlora_r: 8\n", encoding="utf-8")
+    assert refused(file).endswith(f"this looks like a file of Axolotl, which jlora config --from {file} converts")
+
+
+def test_near_name_of_a_file_that_is_not_there_is_told(file):
+    other = file.with_suffix(".yml" if file.suffix == ".yaml" else ".yaml")
+    assert refused(other) == f"{other}: no such file; did you mean {file}?"
+    assert refused(file.with_name("entirely-else")).endswith("no such file; check the path")
 
 
 @pytest.mark.parametrize("key", ["model", "model.path", "data", "data.train", "output_dir"])
@@ -103,7 +133,8 @@ def test_missing_key_is_named(file, key):
 )
 def test_bad_value_is_refused_by_name(file, override, words):
     message = refused(file, override)
-    assert str(file) in message
+    section = override.startswith(("training.gradient", "mesh.", "lora.target_modules=[")) and "greater" not in message
+    assert message.startswith(f"{file}: " if section else "the command line: ")
     assert [word for word in words if word not in message] == []
     assert "Section" not in message and "Input" not in message  # our words, not the library's
 
@@ -129,7 +160,7 @@ def test_bad_yaml(file, content, words):
 
 
 def test_file_that_can_not_be_read(tmp_path):
-    assert "No such file" in refused(tmp_path / "none.yaml")
+    assert "no such file" in refused(tmp_path / "none.yaml")
     assert "directory" in refused(tmp_path)
 
 

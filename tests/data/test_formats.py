@@ -86,8 +86,10 @@ def test_row_of_another_format_is_left_to_it():
 
 
 def test_row_that_lacks_a_column_keeps_its_own_names_for_the_message():
-    row = {"question": "a", "label": "b"}
+    row = {"question": "a"}
     assert Columns("alpaca", {}).read(row) is row
+    with pytest.raises(BadRow, match=r'"output" is missing \(it has question, label; .* data.columns.output=label\)'):
+        Columns("alpaca", {}).read({"question": "a", "label": "b"})
 
 
 @pytest.mark.parametrize("name", ["image", "images", "videos", "audio"])

@@ -175,7 +175,7 @@ def test_bad_row_of_jsonl(tmp_path, tokenizer, content, where, reason, words):
     path = write(tmp_path / "rows.jsonl", content)
     message = error_of(path, tokenizer=tokenizer)
     assert f"rows.jsonl{where}: " in message and words in message
-    assert "on_bad_row=skip" in message
+    assert "on_bad_row=skip" not in message or b"\n" in content.strip()  # where all are bad, none would be left
 
     # The same row among good ones is dropped and counted, and nothing else is.
     write(path, content.rstrip(b"\r\n") + b"\n" + (GOOD + b"\n") * 2)
@@ -219,11 +219,15 @@ def test_line_that_is_no_line(tmp_path, monkeypatch):
     assert (after.where, after.value) == ("rows.jsonl:3", good.value)
 
 
-def test_first_bad_row_is_named_and_the_others_are_counted(tmp_path, tokenizer):
+def test_bad_rows_are_named_each_and_those_past_ten_counted(tmp_path, tokenizer):
     rows = [ROWS[0], {"prompt": "a"}, ROWS[1], {"completion": "b"}, {"prompt": 3, "completion": "b"}]
     path = write(tmp_path / "rows.jsonl", jsonl(rows))
     message = error_of(path, tokenizer=tokenizer)
-    assert "rows.jsonl:2: " in message and "2 more bad rows" in message
+    assert message == (
+        'rows.jsonl:2: the field "completion" is missing (it has prompt); rows.jsonl:4: the field "prompt" is missing '
+        '(it has completion); rows.jsonl:5: the field "prompt" is int, not str; fix them, or drop such rows '
+        "(data.on_bad_row=skip)"
+    )
     dataset = tokenize(str(path), tokenizer, section(on_bad_row="skip"))
     assert dict(dataset.dropped) == {"missing_field": 2, "wrong_type": 1}
     assert (dataset.read, len(dataset.examples)) == (5, 2)
@@ -232,7 +236,21 @@ def test_first_bad_row_is_named_and_the_others_are_counted(tmp_path, tokenizer):
 def test_no_usable_row_says_why(tmp_path, tokenizer):
     path = write(tmp_path / "rows.jsonl", jsonl([{"prompt": "a"}] * 3))
     message = error_of(path, tokenizer=tokenizer, on_bad_row="skip")
-    assert "holds no usable row; all 3 rows were dropped, the first at rows.jsonl:1" in message
+    assert "holds no usable row; all 3 are bad: rows.jsonl:1, rows.jsonl:2, rows.jsonl:3: the field" in message
+    assert "skip" not in error_of(path, tokenizer=tokenizer)
+    write(path, jsonl([ROWS[0], *[{"prompt": "a"}] * 25]))
+    message = error_of(path, tokenizer=tokenizer)
+    assert "rows.jsonl:11: the field" in message and "rows.jsonl:12" not in message
+    assert "; 15 more bad rows; fix them" in message
+
+
+def test_columns_of_no_format_are_told_with_the_key_that_maps_them(tmp_path, tokenizer):
+    path = write(tmp_path / "rows.jsonl", jsonl([{"question": "a", "reply_text": "b"}]))
+    message = error_of(path, tokenizer=tokenizer, format="alpaca")
+    assert 'the field "output" is missing (it has question, reply_text; rename one, or set data.columns' in message
+    assert "data.columns.output=reply_text" in message
+    given = section(format="alpaca", columns={"output": "reply_text"}, prompt="stanford", max_length=500)
+    assert len(tokenize(str(path), tokenizer, given).examples) == 1
 
 
 def test_rows_of_another_format(tmp_path, tokenizer):

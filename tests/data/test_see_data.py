@@ -164,7 +164,7 @@ def test_both_answers_of_a_pair_are_shown(config, base):
 )
 def test_what_is_wrong_is_said_in_a_sentence(config, rows, keys, name, level, words):
     seen = look_at(config(rows, **keys))
-    beside = {"end_never_trained": {"truncated": "warning"}, "bad_rows": {"dropped": "warning"}}.get(name, {})
+    beside = {"end_never_trained": {"truncated": "warning"}, "bad_rows": {}}.get(name, {})
     assert levels(seen) == {name: level} | beside
     sentence = next(found["sentence"] for found in seen.report["checks"] if found["name"] == name)
     assert words in sentence and "\n" not in sentence
@@ -192,6 +192,22 @@ def test_good_rows_pass_and_no_usable_row_fails(config):
     assert levels(seen) == {} and len(seen.rows) == 5
     with pytest.raises(DataError, match="no usable row"):
         look_at(config([{"prompt": "a" * 50, "completion": "b"}]))
+
+
+def test_bad_rows_come_before_what_is_wrong_with_the_rest(config):
+    with pytest.raises(DataError, match="^rows.jsonl:2: the field .* missing.*; rows.jsonl:3: .*fix them"):
+        look_at(config([GOOD[0], {"prompt": "a"}, {"prompt": "a", "completion": ""}], eval=0.1))
+
+
+def test_bad_rows_of_every_file_are_told_and_none_is_called_dropped(config, capsys, monkeypatch):
+    path = config([*GOOD, {"prompt": "a"}], eval=[{"prompt": "q", "completion": "r"}, {"completion": "b"}])
+    seen = look_at(path)
+    found = seen.report["checks"][0]
+    assert (found["name"], found["count"]) == ("bad_rows", 2) and levels(seen) == {"bad_rows": "error"}
+    assert "rows.jsonl:7: " in found["sentence"] and "; and eval.jsonl:2: " in found["sentence"]
+    assert run(monkeypatch, "--config", path, "--rows", 0) == 3
+    out = capsys.readouterr().out
+    assert "train would stop at the bad rows" in out and "bad rows 1" in out and "dropped" not in out
 
 
 @pytest.mark.parametrize(("longest", "width"), [(1, 1), (19, 1), (20, 2), (99, 5), (512, 50), (8191, 500)])

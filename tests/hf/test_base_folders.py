@@ -1,7 +1,10 @@
 """Folders that hold more than one model's weights are what transformers takes them for, or are refused by name."""
 
 import json
+import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -244,3 +247,18 @@ def test_what_makes_transformers_load_another_model_is_refused(tied, tmp_path):
     (folder / "adapter_config.json").write_text("{}")
     with pytest.raises(ModelError, match="adapter_config.json, an adapter that transformers would add.*move"):
         open_source(folder)
+
+
+def test_pickled_weights_are_refused_with_the_command_that_converts_them(tmp_path):
+    folder = tmp_path / "it's a base"
+    model = make_llama(folder)
+    torch.save(load_file(folder / WEIGHTS), folder / "pytorch_model.bin")
+    (folder / WEIGHTS).unlink()
+    with pytest.raises(ModelError, match=r"its .bin files are pickled, so convert them to safetensors once") as refused:
+        open_source(folder)
+    program, *arguments = shlex.split(str(refused.value).rpartition("is installed: ")[2])
+    assert program == "python"
+    subprocess.run([sys.executable, *arguments], check=True, timeout=300)
+    source = open_source(folder)
+    for name, tensor in model.state_dict().items():
+        np.testing.assert_array_equal(source.read(name), tensor.numpy())

@@ -220,7 +220,7 @@ CONFIG_REFUSALS = [
     ("attention_dropout", "0.1", "attention_dropout must be a number from 0 to 1"),
     ("attention_dropout", 1, "attention_dropout must be a number from 0 to 1"),
     ("partial_rotary_factor", 0.5, "partial_rotary_factor"),
-    ("quantization_config", {"quant_method": "bitsandbytes"}, "quantization_config"),
+    ("quantization_config", {"quant_method": "aqlm"}, "quantization_config"),
     ("architectures", ["LlamaForSequenceClassification"], "LlamaForSequenceClassification"),
     ("architectures", ["mistralmodel"], "mistralmodel"),
     ("rope_parameters", {"rope_type": "yarn", "factor": "2", "rope_theta": 1e4}, "rope_scaling.factor"),
@@ -280,7 +280,7 @@ def test_missing_files(single, sharded, tmp_path, monkeypatch):
         (folder / name).unlink()
         refused(folder, name)
     (folder / "pytorch_model.bin").write_bytes(b"pickle")
-    refused(folder, "convert it to safetensors")
+    refused(folder, "pickled, so convert them to safetensors once")
     folder = copy_folder(sharded, tmp_path / "shards")
     gone = sorted(folder.glob("model-*.safetensors"))[1]
     gone.unlink()

@@ -163,7 +163,7 @@ def test_case_28_config_of_a_base_with_a_crafted_value_is_refused(smallest_base,
 def test_case_28_pickles_are_not_read(tmp_path, smallest_base):
     folder = copy_folder(smallest_base, tmp_path / "bad")
     (folder / WEIGHTS).rename(folder / "pytorch_model.bin")
-    assert "convert it to safetensors" in sentence_of(ModelError, open_source, folder)
+    assert "convert them to safetensors once" in sentence_of(ModelError, open_source, folder)
 
 
 # Paths that lead out (case 29)

@@ -83,7 +83,11 @@ def test_path_into_a_local_folder_is_not_sent_to_the_hub(deaf, capsys, error, re
 
 
 @pytest.mark.parametrize(
-    "path", ["stories", "my model/x", "a/b/c", "a/b--c", "ä/b", "a/" + "b" * 100, "a/", "/a", "~/a"]
+    "path",
+    [
+        *("stories", "my model/x", "a/b/c", "a/b--c", "ä/b", "a/" + "b" * 100, "a/", "/a", "~/a"),
+        *("./a", "../a", "quickstart/base.gguf", "a/B.GGUF"),
+    ],
 )
 @pytest.mark.parametrize(("error", "read", "what"), READERS)
 def test_what_cannot_be_a_hub_name_is_not_sent_there(deaf, capsys, error, read, what, path):

@@ -42,7 +42,7 @@ from pathlib import Path
 import jax, jax.numpy as jnp, numpy as np
 from jlora.config import MeshSection
 from jlora.errors import UserError
-from jlora.hf import load
+from jlora.hf import share
 from jlora.hf.architecture import parse_config
 from jlora.hf.source import open_source
 from jlora.hf.load import load_base
@@ -73,7 +73,7 @@ def compare(decoder, right, mesh):
 
 MESHES = """
 folders, mesh_sizes = json.loads(sys.argv[1]), json.loads(sys.argv[2])
-load.BLOCK_WEIGHTS = 3000  # blocks of a few rows, of which the last overlaps the one before it
+share.BLOCK_WEIGHTS = 3000  # blocks of a few rows, of which the last overlaps the one before it
 hashes = {}
 for folder, dtype in folders.items():
     right = expected(folder, jnp.dtype(dtype))
@@ -101,6 +101,7 @@ class Counted:
         self.source, self.parts, self.bytes = open_source(Path(folder)), 0, 0
         self.config, self.model, self.shapes = self.source.config, self.source.model, self.source.shapes
         self.dtypes, self.sizes = self.source.dtypes, self.source.sizes
+        self.stored_codes = self.source.stored_codes
     def part(self, name, rows, columns):
         found = self.source.part(name, rows, columns)
         self.parts += found.nbytes
@@ -211,7 +212,7 @@ import hashlib
 port, rank, folder = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 jax.config.update("jax_num_cpu_devices", 2)
 jax.distributed.initialize(f"127.0.0.1:{port}", num_processes=2, process_id=rank)
-load.BLOCK_WEIGHTS = 30_000
+share.BLOCK_WEIGHTS = 30_000
 found = []
 for kind, sizes in (("nf4", {"fsdp": 4}), ("int8", {"fsdp": 4}), ("nf4", {"fsdp": 2, "tensor": 2})):
     mesh = make_mesh(MeshSection(**sizes), jax.devices())

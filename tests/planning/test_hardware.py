@@ -39,7 +39,7 @@ def test_what_clouds_and_people_call_it_is_known(spec, meant):
         ("tpu:v5ep:2x2x1", "did you mean tpu:v5p:2x2x1?"),
         ("cpu:²", "unknown topology"),
         ("cpu:٣", "unknown topology"),
-        ("gpu:h100:²", "unknown topology"),
+        ("gpu:h100:²", "unknown topology 'gpu:h100-80gb:²'; did you mean gpu:h100-80gb:1?"),
         ("v4-7", "unknown topology"),
     ],
 )
@@ -47,3 +47,4 @@ def test_what_is_not_known_is_named_with_the_nearest(spec, says):
     with pytest.raises(ConfigError) as refused:
         resolve(spec)
     assert says in str(refused.value)
+    assert ("known are" in str(refused.value)) == ("did you mean" not in says and "gpu:a100" not in says)

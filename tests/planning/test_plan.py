@@ -29,6 +29,7 @@ from jlora.planning.compiled import abstract_step, naive
 from jlora.planning.flops import count_flops
 from jlora.planning.hardware import GPUS, TPUS
 from jlora.planning.topology import resolve
+from jlora.reports.figures import duration
 from jlora.training.step import Forward, count_parameters
 
 CONTRACT = {
@@ -97,16 +98,31 @@ def test_json_holds_the_contract_and_the_arithmetic(config):
 
 
 def test_table_for_people(table):
-    for words in ("cpu:1: fits", "capacity", "full fine-tuning would take", "FLOPs"):
+    for words in (
+        "cpu:1: fits",
+        "capacity",
+        "full fine-tuning would take",
+        " MB over all devices",
+        "FLOPs",
+        "the process takes more",
+    ):
         assert words in table, words
+
+
+def test_held_out_rows_take_no_time_and_cpus_have_no_peak(config):
+    whole, part = (json.loads(plan(config, *PRICED, f"data.eval={share}", "--json").stdout) for share in ("null", 0.25))
+    assert (whole["data"]["rows"], part["data"]["rows"]) == (24, 18)
+    table = plan(config, "--topology", "cpu:1").stdout
+    trained, frozen = whole["trainable_params"], whole["frozen_params"]
+    assert f"{frozen:,} parameters, {trained:,} trained" in table and "--tokens-per-second" in table
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--topology", "gpu:h1000:2"], ["unknown topology 'gpu:h1000:2'", "h100-80gb", "v5p"]),
+        (["--topology", "gpu:h1000:2"], ["unknown topology 'gpu:h1000:2'", "h100-80gb", "--topology list"]),
         (["--topology", "cpu:0"], ["unknown topology"]),
-        (["--topology", "gpu:absent.yaml:2"], ["absent.yaml: cannot be read"]),
+        (["--topology", "gpu:absent.yaml:2"], ["absent.yaml: no such file"]),
         (["--topology", "cpu:1", "--search", "--compilations", "0"], ["--compilations"]),
         (["--topology", "cpu:1", "--tokens-per-second", "0"], ["--tokens-per-second 0", "positive"]),
         (["--topology", "cpu:1", "--tokens-per-second", "nan"], ["--tokens-per-second nan", "positive"]),
@@ -224,10 +240,10 @@ def test_time_and_cost_are_a_table_of_the_users_own_rows(config, table):
     counts = json.loads(plan(config, *PRICED, "--json").stdout)["data"]
     for name in ("packed", "padded"):
         (line,) = (line for line in table.splitlines() if f" {name} " in line)
-        tokens, speed, hours, dollars = (cell.strip() for cell in line.split("│")[2:6])
+        tokens, speed, time, dollars = (cell.strip() for cell in line.split("│")[2:6])
         assert tokens == f"{counts[name + '_tokens']:,}" == f"{counts[name] * 4 * 800:,}"
         assert speed == "100 tokens/s/device"
-        assert hours == f"{counts[name + '_tokens'] / 100 / 3600:,.2f}"
+        assert time == duration(counts[name + "_tokens"] / 100)
         assert dollars == f"{counts[name + '_tokens'] / 100 / 3600 * 2.5:,.2f}"
     assert f"{counts['rows']} rows" in table and counts["packed_tokens"] < counts["padded_tokens"]
 

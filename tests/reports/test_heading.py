@@ -47,6 +47,37 @@ def test_a_run_is_told_in_a_few_words(tmp_path):
     assert page.problems == [] and page.text.index("Llama-2-7b-hf in nf4") < page.text.index("Key figures")
 
 
+def test_a_resumed_run_tells_of_all_its_starts(tmp_path):
+    """The first one's date and command, where and why the others began, and the time of all together."""
+    first, second = "jlora train run.yaml", "jlora train run.yaml lora.rank=8"
+    starts = [
+        {"step": 0, "started": "2026-11-29T16:36:01", "command": first},
+        {"step": 35, "started": "2026-11-29T16:47:17", "command": second, "changes": {"config.a.b": [60, 42]}},
+    ]
+    lines = [train_line(1, wall_seconds=5.0), train_line(40, wall_seconds=702.0)]
+    run = written(tmp_path, CONFIG, None, lines)
+
+    def told(starts):
+        (run / "starts.jsonl").write_text("".join(json.dumps(start) + "\n" for start in starts), encoding="utf-8")
+        return heading(read_run(run))
+
+    facts = told(starts)
+    assert facts["Date"] == "2026-11-29 16:36"
+    assert facts["Resumed"] == "at step 35, 2026-11-29 16:47, a.b 60 → 42"
+    assert (facts["Command"], facts["Command at step 35"]) == (first, second)
+    page = Page(write_report(run).read_text(encoding="utf-8"))
+    assert page.problems == [] and "11 min 42 s" in page.text and "stopped, can be resumed" in page.text
+    many = [starts[1] | {"step": 35 + number} for number in range(9)]
+    for start in many[1:]:
+        del start["changes"]
+    facts = told([starts[0], *many])
+    assert facts["Resumed"].startswith("9 times; at step 35, ") and "at step 43" in facts["Resumed"]
+    assert facts["Resumed"].count("at step") == 4 and list(facts)[-2:] == ["Command", "Command at step 35"]
+    hostile = [{"step": "x", "started": [], "command": {}}, {"step": 3, "changes": {"a": 1, "b": [{}, "<i>"]}}, 5]
+    assert told(hostile)["Resumed"] == "at step 3, b {} → <i>"
+    assert Page(write_report(run).read_text(encoding="utf-8")).problems == []
+
+
 def test_a_run_that_goes_on_has_what_is_known(tmp_path):
     full = {"method": "full", "training": {"epochs": 3, "max_steps": 50}}
     facts = heading(read_run(written(tmp_path, full, None, [train_line(1) | {"epoch": 0.25}])))

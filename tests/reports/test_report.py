@@ -146,7 +146,7 @@ def test_an_empty_run_has_a_page(tmp_path: Path, summary: object) -> None:
 def test_a_summary_cut_short_is_ignored(tmp_path: Path) -> None:
     (tmp_path / "summary.json").write_text('{"status": "finis', encoding="utf-8")
     _, page = report(tmp_path, [train_line(1)])
-    assert "in progress" in page.text and "2.5000" in page.text
+    assert "stopped, can be resumed" in page.text and "2.5000" in page.text
 
 
 @pytest.mark.parametrize("step", [1, 10, 1_000_000])

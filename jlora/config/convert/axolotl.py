@@ -14,7 +14,7 @@ ADAMW_SMALL = (
     *("ao_adamw_8bit", "ao_adamw_fp8"),
 )
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant", "constant_with_warmup": "constant"}
-SPEED = "is how Axolotl computes the same; jlora chooses its own (model.attention, docs/performance.md)"
+SPEED = "is how Axolotl computes the same; jlora chooses its own (model.attention)"
 SHARING = "devices share the work by mesh, without a file of its own"
 HUB = "jlora uploads nothing; the adapter lies in output_dir/adapter"
 

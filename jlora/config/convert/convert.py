@@ -35,12 +35,11 @@ def convert(path: str | Path, devices: int) -> tuple[str, str, list[Note]]:
       ConfigError: no file, none of the two, or a value that no jlora config can hold.
     """
     path = Path(path)
-    tree = read_yaml_of("--from", path)
+    tree = read_yaml_of(path)
     peer = next((each for each in PEERS if isinstance(tree, dict) and each.is_ours(tree)), None)
     if peer is None:
         raise ConfigError(
-            f"{path}: looks like no configuration of Axolotl (base_model) or torchtune (model._component_); see "
-            "docs/migration.md"
+            f"{path}: looks like no configuration of Axolotl (base_model) or torchtune (model._component_)"
         )
     try:
         converted = peer.convert(tree, devices)
