@@ -58,7 +58,7 @@ def time_table(result: dict[str, Any]) -> Table:
     """Time and dollars of an epoch, by how rows are batched and at which speed."""
     cost, counts = result["cost_usd_at"], result["data"]
     rows = f" of {counts['rows']:,} rows and {counts['tokens']:,} tokens" if counts else ""
-    heads: list[Column | str] = ["batches", RIGHT("tokens with padding"), "speed", RIGHT("time")]
+    heads: list[Column | str] = ["batches", RIGHT("with padding"), "speed", RIGHT("time")]
     heads += [RIGHT("US dollars")] if cost else []
     table = Table(*heads, title=f"an epoch{rows} on {result['topology']}", title_justify="left")
     for name, times in result["seconds_per_epoch_at"].items():

@@ -228,7 +228,7 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag, attrs):
         self.problems += [f"fetches {name}" for name, _ in attrs if name in ("src", "href", "onload", "onclick")]
-        if tag not in ("meta", "br"):
+        if tag not in ("meta", "br", "wbr"):
             self.open.append((tag, dict(attrs).get("class")))
 
     def handle_endtag(self, tag):
