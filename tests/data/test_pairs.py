@@ -74,9 +74,7 @@ def test_two_turns_are_one_answer():
 
 def test_a_bad_answer_of_several_is_named_and_dropped_alone(tmp_path, tokenizer):
     row = TEXTS | {"rejected": [" 3", " 2", 7, " "]}
-    with pytest.raises(
-        DataError, match=r'rows.jsonl:1, rejected 2: the fields "chosen" and "rejected" are equal \(2 mo'
-    ):
+    with pytest.raises(DataError, match=r'rows.jsonl:1, rejected 2: the fields "chosen" and "rejected" are equal'):
         pairs(tmp_path, [row], tokenizer)
     found = pairs(tmp_path, [row], tokenizer, on_bad_row="skip")
     assert found.dropped == {"equal_answers": 1, "wrong_type": 1, "empty_response": 1} and len(found.examples) == 1

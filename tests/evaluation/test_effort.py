@@ -297,7 +297,7 @@ def test_rows_that_all_bases_can_use_and_none_twice(world, tmp_path):
     def longer(texts):
         return [tokenizer.encode(text) * (9 if "mountain" in text else 1) for text in texts]
 
-    backend = Mock(type(tokenizer.backend), encode=lambda text: longer([text])[0], encode_all=longer)
+    backend = Mock(type(tokenizer.backend), encode=lambda text: longer([text])[0], encode_all=longer, added={})
     other = replace(tokenizer, backend=backend)
     rows = strategies.split_rows(cfg, [tokenizer, other], 2)
     left = [row for row in rows.train if "mountain" in row["prompt"]]
