@@ -37,7 +37,8 @@ def test_case_3_prompt_that_fills_the_length_is_dropped_and_counted_or_named(tmp
     assert dataset.places == ["rows.jsonl:1", "rows.jsonl:3"]
     assert "rows.jsonl:2: " in sentence_of(DataError, tokenize, str(path), tokenizer, section(on_bad_row="error"))
     write(path, long * 2)
-    assert "all 2 rows were dropped" in sentence_of(DataError, tokenize, str(path), tokenizer, section())
+    said = sentence_of(DataError, tokenize, str(path), tokenizer, section())
+    assert "holds no usable row; all 2 are bad: rows.jsonl:1, rows.jsonl:2: the prompt alone fills" in said
 
 
 @pytest.mark.parametrize("response", ['""', "null", '" \\n\\t"'])

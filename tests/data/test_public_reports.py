@@ -117,17 +117,17 @@ REFUSED = {
     "LLaMA-Factory 1913: several outputs": (
         {"instruction": "Say", "input": "", "output": ["good", "bad"]},
         {"format": "alpaca"},
-        'rows.jsonl:1: the field "output" is list, not str',
+        'rows.jsonl:1, rows.jsonl:2: the field "output" is list, not str',
     ),
     "LLaMA-Factory 4717: answers that are objects": (
         {"prompt": "Say", "chosen": {"answer": "a", "score": 1.0}, "rejected": {"answer": "b"}},
         {"format": "preference"},
-        'rows.jsonl:1: the field "chosen" is dict, not str',
+        'rows.jsonl:1, rows.jsonl:2: the field "chosen" is dict, not str',
     ),
     "unsloth 2900: nothing is left to train": (
         {"instruction": "Say", "output": "1"},
         {"format": "alpaca", "max_length": 8},
-        "rows.jsonl:1: the prompt alone fills data.max_length=8 tokens",
+        "rows.jsonl:1, rows.jsonl:2: the prompt alone fills data.max_length=8 tokens",
     ),
     "TRL 5662: a prompt that fills the pair": (
         {"prompt": "once " * 30, "chosen": "a", "rejected": "b"},
