@@ -25,6 +25,7 @@ from jlora.hf.gguf import GGUFFile
 from jlora.hf.gguf_header import gguf_in, is_gguf
 from jlora.hf.load import load_base
 from jlora.hf.peft import WEIGHTS, load_adapter, read_options, scaled_to
+from jlora.hf.published import method_of
 from jlora.hf.shapes import SHAPES
 from jlora.hf.source import Source, open_source, read_config, read_json, resolve
 from jlora.model.adapter import Adapter, Lora, layer_scales, place_adapter, targets
@@ -136,6 +137,17 @@ def warn_of_dropout(source: Source) -> None:
             print(
                 f"warning: {key}={dropout} of the base's config.json is not applied; lora.dropout is", file=sys.stderr
             )
+
+
+def warn_of_dequantising(source: Source, quantization: str | None) -> None:
+    """Say on stderr that the weights of a base that was published quantised take the memory of plain ones."""
+    method = method_of(source.config, "config.json")
+    if method and quantization is None:
+        print(
+            f"warning: the base was published quantised ({method}), and its weights are held in model.dtype; to hold "
+            "them in 4 bits set model.quantization=nf4, which keeps the codes of bitsandbytes' nf4 as they are",
+            file=sys.stderr,
+        )
 
 
 def open_tokenizer(path: str, chat_template: str | None) -> Tokenizer:

@@ -31,6 +31,7 @@ from jlora.hf.pretrained import (
     load_pretrained,
     make_reference,
     open_pretrained,
+    warn_of_dequantising,
     warn_of_dropout,
 )
 from jlora.hf.source import base_fingerprint
@@ -225,6 +226,7 @@ def open_run(cfg: Config, folder: Path, mesh: jax.sharding.Mesh, watch: Watch, s
     kernel, forward = make_forward(cfg, opened.model, mesh)
     if not quiet:
         warn_of_dropout(opened.source)
+        warn_of_dequantising(opened.source, cfg.model.quantization)
     if not quiet and opened.tokenizer.writes_day and cfg.data.date is None:
         today = datetime.date.today()
         print(

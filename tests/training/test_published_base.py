@@ -23,6 +23,7 @@ from jlora.config import load_config
 from jlora.hf import share
 from jlora.hf.load import hash_base, load_base
 from jlora.hf.names import name_table, to_hf
+from jlora.hf.pretrained import warn_of_dequantising
 from jlora.hf.source import base_fingerprint, open_source
 from jlora.hf.weights import Dequantized
 from jlora.model import quant
@@ -174,3 +175,10 @@ def test_an_adapter_is_verified_on_the_weights_that_jlora_reads(
     run = make_run(tmp_path / "run", nf4[0], f"model.dtype={dtype}", "model.quantization=nf4")
     result = export(run, tmp_path / "out", None, False, None, True)
     assert result["peft_relative_difference"] < 1e-4 and result["base_read_by"] == "jlora"
+
+
+@pytest.mark.parametrize("kind", [None, "nf4"])
+def test_what_a_base_takes_that_is_dequantised_is_said(nf4, kind, capsys):
+    warn_of_dequantising(open_source(nf4[0]), kind)
+    said = capsys.readouterr().err
+    assert ("published quantised (bitsandbytes)" in said and "model.quantization=nf4" in said) == (kind is None)
