@@ -243,8 +243,11 @@ def test_another_run_is_refused(finished, material, tmp_path):
     base, rows, _ = material
     changed = tmp_path / "rows.jsonl"
     changed.write_text(rows.read_text(encoding="utf-8").replace("a", "e", 1), encoding="utf-8")
+    elsewhere = [f"data.train={changed}"]
+    with pytest.raises(ModelError, match=r"\(config.data.train: [^;]*\)"):  # before the rows are read
+        train(load_config(config, elsewhere), quiet=True)
     with pytest.raises(ModelError, match="hashes.data"):
-        train(load_config(config, [f"data.train={changed}"]), quiet=True)
+        train(load_config(config, [*elsewhere, "resume.allow_changes=[config.data.train]"]), quiet=True)
     original = rows.read_bytes()
     try:
         shutil.copyfile(changed, rows)  # the same path with other content
