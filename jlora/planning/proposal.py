@@ -53,6 +53,9 @@ def propose(data: str, model: str, held_out: str | None, name: str, columns: dic
         "objective": {"name": "dpo" if format == "preference" else "sft"},
         "output_dir": f"runs/{name}",
     }
+    packed = config.get("quantization_config")
+    if isinstance(packed, dict) and packed.get("load_in_4bit"):
+        tree["model"]["quantization"] = "nf4"
     if columns:
         tree["data"]["columns"] = columns
     tree["data"]["max_length"] = min(positions, LENGTHS[-1])
@@ -136,6 +139,7 @@ def written(tree: dict[str, Any], report: dict[str, Any], small: bool) -> str:
         ("  path:", tree["model"]["path"], ""),
         ("  dtype:", "float32" if cpu else "bfloat16", "this machine has no accelerator" if cpu else ""),
         ("  remat:", "none" if cpu else "auto", "" if cpu else "the fastest that fits the device's memory"),
+        *((f"  {key}:", value, "as the base was published") for key, value in tree["model"].items() if key != "path"),
         ("lora:", None, ""),
         ("  rank:", 16, "8 to 64; more for more rows, or for what the base has never seen"),
         ("  alpha:", 32, "twice the rank is usual"),

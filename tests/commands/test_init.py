@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import pytest
 from command_line import one_sentence
@@ -137,3 +138,14 @@ def test_a_missing_field_names_those_there_are(world, here, tmp_path):
     code, _, err = here("train", world / "config.yaml", f"data.train={tmp_path}/rows.jsonl", f"output_dir={tmp_path}/r")
     assert code == 3
     assert '"instruction" is missing (it has prompt, completion; data.format=completion reads' in one_sentence(err)
+
+
+def test_a_base_that_was_published_in_4_bits_stays_so(world, here, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(world / "base", tmp_path / "base")
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    write(tmp_path / "mine.jsonl", many("completion", ""))
+    assert here("init", "--data", "mine.jsonl", "--base", "base")[0] == 0
+    assert load_config("mine.yaml").model.quantization == "nf4"
