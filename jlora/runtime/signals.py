@@ -1,10 +1,12 @@
 """What SIGTERM, SIGINT and SIGHUP ask of a run: to end at once before its first step, and to save and end after it."""
 
+import _weakrefset
 import gc
 import os
 import signal
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
@@ -121,10 +123,14 @@ def _stopping(number: int, frame: Any) -> None:
 def _again_if_dropped(number: int, frame: Any) -> bool:
     """Whether Python drops what is raised here, so that the signal has to come again, which it does soon.
 
-    In a callback of its garbage collector, which JAX has, or in `__del__`.
+    In a callback of its garbage collector, which JAX has, in one of a weak dictionary or set, or in `__del__`.
     """
     codes = {getattr(callback, "__code__", None) for callback in gc.callbacks}
-    while frame is not None and frame.f_code not in codes and frame.f_code.co_name != "__del__":
+    weak = weakref.__file__, _weakrefset.__file__
+    while frame is not None:
+        code = frame.f_code
+        if code in codes or code.co_name == "__del__" or code.co_filename in weak and "remove" in code.co_name:
+            break
         frame = frame.f_back
     if frame is not None:
         signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(number))

@@ -1,6 +1,7 @@
 """The planner's search, its remedies, its refusals, the counts that they rest on, cards from files, and the picture."""
 
 import dataclasses
+import importlib.util
 import json
 import math
 import os
@@ -429,7 +430,7 @@ def test_bars_end_at_the_peak(alone):
 
 
 def test_without_matplotlib_one_sentence(monkeypatch):
-    monkeypatch.setattr(plan_page.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install 'jlora\[plot\]'"):
         plan_page.require_matplotlib()
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from functools import partial
 from pathlib import Path
 
@@ -224,6 +225,28 @@ def test_a_signal_is_not_lost_in_a_callback_of_the_garbage_collector(error):
     finally:
         gc.callbacks.remove(callback)
     assert calls == ["start"]
+
+
+def test_a_signal_is_not_lost_in_a_callback_of_a_weak_dictionary():
+    """Python drops what is raised there, too."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signals.interrupt_on_signal()
+
+    class Key:
+        def __hash__(self):
+            return 1
+
+    class Raises(dict):
+        def __delitem__(self, key):
+            super().__delitem__(key)
+            signal.raise_signal(signal.SIGINT)
+
+    weak, key = weakref.WeakKeyDictionary(), Key()
+    weak.data = Raises()
+    weak[key] = 1
+    with pytest.raises(Interrupted):
+        del key
+        time.sleep(5)
 
 
 @pytest.mark.parametrize("module", ["data", "plan"])

@@ -193,4 +193,4 @@ def test_a_bad_row_ends_it_with_the_exit_code_of_bad_data(tmp_path):
     done = run(
         "--mode", "rows", "--data", str(tmp_path / "rows.jsonl"), "--tokenizer", str(tmp_path / "tokenizer"), *TINY
     )
-    assert done.returncode == 3 and done.stderr.startswith("error: rows.jsonl:1: ") and done.stderr.count("error") == 1
+    assert done.returncode == 3 and "rows.jsonl:1: the field" in done.stderr and done.stderr.count("error") == 1

@@ -51,14 +51,15 @@ def test_campaigns_read_where_a_start_began(tmp_path, monkeypatch, start):
     monkeypatch.syspath_prepend(ROOT / "scripts" / "faults")
     said: list[str] = []
     cfg = SimpleNamespace(
-        model=SimpleNamespace(path="base", quantization=None), data=SimpleNamespace(max_length=64, sources=[])
+        model=SimpleNamespace(path="base", quantization=None),
+        data=SimpleNamespace(max_length=64, sources=[], eval=None),
     )
     rows = SimpleNamespace(examples=[], read=0, dropped={}, truncated=0)
     run = SimpleNamespace(
         cfg=cfg, train_data=rows, pretrained=SimpleNamespace(base={}), state=SimpleNamespace(trained={}), kernel="x",
-        num_steps=40, start=start,
+        num_steps=40, start=start, eval_data=None,
     )  # fmt: skip
-    opening.announce.__wrapped__(run, SimpleNamespace(say=said.append))
+    opening.announce.__wrapped__(run, SimpleNamespace(say=said.append, plain=False))
     (tmp_path / "log").write_text("\n".join(said) + "\n")
     with mock.patch.dict(os.environ), mock.patch.object(sys, "path", [*sys.path]):  # which it sets for campaigns
         trials = importlib.import_module("trials")

@@ -374,7 +374,7 @@ def test_strings_without_a_prompt_share_their_beginning(tiny):
         ({"chosen": " ", "rejected": "a"}, '"chosen" is empty'),
         ({"chosen": "a", "rejected": ""}, '"rejected" is empty'),
         ({"chosen": "a"}, '"rejected" is missing'),
-        ({"chosen": "a", "rejected": ["b"]}, '"rejected" is list, not str'),
+        ({"chosen": "a", "rejected": [1]}, '"rejected" is int, not str'),
         ({"prompt": "", "chosen": "a", "rejected": "b"}, "no prompt"),
         ({"prompt": None, "chosen": "ab", "rejected": "ba"}, "no prompt"),
         ({"prompt": "x" * 200, "chosen": "a", "rejected": "b"}, "prompt alone fills half of data.max_length=128"),

@@ -142,8 +142,10 @@ def test_a_template_that_writes_the_day(tiny, tmp_path, capsys):
     cfg = load_config(path, ["data.date=2024-07-26"])
     assert train(cfg, quiet=True, until=1)["steps"] == 1
     capsys.readouterr()
-    with pytest.raises(ModelError, match=r"hashes\.data"):
+    with pytest.raises(ModelError, match=r"config\.data\.date: '2024-07-26' -> None"):
         train(load_config(path), until=2)
+    with pytest.raises(ModelError, match=r"hashes\.data"):
+        train(load_config(path, ["resume.allow_changes=[config.data.date]"]), until=2)
     assert "does not resume tomorrow, when its rows are others; set data.date=20" in capsys.readouterr().err
     assert train(cfg)["status"] == "finished"
     assert "tomorrow" not in capsys.readouterr().err
