@@ -191,7 +191,7 @@ def world(tmp_path_factory):
 
 def parse(module, arguments, monkeypatch, capfd):
     """The command's own parser on its arguments; nothing is done. Fails with what it says of them."""
-    monkeypatch.setattr(cli, "run", lambda body, listen=True: None)
+    monkeypatch.setattr(cli, "run", lambda body, **_: None)
     monkeypatch.setattr(xla, "use_huge_pages", lambda: None)
     monkeypatch.setattr(sys, "argv", [module, *arguments])
     try:
