@@ -54,7 +54,7 @@ def propose(data: str, model: str, held_out: str | None, name: str, columns: dic
         "output_dir": f"runs/{name}",
     }
     packed = config.get("quantization_config")
-    if isinstance(packed, dict) and packed.get("load_in_4bit"):
+    if isinstance(packed, dict) and packed.get("bnb_4bit_quant_type") == "nf4":
         tree["model"]["quantization"] = "nf4"
     if columns:
         tree["data"]["columns"] = columns

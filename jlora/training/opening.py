@@ -222,11 +222,12 @@ def open_run(cfg: Config, folder: Path, mesh: jax.sharding.Mesh, watch: Watch, s
     check_divides(opened.model, mesh, cfg)
     if cfg.method == "lora":
         check_options(cfg.lora, opened.model)
+        if not quiet:
+            warn_of_dequantising(opened.source, cfg.model.quantization)
         optim.check_rule(cfg, opened.model)
     kernel, forward = make_forward(cfg, opened.model, mesh)
     if not quiet:
         warn_of_dropout(opened.source)
-        warn_of_dequantising(opened.source, cfg.model.quantization)
     if not quiet and opened.tokenizer.writes_day and cfg.data.date is None:
         today = datetime.date.today()
         print(

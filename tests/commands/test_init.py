@@ -140,12 +140,14 @@ def test_a_missing_field_names_those_there_are(world, here, tmp_path):
     assert '"instruction" is missing (it has prompt, completion; data.format=completion reads' in one_sentence(err)
 
 
-def test_a_base_that_was_published_in_4_bits_stays_so(world, here, tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_a_base_that_was_published_in_nf4_stays_so(world, here, tmp_path, monkeypatch, kind):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(world / "base", tmp_path / "base")
     config = json.loads((tmp_path / "base" / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    packed = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": kind}
+    config["quantization_config"] = packed
     (tmp_path / "base" / "config.json").write_text(json.dumps(config))
     write(tmp_path / "mine.jsonl", many("completion", ""))
     assert here("init", "--data", "mine.jsonl", "--base", "base")[0] == 0
-    assert load_config("mine.yaml").model.quantization == "nf4"
+    assert load_config("mine.yaml").model.quantization == (kind if kind == "nf4" else None)
