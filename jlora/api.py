@@ -6,12 +6,10 @@ afterwards, and nothing is started anew. Errors are those of `jlora.errors`, eac
 
 import argparse
 import json
-import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -193,18 +191,12 @@ def finetune(
     if cfg.sweep:
         raise ConfigError("finetune trains one run; start a sweep with: jlora train")
     given: dict[str, Any] = {"on_step": on_step, "on_eval": on_eval, "on_save": on_save}
-    from jlora.runtime.supervise import STOP_SIGNALS
+    from jlora.runtime.signals import own_signals
     from jlora.training.metrics import Callbacks
     from jlora.training.run import train
 
-    # What a program does on signals stays its own once training is over.
-    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-    try:
+    with own_signals():
         train(cfg, quiet, callbacks=Callbacks(**{name: call for name, call in given.items() if call is not None}))
-    finally:
-        with suppress(ValueError):  # not in the main thread, where none was changed
-            for number, handler in before.items():
-                signal.signal(number, handler)
     return Run(cfg.output_dir)
 
 

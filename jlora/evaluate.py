@@ -8,7 +8,7 @@ import argparse
 
 from jlora import cli
 from jlora.errors import ConfigError
-from jlora.evaluation import require_scores
+from jlora.evaluation.requirements import require_scores
 
 
 def make_parser() -> cli.Parser:

@@ -228,7 +228,7 @@ def check_rows(cfg: Config, train_data: Dataset, eval_data: Dataset | None) -> l
     checks = check_sources(train_data, cfg, "train")
     if eval_data is not None and isinstance(cfg.data.eval, str):
         checks += check_sources(eval_data, cfg, "eval")
-        checks += check_overlap(_hashes(train_data), eval_data, _hashes(eval_data))
+        checks += check_overlap(eval_data, np.isin(_hashes(eval_data), _hashes(train_data)))
     return checks
 
 
@@ -266,16 +266,16 @@ def check_run(cfg: Config, num_steps: int, positions: Any) -> list[Check]:
     return [Check(name, "warning", count, sentence) for holds, name, count, sentence in found if holds]
 
 
-def check_overlap(train: np.ndarray, eval_data: Dataset, held: np.ndarray) -> list[Check]:
+def check_overlap(eval_data: Dataset, exact: np.ndarray) -> list[Check]:
     """Examples of `eval` that are in `train` as well; where all are, it measures what was learnt by heart.
 
     Args:
-      train, held: the hashes of both, uint64 [n], as in `Scan`.
+      exact: bool [eval], which they are by the hashes of `Scan`.
     """
-    shared = np.flatnonzero(np.isin(held, train))
+    shared = np.flatnonzero(exact)
     if not len(shared):
         return []
-    total = len(held)
+    total = len(exact)
     sentence = f"data.eval: {_of(len(shared), total)} are in data.train too, the first at {_place(eval_data, shared)}"
     if len(shared) == total:
         return [Check("overlap", "error", total, f"{sentence}, so its loss says nothing of new rows; set others")]

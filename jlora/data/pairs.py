@@ -9,7 +9,7 @@ def pairs_of(row: Row) -> Iterator[Row]:
     """A preference row as pairs: one for each of its rejected answers, where `rejected` is a list of such.
 
     That is a list of texts beside a chosen text, or a list of lists of turns beside chosen turns; TRL, Axolotl and
-    LLaMA-Factory read one alone. A turn in place of a list of turns, as LLaMA-Factory has it, is a list of that one.
+    LLaMA-Factory read one alone.
     """
     value = row.value
     if not isinstance(value, dict) or value.get("chosen") is None or value.get("rejected") is None:
@@ -22,7 +22,5 @@ def pairs_of(row: Row) -> Iterator[Row]:
     if not answers:
         yield Row(row.where, BadRow("empty_response", 'the field "rejected" holds no answer'))
     for number, answer in enumerate(answers, 1):
-        pair = {"chosen": chosen, "rejected": answer}
-        pair |= {name: [turn] for name, turn in pair.items() if isinstance(turn, dict) and {"role", "from"} & {*turn}}
         where = f"{row.where}, rejected {number}" if len(answers) > 1 else row.where
-        yield Row(where, value | pair)
+        yield Row(where, value | {"rejected": answer})

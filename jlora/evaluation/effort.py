@@ -7,10 +7,7 @@ What is done is kept in effort.json and not done again.
 
 import hashlib
 import json
-import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +17,7 @@ import jax.numpy as jnp
 
 from jlora.config import Config
 from jlora.errors import ConfigError, UserError
-from jlora.evaluation import require_scores
+from jlora.evaluation.requirements import require_scores
 from jlora.evaluation.scores import answer_and_score, describe_scores
 from jlora.evaluation.strategies import Rows, Strategy, ask, choose, split_rows
 from jlora.files import lock
@@ -34,7 +31,7 @@ from jlora.inference.model import Adapted
 from jlora.model import attention, quant
 from jlora.model.sharding import one_device_mesh
 from jlora.reports.plan import require_matplotlib
-from jlora.runtime import distributed, supervise
+from jlora.runtime import distributed, signals
 from jlora.training.evaluator import Evaluator, describe_figures
 from jlora.training.folder import make_run_dir
 from jlora.training.opening import Shared
@@ -240,7 +237,7 @@ def folder_of(opened: Opened) -> str:
 
 def fine_tune(cfg: Config, record: Record, quiet: bool, shared: Shared) -> bool:
     """Train by `jlora.train`, and note in `record` what it took; False where it was stopped and saved."""
-    with own_signals():
+    with signals.own_signals():
         summary = train(cfg, quiet, shared)
     record["training"] = {
         "run": cfg.output_dir,
@@ -252,17 +249,6 @@ def fine_tune(cfg: Config, record: Record, quiet: bool, shared: Shared) -> bool:
         "trainable_params": summary["trainable_params"],
     }
     return record["training"]["finished"]
-
-
-@contextmanager
-def own_signals() -> Iterator[None]:
-    """A run takes the signals that stop it; give them back after it."""
-    kept = {number: signal.getsignal(number) for number in supervise.STOP_SIGNALS}
-    try:
-        yield
-    finally:
-        for number, handler in kept.items():
-            signal.signal(number, handler)
 
 
 def judge(model: Adapted, way: Strategy, rows: Rows, cfg: Config, options: Options, mesh: jax.sharding.Mesh) -> Record:

@@ -79,7 +79,7 @@ def look(cfg: Config, num_rows: int) -> Seen:
         except DataError:  # of what is left, which is not what is wrong first
             raise error from None
         num_bad = sum(sum(each.dropped.values()) for each in (train_data, eval_data) if each)
-        checks.append(Check("bad_rows", "error", num_bad, _bad_rows(cfg, tokenizer)))
+        checks.append(Check("bad_rows", "error", num_bad, _bad_rows(cfg, tokenizer, error)))
     report: dict[str, Any] = {"train": None, "eval": None, "near": []}
     hashes = {}
     for name, dataset in (("train", train_data), ("eval", eval_data)):
@@ -92,10 +92,9 @@ def look(cfg: Config, num_rows: int) -> Seen:
     if eval_data is not None and isinstance(cfg.data.eval, float):  # a part of the rows that were read
         report["train"]["held_out"] = len(eval_data.examples)
     if eval_data is not None:
-        checks += check_overlap(hashes["train"], eval_data, hashes["eval"])
-        shared = np.isin(hashes["eval"], hashes["train"])
-        warned, report["near"] = check_near(train_data, eval_data, shared, tokenizer.decode)
-        checks += warned
+        exact = np.isin(hashes["eval"], hashes["train"])
+        warned, report["near"] = check_near(train_data, eval_data, exact, tokenizer.decode)
+        checks += check_overlap(eval_data, exact) + warned
     _, num_steps = plan_steps(cfg, train_data)
     report["steps"] = num_steps
     checks += check_run(cfg, num_steps, positions)
@@ -105,10 +104,12 @@ def look(cfg: Config, num_rows: int) -> Seen:
     return Seen(report, rows[:num_rows])
 
 
-def _bad_rows(cfg: Config, tokenizer: Tokenizer) -> str:
+def _bad_rows(cfg: Config, tokenizer: Tokenizer, first: DataError) -> str:
     """What is wrong with the rows of every source; `train` would tell the first source's alone."""
     sources = [(source.path, cfg.data) for source in cfg.data.sources]
     sources += [(cfg.data.eval, cfg.data.held_out)] if isinstance(cfg.data.eval, str) else []
+    if len(sources) == 1:
+        return str(first)
     says = []
     for path, section in sources:
         try:

@@ -51,6 +51,18 @@ def save_on_signals() -> Callable[[int], bool]:
     return distributed.stop_agreed if distributed.several() else lambda step: received()
 
 
+@contextmanager
+def own_signals() -> Iterator[None]:
+    """A run takes the signals that stop it; what the program around it does on them is given back after it."""
+    before = {number: signal.getsignal(number) for number in supervise.STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        with suppress(ValueError):  # not in the main thread, where none was changed
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
 def received() -> bool:
     """Whether a signal came since the last `save_on_signals`, be it after a run's last step."""
     return bool(_received)

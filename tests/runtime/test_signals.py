@@ -21,7 +21,6 @@ import jlora.training.run
 import jlora.training.sweep
 from jlora.config import load_config
 from jlora.errors import Interrupted, Stopped
-from jlora.evaluation.effort import own_signals
 from jlora.runtime import signals
 from jlora.training.evaluator import Evaluator
 from jlora.training.metrics import StepMeter, read_metrics
@@ -173,7 +172,7 @@ def test_hangup_saves_the_run_unless_it_is_ignored(folder, tmp_path, ignored):
 
 def test_hangup_is_given_back_after_a_training_of_the_effort_report():
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    with own_signals():
+    with signals.own_signals():
         signals.end_on_signals()
         assert signal.getsignal(signal.SIGHUP) is not signal.SIG_DFL
     assert signal.getsignal(signal.SIGHUP) is signal.SIG_DFL
