@@ -136,7 +136,7 @@ def _vary(tree: dict[str, Any], key: str, value: Any, name: str) -> None:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1, but `2e-4` is a number, as in YAML 1.2, and a duplicate key is an error.
+    """YAML 1.1, but `2e-4` is a number, as in YAML 1.2, keys are text, and a duplicate key is an error.
 
     Nothing can be referred to by `*name`: a few lines of that stand for more values than fit in memory.
     """
@@ -152,7 +152,12 @@ class _Loader(yaml.SafeLoader):
         for key, count in keys.most_common(1):
             if count > 1:
                 raise yaml.constructor.ConstructorError(None, None, f"duplicate key '{key}'", node.start_mark)
-        return super().construct_mapping(node, deep)
+        mapping = super().construct_mapping(node, deep)
+        for key in mapping:
+            if not isinstance(key, str):
+                problem = f"key {key!r} is not text; put it in quotes, or take it out"
+                raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+        return mapping
 
 
 # `output_dir: 2026-11-28` is a name, not a date: no key takes one.
@@ -275,6 +280,8 @@ def _problem(names: tuple[str, ...], problems: list[Any], among: bool) -> str:
         return f"unknown key '{key}'{_instead(key, among)}"
     if first["type"] == "missing":
         return f"key '{key}' is missing; set it in the file or as {key}=VALUE"
+    if first["type"] == "invalid_key":
+        return f"key {shown} is not text"
     if first["type"] == "value_error":
         return f"{key}: {first['ctx']['error']}".removeprefix(": ")  # a problem of the whole has no key
     if first["type"] == "model_type":

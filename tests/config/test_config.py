@@ -149,6 +149,8 @@ def test_bad_value_is_refused_by_name(file, override, words):
         (b"lora:\n  rank: 4\n  alpha: 8\n  rank: 8\n", "duplicate key 'rank'"),
         (b"!!python/object/apply:os.getcwd []", "not valid YAML"),
         (b"a: 1\n---\nb: 2\n", "not valid YAML"),
+        (b"null: 1\n", "key None is not text"),
+        (b"model: {path: a, 1: b}\n", "key 1 is not text"),
         (b"", "must hold keys such as model and data, not NoneType"),
         (b"- model\n", "not list"),
     ],
