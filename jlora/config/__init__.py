@@ -9,8 +9,7 @@ from jlora.config.lora import (
     PROJECTIONS,
     LoraSection,
 )
-from jlora.config.reading import config_of, describe, load_config, read_yaml, read_yaml_of, variants
-from jlora.config.reference import yaml_scalar
+from jlora.config.reading import config_of, describe, load_config, variants
 from jlora.config.section import nearest
 from jlora.config.sections import (
     Config,
@@ -23,3 +22,4 @@ from jlora.config.sections import (
     Remat,
     TrainingSection,
 )
+from jlora.config.yaml_text import read_yaml, read_yaml_of, yaml_scalar

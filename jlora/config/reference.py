@@ -4,9 +4,8 @@ import json
 import re
 from typing import Any, get_args
 
-import yaml
-
 from jlora.config.sections import SECTIONS, Config
+from jlora.config.yaml_text import yaml_scalar
 
 
 def reference() -> str:
@@ -45,12 +44,6 @@ def _table(prefix: str, fields: Any) -> list[str]:
         anchor = f"{prefix}{name}"
         rows.append(f'| <a id="{anchor}"></a>[`{name}`](#{anchor}) | {default} | {meaning} |')
     return rows
-
-
-def yaml_scalar(value: Any) -> str:
-    """`value` as one line of YAML."""
-    text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10**6)
-    return text.strip().removesuffix("...").strip()
 
 
 def json_schema() -> str:

@@ -7,12 +7,12 @@ model shapes (they come from the base's own config.json, see `jlora.hf`) or of w
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import Field, PositiveInt
 
 from jlora.config.data import DataSection
 from jlora.config.lora import LoraSection
 from jlora.config.section import NonEmpty, NonNegative, Positive, Section, Share
+from jlora.config.yaml_text import dump_yaml
 
 MOST_STEPS = 2**31 - 1  # of int32, which steps are counted in
 
@@ -275,7 +275,7 @@ class Config(Section):
 
     def dump_yaml(self) -> str:
         """The resolved configuration, every default filled in, as YAML."""
-        return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
+        return dump_yaml(self.model_dump())
 
 
 # By name, what of a config has keys of its own.

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 
 from jlora.config import Config
-from jlora.config.reference import yaml_scalar
+from jlora.config.yaml_text import yaml_scalar
 from jlora.data.formats import COLUMNS, OPTIONAL, columns_of, format_of, lacking
 from jlora.data.rows import BadRow, read_rows
 from jlora.errors import ConfigError, DataError

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jlora.config.reading import parse_yaml
+from jlora.config.yaml_text import parse_yaml
 from jlora.files.lock import held
 from jlora.files.starts import read_starts
 from jlora.files.theirs import MAX_LOG, parse, text_of_theirs

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from jlora.config import yaml_scalar
-from jlora.config.reading import parse_yaml
 from jlora.config.sections import dotted
+from jlora.config.yaml_text import parse_yaml
 from jlora.errors import ConfigError
 from jlora.files.paths import require_own, short_names
 from jlora.files.text import clean, counted

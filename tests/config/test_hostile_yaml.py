@@ -12,7 +12,7 @@ from command_line import sentence_of
 from data_files import write
 from tiny import write_config
 
-from jlora.config import Config, load_config
+from jlora.config import Config, config_of, load_config
 from jlora.errors import ConfigError, ModelError
 from jlora.hf.pretrained import run_config
 
@@ -59,3 +59,11 @@ def test_resolved_config_of_the_tests_still_loads(smallest_base, tmp_path):
     (tmp_path / "config.yaml").write_text(config.dump_yaml())
     assert isinstance(config, Config) and run_config(tmp_path) == config
     assert yaml.safe_load(config.dump_yaml()) == config.model_dump()
+
+
+@pytest.mark.parametrize("name", ["2e-4", "12e3", "1e5", "0x10", "1_000", "2026-01-01", "on", "null", "1:30", "~"])
+def test_name_that_looks_like_another_value_is_read_back(tmp_path, name):
+    """A commit of only digits and an `e` is a number to YAML: what a run writes has to say that it is text."""
+    config = config_of({"model": {"path": name}, "data": {"train": name}, "output_dir": name}, {})
+    path = write(tmp_path / "config.yaml", config.dump_yaml().encode())
+    assert load_config(path) == config and run_config(tmp_path) == config

@@ -5,13 +5,13 @@ Owns which tools are known and how the outcome is written. The tables are the to
 
 from pathlib import Path
 
-import yaml
 from pydantic import ValidationError
 
 from jlora.config.convert import axolotl, torchtune
 from jlora.config.convert.rules import Conversion, Effect, Note
-from jlora.config.reading import describe, read_yaml_of
+from jlora.config.reading import describe
 from jlora.config.sections import Config
+from jlora.config.yaml_text import dump_yaml, read_yaml_of
 from jlora.errors import ConfigError
 
 PEERS = (axolotl, torchtune)
@@ -63,7 +63,7 @@ def _finish(path: Path, converted: Conversion) -> str:
     except ValidationError as error:
         raise ConfigError(f"{path}: converted, {describe(error)}; change that key in the file") from None
     ordered = {name: tree[name] for name in Config.model_fields if name in tree}
-    return yaml.safe_dump(ordered, sort_keys=False, allow_unicode=True)
+    return dump_yaml(ordered)
 
 
 def describe_notes(notes: list[Note]) -> list[str]:

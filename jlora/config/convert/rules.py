@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from jlora.config.reference import yaml_scalar
 from jlora.config.sections import assign
+from jlora.config.yaml_text import yaml_scalar
 
 # What a key without a counterpart changes: the trained adapter; how fast it is trained, or in how much memory; neither.
 Effect = Literal["result", "cost", "aside"]
