@@ -91,6 +91,7 @@ def look(cfg: Config, num_rows: int) -> Seen:
     report["train"]["batches"] = count_batches(train_data, cfg)
     if eval_data is not None and isinstance(cfg.data.eval, float):  # a part of the rows that were read
         report["train"]["held_out"] = len(eval_data.examples)
+        report["eval"]["truncated"] = None  # those of all rows are counted in `train`
     if eval_data is not None:
         exact = np.isin(hashes["eval"], hashes["train"])
         warned, report["near"] = check_near(train_data, eval_data, exact, tokenizer.decode)
@@ -175,7 +176,8 @@ def _near(places: list[str], share: float, texts: list[str]) -> Card:
 
 def _rows(sets: dict[str, dict[str, Any]]) -> Table:
     reasons = sorted({reason for found in sets.values() for reason in found["dropped"]})
-    rows = [[name, *(f"{found[key]:,}" for found in sets.values())] for key, name in COUNTS.items()]
+    counts = ((name, [found[key] for found in sets.values()]) for key, name in COUNTS.items())
+    rows = [[name, *("" if count is None else f"{count:,}" for count in each)] for name, each in counts]
     if "held_out" in sets["train"]:
         rows.insert(1, ["of them held out", f"{sets['train']['held_out']:,}", *[""] * (len(sets) - 1)])
     rows += [[f"tokens, {k}", *(f"{found['lengths'][key]:,}" for found in sets.values())] for key, k in LENGTHS.items()]
@@ -249,8 +251,9 @@ def _print_set(name: str, found: dict[str, Any], say: Any) -> None:
         f"{name}: {found['rows']:,} rows{held_out}, {found['examples']:,} sequences, {found['tokens']:,} tokens, "
         f"{found['trained_tokens']:,} of them trained ({found['trained_tokens'] / found['tokens']:.1%})"
     )
+    cut = "" if found["truncated"] is None else f"cut {found['truncated']:,}, "
     say(
-        f"  cut {found['truncated']:,}, bad rows {sum(found['dropped'].values()):,}, "
+        f"  {cut}bad rows {sum(found['dropped'].values()):,}, "
         f"exact copies {found['duplicates']:,}; tokens a sequence: {lengths['min']:,} to {lengths['max']:,}, "
         f"median {lengths['median']:,}, 90 % at most {lengths['p90']:,}, 99 % at most {lengths['p99']:,}"
     )

@@ -109,6 +109,15 @@ def test_figures_are_those_of_the_batches(config, base, tmp_path):
     assert seen.report["eval"]["examples"] == len(eval_data.examples)
 
 
+def test_held_out_rows_that_are_cut_are_not_said_to_be_whole(config, here, tmp_path):
+    """Which rows were cut is counted before some are held out."""
+    path = config([*GOOD, *({"prompt": f"{i}", "completion": "b" * 60} for i in range(6))], eval=0.5)
+    code, out, _ = here("data", path, "--html", tmp_path / "page.html")
+    train, held_out = (line for line in out.splitlines() if "exact copies " in line and "tokens a sequence" in line)
+    assert code == 0 and train.startswith("  cut 6, ") and "cut" not in held_out
+    assert look_at(path).report["eval"]["truncated"] is None
+
+
 def test_rows_are_shown_as_they_are_trained_on(config, base):
     rows = [*GOOD, {"prompt": "naïve 日本 \x1b[31m:", "completion": "x" * 40}]
     cfg = load_config(config(rows))
