@@ -101,6 +101,7 @@ class Run:
         """
         import jax
 
+        from jlora.data.formats import Columns
         from jlora.data.prompts import encode_prompt
         from jlora.data.row import BadRow
         from jlora.inference.generate import Sampling, generate
@@ -109,9 +110,10 @@ class Run:
 
         with jax.set_mesh(one_device_mesh()):
             (model, section), encoded = self._model, []
+            columns = Columns(section.format, section.columns, answered=False)
             for number, prompt in enumerate(prompts, 1):
-                row = row_of(prompt, section.format) if isinstance(prompt, str) else prompt
                 try:
+                    row = row_of(prompt, section.format) if isinstance(prompt, str) else columns.read(prompt)
                     ids = encode_prompt(model.pretrained.tokenizer, row, format=section.format, prompt=section.prompt)
                 except BadRow as bad:
                     raise DataError(f"prompt {number}: {bad.message} (format {section.format})") from None
