@@ -1,7 +1,9 @@
 """What the commands share: the parser, how a command ends, and the arguments that name a model."""
 
 import argparse
+import difflib
 import errno
+import itertools
 import logging
 import os
 import re
@@ -50,6 +52,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(**{"allow_abbrev": False} | settings)
         self.register("type", "path", _path)
         self._completes = False
+        self._given: list[str] = []
 
     def parse_intermixed_args(self, *given: Any, **named: Any) -> Any:
         """As argparse's, which hides the positional arguments from what it calls."""
@@ -58,6 +61,7 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, *given: Any, **named: Any) -> Any:  # every other way of parsing calls it
         """As argparse's."""
+        self._given = list(sys.argv[1:] if not given or given[0] is None else given[0])
         streams.take_over()
         self._complete()
         try:
@@ -83,10 +87,31 @@ class Parser(argparse.ArgumentParser):
         super().exit(status, message)
 
     def error(self, message: str) -> NoReturn:
-        """As argparse's, in one line; config keys given as options are told how keys are written."""
+        """As argparse's, in one line that ends with what may be meant; an option that is not known goes first."""
+        words = itertools.takewhile(lambda word: word != "--", self._given)
+        unknown = [
+            word for word in words if word.startswith("--") and word.split("=")[0] not in self._option_string_actions
+        ]
+        if unknown and not message.startswith("unrecognized"):  # that for which it was meant is said to be missing
+            message = f"unrecognized arguments: {' '.join(unknown)}"
         if message.startswith("unrecognized") and (found := re.search(r" --(\w+\.[\w.]+)(?:[= ](\S+))?", message)):
             message = f"--{found[1]}: a config key takes no dashes; write {found[1]}={found[2] or 'VALUE'}"
-        self.exit(ConfigError.exit_code, f"error: {clean(redact(message))}; see {self.prog} --help\n")
+        close = self._meant(unknown[0].split("=")[0]) if unknown else ""
+        if choice := re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message):
+            close = next(iter(difflib.get_close_matches(choice[1], re.findall(r"[\w.-]+", choice[2]), n=1)), "")
+        more = f"did you mean {close}?" if close else f"see {self.prog} --help"
+        self.exit(ConfigError.exit_code, f"error: {clean(redact(message))}; {more}\n")
+
+    def _meant(self, flag: str) -> str:
+        """The key of a config, where the command takes such, or the option that is nearest to one that is not known."""
+        if any(action.dest == "overrides" for action in self._actions):
+            from jlora.config.sections import known_keys
+
+            leaf = flag.lstrip("-").replace("-", "_")
+            if key := next((key for key in known_keys() if key.rpartition(".")[2] == leaf), ""):
+                return f"{key}=VALUE"
+        shown = [flag for action in self._actions if action.help != argparse.SUPPRESS for flag in action.option_strings]
+        return next(iter(difflib.get_close_matches(flag, shown, n=1)), "")
 
 
 def _path(text: str) -> str:

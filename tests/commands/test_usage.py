@@ -78,7 +78,7 @@ def test_no_option_is_abbreviated(capsys):
         with pytest.raises(SystemExit) as end:
             parse(["--conf", "c.yaml"])
         assert end.value.code == 2
-        assert capsys.readouterr().err == "error: unrecognized arguments: --conf c.yaml; see jlora --help\n"
+        assert capsys.readouterr().err == "error: unrecognized arguments: --conf c.yaml; did you mean --config?\n"
     files = [path for folder in ("jlora", "scripts") for path in (ROOT / folder).rglob("*") if path.is_file()]
     texts = {path: path.read_text(encoding="utf-8") for path in files if path.suffix in (".py", "")}
     made = {path: re.findall(r"argparse\.ArgumentParser\(\s*(\w*)", text) for path, text in texts.items()}
@@ -169,6 +169,14 @@ def test_console_script_as_a_program():
         (["train"], "config"),
         (["train", "{world}/none.yaml"], "none.yaml: no such file"),
         (["train", "{world}/config.yaml", "--lora.rank", "8"], "write lora.rank=8"),
+        (["train", "{world}/config.yaml", "--learning_rate=1e-4"], "did you mean optimizer.learning_rate=VALUE?"),
+        (["train", "{world}/config.yaml", "--batch-size", "8"], "did you mean training.batch_size=VALUE?"),
+        (["train", "{world}/config.yaml", "--fersh"], "did you mean --fresh?"),
+        (
+            ["generate", "--base", "{world}/base", "--propmt", "a"],
+            "unrecognized arguments: --propmt; did you mean --prompt?",
+        ),
+        (["generate", "--base", "{world}/base", "--prompt", "a", "--dtype", "float23"], "did you mean float32?"),
         (["train", "{world}/config.yaml", "lora.rank=8", "--training.max_steps=3"], "write training.max_steps=3"),
         (["train", "--config", "{world}/config.yaml", "--bogus"], "--bogus"),
         (["train", "--config", "{world}/none.yaml"], "none.yaml: no such file"),
