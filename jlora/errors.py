@@ -8,6 +8,7 @@ import importlib.util
 import re
 from collections.abc import Sequence
 
+REPOSITORY = "https://github.com/jlora/jlora"  # where an extra is installed from
 LONGEST = 3000  # characters: a value from the user's files may be of any length
 
 
@@ -37,6 +38,11 @@ class ModelError(UserError):
     """Bad base model, tokenizer, checkpoint or adapter."""
 
     exit_code = 4
+
+
+def with_extra(name: str) -> str:
+    """What follows `pip install` to add an extra of ours; the README has the same."""
+    return f"'jlora[{name}] @ git+{REPOSITORY}'"
 
 
 def require_installed(what: str, packages: Sequence[str], install: str) -> None:

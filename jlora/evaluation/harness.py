@@ -11,7 +11,7 @@ import numpy as np
 
 from jlora.data.packing import Batch, pack_row
 from jlora.data.prompts import Example
-from jlora.errors import ConfigError, DataError
+from jlora.errors import ConfigError, DataError, with_extra
 from jlora.inference.answers import answer, batches_of_like
 from jlora.inference.model import open_adapted
 from jlora.model import attention
@@ -35,7 +35,7 @@ def require_harness() -> None:
       ConfigError: lm_eval is not installed.
     """
     if LM is None:
-        raise ConfigError("the harness needs lm_eval, which is not installed; pip install 'jlora[harness]'")
+        raise ConfigError(f"the harness needs lm_eval, which is not installed; pip install {with_extra('harness')}")
 
 
 class JloraLM(LM or object):  # type: ignore[misc]

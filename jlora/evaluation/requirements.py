@@ -1,6 +1,6 @@
 """What must be installed to judge answers, asked for before anything large is imported."""
 
-from jlora.errors import require_installed
+from jlora.errors import require_installed, with_extra
 
 
 def require_scores() -> None:
@@ -9,4 +9,4 @@ def require_scores() -> None:
     Raises:
       ConfigError: one is not installed.
     """
-    require_installed("scoring answers", ("rouge-score", "sacrebleu"), "'jlora[eval]'")
+    require_installed("scoring answers", ("rouge-score", "sacrebleu"), with_extra("eval"))

@@ -18,7 +18,7 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
-from jlora.errors import ConfigError
+from jlora.errors import ConfigError, with_extra
 from jlora.planning.hardware import GPUS, SLICES, TPUS, Gpu, canonical, read_gpu, unknown
 from jlora.runtime.xla import GPU_MEMORY_FRACTION
 
@@ -106,7 +106,7 @@ def larger(target: Target) -> Iterator[Target]:
 def _require(extra: str, *modules: str) -> None:
     """One of the modules, of which the extra brings the first."""
     if not any(map(importlib.util.find_spec, modules)):
-        raise ConfigError(f"this topology needs a compiler that is not installed; pip install 'jlora[{extra}]'")
+        raise ConfigError(f"this topology needs a compiler that is not installed; pip install {with_extra(extra)}")
 
 
 def _tpu_devices(spec: str, name: str, size: str) -> list[Any]:

@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Column, Table
 
-from jlora.errors import ConfigError, require_installed
+from jlora.errors import ConfigError, require_installed, with_extra
 from jlora.files.atomic import write_bytes
 from jlora.reports.figures import duration
 
@@ -116,7 +116,7 @@ def require_matplotlib(what: str = "--plot") -> None:
     Raises:
       ConfigError: it is not installed.
     """
-    require_installed(what, ("matplotlib",), "'jlora[plot]'")
+    require_installed(what, ("matplotlib",), with_extra("plot"))
 
 
 def draw(results: list[dict[str, Any]], path: Path) -> None:
