@@ -14,7 +14,7 @@ from jlora.data.conversation import Conversation, Message
 from jlora.data.marks import CALL, CONTENT, THOUGHT, Mark, mark, read, shown
 from jlora.data.row import BadRow
 from jlora.data.tokens import Tokenizer
-from jlora.data.turns import REMEDY, Layout, Render, Span
+from jlora.data.turns import ANOTHER, REMEDY, Layout, Render, Span
 from jlora.errors import DataError
 
 T = TypeVar("T")
@@ -199,8 +199,8 @@ def _check_tools(
     except BadRow:
         return
     if without == text:
-        what = 'the chat template writes no tools, so "tools" would be lost'
-        raise BadRow("tools_ignored", f"{what}; set data.chat_template, or drop the column")
+        what = 'the chat template does not write "tools", which would be lost'
+        raise BadRow("tools_ignored", f"{what}; {ANOTHER}, or drop the column")
 
 
 def _check_whole(messages: list[Message], marks: list[Mark]) -> None:
@@ -209,12 +209,10 @@ def _check_whole(messages: list[Message], marks: list[Mark]) -> None:
     for i, message in enumerate(messages):
         calls = message.get("tool_calls")
         if calls and (CALL, i) not in seen:
-            raise BadRow("tools_ignored", f"the chat template does not write the tool calls of turn {i + 1}")
+            raise BadRow("tools_ignored", f"the chat template does not write the tool calls of turn {i + 1}; {ANOTHER}")
         if not calls and (message["content"] or "").strip() and (CONTENT, i) not in seen:
             what = f"turn {i + 1}, of the role {message['role']}"
-            raise BadRow(
-                "turn_ignored", f"the chat template does not write {what}; set data.chat_template to one that does"
-            )
+            raise BadRow("turn_ignored", f"the chat template does not write {what}; {ANOTHER}")
 
 
 def _marked(renders: Render, messages: list[Message], text: str, prompt: bool) -> tuple[list[Message], list[Mark]]:

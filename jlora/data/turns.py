@@ -15,6 +15,7 @@ from jlora.data.row import BadRow
 from jlora.data.tokens import Tokenizer
 
 REMEDY = "set data.chat_template to one with {% generation %} marks"
+ANOTHER = "set data.chat_template to one that does, such as another model's in a .jinja file"
 
 Render = Callable[[list[Message], bool], str]  # messages, whether with the generation prompt
 
@@ -42,7 +43,7 @@ class Layout:
         own = [mark for mark in self._marks if mark.message == i]
         found = [mark for kind in (CONTENT, CALL) for mark in own if mark.kind == kind]
         if not found:
-            raise BadRow("turn_ignored", f"the chat template does not write turn {i + 1}; set data.chat_template")
+            raise BadRow("turn_ignored", f"the chat template does not write turn {i + 1}; {ANOTHER}")
         return found[0]
 
     def answer(self, i: int) -> Span:
