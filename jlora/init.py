@@ -88,8 +88,8 @@ def print_checks(report: dict[str, Any], out: Path) -> None:
         f"{rows['lengths']['max']:,} tokens; {report['steps']:,} optimizer steps"
     )
     for found in report["checks"]:
-        if found["level"] == "warning":
-            print(f"warning: {found['sentence']}")
+        if found["level"] != "error":
+            print(f"{found['level']}: {found['sentence']}")
     print(f"wrote {out}; see the rows with: jlora data {out}\ntrain with: jlora train {out}")
 
 

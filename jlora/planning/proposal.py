@@ -1,13 +1,15 @@
 """A config for somebody's rows: what they are, how long, how many, and what follows for the run."""
 
 import itertools
+from dataclasses import asdict
 from typing import Any
 
 import jax
 
 from jlora.config import Config
 from jlora.config.yaml_text import yaml_scalar
-from jlora.data.formats import COLUMNS, OPTIONAL, columns_of, format_of, lacking
+from jlora.data.checks import Check
+from jlora.data.formats import COLUMNS, KNOWN, OPTIONAL, columns_of, format_of, lacking
 from jlora.data.rows import BadRow, read_rows
 from jlora.errors import ConfigError, DataError
 from jlora.files.text import counted
@@ -75,6 +77,10 @@ def propose(data: str, model: str, held_out: str | None, name: str, columns: dic
         tree["training"]["epochs"] = next((count for count in EPOCHS if count * each >= ALL_STEPS), EPOCHS[-1])
         if tree["training"]["epochs"] != EPOCHS[0]:
             seen = look(Config.model_validate(tree), 0)
+    if left := unread(data, columns):
+        names = columns_of(dict.fromkeys(left))
+        sentence = f"the rows' own columns are not read: {names}; name one for a column of the format with --columns"
+        seen.report["checks"].append(asdict(Check("unread_columns", "note", len(left), sentence)))
     # Of the layers: 4 matrices of attention and 8 of the MLP, as wide as the model.
     weights = 12 * (config.get("num_hidden_layers") or 0) * (config.get("hidden_size") or 0) ** 2
     return written(tree, seen.report, small=0 < weights < SMALL), seen
@@ -90,9 +96,11 @@ def rows_format(data: str, columns: dict[str, str]) -> str:
       ConfigError: no format has such columns.
       DataError: naming the columns, where they are of none, or the first row that is of another than those before.
     """
-    if not any(columns.keys() <= {*COLUMNS[name], *OPTIONAL[name]} for name in COLUMNS):
-        known = "; ".join(f"{name}: {', '.join((*COLUMNS[name], *OPTIONAL[name]))}" for name in COLUMNS)
-        raise ConfigError(f"--columns: no format has {' and '.join(columns)}; they have {known}")
+    formats = {name: (*COLUMNS[name], *OPTIONAL[name]) for name in COLUMNS}
+    if not any(columns.keys() <= {*own} for own in formats.values()):
+        unknown = [column for column in columns if not any(column in own for own in formats.values())]
+        known = "; ".join(f"{name}: {', '.join(own)}" for name, own in formats.items())
+        raise ConfigError(f"--columns: no format has {' and '.join(unknown or columns)}; they have {known}")
     format = None
     for row in itertools.islice(read_rows(data, "train"), LOOKED_AT):
         if isinstance(row.value, BadRow) or not isinstance(row.value, dict):
@@ -110,6 +118,13 @@ def rows_format(data: str, columns: dict[str, str]) -> str:
     if format is None:
         raise DataError(f"{data}: none of the first rows is a JSON object with columns, such as instruction and output")
     return format
+
+
+def unread(data: str, columns: dict[str, str]) -> list[str]:
+    """Columns of the first rows that no format reads, and that `columns` does not name either."""
+    rows = (row.value for row in itertools.islice(read_rows(data, "train"), LOOKED_AT))
+    filled = (name for row in rows if isinstance(row, dict) for name, value in row.items() if value not in (None, ""))
+    return [name for name in dict.fromkeys(filled) if name not in KNOWN and name not in columns.values()]
 
 
 def _of_none(row: dict[str, Any], columns: dict[str, str]) -> str:
@@ -165,7 +180,7 @@ def written(tree: dict[str, Any], report: dict[str, Any], small: bool) -> str:
         (
             "  batch_size:",
             training["batch_size"],
-            f"about {each:,.0f} steps an epoch; several rows are packed into one",
+            f"about {each:,.0f} steps an epoch; short rows are packed, several into one",
         ),
         ("  gradient_accumulation_steps:", 1, "raise it, to a divisor of batch_size, if memory runs out"),
     ]

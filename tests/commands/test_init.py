@@ -102,6 +102,8 @@ def test_columns_of_other_names_are_said_by_a_flag(world, here, tmp_path):
     assert code == 3 and "lack instruction and output" in err
     columns = re.search(r"such as --columns (\S+),", err)[1]
     assert columns == "instruction=q,output=reply"
+    shown = here("init", *arguments[:-1], tmp_path / "shown.yaml", "--columns", columns)
+    assert shown[0] == 0 and "note: the rows' own columns are not read: topic; " in shown[1]
     assert here("init", *arguments, "--columns", columns, "-q") == (0, "", "")
     cfg = load_config(tmp_path / "out.yaml")
     assert (cfg.data.format, cfg.data.columns) == ("alpaca", {"instruction": "q", "output": "reply"})
@@ -109,6 +111,7 @@ def test_columns_of_other_names_are_said_by_a_flag(world, here, tmp_path):
     for given, code, words in (
         ("output=answer_text", 3, 'has no column "answer_text" (--columns output=answer_text); it has q, reply, topic'),
         ("question=q", 2, "no format has question"),
+        ("question=q,output=reply", 2, "no format has question; they have"),
         ("q", 2, "not of the form instruction=q,output=reply"),
     ):
         other = here("init", *arguments[:-1], tmp_path / "other.yaml", "--columns", given)
