@@ -78,7 +78,8 @@ def main() -> None:
 
 def print_result(result: dict[str, Any]) -> None:
     """The figures of an export's proof, for people."""
-    print(f"{result['out']}: {result['kind']} of step {result['step']}, read back and compared:")
+    kind = {"full": "whole checkpoint"}.get(result["kind"], result["kind"])
+    print(f"{result['out']}: {kind} of step {result['step']}, read back and compared:")
     difference = result["logits_relative_difference"]
     print(f"  logits differ by {difference:.1e} of their size" if difference else "  logits are identical")
     if "merged_into" in result:

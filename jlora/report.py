@@ -8,7 +8,11 @@ from pathlib import Path
 
 from jlora import cli
 from jlora.errors import ConfigError
-from jlora.files.paths import require_own
+from jlora.files.paths import beside, require_own
+
+NO_RUN = (
+    "is not a run folder (no metrics.jsonl, summary.json or config.yaml in it); `jlora runs` lists those below a folder"
+)
 
 
 def main() -> None:
@@ -57,9 +61,11 @@ def main() -> None:
         if not 0 <= (args.port or 0) < 2**16:
             raise ConfigError(f"--port {args.port}: is no port; name one of 1 to 65535, or leave it out for a free one")
         for run in runs:
+            if not run.exists():
+                raise ConfigError(f"{run}: no such folder{beside(run)}")
             require_own(run, ConfigError)
             if not any((run / name).is_file() for name in ("metrics.jsonl", "summary.json", "config.yaml")):
-                raise ConfigError(f"{run}: is not a run folder (no metrics.jsonl, summary.json or config.yaml in it)")
+                raise ConfigError(f"{run}: {NO_RUN}")
         begun = sweep_runs(runs[0])
         if args.watch:
             if len(runs) > 1 or args.out:

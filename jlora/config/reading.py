@@ -135,7 +135,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> str:
     key, equals, text = override.partition("=")
     shown = _shown(override)
     if not equals or not key:
-        raise ConfigError(f"override '{shown}' is not of the form dotted.key=value")
+        raise ConfigError(f"override '{shown}' is not of the form dotted.key=value, without spaces")
     try:
         assign(tree, key, parse_yaml(text))
     except ValueError as error:
@@ -198,9 +198,13 @@ def _problem(names: tuple[str, ...], problems: list[Any], among: bool) -> str:
     if first["type"] == "model_type":
         return f"{key}: must hold keys of its own ({', '.join(fields)}), but it is {shown}"
     says = [
-        "be a smaller number" if p["type"] == "int_parsing_size" else re.sub(r"^\w+ should ", "", p["msg"])
+        "be a smaller number"
+        if p["type"] == "int_parsing_size"
+        else re.sub(r"^\w+ should |, unable to.*", "", p["msg"])
         for p in problems
     ]
+    if "be a valid number" in says:  # which an integer is
+        says = [each for each in says if each != "be a valid integer"]
     text = f"{key}: should {' or '.join(dict.fromkeys(says)).replace(' or be ', ' or ')}, but it is {shown}"
     if isinstance(first["input"], bool | int | float) and any(p["type"] == "string_type" for p in problems):
         text += f'; for the text itself write {key}=\'"..."\', or "..." in the file'

@@ -245,8 +245,8 @@ def check_run(cfg: Config, num_steps: int, positions: Any) -> list[Check]:
     found = [
         (
             num_steps < FEW_STEPS, "few_steps", num_steps,
-            f"the run is over after {counted(num_steps, 'optimizer step')} of {training.batch_size} rows each, "
-            f"which hardly changes a model; {more}{fewer}",
+            f"the run is over after {counted(num_steps, 'optimizer step')} of "
+            f"{counted(training.batch_size, 'row')} each, which hardly changes a model; {more}{fewer}",
         ),
         (
             warmup >= num_steps, "all_warmup", warmup,

@@ -229,7 +229,7 @@ def print_runs(runs: list[dict[str, Any]]) -> None:
         method = f"LoRA r={run['rank']}" if run["method"] == "lora" else shown(run["method"])
         table.add_row(
             clean(run["run"]),
-            clean(shown(run["status"])),
+            clean(shown("stopped" if run["status"] == "preempted" else run["status"])),
             shown(run["steps"], compact),
             _held_out(run["eval_loss_before"], run["eval_loss"]),
             shown(run["train_loss"], loss),

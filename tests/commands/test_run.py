@@ -84,6 +84,8 @@ def test_report_again_and_of_two_runs(world, here, tmp_path):
     assert code == 2 and "at most 4" in one_sentence(err)
     code, out, err = here("report", world / "base")
     assert code == 2 and "is not a run folder" in one_sentence(err)
+    code, out, err = here("report", world / "runn")
+    assert code == 2 and f"no such folder; did you mean {world / 'run'}?" in one_sentence(err)
     code, out, err = here("report", world / "run", "--out", tmp_path / "none" / "one.html")
     assert code == 2 and "none" in one_sentence(err)
 

@@ -72,9 +72,8 @@ def test_all_problems_are_told_each_with_its_place(file):
     assert refused(file, "training.seed=-1", "num_train_epochs=2") == (
         f"{file}: (1) unknown key 'lora.r'; in jlora: lora.rank; (2) unknown key 'lora.lora_alpha'; in jlora: "
         "lora.alpha; the command line: (3) unknown key 'num_train_epochs'; in jlora: training.epochs; "
-        f"{file}: (4) training.epochs: should be a valid integer, unable to parse string as an integer or a valid "
-        "number, unable to parse string as a number, but it is 'many'; the command line: (5) training.seed: should be "
-        "greater than or equal to 0, but it is -1"
+        f"{file}: (4) training.epochs: should be a valid number, but it is 'many'; "
+        "the command line: (5) training.seed: should be greater than or equal to 0, but it is -1"
     )
     message = refused(file, *(f"key{number}=1" for number in range(20)))
     assert "(10) unknown key" in message and "(11)" not in message and message.endswith("; and 13 more")
