@@ -144,7 +144,8 @@ def test_a_config_may_be_a_dict(world, tmp_path):
     before = json.dumps(tree)
     run = jlora.finetune(tree, quiet=True, **{"data.max_length": 320, "lora.rank": 2})
     assert run.summary["steps"] == 1 and run.config.lora.rank == 2 and json.dumps(tree) == before
-    rows = [{"ask": row["instruction"], "reply": row["output"]} for row in map(json.loads, open(world / "rows.jsonl"))]
+    rows = map(json.loads, (world / "rows.jsonl").read_text(encoding="utf-8").splitlines())
+    rows = [{"ask": row["instruction"], "reply": row["output"]} for row in rows]
     (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     tree["data"] = {"train": str(tmp_path / "own.jsonl"), "columns": {"instruction": "ask", "output": "reply"}}
     other = jlora.finetune(tree, quiet=True, output_dir=str(tmp_path / "own"), **{"data.max_length": 320})
