@@ -58,6 +58,9 @@ class Fast:
     def name(self, token: int) -> str:
         return self.tokenizer.id_to_token(token) or ""
 
+    def ids_from(self, first: int) -> list[int]:
+        return sorted(i for i in self.tokenizer.get_vocab(with_added_tokens=True).values() if i >= first)
+
 
 @dataclass(frozen=True)
 class SentencePiece:
@@ -94,3 +97,6 @@ class SentencePiece:
 
     def name(self, token: int) -> str:
         return self.specials()[token] if token in self.added.values() else self.processor.id_to_piece(token)
+
+    def ids_from(self, first: int) -> list[int]:
+        return sorted({*self.added.values(), *range(self.processor.vocab_size())} - {*range(first)})

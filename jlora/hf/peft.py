@@ -18,15 +18,18 @@ from jlora.errors import ModelError
 from jlora.files.atomic import write_json
 from jlora.files.paths import inside
 from jlora.hf.adapter_config import CONFIG, AdapterSection, read_adapter_config
+from jlora.hf.adapter_forms import of_one_scale, plain
 from jlora.hf.names import tensor_name
 from jlora.hf.source import Source, open_safetensors, read_floats, same_tables
 from jlora.hf.weights import header
-from jlora.model.adapter import Adapter, Lora, Saved, layer_ranks, new_lora, scaling, targets
+from jlora.model.adapter import Adapter, Lora, Saved, layer_ranks, new_lora, targets
 from jlora.model.adapter_init import saved_weights
 from jlora.model.config import LLAMA, ModelConfig, ModuleNames, module_in_layer, module_path, projection_shapes
 
 WEIGHTS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
 MAGNITUDE = "lora_magnitude_vector"
+# Where a file notes that its base's embedding has so many rows, more than the base on disk.
+ROWS = "jlora_embedding_rows"
 # What may be trained in full, the head last.
 TABLES = ("embed_tokens", "lm_head")
 
@@ -122,7 +125,8 @@ def _open(folder: Path, cfg: ModelConfig, source: Source | None) -> _Opened:
         if rows != (wanted,):
             raise ModelError(
                 f"{where}: holds {names[leaf]} of {list(shapes[names[leaf]])}, but the base has {wanted} rows: the "
-                "adapter was trained on a base whose vocabulary was resized; give that one, or merge it in PEFT"
+                "adapter was trained on a base whose vocabulary was resized; give that one, or its tokenizer with "
+                "model.resize_embeddings=true"
             )
     section = section.model_copy(update={"modules_to_save": [leaf for leaf in TABLES if leaf in tables]})
     return _Opened(section, where, shapes, stored, tables, trained_on)
@@ -244,60 +248,12 @@ def load_adapter(
     return adapter
 
 
-def serialize(tensors: dict[str, np.ndarray], base_hash: str) -> bytes:
-    """A safetensors file of float32 tensors."""
+def serialize(tensors: dict[str, np.ndarray], base_hash: str, rows: int | None = None) -> bytes:
+    """A safetensors file of float32 tensors. Args: rows: see `save_adapter`."""
     names = sorted(tensors)
-    start = header({name: tensors[name].shape for name in names}, "float32", jlora_base_sha256=base_hash)
+    noted = {} if rows is None else {ROWS: str(rows)}
+    start = header({name: tensors[name].shape for name in names}, "float32", jlora_base_sha256=base_hash, **noted)
     return start + b"".join(tensors[name].tobytes() for name in names)
-
-
-def plain(section: LoraSection) -> LoraSection:
-    """The options of an export: of an adapter that took its start from the base (PiSSA, OLoRA), twice the rank.
-
-    As PEFT's `save_pretrained(path_initial_model_for_weight_conversion=...)`, the scale stays as it was.
-    """
-    if not section.takes_from_base:
-        return section
-    times = math.sqrt(2.0) if section.use_rslora else 2.0
-    changed = {
-        "rank": 2 * section.rank,
-        "alpha": times * section.alpha,
-        "rank_pattern": {key: 2 * rank for key, rank in section.rank_pattern.items()},
-        "alpha_pattern": {key: times * alpha for key, alpha in section.alpha_pattern.items()},
-        "init_lora_weights": True,
-    }
-    return section.model_copy(update=changed)
-
-
-def of_one_scale(adapter: Adapter, section: LoraSection) -> tuple[Adapter, LoraSection]:
-    """The same adapter, and its options, with every module's product multiplied by `alpha / rank` of the whole.
-
-    vLLM and TensorRT-LLM know one scale, and no patterns. So what a module's own is beyond it goes into B, and
-    `alpha_pattern` keeps what PEFT has to be told for it to come to the same.
-    """
-    if not section.rank_pattern and not section.alpha_pattern:
-        return adapter, section
-    scale = scaling(section, section.alpha, section.rank)
-    alphas = {
-        key: scale * (math.sqrt(rank) if section.use_rslora else rank) for key, rank in section.rank_pattern.items()
-    }
-    folded = {name: scaled_to(part, np.float32(scale)) for name, part in adapter.items()}
-    return folded, section.model_copy(update={"alpha_pattern": alphas})
-
-
-def scaled_to(part: Lora | Saved, scale: Any) -> Lora | Saved:
-    """The same part with another scale, a number or [L], and B to match; layers without an adapter stay without."""
-    if isinstance(part, Saved):
-        return part
-    ratio = jnp.where(part.scale == 0, 0, part.scale / jnp.where(part.scale == 0, 1, scale))
-    over = (len(ratio), *(1,) * (part.lora_b.ndim - 1))
-
-    def fold(b: Any) -> Any:
-        return b * ratio.reshape(over)
-
-    initial = None if part.initial is None else (part.initial[0], fold(part.initial[1]))
-    new = jnp.where(part.scale == 0, 0, jnp.asarray(scale, jnp.float32))
-    return replace(part, lora_b=fold(part.lora_b), scale=new, initial=initial)
 
 
 def exported_tensors(folder: Path, adapter: Adapter, names: ModuleNames) -> dict[str, np.ndarray]:
@@ -351,13 +307,20 @@ def layers_adapted(adapter: Adapter, projection: str, num_layers: int) -> list[b
 
 
 def save_adapter(
-    folder: Path, adapter: Adapter, section: LoraSection, base: str, base_hash: str, names: ModuleNames = LLAMA
+    folder: Path,
+    adapter: Adapter,
+    section: LoraSection,
+    base: str,
+    base_hash: str,
+    names: ModuleNames = LLAMA,
+    rows: int | None = None,
 ) -> None:
     """Write the files of a PEFT folder, made if need be; tensors in float32.
 
     Args:
       base: name or path of the base, for `base_model_name_or_path`.
       names: what transformers calls the base's modules.
+      rows: of the base's embedding, where it has more than the base on disk.
 
     Raises:
       ModelError: a factor is not finite.
@@ -387,5 +350,5 @@ def save_adapter(
     if names.beside:  # whose projections PEFT would adapt as well, by their names
         config["exclude_modules"] = rf"(.*\.)?({'|'.join(names.beside)})\..*"
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / WEIGHTS).write_bytes(serialize(tensors, base_hash))
+    (folder / WEIGHTS).write_bytes(serialize(tensors, base_hash, rows))
     write_json(folder / CONFIG, config)

@@ -20,14 +20,16 @@ from jlora.files.paths import inside, require_own
 from jlora.files.starts import places
 from jlora.files.theirs import open_theirs
 from jlora.hf.adapter_config import CONFIG
+from jlora.hf.adapter_forms import scaled_to
 from jlora.hf.architecture import parse_config
 from jlora.hf.gguf import GGUFFile
 from jlora.hf.gguf_header import gguf_in, is_gguf
+from jlora.hf.grown import Grown
 from jlora.hf.load import load_base
-from jlora.hf.peft import WEIGHTS, load_adapter, read_options, scaled_to
+from jlora.hf.peft import ROWS, WEIGHTS, load_adapter, read_options
 from jlora.hf.published import method_of
 from jlora.hf.shapes import SHAPES
-from jlora.hf.source import Source, open_source, read_config, read_json, resolve
+from jlora.hf.source import Source, open_safetensors, open_source, read_config, read_json, resolve
 from jlora.model.adapter import Adapter, Lora, layer_scales, place_adapter, targets
 from jlora.model.adapter_init import new_adapter
 from jlora.model.config import ModelConfig, check_length
@@ -35,6 +37,13 @@ from jlora.model.llama import Decoder
 
 # A tokenizer this much smaller than the embedding is another model's; padding of the vocabulary is not.
 SMALLEST_VOCAB_SHARE = 0.75
+# And so is one this much larger, whatever is asked for.
+LARGEST_VOCAB_SHARE = 4.0
+
+
+# How PEFT's names of an embedding or a head end.
+TABLES_OF_PEFT = (".embed_tokens.weight", ".wte.weight", ".lm_head.weight")
+MOST_DIGITS = 10
 
 
 # What models drop at random in training by keys of their own.
@@ -84,8 +93,14 @@ class Pretrained:
         return str(Path(self.name).absolute()) if Path(self.name).exists() else self.name
 
 
-def open_pretrained(path: str, tokenizer_path: str | None, chat_template: str | None) -> Opened:
+def open_pretrained(
+    path: str, tokenizer_path: str | None, chat_template: str | None, resize: bool = False, rows: int = 0
+) -> Opened:
     """Open base and tokenizer.
+
+    Args:
+      resize: give the embedding rows for all tokens of the tokenizer (`model.resize_embeddings`).
+      rows: give it so many at least, as an adapter was trained with.
 
     Raises:
       ModelError: see `jlora.hf.source`; or the tokenizer's vocabulary is larger than the embedding, or far smaller.
@@ -93,11 +108,16 @@ def open_pretrained(path: str, tokenizer_path: str | None, chat_template: str | 
     """
     local = resolve(path)
     source = open_source(local, path)
-    tokenizer = _fitting_tokenizer(path, tokenizer_path or str(local), chat_template, source.model.vocab_size)
+    where = tokenizer_path or str(local)
+    tokenizer = _fitting_tokenizer(path, where, chat_template, source.model.vocab_size, resize, rows)
+    if tokenizer.limit is not None and tokenizer.limit > source.model.vocab_size:
+        source = Grown(source, tokenizer.limit)
     return Opened(path, local, source, tokenizer)
 
 
-def tokenizer_of(path: str, tokenizer_path: str | None, chat_template: str | None) -> tuple[Tokenizer, dict[str, Any]]:
+def tokenizer_of(
+    path: str, tokenizer_path: str | None, chat_template: str | None, resize: bool = False
+) -> tuple[Tokenizer, dict[str, Any]]:
     """The tokenizer of a base, and the base's config; no weights are downloaded for it, nor need there be any.
 
     Raises:
@@ -105,17 +125,24 @@ def tokenizer_of(path: str, tokenizer_path: str | None, chat_template: str | Non
     """
     local = resolve(path, weights=False)
     config, model = read_config(local, path)
-    return _fitting_tokenizer(path, tokenizer_path or str(local), chat_template, model.vocab_size), config
+    return _fitting_tokenizer(path, tokenizer_path or str(local), chat_template, model.vocab_size, resize), config
 
 
-def _fitting_tokenizer(path: str, tokenizer_path: str, chat_template: str | None, vocab_size: int) -> Tokenizer:
+def _fitting_tokenizer(
+    path: str, tokenizer_path: str, chat_template: str | None, vocab_size: int, resize: bool, rows: int = 0
+) -> Tokenizer:
+    """The tokenizer, once it fits a base of `vocab_size` tokens; its `limit` is what the embedding is to have."""
     tokenizer = open_tokenizer(tokenizer_path, chat_template)
-    if tokenizer.vocab_size < SMALLEST_VOCAB_SHARE * vocab_size or tokenizer.own_size > vocab_size:
+    wanted = max(vocab_size, rows, tokenizer.vocab_size if resize else 0)
+    says = f"{tokenizer_path}: the tokenizer has {tokenizer.vocab_size} tokens, but the model {path} has {vocab_size}"
+    if tokenizer.vocab_size < SMALLEST_VOCAB_SHARE * vocab_size or wanted > LARGEST_VOCAB_SHARE * vocab_size:
+        raise ModelError(f"{says}; give the tokenizer that belongs to the model (model.tokenizer)")
+    if tokenizer.own_size > wanted:
         raise ModelError(
-            f"{tokenizer_path}: the tokenizer has {tokenizer.vocab_size} tokens, but the model "
-            f"{path} has {vocab_size}; give the tokenizer that belongs to the model (model.tokenizer)"
+            f"{says}; give the tokenizer that belongs to the model (model.tokenizer), or set "
+            f"model.resize_embeddings=true, which gives a row to the {tokenizer.outside(vocab_size)} that have none"
         )
-    return replace(tokenizer, limit=vocab_size)
+    return replace(tokenizer, limit=wanted)
 
 
 def warn_of_length(source: Source, what: str, length: int) -> None:
@@ -150,6 +177,11 @@ def warn_of_dequantising(source: Source, quantization: str | None) -> None:
         )
 
 
+def holds_tokenizer(folder: Path) -> bool:
+    """Whether a folder has a tokenizer's files."""
+    return any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model"))
+
+
 def open_tokenizer(path: str, chat_template: str | None) -> Tokenizer:
     """The tokenizer of a folder, a hub repository or a GGUF file.
 
@@ -157,7 +189,7 @@ def open_tokenizer(path: str, chat_template: str | None) -> Tokenizer:
       ModelError, ConfigError: see `jlora.data.tokens.load_tokenizer`.
     """
     local = Path(path)
-    if local.is_dir() and not any((local / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
+    if local.is_dir() and not holds_tokenizer(local):
         local = gguf_in(local) or local
     if local.suffix.lower() != ".gguf" and not is_gguf(local):
         return load_tokenizer(path, chat_template)
@@ -190,6 +222,21 @@ def find_adapter(folder: str) -> Path:
     if (Path(folder) / "adapter" / CONFIG).is_file():
         return Path(folder) / "adapter"
     raise ModelError(f"{folder}: neither a PEFT adapter folder nor a run folder with a finished adapter/")
+
+
+def embedding_rows(folder: Path) -> int:
+    """Rows of the embedding that a PEFT folder was trained with, as far as its tensors' file tells; else 0.
+
+    They are those of the embedding or head that it holds, or noted, where the base's own were not enough.
+    """
+    file = inside(folder, WEIGHTS)
+    if not file.is_file():
+        return 0  # what is wrong with the folder is told by whoever reads the tensors
+    with open_safetensors(file) as tensors:
+        noted = (tensors.metadata() or {}).get(ROWS, "")
+        tables = [name for name in tensors.keys() if name.endswith(TABLES_OF_PEFT)]
+        held = [shape[0] for name in tables if len(shape := tensors.get_slice(name).get_shape()) == 2]
+    return max([0, *held, *([int(noted)] if noted.isdecimal() and len(noted) < MOST_DIGITS else [])])
 
 
 def adapter_digest(folder: str) -> str:
@@ -303,6 +350,20 @@ def model_shape(path: str) -> ModelConfig:
         local = resolve(path, weights=False)
         return open_source(local, path).model if Path(path).exists() else read_config(local, path)[1]
     return parse_config(SHAPES[path], path)
+
+
+def shape_of(cfg: Config) -> ModelConfig:
+    """Shape of a run's base, with the rows that `model.resize_embeddings` gives it; no weight is read.
+
+    Raises:
+      ModelError: as `open_pretrained`.
+    """
+    model, path = model_shape(cfg.model.path), cfg.model.tokenizer
+    if not cfg.model.resize_embeddings or (path is None and cfg.model.path in SHAPES):
+        return model
+    where = path or str(resolve(cfg.model.path, weights=False))
+    tokenizer = _fitting_tokenizer(cfg.model.path, where, cfg.data.chat_template, model.vocab_size, True)
+    return replace(model, vocab_size=tokenizer.limit or model.vocab_size)
 
 
 def stop_tokens(tokenizer: Tokenizer, config: dict[str, Any]) -> list[int]:

@@ -1,5 +1,6 @@
 """Proof of an export: read back what was written, recompute logits on a probe, compare."""
 
+import shutil
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -16,9 +17,11 @@ from jlora.errors import ConfigError, ModelError
 from jlora.files.atomic import beside, new_folder
 from jlora.hf.adapter_config import CONFIG
 from jlora.hf.families import WRAPPED_IN
+from jlora.hf.grown import Grown
 from jlora.hf.names import name_table, tensor_name
 from jlora.hf.peft import WEIGHTS, load_adapter, save_adapter
 from jlora.hf.pretrained import Pretrained
+from jlora.hf.source import Source
 from jlora.hf.weights import Merged, Weights, at_layer, blocks, leaf
 from jlora.model import attention
 from jlora.model.adapter import Adapter, Lora, Saved, place_adapter
@@ -148,7 +151,8 @@ def export_adapter(
     """
     # All read it under its first name, until the last has.
     partial = folder.with_name(from_first(f"partial {folder}", lambda: beside(folder).name))
-    with new_folder(folder, partial=partial, ours=(WEIGHTS, CONFIG)) if is_main() else nullcontext():
+    ours = WEIGHTS, CONFIG, *(file.name for file in pretrained.tokenizer.files)
+    with new_folder(folder, partial=partial, ours=ours) if is_main() else nullcontext():
         difference = write_adapter(partial, adapter, section, pretrained, dtype, mesh)
         wait_for_all("proven")
     return difference
@@ -159,6 +163,8 @@ def write_adapter(
 ) -> float:
     """Write a PEFT folder, then read it back and compare its logits; returns their relative difference.
 
+    Beside an adapter of a base whose embedding was given rows lies the tokenizer that they are for.
+
     In a job of several processes the first writes, and all read.
     """
     tolerance = 1e-6
@@ -167,7 +173,11 @@ def write_adapter(
     whole = gather(adapter, mesh)
     if is_main():
         base, names = pretrained.lasting_name, pretrained.base.cfg.names
-        save_adapter(folder, whole, section, base, pretrained.base_hash, names)
+        grown = isinstance(pretrained.source, Grown)
+        rows = pretrained.base.cfg.vocab_size if grown else None
+        save_adapter(folder, whole, section, base, pretrained.base_hash, names, rows)
+        for file in pretrained.tokenizer.files if grown else ():  # which the base's own folder need not have
+            shutil.copyfile(file, folder / file.name)
     wait_for_all("exported")
     cfg = pretrained.base.cfg
     reread = place_adapter(load_adapter(folder, cfg, pretrained.base_hash, section.dropout), cfg, mesh)
@@ -200,6 +210,19 @@ def compare_with_peft(folder: Path, adapter: Adapter, pretrained: Pretrained) ->
     return require_equal(folder, theirs, ours, tolerance=1e-4), reader
 
 
+def _resized(model: Any, source: Source) -> Any:
+    """The model with the rows that a `Grown` source has more, and as it has them."""
+    if isinstance(source, Grown):
+        import torch
+
+        model.resize_token_embeddings(source.model.vocab_size, mean_resizing=False)
+        tables = (model.get_input_embeddings(), "embed_tokens"), (model.get_output_embeddings(), "lm_head")
+        for module, leaf in tables[: 2 - source.model.tie_word_embeddings]:
+            new = source.mean(tensor_name(source.model.names, leaf, None))
+            module.weight.data[source.kept :] = torch.from_numpy(new)
+    return model
+
+
 def transformers_base(pretrained: Pretrained) -> tuple[Any, str]:
     """The base in transformers, float32, and who read its file; see `compare_with_peft`."""
     import torch
@@ -215,7 +238,7 @@ def transformers_base(pretrained: Pretrained) -> tuple[Any, str]:
     by_jlora = source.has_codes and WRAPPED_IN not in source.config
     try:
         if not by_jlora:
-            return auto.from_pretrained(str(folder), **options, **gguf), "transformers"
+            return _resized(auto.from_pretrained(str(folder), **options, **gguf), source), "transformers"
     except Exception as error:  # of any kind: it is another's reader
         if not gguf:
             reason = " ".join(str(error).split())[:300]

@@ -22,7 +22,9 @@ def count_data(cfg: Config) -> dict[str, int] | None:
         return None
     if not all(Path(source.path).exists() for source in cfg.data.sources):
         return None
-    tokenizer, _ = tokenizer_of(cfg.model.path, cfg.model.tokenizer, cfg.data.chat_template)
+    tokenizer, _ = tokenizer_of(
+        cfg.model.path, cfg.model.tokenizer, cfg.data.chat_template, cfg.model.resize_embeddings
+    )
     rows = encoding.read_train(cfg.data, tokenizer)
     if isinstance(cfg.data.eval, float):
         rows, _ = hold_out(rows, cfg.data.eval, cfg.training.seed)

@@ -76,7 +76,8 @@ class Shared:
     def open(self, cfg: Config) -> Opened:
         """The base, no weight read yet, with its tokenizer."""
         if self.opened is None:
-            self.opened = open_pretrained(cfg.model.path, cfg.model.tokenizer, cfg.data.chat_template)
+            base = cfg.model
+            self.opened = open_pretrained(base.path, base.tokenizer, cfg.data.chat_template, base.resize_embeddings)
         return self.opened
 
     def read(self, cfg: Config) -> tuple[Dataset, Dataset | None]:
