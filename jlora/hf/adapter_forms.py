@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora.config import LoraSection
-from jlora.model.adapter import Adapter, Lora, Saved, scaling
+from jlora.model.adapter import Adapter, Lora, Rows, Saved, scaling
 
 
 def plain(section: LoraSection) -> LoraSection:
@@ -45,9 +45,9 @@ def of_one_scale(adapter: Adapter, section: LoraSection) -> tuple[Adapter, LoraS
     return folded, section.model_copy(update={"alpha_pattern": alphas})
 
 
-def scaled_to(part: Lora | Saved, scale: Any) -> Lora | Saved:
+def scaled_to(part: Lora | Saved | Rows, scale: Any) -> Lora | Saved | Rows:
     """The same part with another scale, a number or [L], and B to match; layers without an adapter stay without."""
-    if isinstance(part, Saved):
+    if not isinstance(part, Lora):
         return part
     ratio = jnp.where(part.scale == 0, 0, part.scale / jnp.where(part.scale == 0, 1, scale))
     over = (len(ratio), *(1,) * (part.lora_b.ndim - 1))

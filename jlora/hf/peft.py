@@ -21,8 +21,9 @@ from jlora.hf.adapter_config import CONFIG, AdapterSection, read_adapter_config
 from jlora.hf.adapter_forms import of_one_scale, plain
 from jlora.hf.names import tensor_name
 from jlora.hf.source import Source, open_safetensors, read_floats, same_tables
+from jlora.hf.trained_tokens import row_name, written_indices
 from jlora.hf.weights import header
-from jlora.model.adapter import Adapter, Lora, Saved, layer_ranks, new_lora, targets
+from jlora.model.adapter import Adapter, Lora, Rows, Saved, layer_ranks, new_lora, targets
 from jlora.model.adapter_init import saved_weights
 from jlora.model.config import LLAMA, ModelConfig, ModuleNames, module_in_layer, module_path, projection_shapes
 
@@ -66,6 +67,8 @@ def tensor_shapes(section: LoraSection, cfg: ModelConfig) -> dict[str, tuple[int
                 shapes[factor_name(cfg.names, name, layer, "lora_B.weight")] = (width_out, rank)
                 if section.use_dora:
                     shapes[factor_name(cfg.names, name, layer, MAGNITUDE)] = (width_out,)
+    for leaf, ids in section.token_rows(cfg.tie_word_embeddings).items():
+        shapes[row_name(cfg.names, leaf)] = (len(ids), cfg.hidden_size)
     for name, shape in saved_weights(section, cfg).items():
         if name in TABLES:
             shapes[table_names(cfg.names)[name]] = shape
@@ -85,6 +88,7 @@ class _Opened:
       section: its options, with the tables of `tables` in `modules_to_save`.
       stored: what the file calls each tensor of `shapes`.
       tables: embed_tokens, lm_head -> the name of the tensor that stands for it.
+      over: of these, those in which rows of tokens are trained -> the name of the rows' tensor, and their ids.
       trained_on: SHA-256 of its base, if it says so.
     """
 
@@ -93,6 +97,7 @@ class _Opened:
     shapes: dict[str, tuple[int, ...]]
     stored: dict[str, str]
     tables: dict[str, str]
+    over: dict[str, tuple[str, tuple[int, ...]]]
     trained_on: str | None
 
 
@@ -114,7 +119,9 @@ def _open(folder: Path, cfg: ModelConfig, source: Source | None) -> _Opened:
         trained_on = (file.metadata() or {}).get("jlora_base_sha256")
         # PEFT writes the tables too where it takes the vocabulary to have changed, and loads them in the base's place.
         beside = [leaf for leaf in TABLES if leaf not in section.modules_to_save and names[leaf] in shapes]
-        changed = [leaf for leaf in beside if source is None or not _as_in_base(file, leaf, source)]
+        changed = [
+            leaf for leaf in beside if source is None or not _as_in_base(file, stored[names[leaf]], leaf, source)
+        ]
     tables: dict[str, str] = {leaf: names[leaf] for leaf in section.modules_to_save}
     if changed and cfg.tie_word_embeddings:  # one weight, of which PEFT loads the head last
         tables |= dict.fromkeys((leaf for leaf in TABLES if leaf not in tables), names[beside[-1]])
@@ -128,21 +135,29 @@ def _open(folder: Path, cfg: ModelConfig, source: Source | None) -> _Opened:
                 "adapter was trained on a base whose vocabulary was resized; give that one, or its tokenizer with "
                 "model.resize_embeddings=true"
             )
-    section = section.model_copy(update={"modules_to_save": [leaf for leaf in TABLES if leaf in tables]})
-    return _Opened(section, where, shapes, stored, tables, trained_on)
+    # PEFT writes a table that it takes to have changed without the rows that are trained in it.
+    trained = {leaf: "embed_tokens" if cfg.tie_word_embeddings else leaf for leaf in tables}
+    over = {
+        leaf: (row_name(cfg.names, own), section.tokens[own]) for leaf, own in trained.items() if own in section.tokens
+    }
+    tokens = {leaf: ids for leaf, ids in section.tokens.items() if leaf not in tables}
+    saved = [leaf for leaf in TABLES if leaf in tables]
+    section = section.model_copy(update={"modules_to_save": saved, "tokens": tokens})
+    return _Opened(section, where, shapes, stored, tables, over, trained_on)
 
 
 def _saved_name(name: str) -> str:
     """What PEFT saves a tensor as that a model's own state names by its adapter too, `default`; PEFT loads both."""
     name = re.sub(r"(\.lora_[AB])\.default(\.weight)$", r"\1\2", name)
+    name = name.replace(".token_adapter.base_layer.weight", ".weight")
     return re.sub(rf"(\.{MAGNITUDE})(\.default)?(\.weight)?$", r"\1", name)
 
 
-def _as_in_base(file: Any, leaf: str, source: Source) -> bool:
+def _as_in_base(file: Any, stored: str, leaf: str, source: Source) -> bool:
     """Whether a table beside the adapter is the base's own, as float32; read in blocks of rows."""
     own, embedding = (tensor_name(source.model.names, table, None) for table in (leaf, "embed_tokens"))
     name = own if own in source.shapes else embedding
-    table = file.get_slice(table_names(source.model.names)[leaf])
+    table = file.get_slice(stored)
     if tuple(table.get_shape()) != source.shapes[name]:
         return False
     width = source.shapes[name][1]
@@ -188,8 +203,13 @@ def load_adapter(
     wanted, names = tensor_shapes(section, cfg), table_names(cfg.names)
     for leaf, name in tables.items():
         wanted[name] = wanted.pop(names[leaf]) if name != names[leaf] else wanted[name]
+    for name, ids in opened.over.values():
+        wanted[name] = (len(ids), cfg.hidden_size)
+    known = {*wanted, *names.values()}
+    if cfg.tie_word_embeddings and row_name(cfg.names, "embed_tokens") in wanted:
+        known.add(row_name(cfg.names, "lm_head"))  # the same rows
     problems = [f"{name} is missing" for name in wanted if name not in shapes]
-    problems += [f"{name} is not known" for name in shapes if name not in wanted and name not in names.values()]
+    problems += [f"{name} is not known" for name in shapes if name not in known]
     problems += [
         f"{name} is {list(shapes[name])} instead of {list(shape)}"
         for name, shape in wanted.items()
@@ -235,9 +255,16 @@ def load_adapter(
         lora = new_lora(section, name, factors, cfg, dropout)
         magnitude = jnp.asarray(m.reshape(-1, *outputs)) if section.use_dora else None
         adapter[name] = replace(lora, magnitude=magnitude)
+    for leaf, given in section.tokens.items():
+        order = np.argsort(given)
+        rows = tensors[row_name(cfg.names, leaf)].astype(np.float32)[order]
+        adapter[leaf] = Rows(jnp.asarray(rows), tuple(np.array(given)[order].tolist()))
     for name, shape in saved_weights(section, cfg).items():
         if name in TABLES:
             weight = tensors[tables[name]].astype(np.float32)
+            if name in opened.over:
+                rows_of, ids = opened.over[name]
+                weight[list(ids)] = tensors[rows_of].astype(np.float32)
         else:
             projection = name.removesuffix("_bias")
             adapted = [section.transforms(projection, layer) for layer in range(num_layers)]
@@ -271,6 +298,9 @@ def exported_tensors(folder: Path, adapter: Adapter, names: ModuleNames) -> dict
         return found
 
     for name, part in adapter.items():
+        if isinstance(part, Rows):
+            tensors[row_name(names, name)] = host(name, part.weight)
+            continue
         if isinstance(part, Saved):
             weight = host(name, part.weight)
             if name in TABLES:
@@ -327,7 +357,9 @@ def save_adapter(
     """
     adapter, section = of_one_scale(adapter, plain(section))
     tensors = exported_tensors(folder, adapter, names)
-    saved = [module_path(names, leaf, None).rpartition(".")[2] for leaf in section.modules_to_save]
+    modules = {leaf: module_path(names, leaf, None).rpartition(".")[2] for leaf in TABLES}
+    saved = [modules[leaf] for leaf in section.modules_to_save]
+    rows_of = {leaf: part.ids for leaf, part in adapter.items() if isinstance(part, Rows)}
     config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -347,6 +379,8 @@ def save_adapter(
         "alpha_pattern": section.alpha_pattern,
         "layers_to_transform": section.layers_to_transform,
     }
+    if rows_of:  # a key that not every reader knows
+        config["trainable_token_indices"] = written_indices(rows_of, modules)
     if names.beside:  # whose projections PEFT would adapt as well, by their names
         config["exclude_modules"] = rf"(.*\.)?({'|'.join(names.beside)})\..*"
     folder.mkdir(parents=True, exist_ok=True)

@@ -30,6 +30,7 @@ from jlora.hf.peft import ROWS, WEIGHTS, load_adapter, read_options
 from jlora.hf.published import method_of
 from jlora.hf.shapes import SHAPES
 from jlora.hf.source import Source, open_safetensors, open_source, read_config, read_json, resolve
+from jlora.hf.trained_tokens import run_with_ids
 from jlora.model.adapter import Adapter, Lora, layer_scales, place_adapter, targets
 from jlora.model.adapter_init import new_adapter
 from jlora.model.config import ModelConfig, check_length
@@ -42,7 +43,7 @@ LARGEST_VOCAB_SHARE = 4.0
 
 
 # How PEFT's names of an embedding or a head end.
-TABLES_OF_PEFT = (".embed_tokens.weight", ".wte.weight", ".lm_head.weight")
+TABLES_OF_PEFT = (".embed_tokens.weight", ".wte.weight", ".lm_head.weight", ".token_adapter.base_layer.weight")
 MOST_DIGITS = 10
 
 
@@ -52,7 +53,7 @@ DROPOUTS = ("attention_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop")
 # Options that an adapter to start from must have as the config says.
 COMPARED = (
     *("rank", "alpha", "targets", "use_rslora", "use_dora", "rank_pattern"),
-    *("layers_to_transform", "modules_to_save", "bias"),
+    *("layers_to_transform", "modules_to_save", "trainable_tokens", "bias"),
 )
 
 
@@ -93,6 +94,13 @@ class Pretrained:
         return str(Path(self.name).absolute()) if Path(self.name).exists() else self.name
 
 
+def with_ids(cfg: Config, opened: Opened | Pretrained) -> Config:
+    """A run's config with `lora.trainable_tokens` as ids; see `jlora.hf.trained_tokens`."""
+    rows = opened.source.model.vocab_size
+    kept = opened.source.kept if isinstance(opened.source, Grown) else rows
+    return run_with_ids(cfg, opened.tokenizer, kept, rows)
+
+
 def open_pretrained(
     path: str, tokenizer_path: str | None, chat_template: str | None, resize: bool = False, rows: int = 0
 ) -> Opened:
@@ -109,7 +117,7 @@ def open_pretrained(
     local = resolve(path)
     source = open_source(local, path)
     where = tokenizer_path or str(local)
-    tokenizer = _fitting_tokenizer(path, where, chat_template, source.model.vocab_size, resize, rows)
+    tokenizer = fitting_tokenizer(path, where, chat_template, source.model.vocab_size, resize, rows)
     if tokenizer.limit is not None and tokenizer.limit > source.model.vocab_size:
         source = Grown(source, tokenizer.limit)
     return Opened(path, local, source, tokenizer)
@@ -125,10 +133,10 @@ def tokenizer_of(
     """
     local = resolve(path, weights=False)
     config, model = read_config(local, path)
-    return _fitting_tokenizer(path, tokenizer_path or str(local), chat_template, model.vocab_size, resize), config
+    return fitting_tokenizer(path, tokenizer_path or str(local), chat_template, model.vocab_size, resize), config
 
 
-def _fitting_tokenizer(
+def fitting_tokenizer(
     path: str, tokenizer_path: str, chat_template: str | None, vocab_size: int, resize: bool, rows: int = 0
 ) -> Tokenizer:
     """The tokenizer, once it fits a base of `vocab_size` tokens; its `limit` is what the embedding is to have."""
@@ -300,6 +308,7 @@ def first_adapter(cfg: Config, pretrained: Pretrained, mesh: Mesh) -> Adapter:
     if cfg.method == "full":
         return {}
     model = pretrained.base.cfg
+    cfg = with_ids(cfg, pretrained)
     if cfg.lora.init_from is None:
         return place_adapter(new_adapter(cfg.lora, model, cfg.training.seed, pretrained.base), model, mesh)
     folder = find_adapter(cfg.lora.init_from)
@@ -309,6 +318,12 @@ def first_adapter(cfg: Config, pretrained: Pretrained, mesh: Mesh) -> Adapter:
         on = "; ".join(f"{name} on {', '.join(map(str, theirs.layers(name)))}" for name in own)
         raise ModelError(
             f"{folder}: the adapter's projections are on different layers ({on}), which a config cannot say; "
+            "start from another adapter, or merge this one into its base"
+        )
+    tables = theirs.token_rows(model.tie_word_embeddings)
+    if tables and (len({*tables.values()}) > 1 or len(tables) < 2 - model.tie_word_embeddings):
+        raise ModelError(
+            f"{folder}: the adapter trains other rows of the embedding than of the head, which a config cannot say; "
             "start from another adapter, or merge this one into its base"
         )
     for key in COMPARED:
@@ -332,6 +347,8 @@ def _compared(section: LoraSection, key: str, model: ModelConfig) -> Any:
     value = targets(section, model) if key == "targets" else getattr(section, key)
     if key == "layers_to_transform" and value is not None:
         return None if {*range(model.num_hidden_layers)} <= {*value} else sorted(set(value))
+    if key == "trainable_tokens":
+        return list(section.token_rows(model.tie_word_embeddings).get("embed_tokens", ()))
     return sorted(value) if key == "modules_to_save" else value
 
 
@@ -350,20 +367,6 @@ def model_shape(path: str) -> ModelConfig:
         local = resolve(path, weights=False)
         return open_source(local, path).model if Path(path).exists() else read_config(local, path)[1]
     return parse_config(SHAPES[path], path)
-
-
-def shape_of(cfg: Config) -> ModelConfig:
-    """Shape of a run's base, with the rows that `model.resize_embeddings` gives it; no weight is read.
-
-    Raises:
-      ModelError: as `open_pretrained`.
-    """
-    model, path = model_shape(cfg.model.path), cfg.model.tokenizer
-    if not cfg.model.resize_embeddings or (path is None and cfg.model.path in SHAPES):
-        return model
-    where = path or str(resolve(cfg.model.path, weights=False))
-    tokenizer = _fitting_tokenizer(cfg.model.path, where, cfg.data.chat_template, model.vocab_size, True)
-    return replace(model, vocab_size=tokenizer.limit or model.vocab_size)
 
 
 def stop_tokens(tokenizer: Tokenizer, config: dict[str, Any]) -> list[int]:

@@ -24,7 +24,7 @@ from jlora.hf.pretrained import Pretrained
 from jlora.hf.source import Source
 from jlora.hf.weights import Merged, Weights, at_layer, blocks, leaf
 from jlora.model import attention
-from jlora.model.adapter import Adapter, Lora, Saved, place_adapter
+from jlora.model.adapter import Adapter, Lora, Rows, place_adapter
 from jlora.model.block import Block, normalize
 from jlora.model.config import ModelConfig
 from jlora.model.layers import capped, products_in
@@ -35,9 +35,13 @@ from jlora.runtime.distributed import from_first, is_main, wait_for_all
 PROBE_LENGTH = 32
 
 
-def probe_tokens(vocab_size: int) -> np.ndarray:
-    """Fixed token ids spread over the vocabulary, [1 T] int32."""
-    return np.random.default_rng(0).integers(0, vocab_size, (1, PROBE_LENGTH), dtype=np.int32)
+def probe_tokens(vocab_size: int, adapter: Adapter) -> np.ndarray:
+    """Fixed token ids spread over the vocabulary, half of them at most those whose rows are trained; [1 T] int32."""
+    tokens = np.random.default_rng(0).integers(0, vocab_size, (1, PROBE_LENGTH), dtype=np.int32)
+    rows = adapter.get("embed_tokens")
+    trained = rows.ids[: PROBE_LENGTH // 2] if isinstance(rows, Rows) else ()
+    tokens[0, : len(trained)] = trained
+    return tokens
 
 
 def probe_logits(base: Decoder, adapter: Adapter, dtype: jnp.dtype) -> np.ndarray:
@@ -47,7 +51,7 @@ def probe_logits(base: Decoder, adapter: Adapter, dtype: jnp.dtype) -> np.ndarra
 
 @partial(jax.jit, static_argnames="dtype")
 def _probed(base: Decoder, adapter: Adapter, dtype: jnp.dtype) -> jax.Array:
-    tokens = probe_tokens(base.cfg.vocab_size)
+    tokens = probe_tokens(base.cfg.vocab_size, adapter)
     with products_in(dtype):
         hidden = base.hidden(
             jnp.asarray(tokens),
@@ -86,15 +90,18 @@ class StreamedBlock:
         return Block.__call__(self, *inputs)  # type: ignore[arg-type]
 
 
-def streamed_logits(cfg: ModelConfig, weights: Weights, adapter: Adapter) -> np.ndarray:
+def streamed_logits(
+    cfg: ModelConfig, weights: Weights, adapter: Adapter, tokens: np.ndarray | None = None
+) -> np.ndarray:
     """As `probe_logits` in float32, with one tensor of the model in memory at a time; [T V].
 
     Args:
+      tokens: of the probe, where they are another adapter's.
       cfg: of the model with the adapter; its head is not tied where the adapter has an embedding or a head of its own.
     """
-    whole = Merged(weights, {name: part for name, part in adapter.items() if isinstance(part, Saved)})
+    whole = Merged(weights, {name: part for name, part in adapter.items() if not isinstance(part, Lora)})
     low_rank = {name: part for name, part in adapter.items() if isinstance(part, Lora)}
-    table, tokens = name_table(cfg), probe_tokens(cfg.vocab_size)
+    table, tokens = name_table(cfg), probe_tokens(cfg.vocab_size, adapter) if tokens is None else tokens
     positions, segments = jnp.arange(PROBE_LENGTH, dtype=jnp.int32)[None], jnp.ones(tokens.shape, jnp.int32)
     rotary = rotary_by_layer(cfg, positions, segments)
     places = attention.Places(segments, segments, positions, positions)
@@ -205,7 +212,7 @@ def compare_with_peft(folder: Path, adapter: Adapter, pretrained: Pretrained) ->
     model, reader = transformers_base(pretrained)
     adapted = PeftModel.from_pretrained(model, str(folder)).eval()
     with torch.no_grad():
-        tokens = torch.from_numpy(probe_tokens(pretrained.base.cfg.vocab_size)).long()
+        tokens = torch.from_numpy(probe_tokens(pretrained.base.cfg.vocab_size, adapter)).long()
         theirs = adapted(tokens).logits[0].float().numpy()
     return require_equal(folder, theirs, ours, tolerance=1e-4), reader
 

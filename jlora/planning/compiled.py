@@ -19,7 +19,7 @@ from flax import nnx
 
 from jlora.config import Config
 from jlora.errors import MemoryExceeded
-from jlora.hf.pretrained import shape_of
+from jlora.hf.planned import shape_of
 from jlora.model import attention
 from jlora.model.adapter import place_adapter, without_scales
 from jlora.model.adapter_init import check_options, new_adapter

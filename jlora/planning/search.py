@@ -14,7 +14,7 @@ from typing import Any
 import jax
 
 from jlora.config import Config
-from jlora.hf.pretrained import shape_of
+from jlora.hf.planned import shape_of
 from jlora.model.config import ModelConfig
 from jlora.model.sharding import make_mesh
 from jlora.planning.compiled import Plan, held_bytes, plan, step_flops

@@ -35,6 +35,7 @@ from jlora.hf.pretrained import (
     open_adapter,
     open_pretrained,
     run_config,
+    with_ids,
 )
 from jlora.hf.source import check_names, open_source
 from jlora.hf.weights import Dequantized, Merged, Stored, Trained, Weights, save_checkpoint, stored_bytes, untied
@@ -158,7 +159,7 @@ def export(
         if base is not None or Path(cfg.model.path).exists():
             raise
         raise ModelError(f"{error}; if the base has moved, say where it lies with --base") from None
-    model = opened.model
+    cfg, model = with_ids(cfg, opened), opened.model
     with new_folder(out) as folder:
         if full:
             chosen = dtype or cfg.model.dtype
@@ -308,7 +309,8 @@ def write_full(
         expected = verify.streamed_logits(shape, weights, adapter)
         written = open_source(out)  # as any base is
         check_names(written.model, written.shapes, str(out))
-        found = verify.streamed_logits(written.model, Stored(written), {})
+        tokens = verify.probe_tokens(shape.vocab_size, adapter)
+        found = verify.streamed_logits(written.model, Stored(written), {}, tokens)
         difference = verify.require_equal(out, expected, found, TOLERANCE[dtype])
     result: dict[str, Any] = {"step": step, "out": str(out), "kind": "full", "dtype": dtype}
     result["logits_relative_difference"] = difference
