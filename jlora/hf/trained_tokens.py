@@ -87,8 +87,11 @@ def read_indices(raw: dict[str, Any], saved: list[str], model: ModelConfig, wher
                 f"{where}: trainable_token_indices holds {max(ids) if min(ids) >= 0 else min(ids)}, but the base's "
                 f"embedding has {model.vocab_size} rows; give its tokenizer with model.resize_embeddings=true"
             )
-        if leaf in saved:
-            raise ModelError(f"{where}: {module} is in trainable_token_indices and in modules_to_save; PEFT refuses it")
+        if leaf in saved or (model.tie_word_embeddings and saved):
+            raise ModelError(
+                f"{where}: modules_to_save trains what trainable_token_indices trains rows of, {module}, which is not "
+                "supported; merge the adapter in PEFT"
+            )
         found[leaf] = tuple(ids)
     if model.tie_word_embeddings and "lm_head" in found:
         if found.get("embed_tokens") != found["lm_head"]:

@@ -124,7 +124,8 @@ class Decoder(nnx.Module):
 
     def head_rows(self, adapter: Adapter) -> Rows | None:
         """The rows of the output projection that are trained; as in PEFT, those of an embedding that it is tied to."""
-        rows = adapter.get("embed_tokens" if self.cfg.tie_word_embeddings else "lm_head")
+        tied = self.cfg.tie_word_embeddings and "lm_head" not in adapter
+        rows = adapter.get("embed_tokens" if tied else "lm_head")
         return rows if isinstance(rows, Rows) else None
 
     def adapted(self, adapter: Adapter) -> tuple["Decoder", dict[str, Lora]]:

@@ -354,6 +354,7 @@ INDICES = {
     "no number": ([True], "is no list of ids"),
     "outside": ([300], "holds 300, but the base's embedding has 300 rows"),
     "below": ([-1], "holds -1"),
+    "the table too": ([5], "modules_to_save trains what trainable_token_indices trains rows of, embed_tokens"),
 }
 
 
@@ -363,7 +364,9 @@ def test_indices_that_are_wrong_are_refused(name, base, tmp_path):
     save_adapter(tmp_path, adapter, SECTION, str(base), digest)
     given, said = INDICES[name]
     path = tmp_path / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"trainable_token_indices": given}))
+    saved = ["embed_tokens"] if name == "the table too" else None
+    config = json.loads(path.read_text()) | {"trainable_token_indices": given, "modules_to_save": saved}
+    path.write_text(json.dumps(config))
     assert said in sentence_of(ModelError, load_adapter, tmp_path, decoder.cfg, digest, 0.0)
 
 

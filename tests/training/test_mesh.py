@@ -5,13 +5,13 @@ The eight are CPU devices of a process of their own, since the number is fixed w
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import yaml
 from eight_devices import attend_by_splash, losses, run_on_eight, train_over
 from grown_bases import ADDED, add_tokens
+from jax.sharding import AbstractMesh
 from safetensors.numpy import load_file
 from shared_data import SHARED, needs_data
 from tiny import make_completions, make_llama, make_tokenizer, write_config
@@ -20,6 +20,7 @@ from jlora.config import load_config
 from jlora.errors import ConfigError
 from jlora.hf.planned import shape_of
 from jlora.model.divisibility import check_divides
+from jlora.model.sharding import MESH_AXES
 from jlora.training.run import train
 
 ROOT = Path(__file__).parents[2]
@@ -101,7 +102,7 @@ def test_rows_of_new_tokens(tmp_path):
     few = ["model.tokenizer=" + str(add_tokens(tmp_path / "odd", ADDED[:1])), "mesh.tensor=2", "mesh.fsdp=1"]
     cfg = load_config(config, few)
     with pytest.raises(ConfigError, match="mesh.tensor=2 does not divide .*vocab_size=301"):
-        check_divides(shape_of(cfg), SimpleNamespace(shape={"data": 1, "fsdp": 1, "tensor": 2}, size=2), cfg)
+        check_divides(shape_of(cfg), AbstractMesh((1, 1, 2), MESH_AXES), cfg)
 
 
 def trained_rows(run_dir, module):
