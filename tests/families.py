@@ -21,6 +21,7 @@ from transformers import (
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 523.0}
 PLAIN = {"rope_type": "default"}
 LINEAR = {"rope_type": "linear", "factor": 3.0, "rope_theta": 523.0}
+LONG = {"rope_type": "longrope", "short_factor": [1.0, 1.3, 1.9], "long_factor": [1.1, 3.7, 9.0]}
 WINDOWED = {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 0}
 
 # Shorter than what is decoded in tests, and the windows shorter than both.
@@ -62,6 +63,12 @@ FAMILIES: dict[str, PreTrainedConfig] = {
         **OFF_DEFAULT
         | {"sliding_window": 7, "hidden_act": "gelu", "pad_token_id": 0, "head_dim": 8, "num_key_value_heads": 3}
         | {"rope_parameters": PLAIN | {"rope_theta": 91.0, "partial_rotary_factor": 0.75}}
+    ),
+    # Rows and answers of the tests are shorter and longer than its first context.
+    "phi3_longrope": Phi3Config(
+        **OFF_DEFAULT
+        | {"sliding_window": None, "pad_token_id": 0, "head_dim": 8, "original_max_position_embeddings": 40}
+        | {"rope_parameters": LONG | {"rope_theta": 91.0, "partial_rotary_factor": 0.75}}
     ),
 }
 # One of each family, its windows, ropes and biases there.

@@ -13,7 +13,7 @@ from jlora.errors import ModelError
 from jlora.hf.families import FAMILIES, WRAPPERS, Family, names_in, text_of
 from jlora.hf.published import method_of
 from jlora.model.config import ModelConfig, ModuleNames
-from jlora.model.rope import DynamicRope, LinearRope, Llama3Rope, Rope, RopeScaling, YarnRope
+from jlora.model.rope import DynamicRope, LinearRope, Llama3Rope, LongRope, Rope, RopeScaling, YarnRope
 
 # What transformers calls activations, and which of ours they are.
 ACTIVATIONS = {
@@ -44,6 +44,7 @@ ROPE_FIELDS: dict[str, tuple[str, ...]] = {
         *("factor", "original_max_position_embeddings", "attention_factor"),
         *("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
     ),
+    "longrope": ("factor", "original_max_position_embeddings", "attention_factor", "short_factor", "long_factor"),
 }
 
 
@@ -230,21 +231,27 @@ def _rope(raw: dict[str, Any], family: Family, sizes: tuple[int, int], where: st
     # The settings' own theta goes first, then the config's, then the family's default.
     thetas = (scaling.get("rope_theta"), raw.get("rope_theta"), 10000.0)
     theta = _real(next(value for value in thetas if value is not None), "rope_theta", where)
-    rescaling = _rescaling(scaling, raw.get("original_max_position_embeddings"), max_positions, where)
+    if scaling.get("rope_type", scaling.get("type")) in family.longrope_names:
+        scaling = scaling | {"rope_type": "longrope"}
+    configured = raw.get("original_max_position_embeddings", family.original_positions)
+    rescaling = _rescaling(scaling, configured, max_positions, dim, where)
     if isinstance(rescaling, DynamicRope) and dim < 4:
         raise ModelError(f"{where}: rope_scaling of type 'dynamic' needs a head_dim of at least 4, not {dim}")
     return Rope(theta, dim, rescaling)
 
 
-def _rescaling(scaling: dict[str, Any], configured: Any, max_positions: int, where: str) -> RopeScaling | None:
+def _rescaling(
+    scaling: dict[str, Any], configured: Any, max_positions: int, dim: int, where: str
+) -> RopeScaling | None:
     """How frequencies are rescaled.
 
     Args:
       configured: the config's own `original_max_position_embeddings`, which goes before that of the settings.
+      dim: how many dims of a head are turned.
     """
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     if not isinstance(kind, str) or kind not in ROPE_FIELDS:
-        known = "linear, dynamic, llama3 and yarn"
+        known = "linear, dynamic, llama3, yarn and longrope"
         raise ModelError(f"{where}: rope_scaling of type {kind!r} is not supported; {known} are")
     unread = sorted({*scaling} - {"rope_theta", "rope_type", "type", "partial_rotary_factor", *ROPE_FIELDS[kind]})
     nested = [key for key in unread if isinstance(scaling[key], dict)]  # settings of a kind of layers
@@ -262,6 +269,12 @@ def _rescaling(scaling: dict[str, Any], configured: Any, max_positions: int, whe
     def original() -> int:
         found = (configured, scaling.get("original_max_position_embeddings"), max_positions)
         return _integer(next(one for one in found if one is not None), "original_max_position_embeddings", where)
+
+    def divisors(field: str) -> tuple[float, ...]:
+        values = scaling.get(field)
+        if not isinstance(values, list) or len(values) != dim // 2:
+            raise ModelError(f"{where}: rope_scaling.{field} must be a list of {dim // 2} numbers, one for two dims")
+        return tuple(_real(value, f"rope_scaling.{field}", where) for value in values)
 
     match kind:
         case "default":
@@ -283,6 +296,16 @@ def _rescaling(scaling: dict[str, Any], configured: Any, max_positions: int, whe
                 beta_fast=real("beta_fast", 32.0),
                 beta_slow=real("beta_slow", 1.0),
                 truncate=truncate,
+                original_max_position_embeddings=original(),
+            )
+        case "longrope":
+            growth = real("factor", max_positions / original())
+            # A context of one position has no logarithm to divide by; transformers divides by 0.
+            suggested = math.sqrt(1 + math.log(growth) / math.log(max(original(), 2))) if growth > 1 else 1.0
+            return LongRope(
+                short_factor=divisors("short_factor"),
+                long_factor=divisors("long_factor"),
+                attention_factor=real("attention_factor", suggested),
                 original_max_position_embeddings=original(),
             )
     raise AssertionError(kind)

@@ -23,6 +23,8 @@ class Family:
         `full_every_key` says.
       local_theta: of layers with a window, where these turn by settings of their own; theta: of the others then.
       soft_caps: config.json's `attn_logit_softcapping` and `final_logit_softcapping` are read.
+      longrope_names: other types of rotary settings that are LongRoPE here; original_positions: for it, where
+        config.json does not say.
       scaled_queries: scores are divided by the root of config.json's `query_pre_attn_scalar`.
       required: keys that change the numerics, with the value that is computed, which is also the default.
     The others are fields of `ModelConfig`, or defaults of a key of that name.
@@ -42,6 +44,8 @@ class Family:
     scaled_embedding: bool = False
     scaled_queries: bool = False
     partial_rotary: bool = False
+    longrope_names: tuple[str, ...] = ()
+    original_positions: int | None = None
     soft_caps: bool = False
     attention_softcap: float | None = None
     logits_softcap: float | None = None
@@ -140,7 +144,16 @@ FAMILIES["gemma2"] = replace(
     attention_softcap=50.0,
     logits_softcap=30.0,
 )
-FAMILIES["phi3"] = Family("Phi3ForCausalLM", 4096, norm_eps=1e-5, windowed=True, fused=True, partial_rotary=True)
+FAMILIES["phi3"] = Family(
+    "Phi3ForCausalLM",
+    4096,
+    norm_eps=1e-5,
+    windowed=True,
+    fused=True,
+    partial_rotary=True,
+    original_positions=4096,
+    longrope_names=("su", "yarn"),
+)
 
 # Models that read images, too, hold a text model under other names: its config is `text_config`, its tensors are those
 # of the module `language_model`; nothing else of them is read.

@@ -126,14 +126,15 @@ def open_pretrained(
 def tokenizer_of(
     path: str, tokenizer_path: str | None, chat_template: str | None, resize: bool = False
 ) -> tuple[Tokenizer, dict[str, Any]]:
-    """The tokenizer of a base, and the base's config; no weights are downloaded for it, nor need there be any.
+    """The tokenizer of a base, and the base's config with all its stop tokens; no weights are downloaded for it.
 
     Raises:
       ModelError: as `open_pretrained`.
     """
     local = resolve(path, weights=False)
     config, model = read_config(local, path)
-    return fitting_tokenizer(path, tokenizer_path or str(local), chat_template, model.vocab_size, resize), config
+    tokenizer = fitting_tokenizer(path, tokenizer_path or str(local), chat_template, model.vocab_size, resize)
+    return tokenizer, with_stops(config, local)
 
 
 def fitting_tokenizer(
@@ -369,8 +370,21 @@ def model_shape(path: str) -> ModelConfig:
     return parse_config(SHAPES[path], path)
 
 
+def with_stops(config: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """A base's config with the ids of its generation_config.json in `eos_token_id`, too: chat models name more there.
+
+    Raises:
+      ModelError: that file cannot be read.
+    """
+    file = inside(folder, "generation_config.json") if folder.is_dir() else folder
+    also = read_json(file).get("eos_token_id") if folder.is_dir() and file.is_file() else None
+    return config | {"eos_token_id": [*_listed(config.get("eos_token_id")), *_listed(also)]}
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
 def stop_tokens(tokenizer: Tokenizer, config: dict[str, Any]) -> list[int]:
-    """Ids that end a text: the tokenizer's EOS and what the model's own config names."""
-    configured = config.get("eos_token_id")
-    ids = configured if isinstance(configured, list) else [configured]
-    return sorted({tokenizer.eos_id, *(i for i in ids if isinstance(i, int))})
+    """Ids that end a text: the tokenizer's EOS and what the model's own configs name, see `with_stops`."""
+    return sorted({tokenizer.eos_id, *(i for i in _listed(config.get("eos_token_id")) if isinstance(i, int))})

@@ -14,13 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jlora.hf.pretrained import stop_tokens
+from jlora.hf.pretrained import stop_tokens, with_stops
 from jlora.inference.model import Adapted
 from jlora.model import attention
 from jlora.model.adapter import Adapter
-from jlora.model.config import check_length
+from jlora.model.config import ModelConfig, check_length
 from jlora.model.layers import products_in
 from jlora.model.llama import Cache, Decoder, empty_cache
+from jlora.model.rope import LongRope
 
 # Prompts are padded to multiples of this, so that few lengths are ever compiled.
 LENGTH_STEP = 32
@@ -152,21 +153,51 @@ def generate(
 ) -> Iterator[list[list[int]]]:
     """Continuations of a batch of prompts, yielded as they grow; the last one yielded is whole.
 
-    A stop token is left out. Rows do not influence each other.
+    A stop token is left out. Rows do not influence each other. Where a row outgrows LongRoPE's shorter context, all
+    that it holds turns by other frequencies: its cache is made anew, as transformers does.
 
     Args:
       width: tokens that each prompt is padded to, where it is not to follow from the longest; each is compiled for.
     """
-    base, stops = model.pretrained.base, stop_tokens(model.pretrained.tokenizer, model.pretrained.source.config)
+    base, source = model.pretrained.base, model.pretrained.source
+    stops = stop_tokens(model.pretrained.tokenizer, with_stops(source.config, model.pretrained.path))
     check_length(base.cfg, max(map(len, prompts)) + max_new_tokens, "a prompt with its answer")
-    width = width or -(-max(map(len, prompts)) // LENGTH_STEP) * LENGTH_STEP
-    tokens = np.zeros((len(prompts), width), np.int32)
-    for row, ids in enumerate(prompts):
+    answers: list[list[int]] = [[] for _ in prompts]
+    drawn = 0
+    while drawn < max_new_tokens and not (drawn and all(set(answer) & {*stops} for answer in answers)):
+        rows = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
+        many = min(_tokens_alike(base.cfg, len(row), max_new_tokens - drawn) for row in rows)
+        for more in _continued(model, rows, many, sampling, seed + drawn, stops, width if not drawn else None):
+            grown = [answer + new for answer, new in zip(answers, more, strict=True)]
+            yield [_until_stop(answer, stops) for answer in grown]
+        answers, drawn = grown, drawn + many
+
+
+def _tokens_alike(cfg: ModelConfig, length: int, most: int) -> int:
+    """How many tokens, of so many, are drawn after a row of `length` before what it holds turns otherwise."""
+    bounds = [rope.scaling.original_max_position_embeddings for rope in cfg.ropes if isinstance(rope.scaling, LongRope)]
+    return min([most, *(bound - length + 1 for bound in bounds if length <= bound)])
+
+
+def _continued(
+    model: Adapted,
+    rows: list[list[int]],
+    max_new_tokens: int,
+    sampling: Sampling,
+    seed: int,
+    stops: list[int],
+    width: int | None,
+) -> Iterator[list[list[int]]]:
+    """What follows in each row, as far as it is drawn, stop tokens included; until all have ended or are as long."""
+    base = model.pretrained.base
+    width = width or -(-max(map(len, rows)) // LENGTH_STEP) * LENGTH_STEP
+    tokens = np.zeros((len(rows), width), np.int32)
+    for row, ids in enumerate(rows):
         tokens[row, width - len(ids) :] = ids
     state = prefill(
         base,
         model.adapter,
-        (jnp.asarray(tokens), jnp.asarray([len(ids) for ids in prompts])),
+        (jnp.asarray(tokens), jnp.asarray([len(ids) for ids in rows])),
         jnp.asarray(stops, jnp.int32),
         jax.random.key(seed),
         sampling=sampling,
@@ -175,7 +206,7 @@ def generate(
     )
     while True:
         done = bool(state.ended.all()) or int(state.num_out) >= max_new_tokens
-        yield [_until_stop(row, stops) for row in np.asarray(state.out)[:, : int(state.num_out)].tolist()]
+        yield np.asarray(state.out)[:, : int(state.num_out)].tolist()
         if done:
             return
         state = decode(base, model.adapter, state, jnp.minimum(state.num_out + STREAM_TOKENS, max_new_tokens), sampling)

@@ -4,7 +4,7 @@ What is computed is `ROPE_INIT_FUNCTIONS` of transformers, and its fields are th
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +53,20 @@ class YarnRope:
     original_max_position_embeddings: int
 
 
-RopeScaling = LinearRope | DynamicRope | Llama3Rope | YarnRope
+@dataclass(frozen=True)
+class LongRope:
+    """LongRoPE (arXiv:2402.13753): each frequency is divided, by other numbers in segments beyond the original context.
+
+    `attention_factor` scales cosines and sines; the divisors are [dim / 2].
+    """
+
+    short_factor: tuple[float, ...]
+    long_factor: tuple[float, ...]
+    attention_factor: float
+    original_max_position_embeddings: int
+
+
+RopeScaling = LinearRope | DynamicRope | Llama3Rope | YarnRope | LongRope
 
 
 @dataclass(frozen=True)
@@ -75,7 +88,7 @@ Rotary = tuple[Float[Array, "B T half"], Float[Array, "B T half"]]  # of the dim
 
 
 def rope_frequencies(rope: Rope) -> np.ndarray:
-    """Angular frequencies, [dim / 2] float32; of `DynamicRope` those of segments that are not too long."""
+    """Angular frequencies, [dim / 2] float32; those of segments that are not too long where that matters."""
     scaling = rope.scaling
     exponents = np.arange(0, rope.dim, 2, dtype=np.float32) / np.float32(rope.dim)
     frequencies = 1.0 / rope.theta**exponents
@@ -87,6 +100,8 @@ def rope_frequencies(rope: Rope) -> np.ndarray:
         case YarnRope():
             kept = 1.0 - _yarn_ramp(rope.dim, rope.theta, scaling)
             frequencies = frequencies / scaling.factor * (1.0 - kept) + frequencies * kept
+        case LongRope():
+            frequencies = np.divide(frequencies, np.asarray(scaling.short_factor, np.float32))
     return frequencies.astype(np.float32)
 
 
@@ -122,17 +137,20 @@ def rotary_table(
 ) -> tuple[Float[Array, "B T {rope.dim//2}"], Float[Array, "B T {rope.dim//2}"]]:
     """Cosines and sines of every token's angles, float32, to be used by all layers that turn alike.
 
-    `DynamicRope` depends on a length, for which transformers takes the longest position of a whole forward
-    pass, and of earlier ones. Here it is the longest position of a token's own segment: what transformers
+    `DynamicRope` and `LongRope` depend on a length, for which transformers takes the longest position of a whole
+    forward pass, and of earlier ones. Here it is the longest position of a token's own segment: what transformers
     computes for that segment alone, whatever stands beside it in its row or batch.
     """
     scaling = rope.scaling
+    frequencies = jnp.asarray(rope_frequencies(rope))[None, None]
     if isinstance(scaling, DynamicRope):
         frequencies = _dynamic_frequencies(_lengths(positions, segments), rope.dim, rope.theta, scaling)
-    else:
-        frequencies = jnp.asarray(rope_frequencies(rope))[None, None]
+    elif isinstance(scaling, LongRope):
+        long = rope_frequencies(replace(rope, scaling=replace(scaling, short_factor=scaling.long_factor)))
+        is_long = _lengths(positions, segments) > scaling.original_max_position_embeddings
+        frequencies = jnp.where(is_long[:, :, None], jnp.asarray(long)[None, None], frequencies)
     angles = positions.astype(jnp.float32)[:, :, None] * frequencies
-    amplitude = scaling.attention_factor if isinstance(scaling, YarnRope) else 1.0
+    amplitude = scaling.attention_factor if isinstance(scaling, YarnRope | LongRope) else 1.0
     return jnp.cos(angles) * amplitude, jnp.sin(angles) * amplitude
 
 

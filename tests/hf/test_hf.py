@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from parity import assert_close, logits, open_base, random_tokens, torch_logits
+from ropes import LONG_ROPE
 from safetensors.numpy import load_file, save_file
 from safetensors.torch import load_file as load_torch
 from safetensors.torch import save_file as save_torch
@@ -228,7 +229,10 @@ CONFIG_REFUSALS = [
     ("rope_parameters", {"rope_type": "yarn", "factor": 2.0, "beta_fast": -1}, "rope_scaling.beta_fast"),
     ("rope_parameters", {"rope_type": "yarn", "factor": 2.0, "attention_factor": 0}, "rope_scaling.attention_factor"),
     ("rope_parameters", {"rope_type": "dynamic", "rope_theta": 1e4}, "rope_scaling.factor"),
-    ("rope_scaling", {"type": "longrope", "factor": 2.0}, "'longrope'"),
+    ("rope_scaling", {"type": "ntk", "factor": 2.0}, "'ntk'"),
+    ("rope_scaling", {"type": "longrope", "factor": 2.0}, "rope_scaling.short_factor must be a list of 5 numbers"),
+    ("rope_scaling", LONG_ROPE | {"long_factor": [1.0]}, "rope_scaling.long_factor must be a list of 5 numbers"),
+    ("rope_scaling", LONG_ROPE | {"long_factor": [1, 2, 3, 4, "5"]}, "rope_scaling.long_factor must be a positive"),
     ("rope_scaling", {"type": "linear"}, "rope_scaling.factor"),
     ("rope_scaling", {"type": "linear", "factor": 0}, "rope_scaling.factor"),
     ("rope_scaling", {"type": "linear", "factor": "2"}, "rope_scaling.factor"),

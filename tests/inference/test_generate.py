@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +12,11 @@ import torch
 from grown_adapters import random_adapter
 from parity import hidden, open_base, random_tokens
 from ropes import DYNAMIC
-from tiny import make_llama, make_mistral, make_tokenizer
+from tiny import copy_folder, make_llama, make_mistral, make_tokenizer
+from transformers import LlamaForCausalLM
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopPLogitsWarper
 
-from jlora.hf.pretrained import Pretrained, load_pretrained, open_pretrained
+from jlora.hf.pretrained import Pretrained, load_pretrained, open_pretrained, stop_tokens, tokenizer_of
 from jlora.inference.generate import GREEDY, Sampling, generate, sample
 from jlora.inference.model import Adapted
 from jlora.model import attention
@@ -117,6 +119,19 @@ def test_stops_at_eos(llama, pretrained):
     ours = continuations(source, PROMPTS)[-1]
     assert ours == [greedy(llama[1], prompt, [2, *stops]) for prompt in PROMPTS]
     assert len(ours[0]) <= 3 and ours[1] == [] and max(map(len, ours)) > 3
+
+
+def test_stops_at_what_the_generation_config_names(llama, pretrained, tmp_path):
+    """As in transformers: chat models end a turn by ids that their config.json lacks."""
+    *_, free = continuations(pretrained, PROMPTS)
+    folder = copy_folder(llama[0], tmp_path / "base")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, free[0][3], free[1][0]]}))
+    told = load_pretrained(open_pretrained(str(folder), None, None), jnp.dtype("float32"), one_device_mesh())
+    *_, ours = continuations(told, PROMPTS)
+    model = LlamaForCausalLM.from_pretrained(folder)
+    assert ours == [greedy(model, prompt, model.generation_config.eos_token_id) for prompt in PROMPTS]
+    assert ours != free and ours[1] == []
+    assert {2, free[0][3], free[1][0]} <= {*stop_tokens(*tokenizer_of(str(folder), None, None))}
 
 
 PROBABILITIES = np.array([0.05, 0.4, 0.1, 0.25, 0.2])

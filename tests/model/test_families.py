@@ -52,6 +52,17 @@ def test_logits_equal_transformers(name, opened):
     assert len(biases) == sum(path.endswith("bias") for path in model.state_dict()) // base.cfg.num_hidden_layers
 
 
+def test_longrope_turns_each_segment_by_its_own_length(opened):
+    """A long sequence as transformers has it, and a short one in the same row as it is alone."""
+    _, model, base = opened("phi3_longrope")
+    tokens = random_tokens(300, rows=1, length=84)
+    places = np.concatenate([np.arange(60), np.arange(24)])[None].astype(np.int32)
+    segments = np.repeat([1, 2], [60, 24])[None].astype(np.int32)
+    found = base.logits(hidden(base, {}, tokens, places, segments, "none"), {})
+    for part in slice(0, 60), slice(60, 84):
+        assert_close(found[:, part], torch_logits(model, tokens[:, part]), 1e-4)
+
+
 @pytest.mark.parametrize("name", ONE_EACH)
 def test_each_layer_equals_transformers(name, opened):
     """On the very states that transformers' layer was given, so that no error is hidden by one before it."""
@@ -115,7 +126,7 @@ def test_lora_gradients_equal_peft(name, opened, tmp_path):
             np.testing.assert_allclose(found[path], gradient, rtol=0, atol=1e-4, err_msg=path)
 
 
-@pytest.mark.parametrize("name", ONE_EACH)
+@pytest.mark.parametrize("name", [*ONE_EACH, "phi3_longrope"])
 def test_decoding_equals_transformers(name, opened):
     """64 tokens with a cache, farther than any window reaches."""
     folder, model, _ = opened(name)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from parity import assert_close, hidden, logits, open_base, random_tokens, torch_logits
-from ropes import CONFIGS, DYNAMIC, LINEAR_ROPE, YARN_ROPE
+from ropes import CONFIGS, DYNAMIC, LINEAR_ROPE, LONG_ROPE, YARN_ROPE
 from safetensors.numpy import load_file, save_file
 from shared_data import SHARED, needs_data
 from tiny import LLAMA3_ROPE, OFF_DEFAULT, copy_folder, make_llama, make_mistral
@@ -25,7 +25,7 @@ from jlora.model import attention
 from jlora.model.adapter import require_fits
 from jlora.model.config import ModelConfig, block_weights, outer_weights
 from jlora.model.remat import LADDER
-from jlora.model.rope import DynamicRope, LinearRope, Llama3Rope, Rope, YarnRope, rotary_table
+from jlora.model.rope import DynamicRope, LinearRope, Llama3Rope, LongRope, Rope, YarnRope, rotary_table
 
 # Parity
 
@@ -129,6 +129,16 @@ PERTURBED: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
         {"rope_parameters": YARN_ROPE},
         {"original_max_position_embeddings": 128},
     ),
+    *(
+        (f"LongRope.{field}", {"rope_parameters": LONG_ROPE | start}, {"rope_parameters": LONG_ROPE | start | more})
+        for field, start, more in (
+            ("long_factor", {}, {"long_factor": [9.0, 2.0, 3.5, 6.0, 11.0]}),
+            ("short_factor", {"original_max_position_embeddings": 24}, {"short_factor": [4.0, 1.2, 1.5, 2.0, 3.0]}),
+            ("original_max_position_embeddings", {"factor": 4.0}, {"original_max_position_embeddings": 24}),
+            ("attention_factor", {}, {"attention_factor": 1.1}),
+            ("attention_factor", {}, {"factor": 1.5}),  # by which it is found where the config does not have it
+        )
+    ),
 ]
 
 
@@ -136,7 +146,7 @@ def test_no_numerics_field_is_forgotten():
     """Every field of the config is a dim of some weight, or is perturbed below."""
     cfg = parse_config(OFF_DEFAULT | {"model_type": "llama"}, "here")
     fields = {field.name for field in dataclasses.fields(ModelConfig)}
-    for part in (Rope, LinearRope, DynamicRope, Llama3Rope, YarnRope):
+    for part in (Rope, LinearRope, DynamicRope, Llama3Rope, YarnRope, LongRope):
         fields |= {f"{part.__name__}.{field.name}" for field in dataclasses.fields(part)}
     # What other families differ in, and what moves no number.
     elsewhere = {"names", "ropes", "Rope.dim", "activation", "norm_offset", "embedding_scale", "query_scale"}
