@@ -1,6 +1,7 @@
 """Rows of some tokens that are trained beside an adapter, as PEFT's `trainable_token_indices`."""
 
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -270,6 +271,20 @@ def test_new_tokens_are_trained_exported_and_merged(base, run, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert model.config.vocab_size == GROWN
     assert_close(ours, torch_logits(model, tokens), 1e-4)
+
+
+def test_a_run_resumes_to_the_same_rows(base, tokenizer, run, tmp_path):
+    same = f"data.train={run.parent / 'rows.jsonl'}"
+    cfg = grown_config(tmp_path, base, tokenizer, "lora.trainable_tokens=new", "training.save_every=2", same)
+    shutil.copytree(run, tmp_path / "run")
+    for left in ("checkpoints/4", "adapter"):
+        shutil.rmtree(tmp_path / "run" / left)
+    (tmp_path / "run" / "summary.json").unlink()
+    assert train(cfg, quiet=True)["steps"] == 4
+    whole, resumed = ((each / "adapter" / "adapter_model.safetensors").read_bytes() for each in (run, tmp_path / "run"))
+    assert whole == resumed
+    other = cfg.model_copy(update={"lora": cfg.lora.model_copy(update={"trainable_tokens": [VOCAB]})})
+    assert "lora.trainable_tokens: 'new' -> " in sentence_of(ModelError, train, other, quiet=True)
 
 
 def test_commands_and_a_start_from_it(base, tokenizer, run, here, tmp_path):
