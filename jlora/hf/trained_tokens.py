@@ -56,7 +56,7 @@ def with_token_ids(section: LoraSection, tokenizer: Tokenizer | None, kept: int,
 
 def run_with_ids(cfg: Config, tokenizer: Tokenizer | None, kept: int, rows: int) -> Config:
     """A run's config with the ids; see `with_token_ids`."""
-    if cfg.method != "lora":
+    if cfg.method != "lora" or not cfg.lora.trainable_tokens:
         return cfg
     return cfg.model_copy(update={"lora": with_token_ids(cfg.lora, tokenizer, kept, rows)})
 
