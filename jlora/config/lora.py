@@ -51,6 +51,11 @@ class LoraSection(Section):
     modules_to_save: list[Literal["embed_tokens", "lm_head"]] = Field(
         [], description="trained in full beside the adapter, and exported with it: embed_tokens, lm_head"
     )
+    trainable_tokens: list[Annotated[int, Field(ge=0)] | str] | Literal["new"] = Field(
+        [],
+        description="tokens, by text or id, whose rows of the embedding, and of a head of its own, are trained beside "
+        "the adapter (PEFT's trainable_token_indices); new: those that model.resize_embeddings gives rows",
+    )
     bias: Literal["none", "all", "lora_only"] = Field(
         "none", description="biases that are trained too, where the base has any: all, or those of target_modules"
     )
@@ -66,6 +71,8 @@ class LoraSection(Section):
                 f"init_from={self.init_from} has the A and B to start from, which "
                 f"init_lora_weights={self.init_lora_weights} would make anew; leave one of them out"
             )
+        if self.trainable_tokens and self.modules_to_save:
+            yield "trainable_tokens are rows of what modules_to_save trains whole; leave one of them out"
         if self.layers_to_transform == []:
             yield "layers_to_transform is empty; name at least one layer, or null for all"
         if self.layers_to_transform is not None and self.bias == "lora_only":
@@ -80,6 +87,14 @@ class LoraSection(Section):
         """Whether a projection of a layer gets an adapter."""
         return self.means(projection) and (self.layers_to_transform is None or layer in self.layers_to_transform)
 
+    def token_rows(self, tied: bool) -> dict[str, tuple[int, ...]]:
+        """The rows that are trained of the embedding and of a head that is not tied to it; ids, ascending.
+
+        `trainable_tokens` are ids by now; see `jlora.hf.trained_tokens`.
+        """
+        ids = tuple(sorted({int(token) for token in self.trainable_tokens}))
+        return dict.fromkeys(("embed_tokens",) if tied else ("embed_tokens", "lm_head"), ids) if ids else {}
+
     @property
     def takes_from_base(self) -> bool:
         """Whether A and B start as a part of the base's weights."""
@@ -88,7 +103,7 @@ class LoraSection(Section):
     @property
     def starts_as_base(self) -> bool:
         """Whether a new adapter adds nothing to what the base computes, to the bit; a magnitude or a copy may round."""
-        own = self.use_dora or self.modules_to_save or self.bias != "none"
+        own = self.use_dora or self.modules_to_save or self.trainable_tokens or self.bias != "none"
         return self.init_from is None and not self.takes_from_base and not own
 
     @property

@@ -30,6 +30,11 @@ class ModelSection(Section):
         "-70b, qwen3-8b, -32b, gemma3-12b, -27b, phi4-14b, gpt2 to gpt2-xl, distilgpt2"
     )
     tokenizer: str | None = Field(None, description="another folder for the tokenizer, where the base has none")
+    resize_embeddings: bool = Field(
+        False,
+        description="give the embedding, and the head, rows for tokens of the tokenizer that they have none for: the "
+        "mean of the others",
+    )
     dtype: Dtype = Field(
         "bfloat16", description="base weights and matmuls; float32 (never TF32) for parity checks and CPUs"
     )

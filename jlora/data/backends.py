@@ -58,6 +58,12 @@ class Fast:
     def name(self, token: int) -> str:
         return self.tokenizer.id_to_token(token) or ""
 
+    def id_of(self, text: str) -> int | None:
+        return self.tokenizer.token_to_id(text)
+
+    def ids_from(self, first: int) -> list[int]:
+        return sorted(i for i in self.tokenizer.get_vocab(with_added_tokens=True).values() if i >= first)
+
 
 @dataclass(frozen=True)
 class SentencePiece:
@@ -94,3 +100,10 @@ class SentencePiece:
 
     def name(self, token: int) -> str:
         return self.specials()[token] if token in self.added.values() else self.processor.id_to_piece(token)
+
+    def id_of(self, text: str) -> int | None:
+        found = self.added.get(text, self.processor.piece_to_id(text))  # of a string that is no piece: the id of <unk>
+        return found if self.name(found) == text else None
+
+    def ids_from(self, first: int) -> list[int]:
+        return sorted({*self.added.values(), *range(self.processor.vocab_size())} - {*range(first)})

@@ -23,6 +23,7 @@ from jlora.errors import ConfigError, DataError, ModelError, UserError
 from jlora.files import hub
 from jlora.files.paths import inside
 from jlora.files.sandbox import BYTES, SECONDS, confined, panics, tried
+from jlora.files.text import counted
 from jlora.files.theirs import MAX_JSON, MAX_TEMPLATE, read_theirs, text_of_theirs
 
 if TYPE_CHECKING:
@@ -50,6 +51,9 @@ CHAT_TEMPLATES = {
     ),
 }
 
+
+# Tokens without a row that are told by name.
+NAMED = 3
 
 # Characters of one conversation's text.
 MAX_TEXT = 16 * 2**20
@@ -112,9 +116,20 @@ class Tokenizer:
             return None
         token = max(ids)
         return (
-            f"the token {self.backend.name(token)!r} (id {token}) has no row in the model's embedding of {self.limit}; "
-            "take it out of the text, or use a model that was resized for it"
+            f"the token {self.backend.name(token)!r} (id {token}) has no row in the model's embedding of {self.limit}, "
+            f"which lacks {self._lacking}; take it out of the text, or train with model.resize_embeddings=true, which "
+            "gives it one"
         )
+
+    @cached_property
+    def _lacking(self) -> str:
+        return self.outside(self.limit or 0)
+
+    def outside(self, rows: int) -> str:
+        """How many tokens an embedding of `rows` has no row for, and what the first of them are called."""
+        ids = self.backend.ids_from(rows)
+        shown = ", ".join([*(repr(self.backend.name(i)) for i in ids[:NAMED]), *(["..."] if len(ids) > NAMED else [])])
+        return f"{counted(len(ids), 'token')} ({shown})"
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text` without BOS or EOS; special tokens written out in it are recognised."""

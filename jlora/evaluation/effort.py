@@ -95,7 +95,8 @@ def effort(cfg: Config, options: Options, quiet: bool) -> tuple[Record, list[Use
 
     check(cfg)
     folder = make_run_dir(cfg)
-    opened = [open_pretrained(base, _tokenizer(cfg, base), cfg.data.chat_template) for base in options.bases]
+    how = cfg.data.chat_template, cfg.model.resize_embeddings
+    opened = [open_pretrained(base, _tokenizer(cfg, base), *how) for base in options.bases]
     rows = split_rows(cfg, [one.tokenizer for one in opened], options.heldout)
     strategies = choose(options.shots, options.rows, len(rows.train))
     require_own(folder, ConfigError, ("data", *map(folder_of, opened)))

@@ -13,6 +13,7 @@ from jlora.errors import ModelError
 from jlora.files.paths import inside
 from jlora.files.sandbox import SECONDS, timed
 from jlora.hf.source import read_json
+from jlora.hf.trained_tokens import read_indices
 from jlora.model.adapter import layer_scales, targets
 from jlora.model.config import ModelConfig, block_weights, module_in_layer, module_path, projection_shapes
 
@@ -27,6 +28,7 @@ READ = (
     *("peft_type", "init_lora_weights", "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules"),
     *("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "layers_to_transform", "layers_pattern"),
     *("modules_to_save", "bias", "fan_in_fan_out", "ensure_weight_tying"),
+    "trainable_token_indices",
 )
 SILENT = (
     *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
@@ -45,9 +47,15 @@ class AdapterSection(LoraSection):
     Attributes:
       modules: each projection and layer that has an adapter. `target_modules` are their projections, and
         `layers_to_transform` their layers, or null where those are all of them or differ between projections.
+      tokens: embed_tokens, lm_head -> ids of the rows that it trains, in the file's order.
     """
 
     modules: frozenset[tuple[str, int]]
+    tokens: dict[str, tuple[int, ...]] = {}
+
+    def token_rows(self, tied: bool) -> dict[str, tuple[int, ...]]:
+        """See `LoraSection`; a head of its own need not be trained with the embedding."""
+        return {leaf: tuple(sorted(ids)) for leaf, ids in self.tokens.items()}
 
     def transforms(self, projection: str, layer: int) -> bool:
         """Whether a projection of a layer gets an adapter."""
@@ -103,6 +111,7 @@ def _section(raw: dict[str, Any], modules: set[tuple[str, int]], model: ModelCon
     every = len(modules) == len(adapted) * model.num_hidden_layers
     if raw.get("bias") == "lora_only" and not every:
         raise ModelError(f"{where}: bias=lora_only is supported only where the adapter is on all layers")
+    saved = _saved(raw, model, where)
     try:
         return AdapterSection(
             rank=raw["r"],
@@ -114,9 +123,10 @@ def _section(raw: dict[str, Any], modules: set[tuple[str, int]], model: ModelCon
             rank_pattern=raw.get("rank_pattern") or {},
             alpha_pattern=raw.get("alpha_pattern") or {},
             layers_to_transform=layers if even and not every else None,
-            modules_to_save=_saved(raw, model, where),  # type: ignore[arg-type]
+            modules_to_save=saved,  # type: ignore[arg-type]
             bias=raw.get("bias") or "none",
             modules=frozenset(modules),
+            tokens=read_indices(raw, saved, model, where),
         )
     except ValidationError as error:
         raise ModelError(f"{where}: not a usable LoRA configuration ({describe(error)})") from None

@@ -18,15 +18,19 @@ from jlora.errors import ModelError
 from jlora.files.atomic import write_json
 from jlora.files.paths import inside
 from jlora.hf.adapter_config import CONFIG, AdapterSection, read_adapter_config
+from jlora.hf.adapter_forms import of_one_scale, plain
 from jlora.hf.names import tensor_name
 from jlora.hf.source import Source, open_safetensors, read_floats, same_tables
+from jlora.hf.trained_tokens import row_name, written_indices
 from jlora.hf.weights import header
-from jlora.model.adapter import Adapter, Lora, Saved, layer_ranks, new_lora, scaling, targets
+from jlora.model.adapter import Adapter, Lora, Rows, Saved, layer_ranks, new_lora, targets
 from jlora.model.adapter_init import saved_weights
 from jlora.model.config import LLAMA, ModelConfig, ModuleNames, module_in_layer, module_path, projection_shapes
 
 WEIGHTS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
 MAGNITUDE = "lora_magnitude_vector"
+# Where a file notes that its base's embedding has so many rows, more than the base on disk.
+ROWS = "jlora_embedding_rows"
 # What may be trained in full, the head last.
 TABLES = ("embed_tokens", "lm_head")
 
@@ -63,6 +67,8 @@ def tensor_shapes(section: LoraSection, cfg: ModelConfig) -> dict[str, tuple[int
                 shapes[factor_name(cfg.names, name, layer, "lora_B.weight")] = (width_out, rank)
                 if section.use_dora:
                     shapes[factor_name(cfg.names, name, layer, MAGNITUDE)] = (width_out,)
+    for leaf, ids in section.token_rows(cfg.tie_word_embeddings).items():
+        shapes[row_name(cfg.names, leaf)] = (len(ids), cfg.hidden_size)
     for name, shape in saved_weights(section, cfg).items():
         if name in TABLES:
             shapes[table_names(cfg.names)[name]] = shape
@@ -82,6 +88,7 @@ class _Opened:
       section: its options, with the tables of `tables` in `modules_to_save`.
       stored: what the file calls each tensor of `shapes`.
       tables: embed_tokens, lm_head -> the name of the tensor that stands for it.
+      over: of these, those in which rows of tokens are trained -> the name of the rows' tensor, and their ids.
       trained_on: SHA-256 of its base, if it says so.
     """
 
@@ -90,6 +97,7 @@ class _Opened:
     shapes: dict[str, tuple[int, ...]]
     stored: dict[str, str]
     tables: dict[str, str]
+    over: dict[str, tuple[str, tuple[int, ...]]]
     trained_on: str | None
 
 
@@ -111,7 +119,9 @@ def _open(folder: Path, cfg: ModelConfig, source: Source | None) -> _Opened:
         trained_on = (file.metadata() or {}).get("jlora_base_sha256")
         # PEFT writes the tables too where it takes the vocabulary to have changed, and loads them in the base's place.
         beside = [leaf for leaf in TABLES if leaf not in section.modules_to_save and names[leaf] in shapes]
-        changed = [leaf for leaf in beside if source is None or not _as_in_base(file, leaf, source)]
+        changed = [
+            leaf for leaf in beside if source is None or not _as_in_base(file, stored[names[leaf]], leaf, source)
+        ]
     tables: dict[str, str] = {leaf: names[leaf] for leaf in section.modules_to_save}
     if changed and cfg.tie_word_embeddings:  # one weight, of which PEFT loads the head last
         tables |= dict.fromkeys((leaf for leaf in TABLES if leaf not in tables), names[beside[-1]])
@@ -122,23 +132,32 @@ def _open(folder: Path, cfg: ModelConfig, source: Source | None) -> _Opened:
         if rows != (wanted,):
             raise ModelError(
                 f"{where}: holds {names[leaf]} of {list(shapes[names[leaf]])}, but the base has {wanted} rows: the "
-                "adapter was trained on a base whose vocabulary was resized; give that one, or merge it in PEFT"
+                "adapter was trained on a base whose vocabulary was resized; give that one, or its tokenizer with "
+                "model.resize_embeddings=true"
             )
-    section = section.model_copy(update={"modules_to_save": [leaf for leaf in TABLES if leaf in tables]})
-    return _Opened(section, where, shapes, stored, tables, trained_on)
+    # PEFT writes a table that it takes to have changed without the rows that are trained in it.
+    trained = {leaf: "embed_tokens" if cfg.tie_word_embeddings else leaf for leaf in tables}
+    over = {
+        leaf: (row_name(cfg.names, own), section.tokens[own]) for leaf, own in trained.items() if own in section.tokens
+    }
+    tokens = {leaf: ids for leaf, ids in section.tokens.items() if leaf not in tables}
+    saved = [leaf for leaf in TABLES if leaf in tables]
+    section = section.model_copy(update={"modules_to_save": saved, "tokens": tokens})
+    return _Opened(section, where, shapes, stored, tables, over, trained_on)
 
 
 def _saved_name(name: str) -> str:
     """What PEFT saves a tensor as that a model's own state names by its adapter too, `default`; PEFT loads both."""
     name = re.sub(r"(\.lora_[AB])\.default(\.weight)$", r"\1\2", name)
+    name = name.replace(".token_adapter.base_layer.weight", ".weight")
     return re.sub(rf"(\.{MAGNITUDE})(\.default)?(\.weight)?$", r"\1", name)
 
 
-def _as_in_base(file: Any, leaf: str, source: Source) -> bool:
+def _as_in_base(file: Any, stored: str, leaf: str, source: Source) -> bool:
     """Whether a table beside the adapter is the base's own, as float32; read in blocks of rows."""
     own, embedding = (tensor_name(source.model.names, table, None) for table in (leaf, "embed_tokens"))
     name = own if own in source.shapes else embedding
-    table = file.get_slice(table_names(source.model.names)[leaf])
+    table = file.get_slice(stored)
     if tuple(table.get_shape()) != source.shapes[name]:
         return False
     width = source.shapes[name][1]
@@ -184,8 +203,13 @@ def load_adapter(
     wanted, names = tensor_shapes(section, cfg), table_names(cfg.names)
     for leaf, name in tables.items():
         wanted[name] = wanted.pop(names[leaf]) if name != names[leaf] else wanted[name]
+    for name, ids in opened.over.values():
+        wanted[name] = (len(ids), cfg.hidden_size)
+    known = {*wanted, *names.values()}
+    if cfg.tie_word_embeddings and row_name(cfg.names, "embed_tokens") in wanted:
+        known.add(row_name(cfg.names, "lm_head"))  # the same rows
     problems = [f"{name} is missing" for name in wanted if name not in shapes]
-    problems += [f"{name} is not known" for name in shapes if name not in wanted and name not in names.values()]
+    problems += [f"{name} is not known" for name in shapes if name not in known]
     problems += [
         f"{name} is {list(shapes[name])} instead of {list(shape)}"
         for name, shape in wanted.items()
@@ -231,9 +255,16 @@ def load_adapter(
         lora = new_lora(section, name, factors, cfg, dropout)
         magnitude = jnp.asarray(m.reshape(-1, *outputs)) if section.use_dora else None
         adapter[name] = replace(lora, magnitude=magnitude)
+    for leaf, given in section.tokens.items():
+        order = np.argsort(given)
+        rows = tensors[row_name(cfg.names, leaf)].astype(np.float32)[order]
+        adapter[leaf] = Rows(jnp.asarray(rows), tuple(np.array(given)[order].tolist()))
     for name, shape in saved_weights(section, cfg).items():
         if name in TABLES:
             weight = tensors[tables[name]].astype(np.float32)
+            if name in opened.over:
+                rows_of, ids = opened.over[name]
+                weight[list(ids)] = tensors[rows_of].astype(np.float32)
         else:
             projection = name.removesuffix("_bias")
             adapted = [section.transforms(projection, layer) for layer in range(num_layers)]
@@ -244,60 +275,12 @@ def load_adapter(
     return adapter
 
 
-def serialize(tensors: dict[str, np.ndarray], base_hash: str) -> bytes:
-    """A safetensors file of float32 tensors."""
+def serialize(tensors: dict[str, np.ndarray], base_hash: str, rows: int | None = None) -> bytes:
+    """A safetensors file of float32 tensors. Args: rows: see `save_adapter`."""
     names = sorted(tensors)
-    start = header({name: tensors[name].shape for name in names}, "float32", jlora_base_sha256=base_hash)
+    noted = {} if rows is None else {ROWS: str(rows)}
+    start = header({name: tensors[name].shape for name in names}, "float32", jlora_base_sha256=base_hash, **noted)
     return start + b"".join(tensors[name].tobytes() for name in names)
-
-
-def plain(section: LoraSection) -> LoraSection:
-    """The options of an export: of an adapter that took its start from the base (PiSSA, OLoRA), twice the rank.
-
-    As PEFT's `save_pretrained(path_initial_model_for_weight_conversion=...)`, the scale stays as it was.
-    """
-    if not section.takes_from_base:
-        return section
-    times = math.sqrt(2.0) if section.use_rslora else 2.0
-    changed = {
-        "rank": 2 * section.rank,
-        "alpha": times * section.alpha,
-        "rank_pattern": {key: 2 * rank for key, rank in section.rank_pattern.items()},
-        "alpha_pattern": {key: times * alpha for key, alpha in section.alpha_pattern.items()},
-        "init_lora_weights": True,
-    }
-    return section.model_copy(update=changed)
-
-
-def of_one_scale(adapter: Adapter, section: LoraSection) -> tuple[Adapter, LoraSection]:
-    """The same adapter, and its options, with every module's product multiplied by `alpha / rank` of the whole.
-
-    vLLM and TensorRT-LLM know one scale, and no patterns. So what a module's own is beyond it goes into B, and
-    `alpha_pattern` keeps what PEFT has to be told for it to come to the same.
-    """
-    if not section.rank_pattern and not section.alpha_pattern:
-        return adapter, section
-    scale = scaling(section, section.alpha, section.rank)
-    alphas = {
-        key: scale * (math.sqrt(rank) if section.use_rslora else rank) for key, rank in section.rank_pattern.items()
-    }
-    folded = {name: scaled_to(part, np.float32(scale)) for name, part in adapter.items()}
-    return folded, section.model_copy(update={"alpha_pattern": alphas})
-
-
-def scaled_to(part: Lora | Saved, scale: Any) -> Lora | Saved:
-    """The same part with another scale, a number or [L], and B to match; layers without an adapter stay without."""
-    if isinstance(part, Saved):
-        return part
-    ratio = jnp.where(part.scale == 0, 0, part.scale / jnp.where(part.scale == 0, 1, scale))
-    over = (len(ratio), *(1,) * (part.lora_b.ndim - 1))
-
-    def fold(b: Any) -> Any:
-        return b * ratio.reshape(over)
-
-    initial = None if part.initial is None else (part.initial[0], fold(part.initial[1]))
-    new = jnp.where(part.scale == 0, 0, jnp.asarray(scale, jnp.float32))
-    return replace(part, lora_b=fold(part.lora_b), scale=new, initial=initial)
 
 
 def exported_tensors(folder: Path, adapter: Adapter, names: ModuleNames) -> dict[str, np.ndarray]:
@@ -315,6 +298,9 @@ def exported_tensors(folder: Path, adapter: Adapter, names: ModuleNames) -> dict
         return found
 
     for name, part in adapter.items():
+        if isinstance(part, Rows):
+            tensors[row_name(names, name)] = host(name, part.weight)
+            continue
         if isinstance(part, Saved):
             weight = host(name, part.weight)
             if name in TABLES:
@@ -351,20 +337,29 @@ def layers_adapted(adapter: Adapter, projection: str, num_layers: int) -> list[b
 
 
 def save_adapter(
-    folder: Path, adapter: Adapter, section: LoraSection, base: str, base_hash: str, names: ModuleNames = LLAMA
+    folder: Path,
+    adapter: Adapter,
+    section: LoraSection,
+    base: str,
+    base_hash: str,
+    names: ModuleNames = LLAMA,
+    rows: int | None = None,
 ) -> None:
     """Write the files of a PEFT folder, made if need be; tensors in float32.
 
     Args:
       base: name or path of the base, for `base_model_name_or_path`.
       names: what transformers calls the base's modules.
+      rows: of the base's embedding, where it has more than the base on disk.
 
     Raises:
       ModelError: a factor is not finite.
     """
     adapter, section = of_one_scale(adapter, plain(section))
     tensors = exported_tensors(folder, adapter, names)
-    saved = [module_path(names, leaf, None).rpartition(".")[2] for leaf in section.modules_to_save]
+    modules = {leaf: module_path(names, leaf, None).rpartition(".")[2] for leaf in TABLES}
+    saved = [modules[leaf] for leaf in section.modules_to_save]
+    rows_of = {leaf: part.ids for leaf, part in adapter.items() if isinstance(part, Rows)}
     config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -384,8 +379,10 @@ def save_adapter(
         "alpha_pattern": section.alpha_pattern,
         "layers_to_transform": section.layers_to_transform,
     }
+    if rows_of:  # a key that not every reader knows
+        config["trainable_token_indices"] = written_indices(rows_of, modules)
     if names.beside:  # whose projections PEFT would adapt as well, by their names
         config["exclude_modules"] = rf"(.*\.)?({'|'.join(names.beside)})\..*"
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / WEIGHTS).write_bytes(serialize(tensors, base_hash))
+    (folder / WEIGHTS).write_bytes(serialize(tensors, base_hash, rows))
     write_json(folder / CONFIG, config)

@@ -20,14 +20,17 @@ from jlora.files.paths import inside, require_own
 from jlora.files.starts import places
 from jlora.files.theirs import open_theirs
 from jlora.hf.adapter_config import CONFIG
+from jlora.hf.adapter_forms import scaled_to
 from jlora.hf.architecture import parse_config
 from jlora.hf.gguf import GGUFFile
 from jlora.hf.gguf_header import gguf_in, is_gguf
+from jlora.hf.grown import Grown
 from jlora.hf.load import load_base
-from jlora.hf.peft import WEIGHTS, load_adapter, read_options, scaled_to
+from jlora.hf.peft import ROWS, WEIGHTS, load_adapter, read_options
 from jlora.hf.published import method_of
 from jlora.hf.shapes import SHAPES
-from jlora.hf.source import Source, open_source, read_config, read_json, resolve
+from jlora.hf.source import Source, open_safetensors, open_source, read_config, read_json, resolve
+from jlora.hf.trained_tokens import run_with_ids
 from jlora.model.adapter import Adapter, Lora, layer_scales, place_adapter, targets
 from jlora.model.adapter_init import new_adapter
 from jlora.model.config import ModelConfig, check_length
@@ -35,6 +38,13 @@ from jlora.model.llama import Decoder
 
 # A tokenizer this much smaller than the embedding is another model's; padding of the vocabulary is not.
 SMALLEST_VOCAB_SHARE = 0.75
+# And so is one this much larger, whatever is asked for.
+LARGEST_VOCAB_SHARE = 4.0
+
+
+# How PEFT's names of an embedding or a head end.
+TABLES_OF_PEFT = (".embed_tokens.weight", ".wte.weight", ".lm_head.weight", ".token_adapter.base_layer.weight")
+MOST_DIGITS = 10
 
 
 # What models drop at random in training by keys of their own.
@@ -43,7 +53,7 @@ DROPOUTS = ("attention_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop")
 # Options that an adapter to start from must have as the config says.
 COMPARED = (
     *("rank", "alpha", "targets", "use_rslora", "use_dora", "rank_pattern"),
-    *("layers_to_transform", "modules_to_save", "bias"),
+    *("layers_to_transform", "modules_to_save", "trainable_tokens", "bias"),
 )
 
 
@@ -84,8 +94,21 @@ class Pretrained:
         return str(Path(self.name).absolute()) if Path(self.name).exists() else self.name
 
 
-def open_pretrained(path: str, tokenizer_path: str | None, chat_template: str | None) -> Opened:
+def with_ids(cfg: Config, opened: Opened | Pretrained) -> Config:
+    """A run's config with `lora.trainable_tokens` as ids; see `jlora.hf.trained_tokens`."""
+    rows = opened.source.model.vocab_size
+    kept = opened.source.kept if isinstance(opened.source, Grown) else rows
+    return run_with_ids(cfg, opened.tokenizer, kept, rows)
+
+
+def open_pretrained(
+    path: str, tokenizer_path: str | None, chat_template: str | None, resize: bool = False, rows: int = 0
+) -> Opened:
     """Open base and tokenizer.
+
+    Args:
+      resize: give the embedding rows for all tokens of the tokenizer (`model.resize_embeddings`).
+      rows: give it so many at least, as an adapter was trained with.
 
     Raises:
       ModelError: see `jlora.hf.source`; or the tokenizer's vocabulary is larger than the embedding, or far smaller.
@@ -93,11 +116,16 @@ def open_pretrained(path: str, tokenizer_path: str | None, chat_template: str | 
     """
     local = resolve(path)
     source = open_source(local, path)
-    tokenizer = _fitting_tokenizer(path, tokenizer_path or str(local), chat_template, source.model.vocab_size)
+    where = tokenizer_path or str(local)
+    tokenizer = fitting_tokenizer(path, where, chat_template, source.model.vocab_size, resize, rows)
+    if tokenizer.limit is not None and tokenizer.limit > source.model.vocab_size:
+        source = Grown(source, tokenizer.limit)
     return Opened(path, local, source, tokenizer)
 
 
-def tokenizer_of(path: str, tokenizer_path: str | None, chat_template: str | None) -> tuple[Tokenizer, dict[str, Any]]:
+def tokenizer_of(
+    path: str, tokenizer_path: str | None, chat_template: str | None, resize: bool = False
+) -> tuple[Tokenizer, dict[str, Any]]:
     """The tokenizer of a base, and the base's config with all its stop tokens; no weights are downloaded for it.
 
     Raises:
@@ -105,18 +133,25 @@ def tokenizer_of(path: str, tokenizer_path: str | None, chat_template: str | Non
     """
     local = resolve(path, weights=False)
     config, model = read_config(local, path)
-    tokenizer = _fitting_tokenizer(path, tokenizer_path or str(local), chat_template, model.vocab_size)
+    tokenizer = fitting_tokenizer(path, tokenizer_path or str(local), chat_template, model.vocab_size, resize)
     return tokenizer, with_stops(config, local)
 
 
-def _fitting_tokenizer(path: str, tokenizer_path: str, chat_template: str | None, vocab_size: int) -> Tokenizer:
+def fitting_tokenizer(
+    path: str, tokenizer_path: str, chat_template: str | None, vocab_size: int, resize: bool, rows: int = 0
+) -> Tokenizer:
+    """The tokenizer, once it fits a base of `vocab_size` tokens; its `limit` is what the embedding is to have."""
     tokenizer = open_tokenizer(tokenizer_path, chat_template)
-    if tokenizer.vocab_size < SMALLEST_VOCAB_SHARE * vocab_size or tokenizer.own_size > vocab_size:
+    wanted = max(vocab_size, rows, tokenizer.vocab_size if resize else 0)
+    says = f"{tokenizer_path}: the tokenizer has {tokenizer.vocab_size} tokens, but the model {path} has {vocab_size}"
+    if tokenizer.vocab_size < SMALLEST_VOCAB_SHARE * vocab_size or wanted > LARGEST_VOCAB_SHARE * vocab_size:
+        raise ModelError(f"{says}; give the tokenizer that belongs to the model (model.tokenizer)")
+    if tokenizer.own_size > wanted:
         raise ModelError(
-            f"{tokenizer_path}: the tokenizer has {tokenizer.vocab_size} tokens, but the model "
-            f"{path} has {vocab_size}; give the tokenizer that belongs to the model (model.tokenizer)"
+            f"{says}; give the tokenizer that belongs to the model (model.tokenizer), or set "
+            f"model.resize_embeddings=true, which gives a row to the {tokenizer.outside(vocab_size)} that have none"
         )
-    return replace(tokenizer, limit=vocab_size)
+    return replace(tokenizer, limit=wanted)
 
 
 def warn_of_length(source: Source, what: str, length: int) -> None:
@@ -151,6 +186,11 @@ def warn_of_dequantising(source: Source, quantization: str | None) -> None:
         )
 
 
+def holds_tokenizer(folder: Path) -> bool:
+    """Whether a folder has a tokenizer's files."""
+    return any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model"))
+
+
 def open_tokenizer(path: str, chat_template: str | None) -> Tokenizer:
     """The tokenizer of a folder, a hub repository or a GGUF file.
 
@@ -158,7 +198,7 @@ def open_tokenizer(path: str, chat_template: str | None) -> Tokenizer:
       ModelError, ConfigError: see `jlora.data.tokens.load_tokenizer`.
     """
     local = Path(path)
-    if local.is_dir() and not any((local / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
+    if local.is_dir() and not holds_tokenizer(local):
         local = gguf_in(local) or local
     if local.suffix.lower() != ".gguf" and not is_gguf(local):
         return load_tokenizer(path, chat_template)
@@ -191,6 +231,21 @@ def find_adapter(folder: str) -> Path:
     if (Path(folder) / "adapter" / CONFIG).is_file():
         return Path(folder) / "adapter"
     raise ModelError(f"{folder}: neither a PEFT adapter folder nor a run folder with a finished adapter/")
+
+
+def embedding_rows(folder: Path) -> int:
+    """Rows of the embedding that a PEFT folder was trained with, as far as its tensors' file tells; else 0.
+
+    They are those of the embedding or head that it holds, or noted, where the base's own were not enough.
+    """
+    file = inside(folder, WEIGHTS)
+    if not file.is_file():
+        return 0  # what is wrong with the folder is told by whoever reads the tensors
+    with open_safetensors(file) as tensors:
+        noted = (tensors.metadata() or {}).get(ROWS, "")
+        tables = [name for name in tensors.keys() if name.endswith(TABLES_OF_PEFT)]
+        held = [shape[0] for name in tables if len(shape := tensors.get_slice(name).get_shape()) == 2]
+    return max([0, *held, *([int(noted)] if noted.isdecimal() and len(noted) < MOST_DIGITS else [])])
 
 
 def adapter_digest(folder: str) -> str:
@@ -254,6 +309,7 @@ def first_adapter(cfg: Config, pretrained: Pretrained, mesh: Mesh) -> Adapter:
     if cfg.method == "full":
         return {}
     model = pretrained.base.cfg
+    cfg = with_ids(cfg, pretrained)
     if cfg.lora.init_from is None:
         return place_adapter(new_adapter(cfg.lora, model, cfg.training.seed, pretrained.base), model, mesh)
     folder = find_adapter(cfg.lora.init_from)
@@ -263,6 +319,12 @@ def first_adapter(cfg: Config, pretrained: Pretrained, mesh: Mesh) -> Adapter:
         on = "; ".join(f"{name} on {', '.join(map(str, theirs.layers(name)))}" for name in own)
         raise ModelError(
             f"{folder}: the adapter's projections are on different layers ({on}), which a config cannot say; "
+            "start from another adapter, or merge this one into its base"
+        )
+    tables = theirs.token_rows(model.tie_word_embeddings)
+    if tables and (len({*tables.values()}) > 1 or len(tables) < 2 - model.tie_word_embeddings):
+        raise ModelError(
+            f"{folder}: the adapter trains other rows of the embedding than of the head, which a config cannot say; "
             "start from another adapter, or merge this one into its base"
         )
     for key in COMPARED:
@@ -286,6 +348,8 @@ def _compared(section: LoraSection, key: str, model: ModelConfig) -> Any:
     value = targets(section, model) if key == "targets" else getattr(section, key)
     if key == "layers_to_transform" and value is not None:
         return None if {*range(model.num_hidden_layers)} <= {*value} else sorted(set(value))
+    if key == "trainable_tokens":
+        return list(section.token_rows(model.tie_word_embeddings).get("embed_tokens", ()))
     return sorted(value) if key == "modules_to_save" else value
 
 

@@ -28,6 +28,7 @@ from jlora.hf.architecture import module_names, parse_config
 from jlora.hf.families import WRAPPED_IN, tensor_in, text_of
 from jlora.hf.gguf import GGUFFile
 from jlora.hf.gguf_header import gguf_in
+from jlora.hf.grown import Grown
 from jlora.hf.names import Entry, name_table, tensor_name
 from jlora.hf.packed import Packed, Stored, map_file
 from jlora.hf.published import find_packed, other_tensors
@@ -237,7 +238,7 @@ class SafetensorsFolder:
 
 
 # A base on disk, whatever the file format.
-Source = SafetensorsFolder | GGUFFile
+Source = SafetensorsFolder | GGUFFile | Grown
 
 
 def to_safetensors(folder: Path) -> str:

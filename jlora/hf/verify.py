@@ -1,5 +1,6 @@
 """Proof of an export: read back what was written, recompute logits on a probe, compare."""
 
+import shutil
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -16,12 +17,14 @@ from jlora.errors import ConfigError, ModelError
 from jlora.files.atomic import beside, new_folder
 from jlora.hf.adapter_config import CONFIG
 from jlora.hf.families import WRAPPED_IN
+from jlora.hf.grown import Grown
 from jlora.hf.names import name_table, tensor_name
 from jlora.hf.peft import WEIGHTS, load_adapter, save_adapter
 from jlora.hf.pretrained import Pretrained
+from jlora.hf.source import Source
 from jlora.hf.weights import Merged, Weights, at_layer, blocks, leaf
 from jlora.model import attention
-from jlora.model.adapter import Adapter, Lora, Saved, place_adapter
+from jlora.model.adapter import Adapter, Lora, Rows, place_adapter
 from jlora.model.block import Block, normalize
 from jlora.model.config import ModelConfig
 from jlora.model.layers import capped, products_in
@@ -32,9 +35,13 @@ from jlora.runtime.distributed import from_first, is_main, wait_for_all
 PROBE_LENGTH = 32
 
 
-def probe_tokens(vocab_size: int) -> np.ndarray:
-    """Fixed token ids spread over the vocabulary, [1 T] int32."""
-    return np.random.default_rng(0).integers(0, vocab_size, (1, PROBE_LENGTH), dtype=np.int32)
+def probe_tokens(vocab_size: int, adapter: Adapter) -> np.ndarray:
+    """Fixed token ids spread over the vocabulary, half of them at most those whose rows are trained; [1 T] int32."""
+    tokens = np.random.default_rng(0).integers(0, vocab_size, (1, PROBE_LENGTH), dtype=np.int32)
+    rows = adapter.get("embed_tokens")
+    trained = rows.ids[: PROBE_LENGTH // 2] if isinstance(rows, Rows) else ()
+    tokens[0, : len(trained)] = trained
+    return tokens
 
 
 def probe_logits(base: Decoder, adapter: Adapter, dtype: jnp.dtype) -> np.ndarray:
@@ -44,7 +51,7 @@ def probe_logits(base: Decoder, adapter: Adapter, dtype: jnp.dtype) -> np.ndarra
 
 @partial(jax.jit, static_argnames="dtype")
 def _probed(base: Decoder, adapter: Adapter, dtype: jnp.dtype) -> jax.Array:
-    tokens = probe_tokens(base.cfg.vocab_size)
+    tokens = probe_tokens(base.cfg.vocab_size, adapter)
     with products_in(dtype):
         hidden = base.hidden(
             jnp.asarray(tokens),
@@ -83,15 +90,18 @@ class StreamedBlock:
         return Block.__call__(self, *inputs)  # type: ignore[arg-type]
 
 
-def streamed_logits(cfg: ModelConfig, weights: Weights, adapter: Adapter) -> np.ndarray:
+def streamed_logits(
+    cfg: ModelConfig, weights: Weights, adapter: Adapter, tokens: np.ndarray | None = None
+) -> np.ndarray:
     """As `probe_logits` in float32, with one tensor of the model in memory at a time; [T V].
 
     Args:
+      tokens: of the probe, where they are another adapter's.
       cfg: of the model with the adapter; its head is not tied where the adapter has an embedding or a head of its own.
     """
-    whole = Merged(weights, {name: part for name, part in adapter.items() if isinstance(part, Saved)})
+    whole = Merged(weights, {name: part for name, part in adapter.items() if not isinstance(part, Lora)})
     low_rank = {name: part for name, part in adapter.items() if isinstance(part, Lora)}
-    table, tokens = name_table(cfg), probe_tokens(cfg.vocab_size)
+    table, tokens = name_table(cfg), probe_tokens(cfg.vocab_size, adapter) if tokens is None else tokens
     positions, segments = jnp.arange(PROBE_LENGTH, dtype=jnp.int32)[None], jnp.ones(tokens.shape, jnp.int32)
     rotary = rotary_by_layer(cfg, positions, segments)
     places = attention.Places(segments, segments, positions, positions)
@@ -148,7 +158,8 @@ def export_adapter(
     """
     # All read it under its first name, until the last has.
     partial = folder.with_name(from_first(f"partial {folder}", lambda: beside(folder).name))
-    with new_folder(folder, partial=partial, ours=(WEIGHTS, CONFIG)) if is_main() else nullcontext():
+    ours = WEIGHTS, CONFIG, *(file.name for file in pretrained.tokenizer.files)
+    with new_folder(folder, partial=partial, ours=ours) if is_main() else nullcontext():
         difference = write_adapter(partial, adapter, section, pretrained, dtype, mesh)
         wait_for_all("proven")
     return difference
@@ -159,6 +170,8 @@ def write_adapter(
 ) -> float:
     """Write a PEFT folder, then read it back and compare its logits; returns their relative difference.
 
+    Beside an adapter of a base whose embedding was given rows lies the tokenizer that they are for.
+
     In a job of several processes the first writes, and all read.
     """
     tolerance = 1e-6
@@ -167,7 +180,11 @@ def write_adapter(
     whole = gather(adapter, mesh)
     if is_main():
         base, names = pretrained.lasting_name, pretrained.base.cfg.names
-        save_adapter(folder, whole, section, base, pretrained.base_hash, names)
+        grown = isinstance(pretrained.source, Grown)
+        rows = pretrained.base.cfg.vocab_size if grown else None
+        save_adapter(folder, whole, section, base, pretrained.base_hash, names, rows)
+        for file in pretrained.tokenizer.files if grown else ():  # which the base's own folder need not have
+            shutil.copyfile(file, folder / file.name)
     wait_for_all("exported")
     cfg = pretrained.base.cfg
     reread = place_adapter(load_adapter(folder, cfg, pretrained.base_hash, section.dropout), cfg, mesh)
@@ -195,9 +212,22 @@ def compare_with_peft(folder: Path, adapter: Adapter, pretrained: Pretrained) ->
     model, reader = transformers_base(pretrained)
     adapted = PeftModel.from_pretrained(model, str(folder)).eval()
     with torch.no_grad():
-        tokens = torch.from_numpy(probe_tokens(pretrained.base.cfg.vocab_size)).long()
+        tokens = torch.from_numpy(probe_tokens(pretrained.base.cfg.vocab_size, adapter)).long()
         theirs = adapted(tokens).logits[0].float().numpy()
     return require_equal(folder, theirs, ours, tolerance=1e-4), reader
+
+
+def _resized(model: Any, source: Source) -> Any:
+    """The model with the rows that a `Grown` source has more, and as it has them."""
+    if isinstance(source, Grown):
+        import torch
+
+        model.resize_token_embeddings(source.model.vocab_size, mean_resizing=False)
+        tables = (model.get_input_embeddings(), "embed_tokens"), (model.get_output_embeddings(), "lm_head")
+        for module, leaf in tables[: 2 - source.model.tie_word_embeddings]:
+            new = source.mean(tensor_name(source.model.names, leaf, None))
+            module.weight.data[source.kept :] = torch.from_numpy(new)
+    return model
 
 
 def transformers_base(pretrained: Pretrained) -> tuple[Any, str]:
@@ -215,7 +245,7 @@ def transformers_base(pretrained: Pretrained) -> tuple[Any, str]:
     by_jlora = source.has_codes and WRAPPED_IN not in source.config
     try:
         if not by_jlora:
-            return auto.from_pretrained(str(folder), **options, **gguf), "transformers"
+            return _resized(auto.from_pretrained(str(folder), **options, **gguf), source), "transformers"
     except Exception as error:  # of any kind: it is another's reader
         if not gguf:
             reason = " ".join(str(error).split())[:300]

@@ -22,7 +22,7 @@ from jlora.files.atomic import write_json
 from jlora.hf.families import FAMILIES, WRAPPED_IN
 from jlora.hf.names import Entry, name_table, tensor_name, to_hf
 from jlora.hf.source import FLOATS, Source
-from jlora.model.adapter import Adapter, Lora, Saved
+from jlora.model.adapter import Adapter, Lora, Rows, Saved
 from jlora.model.config import ModelConfig
 from jlora.model.llama import Decoder
 from jlora.model.quant import BLOCK, CHANNEL_TYPES, Quantized, dequantize, encode, finish
@@ -126,6 +126,11 @@ class Merged:
         if isinstance(part, Saved):
             return _rows(entry, np.asarray(part.weight), start, stop)
         merged = self._weights.rows(name, entry, start, stop)
+        if isinstance(part, Rows):
+            ids = np.array(part.ids)
+            inside = (ids >= start) & (ids < stop)
+            merged[ids[inside] - start] = np.asarray(part.weight)[inside]
+            return merged
         lora = None if part is None or entry.layer is None else at_layer(part, entry.layer)
         if lora is None:
             return merged
@@ -181,7 +186,9 @@ def _aligned(shape: tuple[int, ...]) -> np.ndarray:
 
 def untied(cfg: ModelConfig, config: dict[str, Any], adapter: Adapter) -> tuple[ModelConfig, dict[str, Any]]:
     """Shape and config.json of the merged model: an adapter that has the embedding or the head in full unties them."""
-    if not cfg.tie_word_embeddings or not {"embed_tokens", "lm_head"} & adapter.keys():
+    if not cfg.tie_word_embeddings or not any(
+        isinstance(adapter.get(leaf), Saved) for leaf in ("embed_tokens", "lm_head")
+    ):
         return cfg, config
     return replace(cfg, tie_word_embeddings=False), config | {"tie_word_embeddings": False}
 

@@ -11,7 +11,17 @@ from jlora.config import DataSection
 from jlora.data.formats import format_of
 from jlora.data.rows import read_rows
 from jlora.errors import ModelError
-from jlora.hf.pretrained import Pretrained, base_of, load_pretrained, open_adapter, open_pretrained, run_config
+from jlora.hf.pretrained import (
+    Pretrained,
+    base_of,
+    embedding_rows,
+    find_adapter,
+    holds_tokenizer,
+    load_pretrained,
+    open_adapter,
+    open_pretrained,
+    run_config,
+)
 from jlora.model import quant
 from jlora.model.adapter import Adapter
 from jlora.model.sharding import one_device_mesh
@@ -49,13 +59,17 @@ def open_adapted(
       UserError: of base, tokenizer and adapter, as where they are read.
     """
     run, mesh = run_config(adapter), one_device_mesh()
+    folder = None if adapter is None else find_adapter(adapter)
+    rows = 0 if folder is None else embedding_rows(folder)
+    if run is None and folder is not None and rows and holds_tokenizer(folder):
+        tokenizer = tokenizer or str(folder)  # which has the tokens that the rows are for
     if run is not None:
         tokenizer, chat_template = tokenizer or run.model.tokenizer, chat_template or run.data.chat_template
         dtype, quantization = dtype or run.model.dtype, quantization or run.model.quantization
     kind, compute = None if quantization == "none" else quantization, jnp.dtype(dtype or "bfloat16")
     quant.check_device(kind, mesh.devices.flat[0])
     with jax.set_mesh(mesh):
-        pretrained = load_pretrained(open_pretrained(base, tokenizer, chat_template), compute, mesh, kind)
+        pretrained = load_pretrained(open_pretrained(base, tokenizer, chat_template, rows=rows), compute, mesh, kind)
         return Adapted(pretrained, open_adapter(adapter, pretrained), compute)
 
 

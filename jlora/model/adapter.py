@@ -1,8 +1,8 @@
 """LoRA and its kin: shape, scale, the projection that an adapter takes part in, and its layout over a mesh.
 
 The adapter of a model is a dict: from projection name to `Lora`, its factors stacked over layers like the weights they
-belong to, and from the name of any other weight to `Saved`, where that is trained in full. Knows nothing of files
-(`jlora.hf`) or of the optimizer.
+belong to, and from the name of any other weight to `Saved`, where that is trained in full, or to `Rows`, where some of
+its rows are. Knows nothing of files (`jlora.hf`) or of the optimizer.
 """
 
 import math
@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jlora.config import LoraSection
 from jlora.errors import ModelError, finding
@@ -70,7 +70,32 @@ class Saved:
     weight: Float[Array, "*weight"]
 
 
-Adapter = dict[str, Lora | Saved]
+@no_type_check  # tree functions put what they like at its leaves
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Rows:
+    """Rows of the embedding or head that are trained in place of the base's (PEFT's `trainable_token_indices`).
+
+    Attributes:
+      weight: of each token its row; float32.
+      ids: the tokens, ascending.
+    """
+
+    weight: Float[Array, "tokens D"]
+    ids: tuple[int, ...] = field(metadata={"static": True})
+
+    def of(self, tokens: Int[Array, "B T"], x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """`x` with the trained rows at the tokens that have one."""
+        ids = jnp.asarray(np.array(self.ids, np.int32))
+        place = jnp.minimum(jnp.searchsorted(ids, tokens), len(self.ids) - 1)
+        return jnp.where((ids[place] == tokens)[..., None], self.weight[place].astype(x.dtype), x)
+
+    def within(self, table: Float[Array, "V D"]) -> Float[Array, "V D"]:
+        """A table with the trained rows in it."""
+        return table.at[np.array(self.ids, np.int32)].set(self.weight.astype(table.dtype))
+
+
+Adapter = dict[str, Lora | Saved | Rows]
 
 
 def _by_pattern(patterns: dict[str, float], path: str, default: float) -> float:
@@ -265,6 +290,9 @@ def adapter_axes(cfg: ModelConfig, adapter: Adapter) -> Any:
             axes = ("layers", *stacked[name].axes) if name in stacked else outer.get(name, outer["embed_tokens"]).axes
             tree[name] = Saved(axes)  # type: ignore[arg-type]
             continue
+        if isinstance(part, Rows):
+            tree[name] = replace(part, weight=("tokens", "embed"))  # type: ignore[arg-type]
+            continue
         inputs = NUM_INPUTS.get(name, 1)
         ins, outs = stacked[name].axes[:inputs], stacked[name].axes[inputs:]
         a, b = ("layers", *ins, "rank"), ("layers", "rank", *outs)
@@ -289,6 +317,9 @@ def require_fits(adapter: Adapter, cfg: ModelConfig) -> None:
                 chex.assert_tree_shape_prefix(part.lora_a, (layers, *inputs))
                 chex.assert_tree_shape_prefix(part.lora_b, (layers,))
                 chex.assert_tree_shape_suffix(part.lora_b, outputs)
+            elif isinstance(part, Rows):
+                chex.assert_tree_shape_prefix(part.weight, (len(part.ids), cfg.hidden_size))
+                assert part.ids[-1] < cfg.vocab_size, f"token {part.ids[-1]} of {cfg.vocab_size}"
             else:
                 whole = (layers, *stacked[name].shape) if name in stacked else (cfg.vocab_size, cfg.hidden_size)
                 chex.assert_tree_shape_prefix(part.weight, whole)

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from jlora.config import FUSED_PROJECTIONS, LoraSection
 from jlora.errors import ConfigError
-from jlora.model.adapter import Adapter, Lora, Saved, layer_ranks, new_lora, targets, weight_norm
+from jlora.model.adapter import Adapter, Lora, Rows, Saved, layer_ranks, new_lora, targets, weight_norm
 from jlora.model.config import ModelConfig, block_weights, module_path, outer_weights, projection_shapes
 from jlora.model.layers import products_in
 from jlora.model.llama import Decoder
@@ -97,6 +97,8 @@ def new_adapter(cfg: LoraSection, model: ModelConfig, seed: int, base: Decoder |
     """
     adapter: Adapter = {name: _drawn(cfg, model, name, seed) for name in targets(cfg, model)}
     adapter |= {name: Saved(jnp.zeros(shape, jnp.float32)) for name, shape in saved_weights(cfg, model).items()}
+    for name, ids in cfg.token_rows(model.tie_word_embeddings).items():
+        adapter[name] = Rows(jnp.zeros((len(ids), model.hidden_size), jnp.float32), ids)
     if base is None:
         return adapter
     return {name: _completed(part, name, cfg, base, seed) for name, part in adapter.items()}
@@ -131,12 +133,16 @@ def _drawn(cfg: LoraSection, model: ModelConfig, name: str, seed: int) -> Lora:
     )
 
 
-def _completed(part: Lora | Saved, name: str, cfg: LoraSection, base: Decoder, seed: int) -> Lora | Saved:
+def _completed(part: Lora | Saved | Rows, name: str, cfg: LoraSection, base: Decoder, seed: int) -> Lora | Saved | Rows:
     """A part with what is made of the base's weights."""
     owner = base.layers if hasattr(base.layers, name) else base
     leaf = getattr(owner, name, base.embed_tokens).get_raw_value()  # a head that is tied is the embedding
     if isinstance(part, Saved):
         return Saved(jax.jit(lambda w: w.astype(jnp.float32), out_shardings=_whole(leaf))(leaf))
+    if isinstance(part, Rows):
+        ids = np.array(part.ids, np.int32)
+        rows = jax.jit(lambda w: w[ids].astype(jnp.float32), out_shardings=_whole(leaf))
+        return replace(part, weight=rows(leaf))
     if cfg.takes_from_base:
         part = _taken_from(leaf, name, part, cfg, base.cfg, seed)
     return _with_magnitude(leaf, part) if cfg.use_dora else part

@@ -18,7 +18,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from jlora.model.adapter import Adapter, Lora, Saved
+from jlora.model.adapter import Adapter, Lora, Rows, Saved
 from jlora.model.attention import Attention, Places
 from jlora.model.block import Block, normalize
 from jlora.model.config import ModelConfig, Weight, kinds, outer_weights, projection_shapes
@@ -118,7 +118,15 @@ class Decoder(nnx.Module):
         saved = adapter.get("lm_head")
         if isinstance(saved, Saved):
             return saved.weight
-        return (self.embed_tokens if self.cfg.tie_word_embeddings else self.lm_head)[...]
+        table = (self.embed_tokens if self.cfg.tie_word_embeddings else self.lm_head)[...]
+        rows = self.head_rows(adapter)
+        return table if rows is None else rows.within(table)
+
+    def head_rows(self, adapter: Adapter) -> Rows | None:
+        """The rows of the output projection that are trained; as in PEFT, those of an embedding that it is tied to."""
+        tied = self.cfg.tie_word_embeddings and "lm_head" not in adapter
+        rows = adapter.get("embed_tokens" if tied else "lm_head")
+        return rows if isinstance(rows, Rows) else None
 
     def adapted(self, adapter: Adapter) -> tuple["Decoder", dict[str, Lora]]:
         """The model with the weights that the adapter has in full but the head, and the adapter's low-rank part.
@@ -165,7 +173,7 @@ class Decoder(nnx.Module):
             return block(checkpoint_name(x, LAYER_INPUT), rotary(index), seeing, factors, key), None
 
         keys = None if dropout_key is None else jax.random.split(dropout_key, self.cfg.num_hidden_layers)
-        x = model._embed(tokens, positions, dtype)
+        x = model._embed(tokens, positions, dtype, adapter)
         if dropout_key is not None and neftune_noise_alpha > 0.0:
             x = x + embedding_noise(dropout_key, x, neftune_noise_alpha)
         body = layer if remat == "none" else jax.checkpoint(layer, policy=policy(remat))
@@ -204,7 +212,7 @@ class Decoder(nnx.Module):
 
             return (block(x, rotary(index), seeing, factors, None), keys, values), None
 
-        x = model._embed(tokens, positions, cache.keys.dtype)
+        x = model._embed(tokens, positions, cache.keys.dtype, adapter)
         # The cache is carried, not scanned over, so that a step writes its own slots and copies nothing.
         (x, keys, values), _ = jax.lax.scan(
             layer,
@@ -227,9 +235,11 @@ class Decoder(nnx.Module):
         return normalize(self.cfg, x, self.norm[...], self.norm_bias[...] if self.cfg.layer_norm else None)
 
     def _embed(
-        self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], dtype: jnp.dtype
+        self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], dtype: jnp.dtype, adapter: Adapter
     ) -> Float[Array, "B T D"]:
         x = self.embed_tokens[...][tokens].astype(dtype)
+        if isinstance(rows := adapter.get("embed_tokens"), Rows):
+            x = rows.of(tokens, x)
         if self.cfg.embedding_scale != 1.0:
             x = x * jnp.asarray(self.cfg.embedding_scale, dtype)
         if self.cfg.learned_positions is not None:

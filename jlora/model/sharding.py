@@ -28,6 +28,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "mlp": "tensor",
     "vocab": "tensor",
     "positions": None,
+    "tokens": None,
     "rank": None,
     # activations
     "act_batch": ("data", "fsdp"),

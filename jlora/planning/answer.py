@@ -9,6 +9,7 @@ from jlora.config import Config
 from jlora.data import encoding
 from jlora.data.checks import count_batches
 from jlora.data.dataset import hold_out
+from jlora.hf.planned import to_plan
 from jlora.hf.pretrained import tokenizer_of
 from jlora.hf.shapes import SHAPES
 from jlora.planning.compiled import Plan, plan
@@ -22,7 +23,9 @@ def count_data(cfg: Config) -> dict[str, int] | None:
         return None
     if not all(Path(source.path).exists() for source in cfg.data.sources):
         return None
-    tokenizer, _ = tokenizer_of(cfg.model.path, cfg.model.tokenizer, cfg.data.chat_template)
+    tokenizer, _ = tokenizer_of(
+        cfg.model.path, cfg.model.tokenizer, cfg.data.chat_template, cfg.model.resize_embeddings
+    )
     rows = encoding.read_train(cfg.data, tokenizer)
     if isinstance(cfg.data.eval, float):
         rows, _ = hold_out(rows, cfg.data.eval, cfg.training.seed)
@@ -61,6 +64,7 @@ def time_and_cost(plan: Plan, cfg: Config, target: Target, args: argparse.Namesp
 
 def planned(cfg: Config, target: Target, args: argparse.Namespace) -> tuple[dict[str, Any], str | None]:
     """The JSON of the config as it is, with time and cost; and why it does not fit, with a remedy."""
+    cfg = to_plan(cfg)
     with compiler_logs_off():
         found = plan(cfg, target)
         remedy = None if found.fits else find_remedy(cfg, target, found)
@@ -70,6 +74,7 @@ def planned(cfg: Config, target: Target, args: argparse.Namespace) -> tuple[dict
 
 def searched(cfg: Config, target: Target, args: argparse.Namespace) -> tuple[dict[str, Any], str | None]:
     """The JSON of a search, its best with time and cost; and why nothing fits."""
+    cfg = to_plan(cfg)
     with compiler_logs_off():
         found = search(cfg, target, args.compilations)
     tree, best = found.as_json(), found.best

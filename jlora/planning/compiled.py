@@ -19,7 +19,7 @@ from flax import nnx
 
 from jlora.config import Config
 from jlora.errors import MemoryExceeded
-from jlora.hf.pretrained import model_shape
+from jlora.hf.planned import shape_of
 from jlora.model import attention
 from jlora.model.adapter import place_adapter, without_scales
 from jlora.model.adapter_init import check_options, new_adapter
@@ -184,12 +184,12 @@ def plan(cfg: Config, target: Target, model: ModelConfig | None = None, flops: f
     With `model.remat: auto` they are those of the policy that `jlora.train` would take there.
 
     Args:
-      model: what `model_shape` gave before, and `flops` what `step_flops` did, for callers that plan many times.
+      model: what `shape_of` gave before, and `flops` what `step_flops` did, for callers that plan many times.
 
     Raises:
       ConfigError: the mesh does not match the devices, the model or the batch.
     """
-    model = model or model_shape(cfg.model.path)
+    model = model or shape_of(cfg)
     mesh = checked_mesh(cfg, target.devices, model)
     if cfg.model.remat == "auto":
         return _of_the_fastest(cfg, target, model, mesh)

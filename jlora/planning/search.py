@@ -14,7 +14,7 @@ from typing import Any
 import jax
 
 from jlora.config import Config
-from jlora.hf.pretrained import model_shape
+from jlora.hf.planned import shape_of
 from jlora.model.config import ModelConfig
 from jlora.model.sharding import make_mesh
 from jlora.planning.compiled import Plan, held_bytes, plan, step_flops
@@ -148,7 +148,7 @@ def search(cfg: Config, target: Target, limit: int) -> Found:
     Args:
       limit: compilations at most.
     """
-    compiler = Compiler(cfg, target, model_shape(cfg.model.path))
+    compiler = Compiler(cfg, target, shape_of(cfg))
     everything: list[Layout] = []
     for keep_batch in (True, False):
         found = compiler.layouts(keep_batch=keep_batch)
@@ -216,7 +216,7 @@ def find_remedy(cfg: Config, target: Target, result: Plan) -> Remedy | None:
     Args:
       result: what `jlora.planning.compiled.plan` says of the run as it is.
     """
-    model = model_shape(cfg.model.path)
+    model = shape_of(cfg)
     compiler = Compiler(cfg, target, model)
     now = current(cfg, result.mesh, result.remat)
     compiler.results[now] = result

@@ -123,7 +123,8 @@ def _bad_rows(cfg: Config, tokenizer: Tokenizer, first: DataError) -> str:
 def _tokenizer(cfg: Config) -> tuple[Tokenizer, list[int], Any]:
     """The run's tokenizer, the ids at which generation stops, and the base's positions, if it says them."""
     if cfg.model.path not in SHAPES:
-        tokenizer, config = tokenizer_of(cfg.model.path, cfg.model.tokenizer, cfg.data.chat_template)
+        base = cfg.model
+        tokenizer, config = tokenizer_of(base.path, base.tokenizer, cfg.data.chat_template, base.resize_embeddings)
         return tokenizer, stop_tokens(tokenizer, config), config.get("max_position_embeddings")
     if cfg.model.tokenizer is None:
         raise ConfigError(f"model.path={cfg.model.path} is a shape alone; set model.tokenizer to see the data")

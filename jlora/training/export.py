@@ -23,9 +23,20 @@ from jlora.files.atomic import new_folder
 from jlora.files.paths import inside
 from jlora.hf import verify
 from jlora.hf.gguf import GGUFFile
+from jlora.hf.grown import Grown
 from jlora.hf.load import hash_base, load_base
 from jlora.hf.names import name_table
-from jlora.hf.pretrained import Opened, base_of, load_pretrained, open_adapter, open_pretrained, run_config
+from jlora.hf.pretrained import (
+    Opened,
+    base_of,
+    embedding_rows,
+    find_adapter,
+    load_pretrained,
+    open_adapter,
+    open_pretrained,
+    run_config,
+    with_ids,
+)
 from jlora.hf.source import check_names, open_source
 from jlora.hf.weights import Dequantized, Merged, Stored, Trained, Weights, save_checkpoint, stored_bytes, untied
 from jlora.model import attention
@@ -142,12 +153,13 @@ def export(
         raise ConfigError("--cost is that of merging an adapter, by --merge; leave it out")
     found = find_step(cfg, run_dir, step)
     try:
-        opened = open_pretrained(cfg.model.path, cfg.model.tokenizer, cfg.data.chat_template)
+        section = cfg.model
+        opened = open_pretrained(section.path, section.tokenizer, cfg.data.chat_template, section.resize_embeddings)
     except ModelError as error:
         if base is not None or Path(cfg.model.path).exists():
             raise
         raise ModelError(f"{error}; if the base has moved, say where it lies with --base") from None
-    model = opened.model
+    cfg, model = with_ids(cfg, opened), opened.model
     with new_folder(out) as folder:
         if full:
             chosen = dtype or cfg.model.dtype
@@ -210,7 +222,9 @@ def export_combined(weighted: list[str], how: str, rank: int | None, base: str |
         folders.append(folder)
     mesh = one_device_mesh()
     with jax.set_mesh(mesh):
-        pretrained = load_pretrained(open_pretrained(base or base_of(folders[0]), None, None), PROOF_DTYPE, mesh)
+        rows = max(embedding_rows(find_adapter(folder)) for folder in folders)
+        opened = open_pretrained(base or base_of(folders[0]), None, None, rows=rows)
+        pretrained = load_pretrained(opened, PROOF_DTYPE, mesh)
         adapters = {folder: open_adapter(folder, pretrained) for folder in folders}
         adapter, section = combine_adapters(adapters, weights, how, rank, pretrained.base.cfg)
         placed = place_adapter(adapter, pretrained.base.cfg, mesh)
@@ -295,7 +309,8 @@ def write_full(
         expected = verify.streamed_logits(shape, weights, adapter)
         written = open_source(out)  # as any base is
         check_names(written.model, written.shapes, str(out))
-        found = verify.streamed_logits(written.model, Stored(written), {})
+        tokens = verify.probe_tokens(shape.vocab_size, adapter)
+        found = verify.streamed_logits(written.model, Stored(written), {}, tokens)
         difference = verify.require_equal(out, expected, found, TOLERANCE[dtype])
     result: dict[str, Any] = {"step": step, "out": str(out), "kind": "full", "dtype": dtype}
     result["logits_relative_difference"] = difference
@@ -331,8 +346,9 @@ def merging_cost(cfg: Config, opened: Opened, out: Path, adapter: Adapter) -> di
 
 def add_tokenizer(opened: Opened, folder: Path) -> None:
     """The tokenizer's own files, and the generation config, beside the weights."""
-    if isinstance(opened.source, GGUFFile) and not opened.tokenizer.files:
-        opened.source.tokenizer().save_pretrained(folder)
+    source = opened.source.base if isinstance(opened.source, Grown) else opened.source
+    if isinstance(source, GGUFFile) and not opened.tokenizer.files:
+        source.tokenizer().save_pretrained(folder)
     files = list(opened.tokenizer.files)
     if opened.path.is_dir():
         files.append(inside(opened.path, "generation_config.json"))

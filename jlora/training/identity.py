@@ -33,9 +33,10 @@ FREE_KEYS = {
 # Keys whose change leaves nothing to resume from: the checkpoint's leaves have other shapes, or another meaning.
 FIXED_KEYS = {
     "method",
+    "model.resize_embeddings",
     "optimizer.name",
     *(f"lora.{key}" for key in ("rank", "rank_pattern", "target_modules", "layers_to_transform", "use_dora")),
-    *(f"lora.{key}" for key in ("modules_to_save", "bias", "init_lora_weights")),
+    *(f"lora.{key}" for key in ("modules_to_save", "trainable_tokens", "bias", "init_lora_weights")),
 }
 # Where a run is computed changes nothing but the order in which devices add numbers.
 FREE_SECTIONS = ("mesh.", "distributed.", "resume.")

@@ -13,9 +13,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jlora.config import ObjectiveSection
+from jlora.model.adapter import Rows
 from jlora.model.layers import capped
 from jlora.model.sharding import constrain
 
@@ -24,7 +26,8 @@ CHUNK_LOGITS, MIN_CHUNK = 2**24, 256
 # A sequence has a token of the prompt and one of the answer at least.
 SHORTEST_PAIR = 4
 
-How = tuple[int, float | None]  # tokens of a chunk, and the soft cap of logits
+# Tokens of a chunk, the soft cap of logits, and the rows of the head that alone are trained, or None: all or none.
+How = tuple[int, float | None, tuple[int, ...] | None]
 
 
 def chunked_cross_entropy(
@@ -33,6 +36,7 @@ def chunked_cross_entropy(
     targets: Int[Array, "B T"],
     weights: Float[Array, "B T"],
     softcap: float | None = None,
+    rows: Rows | None = None,
 ) -> Float[Array, ""]:
     """Cross-entropy of the next token, summed by weight, without ever holding logits for more than a chunk of tokens.
 
@@ -43,9 +47,20 @@ def chunked_cross_entropy(
     prompts and padding cost no pass through the head. The gradient of a chunk is taken while its logits
     are there, as Liger Kernel does (arXiv:2410.10989, section 3.2): two products with the head for a
     frozen head, where recomputing the logits takes three. There is no gradient for `weights`.
+
+    Args:
+      rows: those of the head that are trained, which are in `head`: they have a gradient, and the others none.
     """
-    chunk, *grouped = _grouped(hidden, head, targets, weights)
-    return _cross_entropy((chunk, softcap), *grouped)
+    chunk, h, head, *grouped = _grouped(hidden, head, targets, weights)
+    ids, trained = _trained(head, rows)
+    return _cross_entropy((chunk, softcap, ids), h, *trained, *grouped)
+
+
+def _trained(head: Float[Array, "V D"], rows: Rows | None) -> tuple[tuple[int, ...] | None, tuple[Array, Array | None]]:
+    """Which rows of the head alone are trained; the head, with no gradient of its own then, and they."""
+    if rows is None:
+        return None, (head, None)
+    return rows.ids, (jax.lax.stop_gradient(head), rows.weight)
 
 
 def token_cross_entropy(
@@ -54,14 +69,16 @@ def token_cross_entropy(
     targets: Int[Array, "B T"],
     weights: Float[Array, "B T"],
     softcap: float | None = None,
+    rows: Rows | None = None,
 ) -> Float[Array, "B T"]:
     """Weighted cross-entropy of each token, for losses that are no sum over tokens.
 
     Held in memory as `chunked_cross_entropy` is. What a token's loss counts is known only once all are
     added up, so the backward pass computes the logits again: three products with a frozen head.
     """
-    chunk, *grouped = _grouped(hidden, head, targets, weights)
-    losses = _token_losses((chunk, softcap), *grouped)
+    chunk, h, head, *grouped = _grouped(hidden, head, targets, weights)
+    ids, trained = _trained(head, rows)
+    losses = _token_losses((chunk, softcap, ids), h, *trained, *grouped)
     return constrain(losses.reshape(targets.shape), "act_batch", None)
 
 
@@ -140,9 +157,11 @@ def _over_chunks(
     head: Float[Array, "V D"],
     targets: Int[Array, "G N"],
     weights: Float[Array, "G N"],
-) -> tuple[Float[Array, "G N"], Float[Array, "G N D"] | None, Float[Array, "V D"] | None]:
-    """Each token's loss, and the gradients of their sum as far as they are asked for; the head's in float32."""
-    chunk, softcap = how
+) -> tuple[Float[Array, "G N"], Float[Array, "G N D"] | None, Float[Array, "trained D"] | None]:
+    """Each token's loss, and the gradients of their sum as far as they are asked for; the head's in float32, of the
+    rows that `how` names, or of all."""
+    chunk, softcap, ids = how
+    trained = jax.ShapeDtypeStruct((head.shape[0] if ids is None else len(ids), head.shape[1]), jnp.float32)
     order = jnp.argsort(weights == 0.0, axis=1, stable=True)
 
     def computed(h: Array, t: Array, w: Array) -> tuple[Array, Array | None, Array | None]:
@@ -161,21 +180,22 @@ def _over_chunks(
         to_h = jnp.einsum("gnv,vd->gnd", to_logits, head) if to_hidden else None
         to_w = None
         if to_head:
-            to_w = jnp.einsum("gnv,gnd->vd", to_logits, h, preferred_element_type=jnp.float32)
+            of_rows = to_logits if ids is None else to_logits[..., np.array(ids, np.int32)]
+            to_w = jnp.einsum("gnv,gnd->vd", of_rows, h, preferred_element_type=jnp.float32)
         return loss, to_h, to_w
 
     def skipped(h: Array, t: Array, w: Array) -> tuple[Array, Array | None, Array | None]:
         return (
             jnp.zeros(t.shape),
             jnp.zeros_like(h) if to_hidden else None,
-            jnp.zeros(head.shape, jnp.float32) if to_head else None,
+            jnp.zeros(trained.shape, trained.dtype) if to_head else None,
         )
 
     def add(total: Array | None, scanned: tuple[Array, Array, Array]) -> tuple[Array | None, Any]:
         loss, to_h, to_w = jax.lax.cond(scanned[2].any(), computed, skipped, *scanned)
         return jax.tree.map(jnp.add, total, to_w), (loss, to_h)
 
-    zeros = jnp.zeros(head.shape, jnp.float32) if to_head else None
+    zeros = jnp.zeros(trained.shape, trained.dtype) if to_head else None
     parts = [_in_chunks(x, order, chunk) for x in (hidden, targets, weights)]
     to_w, by_token = jax.lax.scan(add, zeros, (parts[0], parts[1], parts[2]))
     losses, to_h = jax.tree.map(partial(_in_place, order=order), by_token)
@@ -183,39 +203,44 @@ def _over_chunks(
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _cross_entropy(how: How, hidden: Array, head: Array, targets: Array, weights: Array) -> Array:
+def _cross_entropy(how: How, hidden: Array, head: Array, rows: Array | None, targets: Array, weights: Array) -> Array:
     return _over_chunks(how, False, False, hidden, head, targets, weights)[0].sum()
 
 
-def _forward(how: How, hidden: Any, head: Any, targets: Any, weights: Any) -> tuple[Array, Any]:
+def _forward(how: How, hidden: Any, head: Any, rows: Any, targets: Any, weights: Any) -> tuple[Array, Any]:
     values = hidden.value, head.value, targets.value, weights.value
-    losses, to_hidden, to_head = _over_chunks(how, hidden.perturbed, head.perturbed, *values)
-    return losses.sum(), (to_hidden, None if to_head is None else to_head.astype(head.value.dtype))
+    to_head = (head if rows is None else rows).perturbed
+    losses, to_hidden, to_w = _over_chunks(how, hidden.perturbed, to_head, *values)
+    if to_w is not None and rows is None:
+        to_w = to_w.astype(head.value.dtype)
+    return losses.sum(), (to_hidden, *((to_w, None) if rows is None else (None, to_w)))
 
 
-def _backward(how: How, gradients: tuple[Array | None, Array | None], scale: Array) -> tuple[Array | None, ...]:
-    to_hidden, to_head = jax.tree.map(lambda g: (g.astype(scale.dtype) * scale).astype(g.dtype), gradients)
-    return to_hidden, to_head, None, None
+def _backward(how: How, gradients: tuple[Array | None, ...], scale: Array) -> tuple[Array | None, ...]:
+    return *jax.tree.map(lambda g: (g.astype(scale.dtype) * scale).astype(g.dtype), gradients), None, None
 
 
 _cross_entropy.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _token_losses(how: How, hidden: Array, head: Array, targets: Array, weights: Array) -> Array:
+def _token_losses(how: How, hidden: Array, head: Array, rows: Array | None, targets: Array, weights: Array) -> Array:
     return _over_chunks(how, False, False, hidden, head, targets, weights)[0]
 
 
-def _token_forward(how: How, hidden: Any, head: Any, targets: Any, weights: Any) -> tuple[Array, Any]:
+def _token_forward(how: How, hidden: Any, head: Any, rows: Any, targets: Any, weights: Any) -> tuple[Array, Any]:
     values = hidden.value, head.value, targets.value, weights.value
-    return _token_losses(how, *values), (values, () if head.perturbed else None)
+    perturbed = (head if rows is None else rows).perturbed
+    return _over_chunks(how, False, False, *values)[0], (values, () if perturbed else None)
 
 
 def _token_backward(how: How, saved: Any, scales: Array) -> tuple[Array | None, ...]:
     (hidden, head, targets, weights), head_is_trained = saved
     to_head = head_is_trained is not None
     _, to_h, to_w = _over_chunks(how, True, to_head, hidden, head, targets, weights * scales)
-    return to_h, None if to_w is None else to_w.astype(head.dtype), None, None
+    if how[2] is not None:  # the rows', in float32
+        return to_h, None, to_w, None, None
+    return to_h, None if to_w is None else to_w.astype(head.dtype), None, None, None
 
 
 _token_losses.defvjp(_token_forward, _token_backward, symbolic_zeros=True)

@@ -33,6 +33,7 @@ from jlora.hf.pretrained import (
     open_pretrained,
     warn_of_dequantising,
     warn_of_dropout,
+    with_ids,
 )
 from jlora.hf.source import base_fingerprint
 from jlora.model.adapter_init import check_options
@@ -76,7 +77,8 @@ class Shared:
     def open(self, cfg: Config) -> Opened:
         """The base, no weight read yet, with its tokenizer."""
         if self.opened is None:
-            self.opened = open_pretrained(cfg.model.path, cfg.model.tokenizer, cfg.data.chat_template)
+            base = cfg.model
+            self.opened = open_pretrained(base.path, base.tokenizer, cfg.data.chat_template, base.resize_embeddings)
         return self.opened
 
     def read(self, cfg: Config) -> tuple[Dataset, Dataset | None]:
@@ -215,10 +217,12 @@ def open_run(cfg: Config, folder: Path, mesh: jax.sharding.Mesh, watch: Watch, s
 
     def require_same(hashes: dict[str, str | None]) -> None:
         if saved is not None:
-            check_identity(folder, start, saved, run_identity(cfg, hashes), cfg.resume.allow_changes, whole=False)
+            check_identity(folder, start, saved, run_identity(asked, hashes), cfg.resume.allow_changes, whole=False)
 
+    asked = cfg
     require_same({})  # at once: all else takes its time
     opened = shared.open(cfg)
+    cfg = with_ids(cfg, opened)
     check_divides(opened.model, mesh, cfg)
     if cfg.method == "lora":
         check_options(cfg.lora, opened.model)
@@ -276,7 +280,7 @@ def open_run(cfg: Config, folder: Path, mesh: jax.sharding.Mesh, watch: Watch, s
         state=init_state(trained, cfg, mesh),
         frozen=frozen,
         hyper=optim.hyperparameters(cfg.optimizer, num_steps),
-        identity=run_identity(cfg, hashes),
+        identity=run_identity(asked, hashes),
         checkpoints=earlier or open_checkpoints(),
         batches=packing.batches(epochs, cfg.training.batch_size, batch_rows(cfg, mesh)),
         stopping=Stopping(cfg.training.early_stopping_patience, cfg.training.early_stopping_min_delta),

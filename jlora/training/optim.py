@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 from jlora.config import Config, OptimizerSection
 from jlora.errors import ConfigError
-from jlora.model.adapter import Lora, Saved, layer_ranks, targets, with_scales, without_scales
+from jlora.model.adapter import Lora, Rows, Saved, layer_ranks, targets, with_scales, without_scales
 from jlora.model.config import ModelConfig
 
 Tree = Any
@@ -56,7 +56,7 @@ def roles(trained: dict[str, Tree]) -> dict[str, Tree]:
 
 
 def _adapter_roles(name: str, part: Any) -> Any:
-    if isinstance(part, Saved):
+    if isinstance(part, Saved | Rows):
         return replace(part, weight=LIKE_B if name.endswith("_bias") else LIKE_A)  # type: ignore[arg-type]
     magnitude = None if part.magnitude is None else LIKE_B
     initial = None if part.initial is None else (FIXED, FIXED)

@@ -95,12 +95,13 @@ class Forward:
           reference: the adapter that makes the base the model that pairs are compared with; None: the base alone.
         """
         if self.objective.name == "sft":
-            scored = self._scored(base, adapter, batch, dropout_key)
+            scored, rows = self._scored(base, adapter, batch, dropout_key), base.head_rows(adapter)
             sums = {"token_accuracy": correct_tokens(*scored).sum()} if self.token_accuracy else {}
-            return chunked_cross_entropy(*scored, base.cfg.logits_softcap), batch["weights"].sum(), sums
+            return chunked_cross_entropy(*scored, base.cfg.logits_softcap, rows), batch["weights"].sum(), sums
 
         def answers(adapter: Adapter, dropout_key: Array | None) -> Float[Array, "B P 2"]:
-            losses = token_cross_entropy(*self._scored(base, adapter, batch, dropout_key), base.cfg.logits_softcap)
+            scored, rows = self._scored(base, adapter, batch, dropout_key), base.head_rows(adapter)
+            losses = token_cross_entropy(*scored, base.cfg.logits_softcap, rows)
             return pair_sums(-losses, batch["segments"])
 
         policy = answers(adapter, dropout_key)

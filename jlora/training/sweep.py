@@ -17,6 +17,7 @@ from jlora.errors import ConfigError, NonFiniteError, NothingTrained
 from jlora.files import lock
 from jlora.files.atomic import write_json, write_text
 from jlora.files.paths import require_own
+from jlora.hf.pretrained import with_ids
 from jlora.model.adapter_init import check_options
 from jlora.reports.runs import sweep_runs, write_sweep
 from jlora.runtime import distributed, signals
@@ -88,7 +89,8 @@ def train_together(cfg: Config, quiet: bool = False) -> dict[str, Any]:
     require_own(folder, ConfigError, sweep.configs)
     with lock.locked(folder):
         for each in sweep.configs.values():  # what is wrong with the last is told before the first is trained
-            model = sweep.shared.open(each).model
+            opened = sweep.shared.open(each)
+            each, model = with_ids(each, opened), opened.model
             check_options(each.lora, model)
             optim.check_rule(each, model)
             sweep.shared.read(each)

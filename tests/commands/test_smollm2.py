@@ -82,7 +82,7 @@ def greedy_in_torch(model, pretrained, ids: list[int], max_new_tokens: int) -> l
 
 
 def test_logits_equal_transformers_on_the_dequantised_weights(pretrained, torch_model):
-    tokens = probe_tokens(pretrained.base.cfg.vocab_size)
+    tokens = probe_tokens(pretrained.base.cfg.vocab_size, {})
     with torch.no_grad():
         expected = torch_model(torch.from_numpy(tokens).long()).logits[0].numpy()
     found = probe_logits(pretrained.base, {}, jax.numpy.dtype("float32"))

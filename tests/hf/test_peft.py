@@ -12,8 +12,9 @@ from tiny import OFF_DEFAULT, make_llama
 
 from jlora.config import LoraSection
 from jlora.hf.adapter_config import read_adapter_config
+from jlora.hf.adapter_forms import scaled_to
 from jlora.hf.architecture import parse_config
-from jlora.hf.peft import factor_name, load_adapter, save_adapter, scaled_to
+from jlora.hf.peft import factor_name, load_adapter, save_adapter
 from jlora.hf.source import open_source
 from jlora.model.adapter import Lora, layer_ranks, layer_scales
 from jlora.model.adapter_init import new_adapter

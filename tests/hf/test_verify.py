@@ -61,7 +61,7 @@ def test_a_mistral_is_exported_and_merged(tmp_path):
     save_checkpoint(tmp_path / "merged", pretrained.base.cfg, weights, config, "float32", lambda folder: None)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
     assert type(model) is MistralForCausalLM and model.config.sliding_window == 7
-    tokens = verify.probe_tokens(300)
+    tokens = verify.probe_tokens(300, {})
     assert_close(verify.probe_logits(pretrained.base, factors, FLOAT32), torch_logits(model, tokens)[0], 1e-4)
 
 

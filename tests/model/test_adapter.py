@@ -428,7 +428,7 @@ def refused(folder: Path, base_and_hash, *says: str) -> None:
         ("modules_to_save", ["norm"]),
         ("lora_bias", True),
         ("layer_replication", [[0, 1]]),
-        ("trainable_token_indices", [1]),
+        ("trainable_token_indices", ["a"]),
         ("use_something_of_next_year", True),
         ("peft_type", "IA3"),
         ("peft_type", None),

@@ -60,6 +60,7 @@ STEPS = {
     "nf4": {"model": {"quantization": "nf4"}},
     "pairs": {"data": {"format": "preference"}, "objective": {"name": "dpo"}},
     "tables": {"lora": {"modules_to_save": ["embed_tokens", "lm_head"], "bias": "all"}},
+    "rows": {"lora": {"trainable_tokens": [5, 7]}},
     "dora": {"lora": {"use_dora": True}},
 }
 

@@ -39,6 +39,7 @@ CASES = {
     "lora": ("llama", {"use_rslora": True}, "sft"),
     "pissa and tables": ("llama", {"init_lora_weights": "pissa", "modules_to_save": TABLES}, "sft"),
     "dora, biases and tables": ("qwen2", {"use_dora": True, "bias": "all", "modules_to_save": TABLES}, "sft"),
+    "rows of tokens": ("llama", {"trainable_tokens": list(range(3, 30))}, "orpo"),
     "full": ("qwen2", None, "orpo"),
 }
 

@@ -8,12 +8,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from eight_devices import attend_by_splash, losses, run_on_eight, train_over
+from grown_bases import ADDED, add_tokens
+from jax.sharding import AbstractMesh
 from safetensors.numpy import load_file
 from shared_data import SHARED, needs_data
 from tiny import make_completions, make_llama, make_tokenizer, write_config
 
 from jlora.config import load_config
+from jlora.errors import ConfigError
+from jlora.hf.planned import shape_of
+from jlora.model.divisibility import check_divides
+from jlora.model.sharding import MESH_AXES
 from jlora.training.run import train
 
 ROOT = Path(__file__).parents[2]
@@ -68,6 +75,39 @@ def test_tiny_model(tmp_path, names):
         optimizer={"name": "sgd", "learning_rate": 0.1},
     )
     require_the_same_runs(tmp_path, config, {name: MESHES[name] for name in names}, 5e-6)
+
+
+def test_rows_of_new_tokens(tmp_path):
+    """304 rows of the embedding over two devices, and of those that are trained the width."""
+    make_llama(tmp_path / "base")
+    make_tokenizer(tmp_path / "base")
+    rows = make_completions(tmp_path / "rows.jsonl", 48)
+    rows.write_text(rows.read_text().replace("tree", ADDED[0]).replace("mountain", ADDED[2]))
+    config = write_config(
+        tmp_path / "run.yaml",
+        tmp_path / "base",
+        rows,
+        tmp_path / "run",
+        lora={"trainable_tokens": "new"},
+        data={"format": "completion", "max_length": 64, "eval": 0.2},
+        training={"batch_size": 16, "gradient_accumulation_steps": 2, "max_steps": 4},
+        optimizer={"name": "sgd", "learning_rate": 0.1},
+    )
+    tree = yaml.safe_load(config.read_text())
+    tree["model"] |= {"tokenizer": str(add_tokens(tmp_path / "tokenizer")), "resize_embeddings": True}
+    config.write_text(yaml.safe_dump(tree))
+    require_the_same_runs(tmp_path, config, {"2x2x2": MESHES["2x2x2"]}, 5e-6)
+    for name in ("embed_tokens", "lm_head"):
+        assert load_config(config).lora.trainable_tokens == "new" and trained_rows(tmp_path / "one", name) == len(ADDED)
+    few = ["model.tokenizer=" + str(add_tokens(tmp_path / "odd", ADDED[:1])), "mesh.tensor=2", "mesh.fsdp=1"]
+    cfg = load_config(config, few)
+    with pytest.raises(ConfigError, match="mesh.tensor=2 does not divide .*vocab_size=301"):
+        check_divides(shape_of(cfg), AbstractMesh((1, 1, 2), MESH_AXES), cfg)
+
+
+def trained_rows(run_dir, module):
+    held = load_file(run_dir / "adapter" / "adapter_model.safetensors")
+    return next(len(array) for name, array in held.items() if f"{module}.token_adapter" in name)
 
 
 @needs_data

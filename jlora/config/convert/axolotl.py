@@ -140,7 +140,10 @@ TABLE: Table = {
     "output_dir": To("output_dir", str),
     # Other results.
     "special_tokens": Without("result", "the tokenizer's own tokens are used; change them in its folder"),
-    "tokens": Without("result", "no token is added to a vocabulary"),
+    "tokens": Without(
+        "result",
+        "no token is added to a tokenizer; save one that has them, and set model.tokenizer and model.resize_embeddings",
+    ),
     "added_tokens_overrides": Without("result", "the tokenizer's own tokens are used"),
     "default_system_message": Without("result", "write it into the rows"),
     "group_by_length": Without("result", "rows are drawn in a random order, whatever their length", (False,)),

@@ -1,0 +1,42 @@
+"""The base of a run as a plan takes it: its shape, and the rows that are trained, with no weight read."""
+
+from dataclasses import replace
+
+from jlora.config import Config
+from jlora.data.tokens import Tokenizer
+from jlora.hf.pretrained import fitting_tokenizer, model_shape
+from jlora.hf.shapes import SHAPES
+from jlora.hf.source import resolve
+from jlora.hf.trained_tokens import run_with_ids
+from jlora.model.config import ModelConfig
+
+
+def shape_of(cfg: Config) -> ModelConfig:
+    """Shape of a run's base, with the rows that `model.resize_embeddings` gives it; no weight is read.
+
+    Raises:
+      ModelError: as `open_pretrained`.
+    """
+    model, tokenizer = model_shape(cfg.model.path), _planned_tokenizer(cfg)
+    return model if tokenizer is None else replace(model, vocab_size=tokenizer.limit or model.vocab_size)
+
+
+def to_plan(cfg: Config) -> Config:
+    """A run's config with `lora.trainable_tokens` as ids, for who opens no base.
+
+    Raises:
+      ModelError: as `open_pretrained`. ConfigError: see `jlora.hf.trained_tokens`.
+    """
+    if not cfg.lora.trainable_tokens:
+        return cfg
+    return run_with_ids(cfg, _planned_tokenizer(cfg), model_shape(cfg.model.path).vocab_size, shape_of(cfg).vocab_size)
+
+
+def _planned_tokenizer(cfg: Config) -> Tokenizer | None:
+    """The tokenizer of a run whose embedding it has a say in; None where there is none, as of a named size alone."""
+    path, needed = cfg.model.tokenizer, cfg.model.resize_embeddings or cfg.lora.trainable_tokens
+    if not needed or (path is None and cfg.model.path in SHAPES):
+        return None
+    where = path or str(resolve(cfg.model.path, weights=False))
+    vocab_size = model_shape(cfg.model.path).vocab_size
+    return fitting_tokenizer(cfg.model.path, where, cfg.data.chat_template, vocab_size, cfg.model.resize_embeddings)
