@@ -126,7 +126,7 @@ def test_it_answers_and_measures_as_the_commands_do(world, run, here):
     assert code == 0 and json.loads(out)["text"] == texts[0]
     code, out, _ = here("evaluate", "--adapter", world / "run", "--data", world / "rows.jsonl", "--json", "-q")
     assert code == 0 and run.evaluate(world / "rows.jsonl") == json.loads(out)
-    assert "prompt 1: " in sentence_of(DataError, run.generate, [{"prompt": "a"}])
+    assert "prompt 1: " in sentence_of(DataError, run.generate, [{"colour": "a"}])
     assert "takes no rows" in sentence_of(ConfigError, run.evaluate, world / "rows.jsonl", rows=3)
 
 

@@ -239,13 +239,13 @@ def test_contract_of_defaults(file):
     cfg = load_config(file).model_dump()
     assert cfg["model"] | {"path": None} == {
         **{"path": None, "tokenizer": None, "dtype": "bfloat16", "quantization": None},
-        **{"attention": "auto", "remat": "full"},
+        **{"attention": "auto", "remat": "full", "resize_embeddings": False},
     }
     assert cfg["lora"] == {
         **{"rank": 16, "alpha": 32.0, "dropout": 0.0, "init_from": None, "use_rslora": False},
         "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"],
         **{"use_dora": False, "init_lora_weights": True, "rank_pattern": {}, "alpha_pattern": {}, "bias": "none"},
-        **{"layers_to_transform": None, "modules_to_save": []},
+        **{"layers_to_transform": None, "modules_to_save": [], "trainable_tokens": []},
     }
     assert cfg["mesh"] == {"data": 1, "fsdp": -1, "tensor": 1}
     assert cfg["method"] == "lora"

@@ -82,7 +82,7 @@ def test_what_gemma_and_phi_leave_unsaid(config):
         ),
         (
             {"model_type": "phi3", "architectures": ["Phi3ForCausalLM"], "rope_scaling": {"rope_type": "longrope"}},
-            "rope_scaling of type 'longrope' is not supported",
+            "rope_scaling.short_factor must be a list of",
         ),
         (
             {"model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"], "use_bidirectional_attention": True},

@@ -265,7 +265,7 @@ def test_the_planned_step_is_taken_on_random_weights(config, capsys):
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="the TPU compiler is installed")
 def test_a_missing_compiler_is_named():
-    with pytest.raises(Exception, match=r"pip install 'jlora\[tpu\]'"):
+    with pytest.raises(Exception, match=r"pip install 'jlora\[tpu\] @ git\+https"):
         resolve("tpu:v5e:2x4")
 
 
@@ -277,7 +277,7 @@ def test_either_compiler_for_gpus_will_do(installed, monkeypatch):
     monkeypatch.setattr(topology.topologies, "get_topology_desc", described)
     assert resolve("gpu:h100-80gb:2").devices == ["a", "b"]
     monkeypatch.setattr(topology.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"pip install 'jlora\[cuda12\]'"):
+    with pytest.raises(ConfigError, match=r"pip install 'jlora\[cuda12\] @ git\+https"):
         resolve("gpu:h100-80gb:2")
 
 

@@ -431,7 +431,7 @@ def test_bars_end_at_the_peak(alone):
 
 def test_without_matplotlib_one_sentence(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"pip install 'jlora\[plot\]'"):
+    with pytest.raises(ConfigError, match=r"pip install 'jlora\[plot\] @ git\+https"):
         plan_page.require_matplotlib()
 
 
