@@ -181,9 +181,7 @@ def test_a_missing_library_is_one_sentence(world, evaluate, monkeypatch):
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if "sacre" in name else found(name))
     monkeypatch.setitem(sys.modules, "jlora.evaluation.measure", None)  # told before what takes its time is imported
-    with pytest.raises(
-        ConfigError, match=r"needs sacrebleu, not installed here; .* 'jlora\[eval\] @ git\+https"
-    ):
+    with pytest.raises(ConfigError, match=r"needs sacrebleu, not installed here; .* 'jlora\[eval\] @ git\+https"):
         scores.require_scores()
     code, out, err = evaluate("--base", world / "base", "--data", world / "rows.jsonl", "--generate", 2)
     assert (code, out, err.count("\n")) == (2, "", 1) and "jlora[eval]" in err
