@@ -17,8 +17,8 @@ def shape_of(cfg: Config) -> ModelConfig:
     Raises:
       ModelError: as `open_pretrained`.
     """
-    model, tokenizer = model_shape(cfg.model.path), _planned_tokenizer(cfg)
-    return model if tokenizer is None else replace(model, vocab_size=tokenizer.limit or model.vocab_size)
+    model = model_shape(cfg.model.path)
+    return replace(model, vocab_size=_rows(_planned_tokenizer(cfg, model), model))
 
 
 def to_plan(cfg: Config) -> Config:
@@ -29,14 +29,21 @@ def to_plan(cfg: Config) -> Config:
     """
     if not cfg.lora.trainable_tokens:
         return cfg
-    return run_with_ids(cfg, _planned_tokenizer(cfg), model_shape(cfg.model.path).vocab_size, shape_of(cfg).vocab_size)
+    model = model_shape(cfg.model.path)
+    tokenizer = _planned_tokenizer(cfg, model)
+    return run_with_ids(cfg, tokenizer, model.vocab_size, _rows(tokenizer, model))
 
 
-def _planned_tokenizer(cfg: Config) -> Tokenizer | None:
+def _rows(tokenizer: Tokenizer | None, model: ModelConfig) -> int:
+    """Rows of the embedding that the tokenizer is for."""
+    return model.vocab_size if tokenizer is None else tokenizer.limit or model.vocab_size
+
+
+def _planned_tokenizer(cfg: Config, model: ModelConfig) -> Tokenizer | None:
     """The tokenizer of a run whose embedding it has a say in; None where there is none, as of a named size alone."""
     path, needed = cfg.model.tokenizer, cfg.model.resize_embeddings or cfg.lora.trainable_tokens
     if not needed or (path is None and cfg.model.path in SHAPES):
         return None
     where = path or str(resolve(cfg.model.path, weights=False))
-    vocab_size = model_shape(cfg.model.path).vocab_size
-    return fitting_tokenizer(cfg.model.path, where, cfg.data.chat_template, vocab_size, cfg.model.resize_embeddings)
+    how = cfg.data.chat_template, model.vocab_size, cfg.model.resize_embeddings
+    return fitting_tokenizer(cfg.model.path, where, *how)

@@ -4,6 +4,7 @@ import hashlib
 import json
 import sys
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,11 @@ class Pretrained:
     def lasting_name(self) -> str:
         """The name that an adapter gives its base: the hub's, or where it lies, which another folder finds, too."""
         return str(Path(self.name).absolute()) if Path(self.name).exists() else self.name
+
+    @cached_property
+    def stops(self) -> list[int]:
+        """Ids that end a text; see `stop_tokens`."""
+        return stop_tokens(self.tokenizer, with_stops(self.source.config, self.path))
 
 
 def with_ids(cfg: Config, opened: Opened | Pretrained) -> Config:
@@ -376,8 +382,9 @@ def with_stops(config: dict[str, Any], folder: Path) -> dict[str, Any]:
     Raises:
       ModelError: that file cannot be read.
     """
-    file = inside(folder, "generation_config.json") if folder.is_dir() else folder
-    also = read_json(file).get("eos_token_id") if folder.is_dir() and file.is_file() else None
+    if not folder.is_dir() or not (file := inside(folder, "generation_config.json")).is_file():
+        return config
+    also = read_json(file).get("eos_token_id")
     return config | {"eos_token_id": [*_listed(config.get("eos_token_id")), *_listed(also)]}
 
 

@@ -104,13 +104,11 @@ def read_indices(raw: dict[str, Any], saved: list[str], model: ModelConfig, wher
 
 
 def written_indices(rows: dict[str, tuple[int, ...]], model_names: dict[str, str]) -> Any:
-    """`trainable_token_indices` as PEFT reads it; None where no rows are trained.
+    """`trainable_token_indices` as PEFT reads it, of rows that are trained.
 
     Args:
       rows: leaf -> ids. model_names: leaf -> what PEFT calls its module.
     """
-    if not rows:
-        return None
     if [*rows] == ["embed_tokens"]:
         return list(rows["embed_tokens"])
     return {model_names[leaf]: list(ids) for leaf, ids in rows.items()}

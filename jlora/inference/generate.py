@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jlora.hf.pretrained import stop_tokens, with_stops
 from jlora.inference.model import Adapted
 from jlora.model import attention
 from jlora.model.adapter import Adapter
@@ -159,8 +158,7 @@ def generate(
     Args:
       width: tokens that each prompt is padded to, where it is not to follow from the longest; each is compiled for.
     """
-    base, source = model.pretrained.base, model.pretrained.source
-    stops = stop_tokens(model.pretrained.tokenizer, with_stops(source.config, model.pretrained.path))
+    base, stops = model.pretrained.base, model.pretrained.stops
     check_length(base.cfg, max(map(len, prompts)) + max_new_tokens, "a prompt with its answer")
     answers: list[list[int]] = [[] for _ in prompts]
     drawn = 0

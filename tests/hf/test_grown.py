@@ -15,7 +15,7 @@ from gguf_files import write as write_gguf
 from grown_bases import ADDED, GROWN, VOCAB, add_tokens, grown_config, resized
 from parity import assert_close, logits, random_tokens, torch_logits
 from safetensors import safe_open
-from tiny import copy_folder, make_llama, make_tokenizer
+from tiny import copy_folder, make_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from jlora.errors import ModelError
@@ -30,19 +30,6 @@ from jlora.training.export import export
 from jlora.training.run import train
 
 FLOAT32 = jnp.dtype("float32")
-
-
-@pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
-def base(request, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("base")
-    make_llama(folder, tie_word_embeddings=request.param)
-    make_tokenizer(folder, VOCAB)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory) -> Path:
-    return add_tokens(tmp_path_factory.mktemp("tokenizer"))
 
 
 def tables(model) -> list[np.ndarray]:

@@ -12,11 +12,10 @@ import pytest
 import torch
 from command_line import sentence_of
 from families import make_family
-from grown_bases import ADDED, GROWN, VOCAB, add_tokens, grown_config, resized
+from grown_bases import ADDED, GROWN, VOCAB, grown_config, resized
 from parity import assert_close, logits, open_base, random_tokens, torch_logits
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.numpy import load_file
-from tiny import make_llama, make_tokenizer
 from transformers import AutoModelForCausalLM
 
 from jlora.config import LoraSection, ObjectiveSection
@@ -40,19 +39,6 @@ from jlora.training.sweep import train_together
 FLOAT32 = jnp.dtype("float32")
 IDS = [3, 77, 299]
 SECTION = LoraSection(rank=4, alpha=8.0, target_modules=["q_proj", "down_proj"], trainable_tokens=IDS)
-
-
-@pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
-def base(request, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("base")
-    make_llama(folder, tie_word_embeddings=request.param)
-    make_tokenizer(folder, VOCAB)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory) -> Path:
-    return add_tokens(tmp_path_factory.mktemp("tokenizer"))
 
 
 def peft_model(folder: Path, tied: bool):
