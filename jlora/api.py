@@ -34,7 +34,7 @@ class Run:
         Raises:
           ModelError: it holds no run.
         """
-        from jlora.hf.pretrained import run_config
+        from jlora.hf.adapters import run_config
 
         config = run_config(folder)
         if config is None:
@@ -77,7 +77,7 @@ class Run:
         Raises:
           ModelError: the run has none.
         """
-        from jlora.hf.pretrained import find_adapter
+        from jlora.hf.adapters import find_adapter
 
         return find_adapter(str(self.folder))
 

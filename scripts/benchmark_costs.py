@@ -96,7 +96,7 @@ def needed_flops(cfg: Any, mesh: Any) -> float:
     The jaxpr is that over the reference attention, which computes the whole square: 4 products forward and
     backward, each twice, of [T H] x [H T] for every head.
     """
-    from jlora.hf.pretrained import model_shape
+    from jlora.hf.planned import model_shape
     from jlora.planning.compiled import step_flops
     from jlora.training.step import make_forward
 

@@ -14,7 +14,8 @@ from jlora.config import load_config
 from jlora.data import packing
 from jlora.data.encoding import read_data
 from jlora.data.packing import Epochs
-from jlora.hf.pretrained import first_adapter, load_pretrained, open_pretrained
+from jlora.hf.adapters import first_adapter
+from jlora.hf.pretrained import load_pretrained, open_pretrained
 from jlora.model.sharding import one_device_mesh
 from jlora.training import optim
 from jlora.training.checkpoint import flatten

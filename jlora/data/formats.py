@@ -84,7 +84,7 @@ def format_of(row: dict[str, Any], answered: bool = True, given: Mapping[str, st
     if best in ("messages", "sharegpt"):  # whose lists have the same names, so a turn tells
         lists = [given.get(column, column) for column in ("messages", "conversations", "conversation")]
         turns = next(row[name] for name in lists if row.get(name) is not None)
-        turn = turns[0] if isinstance(turns, list) and turns else {}
+        turn = next((turn for turn in turns if isinstance(turn, dict)), {}) if isinstance(turns, list) else {}
         return "sharegpt" if "from" in turn else "messages" if "role" in turn else best
     return best
 

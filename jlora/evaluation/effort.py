@@ -24,7 +24,8 @@ from jlora.files import lock
 from jlora.files.atomic import strict_json, write_text
 from jlora.files.paths import require_own
 from jlora.files.theirs import MAX_JSON, read_theirs
-from jlora.hf.pretrained import Opened, open_adapter, open_pretrained
+from jlora.hf.adapters import open_adapter
+from jlora.hf.pretrained import Opened, open_pretrained
 from jlora.hf.source import base_fingerprint
 from jlora.inference.generate import LENGTH_STEP
 from jlora.inference.model import Adapted

@@ -14,7 +14,8 @@ from jlora.data.speakers import Turn, turns
 from jlora.errors import ConfigError
 from jlora.evaluation.scores import answer_and_score, describe_scores
 from jlora.files.paths import short_names
-from jlora.hf.pretrained import make_reference, open_adapter, run_config, warn_of_length
+from jlora.hf.adapters import make_reference, open_adapter, run_config
+from jlora.hf.pretrained import warn_of_length
 from jlora.inference.answers import Question, read_questions
 from jlora.inference.model import open_model
 from jlora.model import attention

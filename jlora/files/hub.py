@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from jlora.errors import UserError
+from jlora.files.paths import beside
 
 # Names that were said to be asked for.
 _said: set[str] = set()
@@ -37,9 +38,9 @@ def _asking(name: str, what: str, error: type[UserError], hint: str = "") -> Ite
     if name.lower().endswith(".gguf"):  # no repository has such a name, but one may be made to get what is sent there
         slash = ""
     if not slash:
-        raise error(f"{name}: no such {what}, and not a hub name (OWNER/NAME); check the path")
+        raise error(f"{name}: no such {what}, and not a hub name (OWNER/NAME){beside(name)}")
     if Path(owner).is_dir():
-        raise error(f"{name}: no such {what} in the folder {owner}, and so the hub is not asked; check the path")
+        raise error(f"{name}: no such {what} in the folder {owner}, and so the hub is not asked{beside(name)}")
     if name not in _said:
         _said.add(name)
         print(f"{name} is no {what}; asking the Hugging Face hub", file=sys.stderr)

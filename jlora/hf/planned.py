@@ -1,14 +1,24 @@
 """The base of a run as a plan takes it: its shape, and the rows that are trained, with no weight read."""
 
 from dataclasses import replace
+from pathlib import Path
 
 from jlora.config import Config
 from jlora.data.tokens import Tokenizer
-from jlora.hf.pretrained import fitting_tokenizer, model_shape
+from jlora.hf.architecture import parse_config
+from jlora.hf.pretrained import fitting_tokenizer
 from jlora.hf.shapes import SHAPES
-from jlora.hf.source import resolve
+from jlora.hf.source import open_source, read_config, resolve
 from jlora.hf.trained_tokens import run_with_ids
 from jlora.model.config import ModelConfig
+
+
+def model_shape(path: str) -> ModelConfig:
+    """Shape of a named size, or of the base at `path`; no weight is read."""
+    if path not in SHAPES:
+        local = resolve(path, weights=False)
+        return open_source(local, path).model if Path(path).exists() else read_config(local, path)[1]
+    return parse_config(SHAPES[path], path)
 
 
 def shape_of(cfg: Config) -> ModelConfig:

@@ -11,17 +11,8 @@ from jlora.config import DataSection
 from jlora.data.formats import format_of
 from jlora.data.rows import read_rows
 from jlora.errors import ModelError
-from jlora.hf.pretrained import (
-    Pretrained,
-    base_of,
-    embedding_rows,
-    find_adapter,
-    holds_tokenizer,
-    load_pretrained,
-    open_adapter,
-    open_pretrained,
-    run_config,
-)
+from jlora.hf.adapters import base_of, embedding_rows, find_adapter, open_adapter, run_config
+from jlora.hf.pretrained import Pretrained, holds_tokenizer, load_pretrained, open_pretrained
 from jlora.model import quant
 from jlora.model.adapter import Adapter
 from jlora.model.sharding import one_device_mesh

@@ -22,21 +22,12 @@ from jlora.errors import ConfigError, DataError, MemoryExceeded, ModelError
 from jlora.files.atomic import new_folder
 from jlora.files.paths import inside
 from jlora.hf import verify
+from jlora.hf.adapters import base_of, embedding_rows, find_adapter, open_adapter, run_config
 from jlora.hf.gguf import GGUFFile
 from jlora.hf.grown import Grown
 from jlora.hf.load import hash_base, load_base
 from jlora.hf.names import name_table
-from jlora.hf.pretrained import (
-    Opened,
-    base_of,
-    embedding_rows,
-    find_adapter,
-    load_pretrained,
-    open_adapter,
-    open_pretrained,
-    run_config,
-    with_ids,
-)
+from jlora.hf.pretrained import Opened, load_pretrained, open_base, open_pretrained, with_ids
 from jlora.hf.source import check_names, open_source
 from jlora.hf.weights import Dequantized, Merged, Stored, Trained, Weights, save_checkpoint, stored_bytes, untied
 from jlora.model import attention
@@ -153,8 +144,7 @@ def export(
         raise ConfigError("--cost is that of merging an adapter, by --merge; leave it out")
     found = find_step(cfg, run_dir, step)
     try:
-        section = cfg.model
-        opened = open_pretrained(section.path, section.tokenizer, cfg.data.chat_template, section.resize_embeddings)
+        opened = open_base(cfg)
     except ModelError as error:
         if base is not None or Path(cfg.model.path).exists():
             raise

@@ -23,14 +23,12 @@ from jlora.data.encoding import read_data
 from jlora.data.packing import Epochs, Origin, plan_steps
 from jlora.errors import ConfigError, DataError, ModelError
 from jlora.files.text import counted
+from jlora.hf.adapters import adapter_digest, first_adapter, make_reference
 from jlora.hf.pretrained import (
     Opened,
     Pretrained,
-    adapter_digest,
-    first_adapter,
     load_pretrained,
-    make_reference,
-    open_pretrained,
+    open_base,
     warn_of_dequantising,
     warn_of_dropout,
     with_ids,
@@ -77,8 +75,7 @@ class Shared:
     def open(self, cfg: Config) -> Opened:
         """The base, no weight read yet, with its tokenizer."""
         if self.opened is None:
-            base = cfg.model
-            self.opened = open_pretrained(base.path, base.tokenizer, cfg.data.chat_template, base.resize_embeddings)
+            self.opened = open_base(cfg)
         return self.opened
 
     def read(self, cfg: Config) -> tuple[Dataset, Dataset | None]:

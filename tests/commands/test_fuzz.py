@@ -28,9 +28,10 @@ from jlora.data.encoding import tokenize
 from jlora.data.tokens import CHAT_TEMPLATES, load_tokenizer
 from jlora.errors import ConfigError, DataError, ModelError
 from jlora.files import manifest
+from jlora.hf.adapters import find_adapter, run_config
 from jlora.hf.architecture import parse_config
 from jlora.hf.peft import load_adapter, save_adapter
-from jlora.hf.pretrained import find_adapter, open_tokenizer, run_config
+from jlora.hf.pretrained import open_tokenizer
 from jlora.hf.source import base_fingerprint, check_names, open_source
 from jlora.model.adapter_init import new_adapter
 from jlora.reports.page import write_page

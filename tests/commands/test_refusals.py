@@ -245,9 +245,17 @@ def test_damaged_adapter(world, here, tmp_path):
 
 
 def test_folder_that_is_no_adapter(world, here, tmp_path):
-    for folder in (tmp_path, world / "base", tmp_path / "none"):
+    (tmp_path / "stopped" / "checkpoints").mkdir(parents=True)
+    says = {
+        tmp_path: "neither a PEFT adapter folder nor a run folder with a finished adapter/",
+        world / "base": "neither a PEFT adapter folder nor a run folder with a finished adapter/",
+        world / "runn": f"no such folder; did you mean {world / 'run'}?",
+        tmp_path / "stopped": "a run that has no adapter yet; train it to its end, or write what its newest checkpoint "
+        f"holds with `jlora export --run {tmp_path / 'stopped'} --out NAME` and name that folder",
+    }
+    for folder, wanted in says.items():
         code, _, err = here("generate", "--base", world / "base", "--adapter", folder, "--prompt", "a", "-q")
-        assert code == 4 and f"{folder}: neither a PEFT adapter folder nor a run folder" in one_sentence(err)
+        assert code == 4 and f"{folder}: {wanted}" in one_sentence(err)
 
 
 def test_adapter_to_go_on_from_must_be_the_configs(world, here, tmp_path):

@@ -15,8 +15,9 @@ from shared_data import SMOLLM2, needs_smollm2
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from jlora.data.prompts import encode_prompt
+from jlora.hf.adapters import open_adapter
 from jlora.hf.names import name_table
-from jlora.hf.pretrained import load_pretrained, open_adapter, open_pretrained
+from jlora.hf.pretrained import load_pretrained, open_pretrained
 from jlora.hf.verify import probe_logits, probe_tokens
 from jlora.inference.generate import generate
 from jlora.inference.model import Adapted

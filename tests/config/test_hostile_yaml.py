@@ -14,7 +14,7 @@ from tiny import write_config
 
 from jlora.config import Config, config_of, load_config
 from jlora.errors import ConfigError, ModelError
-from jlora.hf.pretrained import run_config
+from jlora.hf.adapters import run_config
 
 LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"{new}: &{new} [{', '.join([f'*{old}'] * 9)}]\n" for old, new in zip("abcdefghi", "bcdefghij", strict=True)

@@ -107,6 +107,13 @@ def test_format_by_its_columns():
     assert format_of({"title": "a"}) is None
 
 
+@pytest.mark.parametrize("turns", [[None], [5], ["from here"], [], 5, "role"], ids=repr)
+def test_turns_that_are_none_tell_of_no_format(turns):
+    """As a campaign found: a row is refused where it is read, not where its format is guessed."""
+    assert format_of({"messages": turns}) == "messages"
+    assert format_of({"messages": [turns, {"from": "human", "value": "a"}]}) == "sharegpt"
+
+
 def test_what_was_read_under_another_name_or_left_is_told_with_its_count(tmp_path, tokenizer):
     folder = tmp_path / "rows"
     folder.mkdir()

@@ -20,7 +20,8 @@ from jlora.data.rows import BadRow
 from jlora.data.speakers import Turn
 from jlora.errors import ConfigError, DataError
 from jlora.evaluation import scores
-from jlora.hf.pretrained import load_pretrained, open_adapter, open_pretrained
+from jlora.hf.adapters import open_adapter
+from jlora.hf.pretrained import load_pretrained, open_pretrained
 from jlora.inference import answers
 from jlora.inference.model import Adapted
 from jlora.model.sharding import one_device_mesh

@@ -19,8 +19,9 @@ from jlora.data.tokens import Tokenizer
 from jlora.errors import ModelError
 from jlora.files import sandbox
 from jlora.hf.adapter_config import CONFIG, read_adapter_config
+from jlora.hf.adapters import first_adapter
 from jlora.hf.peft import WEIGHTS, load_adapter, read_options
-from jlora.hf.pretrained import Pretrained, first_adapter
+from jlora.hf.pretrained import Pretrained
 from jlora.hf.source import open_source
 from jlora.model.adapter import Adapter, Lora
 from jlora.model.sharding import one_device_mesh

@@ -21,7 +21,8 @@ from jlora.errors import ModelError
 from jlora.files.atomic import new_folder
 from jlora.hf import verify
 from jlora.hf.load import hash_base
-from jlora.hf.pretrained import load_pretrained, model_shape, open_pretrained
+from jlora.hf.planned import model_shape
+from jlora.hf.pretrained import load_pretrained, open_pretrained
 from jlora.hf.source import SafetensorsFolder, base_fingerprint, open_source
 from jlora.hf.weights import Stored
 from jlora.model.sharding import one_device_mesh

@@ -19,10 +19,11 @@ from tiny import copy_folder, make_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from jlora.errors import ModelError
+from jlora.hf.adapters import embedding_rows
 from jlora.hf.grown import Grown
 from jlora.hf.load import hash_base, load_base
 from jlora.hf.planned import shape_of
-from jlora.hf.pretrained import embedding_rows, open_pretrained
+from jlora.hf.pretrained import open_pretrained
 from jlora.hf.source import base_fingerprint, open_source
 from jlora.inference.model import open_adapted
 from jlora.model.sharding import one_device_mesh

@@ -14,7 +14,8 @@ from jlora.data.rows import read_rows
 from jlora.data.tokens import load_tokenizer
 from jlora.errors import DataError, ModelError
 from jlora.files import hub
-from jlora.hf.pretrained import model_shape, open_pretrained, tokenizer_of
+from jlora.hf.planned import model_shape
+from jlora.hf.pretrained import open_pretrained, tokenizer_of
 from jlora.hf.source import resolve
 
 ROW = '{"prompt": "a", "completion": "b"}\n'
@@ -79,6 +80,9 @@ READERS = [
 def test_path_into_a_local_folder_is_not_sent_to_the_hub(deaf, capsys, error, read, what):
     wanted = f"models/stories: no such {what} in the folder models, and so the hub is not asked; check the path"
     assert sentence_of(error, read, "models/stories") == wanted
+    Path("models/storys").mkdir()
+    near = wanted.replace("check the path", "did you mean models/storys?")
+    assert sentence_of(error, read, "models/stories") == near
     assert capsys.readouterr().err == ""
 
 

@@ -11,7 +11,7 @@ from tiny import OFF_DEFAULT, save_random
 from transformers import Mistral3Config, Mistral3ForConditionalGeneration, MistralConfig
 
 from jlora.hf.families import tensor_in
-from jlora.hf.pretrained import model_shape
+from jlora.hf.planned import model_shape
 from jlora.hf.source import check_names, open_source
 
 BNB = {

@@ -20,9 +20,10 @@ from transformers import AutoModelForCausalLM
 
 from jlora.config import LoraSection, ObjectiveSection
 from jlora.errors import ConfigError, ModelError
+from jlora.hf.adapters import embedding_rows
 from jlora.hf.peft import load_adapter, save_adapter
 from jlora.hf.planned import to_plan
-from jlora.hf.pretrained import embedding_rows, open_pretrained, with_ids
+from jlora.hf.pretrained import open_pretrained, with_ids
 from jlora.inference.model import open_adapted
 from jlora.model import attention
 from jlora.model.adapter import Rows, place_adapter

@@ -19,7 +19,7 @@ from tiny import make_llama, make_rows, make_tokenizer, write_config
 import jlora.plan
 from jlora.config import load_config
 from jlora.errors import ConfigError
-from jlora.hf.pretrained import model_shape
+from jlora.hf.planned import model_shape
 from jlora.hf.shapes import SHAPES
 from jlora.model import attention
 from jlora.model.llama import abstract_decoder

@@ -16,7 +16,7 @@ from tiny import make_llama, make_rows, make_tokenizer, write_config
 
 from jlora.config import load_config
 from jlora.errors import ConfigError
-from jlora.hf.pretrained import model_shape
+from jlora.hf.planned import model_shape
 from jlora.model.divisibility import check_divides
 from jlora.planning import layouts, search
 from jlora.planning.compiled import Plan, fresh

@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, get_cosine_sche
 
 from jlora.data.encoding import read_data
 from jlora.data.packing import Epochs
+from jlora.hf.adapters import first_adapter
 from jlora.hf.peft import save_adapter
-from jlora.hf.pretrained import first_adapter
 from jlora.model.sharding import one_device_mesh
 from jlora.training.export import export
 from jlora.training.metrics import read_metrics

@@ -17,7 +17,7 @@ from jlora.config import load_config
 from jlora.errors import ConfigError, ModelError
 from jlora.files.paths import RUN_FILES, RUN_FOLDERS, short_names
 from jlora.hf import verify
-from jlora.hf.pretrained import find_adapter, run_config
+from jlora.hf.adapters import find_adapter, run_config
 from jlora.reports.run import write_report
 from jlora.training.metrics import MetricsLog
 from jlora.training.run import train

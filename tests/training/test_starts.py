@@ -13,7 +13,7 @@ from jlora.config.places import places_of, relocated
 from jlora.errors import ConfigError, ModelError
 from jlora.files.paths import RUN_FILES
 from jlora.files.starts import NAME, read_starts
-from jlora.hf.pretrained import base_of, run_config
+from jlora.hf.adapters import base_of, run_config
 from jlora.training.evaluator import Evaluator
 from jlora.training.metrics import Callbacks, read_metrics
 from jlora.training.opening import Shared
@@ -147,7 +147,7 @@ def test_a_change_is_refused_before_the_base_is_opened(project, monkeypatch):
             train(load_config("c.yaml", ["optimizer.learning_rate=1.0e-3", allowed]), quiet=True)
     finally:
         rows.write_text(text, encoding="utf-8")
-    monkeypatch.setattr("jlora.training.opening.open_pretrained", lambda *_: pytest.fail("the base was opened"))
+    monkeypatch.setattr("jlora.training.opening.open_base", lambda *_: pytest.fail("the base was opened"))
     with pytest.raises(ModelError, match="another run .config.lora.alpha: "):
         train(load_config("c.yaml", ["lora.alpha=3", "optimizer.learning_rate=1.0e-3"]), quiet=True)
     with pytest.raises(ConfigError, match="did you mean"):
