@@ -232,12 +232,13 @@ def check_rows(cfg: Config, train_data: Dataset, eval_data: Dataset | None) -> l
     return checks
 
 
-def check_run(cfg: Config, num_steps: int, positions: Any) -> list[Check]:
-    """What of a run's own settings trains less, or shows less, than its owner may think; warnings alone.
+def check_run(cfg: Config, num_steps: int, positions: Any, chats: bool) -> list[Check]:
+    """What of a run's own settings trains less, or shows less, than its owner may think, or otherwise than it is asked.
 
     Args:
       num_steps: optimizer steps to its end.
       positions: the base's `max_position_embeddings`, if it says so.
+      chats: the tokenizer has a chat template.
     """
     training, warmup, longest = cfg.training, cfg.optimizer.warmup_steps, cfg.data.max_length
     more = "raise training.max_steps" if training.max_steps else "raise training.epochs"
@@ -263,7 +264,14 @@ def check_run(cfg: Config, num_steps: int, positions: Any) -> list[Check]:
             f"data.max_length={longest} is beyond the base's {positions} positions",
         ),
     ]  # fmt: skip
-    return [Check(name, "warning", count, sentence) for holds, name, count, sentence in found if holds]
+    checks = [Check(name, "warning", count, sentence) for holds, name, count, sentence in found if holds]
+    if chats and cfg.data.format == "alpaca" and cfg.data.prompt == "stanford":
+        sentence = (
+            "data.prompt=stanford: the base has a chat template, with which servers ask it, and these rows are not "
+            "written in it; set data.prompt=chat, or ask the model in Stanford's prompt later, too"
+        )
+        checks.append(Check("no_template", "note", 1, sentence))
+    return checks
 
 
 def check_overlap(eval_data: Dataset, exact: np.ndarray) -> list[Check]:

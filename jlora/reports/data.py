@@ -98,7 +98,7 @@ def look(cfg: Config, num_rows: int) -> Seen:
         checks += check_overlap(eval_data, exact) + warned
     _, num_steps = plan_steps(cfg, train_data)
     report["steps"] = num_steps
-    checks += check_run(cfg, num_steps, positions)
+    checks += check_run(cfg, num_steps, positions, tokenizer.chat_template is not None)
     report["checks"] = [asdict(found) for found in checks]
     each = -(-num_rows // len(cfg.data.sources))  # the first rows of every source
     rows = [row for source in cfg.data.sources for row in show_rows(source.path, each, tokenizer, cfg.data)]

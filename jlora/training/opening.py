@@ -245,7 +245,8 @@ def open_run(cfg: Config, folder: Path, mesh: jax.sharding.Mesh, watch: Watch, s
     require_same(hashes)
     epochs, num_steps = plan_steps(cfg, train_data)
     checks = check_rows(cfg, train_data, eval_data)
-    checks += check_run(cfg, num_steps, opened.source.config.get("max_position_embeddings"))
+    chats = opened.tokenizer.chat_template is not None
+    checks += check_run(cfg, num_steps, opened.source.config.get("max_position_embeddings"), chats)
     for found in checks:
         if found.level == "error":
             raise DataError(found.sentence)

@@ -86,10 +86,17 @@ def test_notes_are_said_and_drawn_and_nothing_wrong(config, here, tmp_path):
 def test_a_run_that_trains_or_shows_less_than_it_seems(config, overrides, positions, expected):
     cfg = load_config(config(GOOD), ["training.max_steps=null", *overrides, "data.packing=false"])
     dataset = read_data(cfg, load_tokenizer(cfg.model.path, None))[0]
-    found = check_run(cfg, plan_steps(cfg, dataset)[1], positions)
+    found = check_run(cfg, plan_steps(cfg, dataset)[1], positions, True)
     assert {check.name: check.level for check in found} == dict.fromkeys(expected, "warning")
     for check in found:
         assert expected[check.name] in check.sentence
+
+
+def test_rows_that_are_not_written_in_the_bases_chat_template_are_named(config, base, tmp_path):
+    path = make_rows(tmp_path / "alpaca.jsonl")
+    for prompt, template, noted in (("stanford", "llama2", 1), ("chat", "llama2", 0), ("stanford", None, 0)):
+        seen = look_at(config(path, format="alpaca", max_length=320, prompt=prompt, chat_template=template))
+        assert [check["name"] for check in seen.report["checks"]].count("no_template") == noted
 
 
 def test_figures_are_those_of_the_batches(config, base, tmp_path):
