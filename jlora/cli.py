@@ -171,6 +171,7 @@ def as_flags(sentence: str, flags: Collection[str]) -> str:
         name = "base" if found[0].startswith("model.path") else found[1]
         return f"--{name.replace('_', '-')}{' ' * bool(found[2])}" if name in flags else found[0]
 
+    sentence = re.sub(r"\bdata\.columns\.\b", "data.columns=", sentence) if "columns" in flags else sentence
     return re.sub(r"\b(?:data|model)\.([a-z_]+)\b(=?)", flag, sentence)
 
 
@@ -283,6 +284,25 @@ def add_output_arguments(parser: Parser, json: str | None = None) -> None:
         parser.add_argument("--json", action="store_true", help=json)
 
 
+def named(text: str) -> dict[str, str]:
+    """`instruction=q,output=reply` as column of the format -> its name in the rows."""
+    pairs = [pair.partition("=") for pair in text.split(",")]
+    if not all(column.strip() and name.strip() for column, _, name in pairs):
+        raise argparse.ArgumentTypeError(f"'{text}' is not of the form instruction=q,output=reply")
+    return {column.strip(): name.strip() for column, _, name in pairs}
+
+
+def add_columns_argument(parser: Parser) -> None:
+    """How the columns of rows are named."""
+    parser.add_argument(
+        "--columns",
+        type=named,
+        default={},
+        metavar="COLUMN=NAME,...",
+        help="names of columns in your rows, such as instruction=q,output=reply; usual ones are found without",
+    )
+
+
 def add_model_arguments(parser: Parser) -> None:
     """The arguments of every command that runs a base with an adapter."""
     from jlora.config.data import Format
@@ -305,6 +325,7 @@ def add_model_arguments(parser: Parser) -> None:
         choices=get_args(Format),
         help="how rows are read; default: as the adapter's run did, else by their columns",
     )
+    add_columns_argument(parser)
     parser.add_argument("--split", default="train", help="of a folder or data set; or some rows, as train[:100]")
     parser.add_argument(
         "--prompt-style", choices=("stanford", "chat"), help="how alpaca rows are written; default: as the run did"

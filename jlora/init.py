@@ -1,6 +1,5 @@
 """`jlora init`: a config for rows and a base, with a reason beside each line, checked as `jlora data` checks it."""
 
-import argparse
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,13 +23,7 @@ def main() -> None:
     parser.add_argument("--base", type="path", help="Hugging Face folder, .gguf file or hub name")
     cli.add_old_name(parser, "--model", "base")
     parser.add_argument("--eval", type="path", metavar="ROWS", help="held-out rows; default: a share of --data")
-    parser.add_argument(
-        "--columns",
-        type=named,
-        default={},
-        metavar="COLUMN=NAME,...",
-        help="names of columns in your rows, such as instruction=q,output=reply; usual ones are found without",
-    )
+    cli.add_columns_argument(parser)
     parser.add_argument("--out", type="path", metavar="FILE", help="config to write; default: named after the rows")
     cli.add_output_arguments(parser)
     args = parser.parse_args()
@@ -53,14 +46,6 @@ def main() -> None:
         return DataError.exit_code if seen.errors else 0
 
     cli.run(body)
-
-
-def named(text: str) -> dict[str, str]:
-    """`instruction=q,output=reply` as column of the format -> its name in the rows."""
-    pairs = [pair.partition("=") for pair in text.split(",")]
-    if not all(column.strip() and name.strip() for column, _, name in pairs):
-        raise argparse.ArgumentTypeError(f"'{text}' is not of the form instruction=q,output=reply")
-    return {column.strip(): name.strip() for column, _, name in pairs}
 
 
 def asked(question: str, flag: str) -> str:

@@ -50,7 +50,7 @@ def find_adapter(folder: str) -> Path:
     if (Path(folder) / "checkpoints").is_dir():
         raise ModelError(
             f"{folder}: a run that has no adapter yet; train it to its end, or write what its newest checkpoint holds "
-            f"with `jlora export --run {folder} --out NAME` and name that folder"
+            f"with `jlora export --adapter {folder} --out NAME` and name that folder"
         )
     raise ModelError(f"{folder}: neither a PEFT adapter folder nor a run folder with a finished adapter/")
 

@@ -72,9 +72,11 @@ def open_model(args: argparse.Namespace, rows: str | None) -> tuple[Adapted, Dat
     """
     base = args.base or base_of(args.adapter)
     run = run_config(args.adapter)
+    columns = args.columns or (run.data.columns if run else {})
     chosen = {
         "split": args.split,
-        "format": args.format or (run.data.format if run else _format_of(rows, args.split)),
+        "columns": columns,
+        "format": args.format or (run.data.format if run else _format_of(rows, args.split, columns)),
         "prompt": args.prompt_style or (run.data.prompt if run else "stanford"),
         "chat_template": args.chat_template or (run.data.chat_template if run else None),
     }
@@ -91,9 +93,10 @@ def open_model(args: argparse.Namespace, rows: str | None) -> tuple[Adapted, Dat
         raise ModelError(f"{error}; if the base of {args.adapter} has moved, say where it lies with --base") from None
 
 
-def _format_of(source: str | None, split: str) -> str:
+def _format_of(source: str | None, split: str, columns: dict[str, str]) -> str:
     """By the columns of the first row, which need not hold an answer; a text alone is completed."""
     if source is None:
         return "completion"
     first = next((row.value for row in read_rows(source, split) if isinstance(row.value, dict)), {})
-    return format_of(first) or format_of(first, answered=False) or DataSection.model_fields["format"].default
+    found = format_of(first, given=columns) or format_of(first, answered=False, given=columns)
+    return found or DataSection.model_fields["format"].default

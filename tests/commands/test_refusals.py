@@ -251,7 +251,7 @@ def test_folder_that_is_no_adapter(world, here, tmp_path):
         world / "base": "neither a PEFT adapter folder nor a run folder with a finished adapter/",
         world / "runn": f"no such folder; did you mean {world / 'run'}?",
         tmp_path / "stopped": "a run that has no adapter yet; train it to its end, or write what its newest checkpoint "
-        f"holds with `jlora export --run {tmp_path / 'stopped'} --out NAME` and name that folder",
+        f"holds with `jlora export --adapter {tmp_path / 'stopped'} --out NAME` and name that folder",
     }
     for folder, wanted in says.items():
         code, _, err = here("generate", "--base", world / "base", "--adapter", folder, "--prompt", "a", "-q")

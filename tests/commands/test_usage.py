@@ -16,8 +16,18 @@ from jlora.runtime import xla
 
 ROOT = Path(__file__).parents[2]
 ANSWERING = [
-    *("--base", "--adapter", "--tokenizer", "--chat-template", "--dtype", "--quantization", "--format", "--split"),
-    *("--prompt-style", "--max-new-tokens", "--batch-size", "-q", "--json"),
+    *(
+        "--base",
+        "--adapter",
+        "--tokenizer",
+        "--chat-template",
+        "--dtype",
+        "--quantization",
+        "--format",
+        "--columns",
+        "--split",
+    ),
+    *("--split", "--prompt-style", "--max-new-tokens", "--batch-size", "-q", "--json"),
 ]
 FLAGS = {
     "quickstart": ["--base", "-q"],
@@ -152,6 +162,7 @@ def test_sentences_name_the_flags_of_a_command_without_a_config():
     assert cli.as_flags(sentence, ()) == sentence
     said = cli.as_flags(sentence, ("on_bad_row", "format", "base", "max_length", "data"))
     assert said == "set --on-bad-row skip, --format messages, --base or --max-length; data.columns.a=b"
+    assert cli.as_flags("data.columns.a=b, (data.columns.c)", ["columns"]) == "--columns a=b, (--columns c)"
 
 
 def test_console_script_as_a_program():

@@ -95,6 +95,17 @@ def by_transformers(world, pretrained, adapter=None):
     return np.mean(losses), np.mean(right)
 
 
+def test_rows_of_other_columns_are_measured_as_those_of_the_formats_own(world, evaluate, tmp_path):
+    rows = [json.loads(line) for line in (world / "rows.jsonl").read_text().splitlines()]
+    renamed = [{"ask": row["prompt"], "reply": row["completion"]} for row in rows]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in renamed))
+    common = ("--base", world / "base", "--dtype", "float32", "--max-length", 64, "--json")
+    own = evaluate(*common, "--data", world / "rows.jsonl")
+    assert evaluate(*common, "--data", tmp_path / "rows.jsonl", "--columns", "prompt=ask,completion=reply") == own
+    code, _, err = evaluate(*common, "--data", tmp_path / "rows.jsonl")
+    assert code == 3 and "rename one, or set --columns instruction=ask" in err
+
+
 def test_several_models_side_by_side(world, pretrained, evaluate, tmp_path):
     file = tmp_path / "deep" / "page.html"
     common = ("--base", world / "base", "--data", world / "rows.jsonl", "--dtype", "float32", "--max-length", 64)
