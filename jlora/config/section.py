@@ -1,4 +1,4 @@
-"""What every section of a configuration has in common: strict keys, and no text that may not stand in a file."""
+"""What every section of a configuration has in common: strict keys, and values that files and devices can hold."""
 
 import difflib
 from collections.abc import Iterator
@@ -13,6 +13,7 @@ NonEmpty = Annotated[str, Field(min_length=1)]
 Positive = Annotated[float, Field(gt=0.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
+FLOAT32 = (2.0**-126, 2.0**127)  # sizes of numbers that are neither zero, denormal nor infinite in it
 
 
 class Section(BaseModel):
@@ -22,8 +23,8 @@ class Section(BaseModel):
 
     @field_validator("*")
     @classmethod
-    def _text_for_a_file(cls, value: Any) -> Any:
-        """What goes into config.yaml, logs and names of files; a path may begin with `~`."""
+    def _usable(cls, value: Any) -> Any:
+        """Text goes into config.yaml, logs and names of files, a path may begin with `~`; numbers meet float32."""
         if isinstance(value, str):
             if "\0" in value:
                 raise ValueError("holds a NUL character")
@@ -33,6 +34,9 @@ class Section(BaseModel):
                     "or log in (hf auth login)"
                 )
             return expand_home(value)
+        for number in value.values() if isinstance(value, dict) else [value]:
+            if isinstance(number, float) and number and not FLOAT32[0] <= abs(number) <= FLOAT32[1]:
+                raise ValueError(f"is {number:g}, beyond what float32 holds; choose a size from 1e-37 to 1e38")
         return value
 
     @model_validator(mode="after")

@@ -218,6 +218,7 @@ def change_adapter(world, tmp_path, **changes):
         ({"target_modules": ["c_attn"]}, ["['c_attn'] selects no module of this base"]),
         ({"target_modules": 7}, ["target_modules=7 is not a list of names"]),
         ({"lora_alpha": None}, ["not a usable LoRA configuration", "alpha"]),
+        ({"lora_alpha": 7e38}, ["not a usable LoRA configuration", "beyond what float32 holds"]),
         ({"peft_type": "IA3"}, ["'IA3'", "LORA"]),
         ({"use_dora": True}, ["does not fit", "lora_magnitude_vector is missing"]),
         ({"rank_pattern": {"q_proj": 2}}, ["does not fit", "q_proj.lora_A", "[4, 48] instead of [2, 48]"]),
