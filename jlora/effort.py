@@ -10,8 +10,7 @@ from pathlib import Path
 
 from jlora import cli
 from jlora.config import load_config
-from jlora.errors import ConfigError
-from jlora.evaluation.requirements import require_scores
+from jlora.errors import ConfigError, require_scores
 from jlora.runtime import xla
 
 

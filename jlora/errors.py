@@ -59,6 +59,11 @@ def require_installed(what: str, packages: Sequence[str], install: str) -> None:
         raise ConfigError(f"{what} needs {' and '.join(missing)}, not installed here; pip install {install}")
 
 
+def require_scores() -> None:
+    """Refuse to go on without the libraries that score answers; asked for before anything large is imported."""
+    require_installed("scoring answers", ("rouge-score", "sacrebleu"), with_extra("eval"))
+
+
 class MemoryExceeded(UserError):
     """The run does not fit on the device."""
 

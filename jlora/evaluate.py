@@ -7,8 +7,7 @@ scored against the rows' own, and with `--compare` those of several adapters sid
 import argparse
 
 from jlora import cli
-from jlora.errors import ConfigError
-from jlora.evaluation.requirements import require_scores
+from jlora.errors import ConfigError, require_scores
 
 
 def make_parser() -> cli.Parser:

@@ -16,8 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from jlora.config import Config
-from jlora.errors import ConfigError, UserError
-from jlora.evaluation.requirements import require_scores
+from jlora.errors import ConfigError, UserError, require_scores
 from jlora.evaluation.scores import answer_and_score, describe_scores
 from jlora.evaluation.strategies import Rows, Strategy, ask, choose, split_rows
 from jlora.files import lock

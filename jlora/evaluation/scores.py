@@ -7,7 +7,7 @@ import json
 import re
 from typing import Any
 
-from jlora.evaluation.requirements import require_scores
+from jlora.errors import require_scores
 from jlora.inference import answers as answering
 from jlora.inference.answers import Question
 from jlora.inference.model import Adapted

@@ -13,22 +13,10 @@ from jlora.training.summary import versions
 
 # Keys that may differ between a run and its continuation: they do not change what is computed.
 FREE_KEYS = {
-    "data.cache_dir",
-    "model.remat",
-    "output_dir",
-    "training.log_every",
-    "training.eval_every",
-    "training.save_every",
-    "training.evals_per_epoch",
-    "training.saves_per_epoch",
-    "training.early_stopping_patience",
-    "training.early_stopping_min_delta",
-    "training.export",
-    "training.keep_checkpoints",
-    "training.max_nonfinite_steps",
-    "training.wandb",
-    "training.mlflow",
-    "training.trackio",
+    *("data.cache_dir", "model.remat", "output_dir"),
+    *(f"training.{key}" for key in ("log_every", "eval_every", "save_every", "evals_per_epoch", "saves_per_epoch")),
+    *(f"training.{key}" for key in ("early_stopping_patience", "early_stopping_min_delta", "export")),
+    *(f"training.{key}" for key in ("keep_checkpoints", "max_nonfinite_steps", "wandb", "mlflow", "trackio")),
 }
 # Keys whose change leaves nothing to resume from: the checkpoint's leaves have other shapes, or another meaning.
 FIXED_KEYS = {
