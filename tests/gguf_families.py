@@ -75,21 +75,25 @@ MODELS: dict[str, PreTrainedConfig] = {
 ARCHES = {"gemma3_text": "gemma3"}
 
 
-def make(path: Path, name: str) -> PreTrainedModel:
-    """The model of that name with random weights, its matrices as Q8_0 holds them, and its GGUF file at `path`."""
+def make(path: Path, name: str, **others: Any) -> PreTrainedModel:
+    """The model of that name with random weights, its matrices as Q8_0 holds them, and its GGUF file at `path`.
+
+    Args:
+      others: keys of the architecture, with __ for dots, that the file has otherwise.
+    """
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(MODELS[name], attn_implementation="eager")
     model = save_random(model, path.parent / f"{name}-saved")
-    convert(path, model)
+    convert(path, model, {key.replace("__", "."): value for key, value in others.items()})
     return model
 
 
-def convert(path: Path, model: PreTrainedModel) -> None:
+def convert(path: Path, model: PreTrainedModel, others: dict[str, Any]) -> None:
     """Writes the file, and gives the model what is read from it again."""
     config, arch = model.config, ARCHES.get(model.config.model_type, model.config.model_type)
     numbered = {name: number for number, name in ((a, a.name.lower()) for a in MODEL_ARCH)}[arch]
     writer = GGUFWriter(path, arch)
-    for key, value in metadata(config).items():
+    for key, value in (metadata(config) | others).items():
         (writer.add_uint32 if isinstance(value, int) else writer.add_float32)(f"{arch}.{key}", value)
     scaling = {} if arch in ("gpt2", "phi3") else getattr(config, "rope_parameters", {})
     scaling = scaling.get("full_attention", scaling)
