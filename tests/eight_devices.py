@@ -14,18 +14,22 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from grown_adapters import random_adapter
 
 from jlora.config import MeshSection, load_config
 from jlora.errors import ConfigError
 from jlora.hf import load, share
 from jlora.hf.source import open_source
 from jlora.model import attention
+from jlora.model.adapter import place_adapter
 from jlora.model.attention import interface, tpu
 from jlora.model.config import block_weights
+from jlora.model.divisibility import check_divides
 from jlora.model.quant import map_axes
 from jlora.model.sharding import make_mesh, named_sharding
 from jlora.training.metrics import read_metrics
 from jlora.training.run import train
+from jlora.training.step import make_forward
 
 ROOT = Path(__file__).parents[1]
 
@@ -118,6 +122,38 @@ def load_quantized(folder):
         assert codes.shape == ((2, 4, 32, 64) if kind == "nf4" else (2, 256, 64)), codes.shape
         whole = b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(base))
         print(kind, hashlib.sha256(whole).hexdigest())
+
+
+def gradients(*configs):
+    """Over nf4 the loss of some rows and its gradients are those of one device, on the same codes; a line a base."""
+    for file in configs:
+        config = load_config(file, ["model.quantization=nf4", "model.remat=full"])
+        source, found, bases = open_source(Path(config.model.path)), [], []
+        rng = np.random.default_rng(0)
+        shape = (8, config.data.max_length)
+        segments = np.sort(rng.integers(1, 4, shape, np.int32), axis=1)
+        starts = np.array([np.searchsorted(row, row) for row in segments], np.int32)
+        batch = {"tokens": rng.integers(0, source.model.vocab_size, shape, np.int32), "segments": segments}
+        batch |= {"positions": np.arange(shape[1], dtype=np.int32) - starts, "targets": batch["tokens"][:, ::-1].copy()}
+        batch["weights"] = np.ones(shape, np.float32)
+        for sizes in (MeshSection(), MeshSection(data=2, fsdp=2, tensor=2)):
+            mesh = make_mesh(sizes, jax.devices()[: 8 if sizes.tensor == 2 else 1])
+            check_divides(source.model, mesh, config)
+            base, _ = load.load_base(source, "base", jnp.dtype("float32"), mesh, config.model.quantization)
+            forward = make_forward(config, source.model, mesh)[1]
+            placed = jax.device_put(batch, named_sharding(mesh, ("act_batch", "act_seq")))
+            with jax.set_mesh(mesh):
+                adapter = place_adapter(random_adapter(base), base.cfg, mesh)
+                loss = jax.jit(jax.value_and_grad(lambda a, b, rows, f=forward: f.loss(b, a, rows, None)[0]))
+                found.append(jax.tree.map(np.asarray, loss(adapter, base, placed)))
+            bases.append(jax.tree.map(np.asarray, base))
+        jax.tree.map(np.testing.assert_array_equal, *bases)
+        (one, gradient), (eight, over) = found
+        np.testing.assert_allclose(eight, one, rtol=1e-6)
+        scale = max(np.abs(leaf).max() for leaf in jax.tree.leaves(gradient))
+        for right, leaf in zip(jax.tree.leaves(gradient), jax.tree.leaves(over), strict=True):
+            np.testing.assert_allclose(leaf, right, rtol=0, atol=1e-5 * scale)
+        print(config.model.path)
 
 
 if __name__ == "__main__":

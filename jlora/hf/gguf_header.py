@@ -17,6 +17,7 @@ from jlora.files.paths import inside
 from jlora.files.theirs import open_theirs
 
 CONVERT = "convert the model to GGUF again"
+FOLDER = "use the model's Hugging Face folder"
 _KINDS = {str: "text", bool: "truth value", int: "whole number", float: "finite number"}
 
 MAGIC = b"GGUF"
@@ -86,7 +87,7 @@ class Header:
         value = self.values.get(key)
         if value is None:
             if not default:
-                raise self._error(f"has no metadata key {key}")
+                raise self.refuse(f"has no metadata key {key}")
             return default[0]
         return self._checked(key, kind, value)
 
@@ -94,9 +95,9 @@ class Header:
         """The values of a key that has several, each as `get` gives it."""
         value = self.values.get(key)
         if value is None:
-            raise self._error(f"has no metadata key {key}")
+            raise self.refuse(f"has no metadata key {key}")
         if not isinstance(value, list | np.ndarray):
-            raise self._error(f"sets {key} to {shown(value)}, not to a list")
+            raise self.refuse(f"sets {key} to {shown(value)}, not to a list")
         return [self._checked(key, kind, each) for each in (value if isinstance(value, list) else value.tolist())]
 
     def _checked(self, key: str, kind: type, value: Any) -> Any:
@@ -104,13 +105,14 @@ class Header:
             try:
                 return value.decode("utf-8")
             except UnicodeDecodeError as error:
-                raise self._error(f"has text in {key} that is not UTF-8") from error
+                raise self.refuse(f"has text in {key} that is not UTF-8") from error
         if type(value) is not kind or (isinstance(value, float) and not math.isfinite(value)):
-            raise self._error(f"sets {key} to {shown(value)}, not to a {_KINDS[kind]}")
+            raise self.refuse(f"sets {key} to {shown(value)}, not to a {_KINDS[kind]}")
         return value
 
-    def _error(self, what: str) -> ModelError:
-        return ModelError(f"{self.path} {what}; {CONVERT}.")
+    def refuse(self, what: str, do: str = CONVERT) -> ModelError:
+        """The error to raise: what is wrong with the file, and what to do."""
+        return ModelError(f"{self.path} {what}; {do}.")
 
 
 def shown(value: Any) -> str:

@@ -7,11 +7,13 @@ config.json has. Everything is looked at before a weight is read: methods, versi
 import math
 from collections.abc import Callable, Container, Iterator, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from jlora.errors import ModelError
+from jlora.files.paths import inside
 from jlora.hf import codecs
 from jlora.hf.bnb import bitsandbytes
 from jlora.hf.packed import SCALES, Layout, Packed, Stored
@@ -32,6 +34,19 @@ COMPRESSED = (
 )
 GPTQ_BITS, PACKED_BITS = (2, 3, 4, 8), (2, 4, 8)
 
+# What to use instead of a method that is not read, where it is not the model alone.
+BEFORE = "use the model as it was before it was quantised, in as few bits by model.quantization: nf4 or int8"
+BY_COMPRESSED = f"use its export as compressed-tensors, or {BEFORE.removeprefix('use ')}"
+INSTEAD = {
+    "auto-round": f"use its export as auto_gptq or auto_awq, or {BEFORE.removeprefix('use ')}",
+    **dict.fromkeys(("modelopt", "modelopt_fp4", "nvfp4", "quark", "mxfp8"), BY_COMPRESSED),
+    "bitnet": "it was trained in three values and has no other form: use a model of another kind",
+    "mxfp4": "of mxfp4 only mixtures of experts are published: use a dense model",
+    "gguf": "give the .gguf file itself as model.path",
+}
+# The file by which some of modelopt's folders say that they are quantised, and not by config.json.
+MODELOPT = "hf_quant_config.json"
+
 
 Finder = Callable[[dict[str, Any], Stored], Iterator[tuple[str, Layout]]]
 
@@ -51,10 +66,9 @@ def method_of(config: dict[str, Any], where: str) -> str | None:
     method = "bitsandbytes" if settings.get("load_in_4bit") or settings.get("load_in_8bit") else named
     if not isinstance(method, str) or method not in METHODS:
         *others, last = METHODS
-        hint = "; of mxfp4 only mixtures of experts are published" if method == "mxfp4" else ""
+        remedy = INSTEAD.get(str(method).lower().removeprefix("intel/"), BEFORE)
         raise ModelError(
-            f"{where}: {KEY}.quant_method={named!r} is not read, only {', '.join(others)} and {last}{hint}; use the "
-            "model as it was before it was quantised"
+            f"{where}: {KEY}.quant_method={named!r} is not read, only {', '.join(others)} and {last}; {remedy}"
         )
     for key, allowed in VERSIONS.get(method, {}).items():
         value = settings.get(key)
@@ -68,6 +82,11 @@ def method_of(config: dict[str, Any], where: str) -> str | None:
         if method == "compressed-tensors" and (found := settings.get(key)) and found != {"format": "dense"}:
             raise ModelError(f"{where}: {KEY}.{key}={found!r} changes the numerics and is not supported")
     return method
+
+
+def said_beside(folder: Path) -> dict[str, Any]:
+    """What a folder says by another file than config.json, as that would say it."""
+    return {KEY: {"quant_method": "modelopt"}} if inside(folder, MODELOPT).is_file() else {}
 
 
 def find_packed(config: dict[str, Any], stored: Stored, where: str) -> dict[str, Packed]:

@@ -31,7 +31,7 @@ from jlora.hf.gguf_header import gguf_in
 from jlora.hf.grown import Grown
 from jlora.hf.names import Entry, name_table, tensor_name
 from jlora.hf.packed import Packed, Stored, map_file
-from jlora.hf.published import find_packed, other_tensors
+from jlora.hf.published import find_packed, other_tensors, said_beside
 from jlora.model.config import ModelConfig
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -84,7 +84,7 @@ class SafetensorsFolder:
           name: what messages about its config call it.
         """
         self.folder, self._name = folder, name
-        self.config = text_of(read_json(inside(folder, "config.json")), name)
+        self.config = text_of(said_beside(folder) | read_json(inside(folder, "config.json")), name)
         names = module_names(self.config)
         self._table, self._head = (tensor_name(names, leaf, None) for leaf in ("embed_tokens", "lm_head"))
         self._input_first = tuple(
@@ -325,7 +325,7 @@ def read_config(path: Path, name: str) -> tuple[dict[str, Any], ModelConfig]:
     if path.is_file():
         source = GGUFFile(path)
         return source.config, source.model
-    config = text_of(read_json(inside(path, "config.json")), name)
+    config = text_of(said_beside(path) | read_json(inside(path, "config.json")), name)
     return config, parse_config(config, name)
 
 

@@ -233,35 +233,36 @@ def _resized(model: Any, source: Source) -> Any:
 def transformers_base(pretrained: Pretrained) -> tuple[Any, str]:
     """The base in transformers, float32, and who read its file; see `compare_with_peft`."""
     import torch
+    from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
     path, source = pretrained.path, pretrained.source
-    gguf = {} if path.is_dir() else {"gguf_file": path.name}
+    stored = source.base if isinstance(source, Grown) else source
     folder = path if path.is_dir() else path.parent
     options: dict[str, Any] = {"dtype": torch.float32, "local_files_only": True, "use_safetensors": True}
+    if not path.is_dir():  # of whose metadata transformers reads less than what changes the numbers
+        options |= {"gguf_file": path.name, "config": AutoConfig.for_model(**stored.config)}
     auto = AutoModelForImageTextToText if WRAPPED_IN in source.config else AutoModelForCausalLM
     by_jlora = source.has_codes and WRAPPED_IN not in source.config
     try:
         if not by_jlora:
-            return _resized(auto.from_pretrained(str(folder), **options, **gguf), source), "transformers"
+            return _resized(auto.from_pretrained(str(folder), **options), source), "transformers"
     except Exception as error:  # of any kind: it is another's reader
-        if not gguf:
+        if path.is_dir():
             reason = " ".join(str(error).split())[:300]
             raise ModelError(f"{path}: transformers does not load this base ({reason}), so no export fits it") from None
     config = {key: value for key, value in source.config.items() if key != "quantization_config"}
-    with nullcontext() if by_jlora else torch.device("meta"):
+    with init_empty_weights():
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config)).eval()
     dtype = pretrained.base.embed_tokens.get_value().dtype  # to which ours are rounded
-    state = {
-        name: torch.from_numpy(source.read(name).astype(dtype).astype(np.float32))
-        for name in name_table(pretrained.base.cfg)
-    }
+    state = {}
+    for name, entry in name_table(pretrained.base.cfg).items():
+        weight = source.read(name).astype(dtype).astype(np.float32)
+        state[name] = torch.from_numpy(np.ascontiguousarray(weight.T) if entry.input_first else weight)
     if pretrained.base.cfg.tie_word_embeddings:
-        state["lm_head.weight"] = state["model.embed_tokens.weight"]
+        head, table = (tensor_name(pretrained.base.cfg.names, leaf, None) for leaf in ("lm_head", "embed_tokens"))
+        state[head] = state[table]
     model.load_state_dict(state, assign=True)
-    if by_jlora:
-        return model, "jlora"
-    model.model.rotary_emb = type(model.model.rotary_emb)(model.config)  # its buffer was made on "meta"
     return model, "jlora"

@@ -88,10 +88,13 @@ Rotary = tuple[Float[Array, "B T half"], Float[Array, "B T half"]]  # of the dim
 
 
 def rope_frequencies(rope: Rope) -> np.ndarray:
-    """Angular frequencies, [dim / 2] float32; those of segments that are not too long where that matters."""
+    """Angular frequencies, [dim / 2] float32; those of segments that are not too long where that matters.
+
+    Rounded as PyTorch rounds them: at position 100,000 one more last bit is an angle of 0.01.
+    """
     scaling = rope.scaling
     exponents = np.arange(0, rope.dim, 2, dtype=np.float32) / np.float32(rope.dim)
-    frequencies = 1.0 / rope.theta**exponents
+    frequencies = np.float32(1) / (rope.theta ** exponents.astype(np.float64)).astype(np.float32)
     match scaling:
         case LinearRope():
             frequencies = frequencies / scaling.factor

@@ -11,8 +11,11 @@ from command_line import one_sentence, shell
 from published_bases import KINDS, Tensors, make_base, rewrite, set_config, with_bitsandbytes
 from safetensors.torch import load_file, save_file
 from tiny import copy_folder, make_rows, write_config
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
 from jlora.errors import ModelError
+from jlora.hf.architecture import parse_config
+from jlora.hf.published import METHODS
 from jlora.hf.source import check_names, open_source, read_config
 
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
@@ -165,8 +168,10 @@ def test_codes_that_contradict_their_scales_are_refused_by_name(case: str, folde
 
 CT, GPTQ, AWQ = (KINDS[kind][1] for kind in ("ct_w4_groups", "gptq_4", "awq"))
 UNREAD = {
-    "unknown": ({"quant_method": "aqlm"}, "quant_method='aqlm' is not read, only bitsandbytes, fp8, .* and gptq"),
-    "mxfp4": ({"quant_method": "mxfp4"}, "quant_method='mxfp4' .*only mixtures of experts are published"),
+    "unknown": (
+        {"quant_method": "new"},
+        "quant_method='new' is not read, only bitsandbytes, fp8, .* and gptq; use",
+    ),
     "none": ({"bits": 4}, "quant_method=None is not read"),
     "list": (["gptq"], r"quantization_config must be a JSON object, not \['gptq'\]"),
     "awq_gemv": (AWQ | {"version": "GEMV"}, "version='GEMV' of awq is not read, only gemm"),
@@ -192,9 +197,59 @@ def test_a_method_or_version_that_is_not_read_is_named_and_needs_no_weights(case
             read()
 
 
+# What the published folders of each method that is not read say, and what helps.
+OTHERS = {
+    "aqlm": ({"in_group_size": 8, "num_codebooks": 1}, "before it was quantised"),
+    "auto-round": ({"bits": 4, "packing_format": "auto_round:auto_gptq"}, "export as auto_gptq or auto_awq"),
+    "intel/auto-round": ({"bits": 4, "backend": "auto_round:gptq"}, "export as auto_gptq or auto_awq"),
+    "bitnet": ({"linear_class": "bitlinear"}, "has no other form"),
+    "eetq": ({"weights": "int8"}, "model.quantization: nf4 or int8"),
+    "fouroversix": ({}, "before it was quantised"),
+    "fp_quant": ({"forward_dtype": "mxfp4"}, "before it was quantised"),
+    "gemma": ({}, "before it was quantised"),
+    "gguf": ({}, "give the .gguf file itself"),
+    "higgs": ({"bits": 4, "p": 2}, "before it was quantised"),
+    "hqq": ({"quant_config": {"weight_quant_params": {"nbits": 4}}}, "before it was quantised"),
+    "metal": ({"bits": 4}, "before it was quantised"),
+    "modelopt": ({"quant_algo": "NVFP4", "kv_cache_quant_algo": "FP8"}, "export as compressed-tensors"),
+    "mxfp4": ({"modules_to_not_convert": []}, "only mixtures of experts are published: use a dense model"),
+    "mxfp8": ({}, "export as compressed-tensors"),
+    "nvfp4": ({}, "export as compressed-tensors"),
+    "quanto": ({"weights": "int4"}, "model.quantization: nf4 or int8"),
+    "quark": ({"global_quant_config": {}}, "export as compressed-tensors"),
+    "sinq": ({"nbits": 4}, "before it was quantised"),
+    "spqr": ({"bits": 3}, "before it was quantised"),
+    "torchao": ({"quant_type": {"default": {"_type": "Int4WeightOnlyConfig"}}}, "before it was quantised"),
+    "vptq": ({"config_for_layers": {}}, "before it was quantised"),
+}
+
+
+def test_each_method_of_transformers_is_read_or_refused_with_what_helps(tmp_path: Path) -> None:
+    known = {"bitsandbytes_4bit", "bitsandbytes_8bit", *METHODS}
+    others = dict.fromkeys(AUTO_QUANTIZER_MAPPING.keys() - known, ({}, "before it was quantised")) | OTHERS
+    raw = json.loads((make_base(tmp_path) / "config.json").read_text())
+    for method, (settings, remedy) in others.items():
+        with pytest.raises(ModelError) as refused:
+            parse_config(raw | {"quantization_config": {"quant_method": method} | settings}, "base")
+        said = str(refused.value)
+        assert said.startswith(f"base: quantization_config.quant_method='{method}' is not read, only"), said
+        assert remedy in said and "\n" not in said
+
+
+def test_a_folder_of_modelopt_that_says_it_in_a_file_of_its_own(tmp_path: Path) -> None:
+    folder = make_base(tmp_path / "base")
+    (folder / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": "FP8"}}')
+    for read in (lambda: open_source(folder), lambda: read_config(folder, "base")):
+        with pytest.raises(ModelError, match="quant_method='modelopt' is not read, .*export as compressed-tensors"):
+            read()
+
+
 def test_a_command_ends_with_code_4(folders: Any, tmp_path: Path) -> None:
     folder = copy_folder(folders("awq"), tmp_path / "base")
     set_config(folder, quantization_config=AWQ | {"version": "gemv"})
     config = write_config(tmp_path / "run.yaml", folder, make_rows(tmp_path / "rows.jsonl"), tmp_path / "run")
     done = shell("train", "--config", config)
     assert done.returncode == 4 and "version='gemv' of awq is not read" in one_sentence(done.stderr)
+    set_config(folder, quantization_config={"quant_method": "hqq"})
+    done = shell("train", "--config", config)
+    assert done.returncode == 4 and "quant_method='hqq' is not read" in one_sentence(done.stderr)

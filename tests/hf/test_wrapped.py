@@ -4,24 +4,12 @@ import json
 
 import numpy as np
 import pytest
-import torch
-from families import FAMILIES
 from parity import assert_close, logits, open_base, random_tokens, torch_logits
 from peft import PeftModel
 from safetensors.numpy import load_file, save_file
-from tiny import OFF_DEFAULT, make_completions, make_tokenizer, save_random, write_config
-from transformers import (
-    AutoModelForCausalLM,
-    Gemma3Config,
-    Gemma3ForConditionalGeneration,
-    Gemma3TextConfig,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    Mistral3Config,
-    Mistral3ForConditionalGeneration,
-    MistralConfig,
-)
+from tiny import make_completions, make_tokenizer, write_config
+from transformers import AutoModelForCausalLM
+from wrapped import CLASSES, TEXT, make
 
 from jlora.config import load_config
 from jlora.errors import ModelError
@@ -30,27 +18,6 @@ from jlora.hf.families import WRAPPED_DEFAULTS as DEFAULTS
 from jlora.hf.source import open_source
 from jlora.training.export import export
 from jlora.training.run import train
-
-VISION = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-VISION |= {"image_size": 16, "patch_size": 8}
-GEMMA3 = Gemma3TextConfig(**FAMILIES["gemma3"].to_dict() | {"final_logit_softcapping": None})
-TEXT = {"gemma3": GEMMA3, "mistral3": MistralConfig(**OFF_DEFAULT | {"sliding_window": 9})}
-TEXT |= {"llava": LlamaConfig(**OFF_DEFAULT)}
-CLASSES = {
-    "gemma3": (Gemma3Config, Gemma3ForConditionalGeneration, {"mm_tokens_per_image": 4, "image_token_index": 299}),
-    "mistral3": (Mistral3Config, Mistral3ForConditionalGeneration, {"image_token_index": 299}),
-    "llava": (LlavaConfig, LlavaForConditionalGeneration, {"image_token_index": 299}),
-}
-
-
-def make(folder, name):
-    """A model of random weights that takes images, saved as transformers saves it."""
-    config, model, more = CLASSES[name]
-    torch.manual_seed(0)
-    text = TEXT[name].to_dict()
-    whole = config(text_config=text, vision_config=VISION, tie_word_embeddings=text["tie_word_embeddings"], **more)
-    whole._attn_implementation = "eager"
-    return save_random(model(whole), folder)
 
 
 @pytest.mark.parametrize("name", CLASSES)
