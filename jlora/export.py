@@ -1,9 +1,10 @@
-"""`jlora export`: a run's checkpoint as a PEFT adapter folder or a full Hugging Face checkpoint.
+"""`jlora export`: a run's checkpoint as a PEFT adapter folder, a full Hugging Face checkpoint or a GGUF file.
 
 Every export proves itself before it is called done: what was written is read back and its logits
 compared with the run's own.
 """
 
+import argparse
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ def main() -> None:
         examples=(
             "jlora export --adapter runs/mine --out adapter --step best",
             "jlora export --adapter runs/mine --out merged --merge --dtype bfloat16",
+            "jlora export --adapter runs/mine --gguf mine.gguf --quantize Q8_0",
         ),
     )
     source = parser.add_mutually_exclusive_group(required=True)
@@ -38,7 +40,16 @@ def main() -> None:
     parser.add_argument(
         "--step", type=step, metavar="N|best", help="checkpoint, or the best by held-out loss; default: the newest"
     )
-    parser.add_argument("--out", type="path", required=True, help="new folder to write")
+    parser.add_argument("--out", type="path", help="new folder to write")
+    parser.add_argument("--gguf", type="path", metavar="FILE", help="write base and adapter as one GGUF file instead")
+    parser.add_argument("--quantize", metavar="KIND", help="of --gguf: F16 (default), BF16, F32, Q8_0, Q5_1 to Q4_0")
+    parser.add_argument(
+        "--min-gain",
+        type=float,
+        default=None,
+        metavar="SHARE",
+        help="of --gguf: how much it must keep of what training gained (default 0.8; 0 measures nothing)",
+    )
     parser.add_argument("--merge", action="store_true", help="a full checkpoint with the adapter merged in")
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), help="of merged weights; default: the run's"
@@ -51,6 +62,12 @@ def main() -> None:
     args = parser.parse_args()
 
     def body() -> None:
+        if args.gguf:
+            return gguf(args)
+        if args.quantize or args.min_gain is not None:
+            raise ConfigError("--quantize and --min-gain are of --gguf FILE; leave them out, or name the file")
+        if args.out is None:
+            raise ConfigError("name a new folder with --out, or a file with --gguf")
         if args.adapters:
             if args.merge or args.cost or args.verify or args.step is not None or args.dtype:
                 raise ConfigError(
@@ -74,6 +91,38 @@ def main() -> None:
         cli.show(args, result, lambda: print_result(result))
 
     cli.run(body)
+
+
+def gguf(args: argparse.Namespace) -> None:
+    """Write a GGUF file, and say what it keeps."""
+    alone = ("out", "adapters", "combination", "rank", "merge", "dtype", "cost", "verify")
+    if given := [name for name in alone if getattr(args, name)]:
+        raise ConfigError(f"--gguf writes one file, of one run; leave --{given[0]} out")
+    least = 0.8 if args.min_gain is None else args.min_gain
+    if not 0 <= least <= 1:
+        raise ConfigError("--min-gain is a share from 0 to 1")
+    from jlora.training.export import use_host
+    from jlora.training.gguf_export import export_gguf
+
+    use_host(Path(args.run), merge=least == 0, cost=least > 0)
+    kind = (args.quantize or "F16").upper()
+    result = export_gguf(Path(args.run), Path(args.gguf), args.step, kind, args.base, least)
+    cli.show(args, result, lambda: print_gguf(result))
+
+
+def print_gguf(result: dict[str, Any]) -> None:
+    """The figures of a GGUF file, for people."""
+    size = f"{result['bytes'] / 2**20:,.0f} MiB"
+    print(f"{result['out']}: step {result['step']} in {result['quantize']}, {size}, read back and compared")
+    if "gain_kept" not in result:
+        return
+    before, after, kept = (result[f"cross_entropy_{name}"] for name in ("base", "trained", "file"))
+    if before is None:
+        print("  what it keeps was not measured, as the run's rows are gone")
+        return
+    share = result["gain_kept"]
+    said = "training gained nothing on these rows" if share is None else f"it keeps {share:.0%} of what training gained"
+    print(f"  held-out loss {before:.4f} before training, {after:.4f} after, {kept:.4f} in the file: {said}")
 
 
 def print_result(result: dict[str, Any]) -> None:

@@ -42,14 +42,15 @@ class GGUFFile:
             there only if the embeddings are not tied.
         dtypes: Hugging Face tensor name -> name of its type in the file, such as "Q4_1".
         sizes: Hugging Face tensor name -> bytes in the file.
+        header: what stands before the tensors.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = first_piece(path)
-        self._header = self._open()
-        self._tensors = self._header.tensors
-        self._architecture = architecture_of(self._header)
-        self.config, read = config_of(self._header)
+        self.header = self._open()
+        self._tensors = self.header.tensors
+        self._architecture = architecture_of(self.header)
+        self.config, read = config_of(self.header)
         self.model = parse_config(self.config, str(self.path))
         self.shapes, self._gguf_names = self._map_tensors(read)
         tensors = {name: self._tensors[stored] for name, stored in self._gguf_names.items()}
@@ -102,8 +103,8 @@ class GGUFFile:
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """See `Vocabulary.tokenizer`."""
-        positions = self._header.get(f"{self._header.get('general.architecture', str)}.context_length", int)
-        return Vocabulary(self._header, self.model.vocab_size, positions).tokenizer()
+        positions = self.header.get(f"{self.header.get('general.architecture', str)}.context_length", int)
+        return Vocabulary(self.header, self.model.vocab_size, positions).tokenizer()
 
     def _open(self) -> Header:
         try:

@@ -38,7 +38,7 @@ _LLAMA3 = (
 )
 # From llama-vocab.cpp. "smollm" is Digits(individual_digits=True) and then ByteLevel in SmolLM's
 # tokenizer.json. NFC is in Qwen2's: llama.cpp leaves it out, but Qwen2 was trained with it.
-_PRE = {
+PRE_TOKENIZERS = {
     "smollm": _Pre((r"\p{N}", _GPT2)),
     "gpt-2": _Pre((_GPT2,)),
     "qwen2": _Pre((_LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}"),), nfc=True),
@@ -115,12 +115,12 @@ class Vocabulary:
 
     def _byte_level(self, tokens: list[str], types: list[int], unk: str | None) -> tuple[Tokenizer, bool]:
         name = self._header.get("tokenizer.ggml.pre", str)
-        if name not in _PRE:
-            raise self._header.refuse(f'has the pre-tokenizer "{name}", not one of {", ".join(_PRE)}', FOLDER)
+        if name not in PRE_TOKENIZERS:
+            raise self._header.refuse(f'has the pre-tokenizer "{name}", not one of {", ".join(PRE_TOKENIZERS)}', FOLDER)
         if self._header.get("tokenizer.ggml.add_space_prefix", bool, False):
             # llama.cpp ignores it, transformers does not: no reading of it is the right one.
             raise self._header.refuse("sets tokenizer.ggml.add_space_prefix for byte-level BPE", FOLDER)
-        pre = _PRE[name]
+        pre = PRE_TOKENIZERS[name]
         merges = [m.partition(" ")[::2] for m in self._header.several("tokenizer.ggml.merges", str)]
         # No unk_token: a byte without a token is left out, as in transformers.
         backend = self._bpe(tokens, merges, ignore_merges=pre.ignore_merges)

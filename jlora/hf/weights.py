@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +42,17 @@ def blocks(cfg: ModelConfig, entry: Entry) -> Iterator[tuple[int, int]]:
         yield start, min(start + heads * cfg.head_dim, height)
 
 
+@runtime_checkable
+class Weights(Protocol):
+    """A model's weights, of which some rows are asked for at a time."""
+
+    def rows(self, name: str, entry: Entry, start: int, stop: int) -> np.ndarray:
+        """Rows [start, stop) of one tensor in the file's layout, as a new float32 array; a vector is one row.
+
+        Where the rows of q_proj and k_proj begin and end, heads must, too. A head that was tied is the embedding.
+        """
+
+
 @dataclass(frozen=True)
 class Stored:
     """The weights as a base on disk has them."""
@@ -49,10 +60,7 @@ class Stored:
     source: Source
 
     def rows(self, name: str, entry: Entry, start: int, stop: int) -> np.ndarray:
-        """Rows [start, stop) of one tensor in the file's layout, as a new float32 array; a vector is one row.
-
-        Where the rows of q_proj and k_proj begin and end, heads must, too. A head that was tied is the embedding.
-        """
+        """See `Weights`."""
         stored = name if name in self.source.shapes else tensor_name(self.source.model.names, "embed_tokens", None)
         return np.array(self.source.part(stored, (start, stop), (0, entry.hf_shape[-1])), np.float32)
 
@@ -66,7 +74,7 @@ class Dequantized:
         self._name, self._codes = "", Quantized(None, None, None, None, kind, ())
 
     def rows(self, name: str, entry: Entry, start: int, stop: int) -> np.ndarray:
-        """See `Stored`."""
+        """See `Weights`."""
         if not entry.transposed:
             return self._stored.rows(name, entry, start, stop)
         if name != self._name:
@@ -105,7 +113,7 @@ class Trained:
     decoder: Decoder
 
     def rows(self, name: str, entry: Entry, start: int, stop: int) -> np.ndarray:
-        """See `Stored`."""
+        """See `Weights`."""
         owner = self.decoder if entry.layer is None else self.decoder.layers
         return _rows(entry, np.asarray(getattr(owner, entry.leaf).get_value()), start, stop)
 
@@ -116,12 +124,12 @@ class Merged:
     With DoRA, every output's row of the sum is brought to its magnitude.
     """
 
-    def __init__(self, weights: "Weights", adapter: Adapter):
+    def __init__(self, weights: Weights, adapter: Adapter):
         self._weights = weights
         self._adapter: Adapter = jax.tree.map(np.asarray, adapter)
 
     def rows(self, name: str, entry: Entry, start: int, stop: int) -> np.ndarray:
-        """See `Stored`."""
+        """See `Weights`."""
         part = self._adapter.get(entry.leaf)
         if isinstance(part, Saved):
             return _rows(entry, np.asarray(part.weight), start, stop)
@@ -148,9 +156,6 @@ class Merged:
             norms = np.linalg.norm(merged, axis=1, keepdims=True)
             merged *= lora.magnitude.reshape(-1, 1)[start:stop] / norms
         return merged
-
-
-Weights = Stored | Dequantized | Trained | Merged
 
 
 def at_layer(lora: Lora, layer: int) -> Lora | None:

@@ -129,11 +129,7 @@ def export(
       ModelError: no such checkpoint, another base, or an export that does not compute what the run does.
       MemoryExceeded, ConfigError: see `require_room`.
     """
-    cfg = run_config(run_dir)
-    if cfg is None:
-        raise ModelError(f"{run_dir}: not a run folder (it has no config.yaml)")
-    if base is not None:
-        cfg = cfg.model_copy(update={"model": cfg.model.model_copy(update={"path": base})})
+    cfg = trained_config(run_dir, base)
     require_new_folder(out)
     full = merge or cfg.method == "full"
     if peft and full:
@@ -143,12 +139,7 @@ def export(
     if cost and (not merge or cfg.method == "full"):
         raise ConfigError("--cost is that of merging an adapter, by --merge; leave it out")
     found = find_step(cfg, run_dir, step)
-    try:
-        opened = open_base(cfg)
-    except ModelError as error:
-        if base is not None or Path(cfg.model.path).exists():
-            raise
-        raise ModelError(f"{error}; if the base has moved, say where it lies with --base") from None
+    opened = open_trained(cfg, moved=base is None)
     cfg, model = with_ids(cfg, opened), opened.model
     with new_folder(out) as folder:
         if full:
@@ -168,6 +159,32 @@ def export(
                 compared = verify.compare_with_peft(folder, adapter, pretrained)
                 result["peft_relative_difference"], result["base_read_by"] = compared
     return result
+
+
+def trained_config(run_dir: Path, base: str | None) -> Config:
+    """The config of a run, whose base may lie elsewhere by now.
+
+    Raises:
+      ModelError: not a run folder.
+    """
+    cfg = run_config(run_dir)
+    if cfg is None:
+        raise ModelError(f"{run_dir}: not a run folder (it has no config.yaml)")
+    return cfg if base is None else cfg.model_copy(update={"model": cfg.model.model_copy(update={"path": base})})
+
+
+def open_trained(cfg: Config, moved: bool) -> Opened:
+    """The base of a run, no weight read yet.
+
+    Args:
+      moved: nobody has said where it lies now.
+    """
+    try:
+        return open_base(cfg)
+    except ModelError as error:
+        if not moved or Path(cfg.model.path).exists():
+            raise
+        raise ModelError(f"{error}; if the base has moved, say where it lies with --base") from None
 
 
 def require_new_folder(out: Path) -> None:

@@ -1,0 +1,173 @@
+"""A run's checkpoint as a GGUF file, read back, and how much it keeps of what training gained.
+
+Weights are read, merged, quantised and written a tensor at a time, on the host. Losses are measured on the first
+device, one model after the other.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jlora.config import Config, MeshSection
+from jlora.data.encoding import read_data
+from jlora.errors import ConfigError, DataError, ModelError
+from jlora.files.atomic import beside
+from jlora.hf import verify
+from jlora.hf.gguf import GGUFFile
+from jlora.hf.gguf_vocabulary import vocabulary_of
+from jlora.hf.gguf_writer import KINDS, Rounded, write_gguf
+from jlora.hf.grown import Grown
+from jlora.hf.load import hash_base, load_base
+from jlora.hf.pretrained import Opened, load_pretrained, stop_tokens, with_ids, with_stops
+from jlora.hf.source import check_names
+from jlora.hf.weights import Dequantized, Merged, Stored, Trained, Weights, untied
+from jlora.model import attention
+from jlora.model.adapter import Adapter, place_adapter
+from jlora.model.llama import Decoder
+from jlora.model.sharding import make_mesh, named_sharding, one_device_mesh
+from jlora.training.evaluator import Evaluator
+from jlora.training.export import COST_ROWS, Step, find_step, open_trained, restore, trained_config
+from jlora.training.step import Forward
+
+# Of the sizes of logits, between the model whose weights are rounded here and what is read from the file.
+TOLERANCE = 1e-5
+# What llama-quantize makes of another file.
+QUANTIZER = "llama-quantize {file} OUT.gguf {kind}"
+
+
+def require_kind(kind: str, file: Path) -> None:
+    """A kind that can be written.
+
+    Raises:
+      ConfigError: with the command that makes it of one that can.
+    """
+    if kind not in KINDS:
+        command = QUANTIZER.format(file=file, kind=kind)
+        raise ConfigError(
+            f"--quantize {kind}: is none of {', '.join(KINDS)}; if llama.cpp knows it, write F16, and let its own "
+            f"program make it: {command}"
+        )
+
+
+def export_gguf(
+    run_dir: Path, file: Path, step: Step, kind: str, base: str | None, least_gain: float
+) -> dict[str, Any]:
+    """Write a run's model, base and adapter as one; returns the figures of its proof, and the losses.
+
+    Args:
+      kind: of `KINDS`. base: where the base lies now, if not where the run had it.
+      least_gain: how much of what training took off the loss the file has to keep; 0 measures no loss.
+
+    Raises:
+      ModelError: no such checkpoint, another base, a model that GGUF has no words for, or a file that does not compute
+        what was written, or keeps too little.
+      ConfigError: `file` is there, or its folder is not, or a kind that we cannot write.
+    """
+    cfg = trained_config(run_dir, base)
+    require_kind(kind, file)
+    require_new_file(file)
+    found = find_step(cfg, run_dir, step)
+    opened = open_trained(cfg, moved=base is None)
+    cfg = with_ids(cfg, opened)
+    source, model = opened.source, opened.model
+    host = make_mesh(MeshSection(data=1, fsdp=1, tensor=1), jax.devices("cpu")[:1])
+    with jax.default_device(host.devices.flat[0]):
+        adapter, trained = restore(cfg, run_dir, found, model, hash_base(source, opened.name), host)
+        weights: Weights = Stored(source)
+        if trained is not None:
+            weights = Trained(trained)
+        elif cfg.model.quantization is not None:
+            weights = Dequantized(source, model, cfg.model.quantization)
+        shape, config = untied(model, source.config, adapter)
+        merged = Merged(weights, adapter)
+        stops = stop_tokens(opened.tokenizer, with_stops(source.config, opened.path))
+        plain = source.base if isinstance(source, Grown) else source
+        header = plain.header if isinstance(plain, GGUFFile) and not opened.tokenizer.files else None
+        vocabulary = vocabulary_of(opened.tokenizer, header, shape.vocab_size, stops, str(file))
+        partial = beside(file)
+        try:
+            write_gguf(partial, shape, config, merged, vocabulary, kind)
+            written = GGUFFile(partial)
+            check_names(written.model, written.shapes, str(file))
+            tokens = verify.probe_tokens(shape.vocab_size, adapter)
+            expected = verify.streamed_logits(shape, Rounded(merged, kind), {}, tokens)
+            read = verify.streamed_logits(written.model, Stored(written), {}, tokens)
+            difference = verify.require_equal(file, expected, read, TOLERANCE)
+            result: dict[str, Any] = {"step": found, "out": str(file), "kind": "gguf", "quantize": kind}
+            result["logits_relative_difference"] = difference
+            result["bytes"] = partial.stat().st_size
+            if least_gain:
+                result |= losses(cfg, opened, written, adapter, trained)
+                require_gain(result, least_gain)
+            partial.replace(file)
+        except ModelError as error:
+            raise ModelError(str(error).replace(str(partial), str(file))) from None
+        finally:
+            partial.unlink(missing_ok=True)
+    return result
+
+
+def require_new_file(file: Path) -> None:
+    """A file that is not there, in a folder that is.
+
+    Raises:
+      ConfigError: naming it.
+    """
+    if file.suffix != ".gguf":
+        raise ConfigError(f"--gguf {file}: must end in .gguf, by which it is known")
+    if file.exists():
+        raise ConfigError(f"--gguf {file}: is there already; name another, or remove it")
+    if not file.parent.is_dir():
+        raise ConfigError(f"--gguf {file}: there is no folder {file.parent}; make it first")
+
+
+def losses(
+    cfg: Config, opened: Opened, written: GGUFFile, adapter: Adapter, trained: Decoder | None
+) -> dict[str, float | None]:
+    """Mean cross-entropy of trained tokens of the base, of what was trained, and of the file, and how much it keeps.
+
+    On the run's first held-out rows, or training rows where it has none. Null where the rows are gone, and the share
+    where training did not lower the loss.
+    """
+    names = ("cross_entropy_base", "cross_entropy_trained", "cross_entropy_file", "gain_kept")
+    found: dict[str, float | None] = dict.fromkeys(names)
+    try:
+        train_data, eval_data = read_data(cfg, opened.tokenizer)
+    except DataError:
+        return found
+    rows = eval_data or train_data
+    rows = replace(rows, examples=rows.examples[:COST_ROWS])
+    mesh, dtype = one_device_mesh(), jnp.dtype(cfg.model.dtype)
+    with jax.default_device(mesh.devices.flat[0]), jax.set_mesh(mesh):
+        evaluator = Evaluator(rows, cfg.data, 1, Forward(attention.reference, "none", dtype), mesh)
+        base = load_pretrained(opened, dtype, mesh, cfg.model.quantization).base
+        before = evaluator.mean_loss(base, {})[0]
+        if trained is None:
+            after = evaluator.mean_loss(base, place_adapter(adapter, base.cfg, mesh))[0]
+        else:
+            after = evaluator.mean_loss(jax.device_put(trained, named_sharding(mesh, ())), {})[0]
+        del base  # before the second model comes
+        read, _ = load_base(written, str(written.path), dtype, mesh)
+        kept = evaluator.mean_loss(read, {})[0]
+    share = (before - kept) / (before - after) if after < before else None
+    return dict(zip(names, (before, after, kept, share), strict=True))
+
+
+def require_gain(result: dict[str, Any], least: float) -> None:
+    """A file that keeps enough of what training gained.
+
+    Raises:
+      ModelError: or the kind with more bits that comes next.
+    """
+    kept, kind = result["gain_kept"], result["quantize"]
+    if kept is None or kept >= least:
+        return
+    larger = KINDS[max(0, KINDS.index(kind) - 1)]
+    before, after, now = (result[f"cross_entropy_{name}"] for name in ("base", "trained", "file"))
+    raise ModelError(
+        f"{result['out']}: in {kind} the model keeps {kept:.0%} of what training gained (loss {before:.4f} before, "
+        f"{after:.4f} after, {now:.4f} in the file), and --min-gain asks for {least:.0%}; write --quantize {larger}"
+    )
