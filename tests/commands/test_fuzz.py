@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from gguf_families import make as make_gguf
 from gguf_files import SPM
 from gguf_files import write as write_gguf
 from hypothesis import strategies as st
@@ -193,19 +194,26 @@ def adapters(base: Path, folder: Path):
 
 
 def ggufs(base: Path, folder: Path):
-    write_gguf(folder / "good.gguf", tokenizer=SPM)
-    content = (folder / "good.gguf").read_bytes()
-    end = content.index(b"output_norm.weight") + 2000  # behind it there is little but data
-    head, data = content[:end], content[end:]
+    """Of a plain Llama and of families whose metadata say more."""
+    write_gguf(folder / "plain.gguf", tokenizer=SPM)
+    families = ("llama3", "gemma3", "phi3_longrope")
+    for name in families:
+        make_gguf(folder / f"{name}.gguf", name)
+    goods = []
+    for name in ("plain", *families):
+        content = (folder / f"{name}.gguf").read_bytes()
+        end = content.index(b"output_norm.weight") + 2000  # behind it there is little but data
+        goods.append((content[:end], content[end:]))
 
     def use(drawn):
-        (folder / "bad.gguf").write_bytes(drawn + data)  # here, since hypothesis holds on to all that was drawn
+        number, head = drawn
+        (folder / "bad.gguf").write_bytes(head + goods[number][1])  # here: hypothesis holds on to all that was drawn
         source = open_source(folder / "bad.gguf")
         check_names(source.model, source.shapes, "bad.gguf")
         base_fingerprint(source)
         open_tokenizer(str(folder / "bad.gguf"), None).encode("hello é")
 
-    return damaged(head), use, ModelError
+    return st.one_of(*(st.tuples(st.just(i), damaged(head)) for i, (head, _) in enumerate(goods))), use, ModelError
 
 
 def runs(base: Path, folder: Path):

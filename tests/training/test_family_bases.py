@@ -1,5 +1,6 @@
 """Bases of every family as others are: quantised, over a mesh, from a GGUF file, in a sweep, merged."""
 
+import hashlib
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -79,7 +80,7 @@ def test_a_quantised_base_is_the_model_of_its_dequantised_weights(name, bases, t
 
 
 @pytest.mark.parametrize(
-    "names", [["gpt2", "gemma3"], pytest.param(["phi3", "qwen3", "gemma2"], marks=pytest.mark.slow)], ids=", ".join
+    "names", [["gpt2"], pytest.param(["phi3", "qwen3", "gemma2", "gemma3"], marks=pytest.mark.slow)], ids=", ".join
 )
 def test_gradients_over_eight_devices_are_those_of_one(names, bases, tmp_path):
     """Over data, fsdp and tensor at once, on nf4 codes that are the same bit for bit."""
@@ -90,9 +91,13 @@ def test_gradients_over_eight_devices_are_those_of_one(names, bases, tmp_path):
     assert run_on_eight(gradients, *configs).split() == [str(bases(name)) for name in names]
 
 
+def file_digest(adapter: Path) -> str:
+    return hashlib.sha256((adapter / "adapter_model.safetensors").read_bytes()).hexdigest()
+
+
 @pytest.mark.parametrize("name", slow_but(["phi3"], SIZES))
 def test_a_sweep_over_a_gguf_file_in_nf4_is_two_runs_and_merges(name, tmp_path):
-    """Each adapter to the byte; and the merged model is the adapter on the dequantised base, whoever computes it."""
+    """An adapter to the byte; and the merged model is the adapter on the dequantised base, whoever computes it."""
     make_gguf(tmp_path / "base.gguf", name)
     rows = make_completions(tmp_path / "rows.jsonl")
     data = {"format": "completion", "max_length": 64}
@@ -103,15 +108,12 @@ def test_a_sweep_over_a_gguf_file_in_nf4_is_two_runs_and_merges(name, tmp_path):
     path.write_text(yaml.safe_dump(tree))
     cfg = load_config(path, ["model.quantization=nf4", "training.max_steps=2"])
     assert train_together(cfg, quiet=True)["status"] == "finished"
-    found = {}
-    for each in variants(cfg):
-        alone = tmp_path / "alone" / Path(each.output_dir).name
-        train(each.model_copy(update={"output_dir": str(alone)}), quiet=True)
-        files = [folder / "adapter" / "adapter_model.safetensors" for folder in (alone, Path(each.output_dir))]
-        assert files[0].read_bytes() == files[1].read_bytes()
-        found[each.output_dir] = files[0].read_bytes()
-    assert len(set(found.values())) == 2
-    result = export(Path(each.output_dir), tmp_path / "merged", None, True, "float32", False)
+    runs = [Path(each.output_dir) for each in variants(cfg)]
+    alone = tmp_path / "alone"  # the second one's, which came to a base and a program that the first one used
+    train(variants(cfg)[1].model_copy(update={"output_dir": str(alone)}), quiet=True)
+    first, second, found = (file_digest(folder / "adapter") for folder in (*runs, alone))
+    assert found == second != first
+    result = export(runs[1], tmp_path / "merged", None, True, "float32", False)
     assert result["merged_into"] == "dequantised nf4" and result["logits_relative_difference"] < 1e-5
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", attn_implementation="eager").eval()
     merged, _ = load_base(open_source(tmp_path / "merged"), "merged", FLOAT32, one_device_mesh())
