@@ -97,14 +97,16 @@ def save_random(model: PreTrainedModel, folder: Path, shard: str | None = None) 
     return model
 
 
-def make_tokenizer(folder: Path, vocab_size: int = 300) -> PreTrainedTokenizerFast:
+def make_tokenizer(
+    folder: Path, vocab_size: int = 300, merges: tuple[tuple[str, str], ...] = ()
+) -> PreTrainedTokenizerFast:
     """A byte-level tokenizer with <s> and </s> as 1 and 2, that adds <s>, saved to `folder`."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    pieces = ["<unk>", "<s>", "</s>", *alphabet]
+    pieces = ["<unk>", "<s>", "</s>", *alphabet, *map("".join, merges)]
     pieces += [f"<extra_{i}>" for i in range(vocab_size - len(pieces))]
-    tokenizer = Tokenizer(models.BPE(vocab={piece: i for i, piece in enumerate(pieces)}, merges=[]))
+    tokenizer = Tokenizer(models.BPE(vocab={piece: i for i, piece in enumerate(pieces)}, merges=list(merges)))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])

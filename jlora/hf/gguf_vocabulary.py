@@ -132,6 +132,8 @@ def _candidates(tokenizer: Tokenizer, rows: int, where: str) -> Iterator[dict[st
                 "tokenizer.ggml.add_space_prefix": prefix,
             }
         return
+    if not merges:
+        raise ModelError(f"{where}: a tokenizer without merges is not written as GGUF, for llama.cpp reads none")
     for pre in PRE_TOKENIZERS:
         yield common | {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": pre, "tokenizer.ggml.merges": merges}
 

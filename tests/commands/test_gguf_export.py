@@ -1,0 +1,110 @@
+"""`jlora export --gguf`: one file of base and adapter, what it keeps of the gain, and what is refused."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from command_line import one_sentence, shell
+from tiny import copy_folder, make_llama, make_rows, make_tokenizer, write_config
+
+from jlora.hf.gguf import GGUFFile
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A finished run over a base whose tokenizer has merges, as llama.cpp wants it."""
+    folder = tmp_path_factory.mktemp("world")
+    make_llama(folder / "base", max_position_embeddings=512)
+    make_rows(folder / "rows.jsonl")
+    make_rows(folder / "eval.jsonl", 6, first=100)
+    make_tokenizer(folder / "base", merges=(("l", "u"), ("b", "lu"), ("blu", "e")))
+    paths = (folder / name for name in ("config.yaml", "base", "rows.jsonl", "run"))
+    data = {"max_length": 320, "eval": str(folder / "eval.jsonl")}
+    write_config(*paths, data=data, training={"save_every": 2, "eval_every": 2})
+    done = shell("train", "--config", folder / "config.yaml", "-q")
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_file_computes_what_the_run_does(world, here, tmp_path):
+    """Read by jlora, and by transformers, beside PEFT's merged model; the loss is the run's own."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    file = tmp_path / "m.gguf"
+    arguments = ("export", "--adapter", world / "run", "--gguf", file, "--quantize", "f32", "--json", "-q")
+    code, out, err = here(*arguments)
+    assert (code, err) == (0, "")
+    result, summary = json.loads(out), json.loads((world / "run" / "summary.json").read_text())
+    assert (result["step"], result["quantize"], result["bytes"]) == (4, "F32", file.stat().st_size)
+    assert result["cross_entropy_base"] == pytest.approx(summary["eval_loss_before"], rel=1e-5)
+    assert result["cross_entropy_trained"] == pytest.approx(summary["eval_loss"], rel=1e-5)
+    assert result["cross_entropy_file"] == pytest.approx(summary["eval_loss"], rel=1e-5)
+    assert result["gain_kept"] == pytest.approx(1.0, abs=1e-3) and result["logits_relative_difference"] < 1e-5
+
+    base = AutoModelForCausalLM.from_pretrained(world / "base", dtype=torch.float32)
+    merged = PeftModel.from_pretrained(base, world / "run" / "adapter").merge_and_unload().eval()
+    read = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf", dtype=torch.float32).eval()
+    tokens = torch.arange(3, 60)[None]
+    with torch.no_grad():
+        np.testing.assert_allclose(read(tokens).logits, merged(tokens).logits, rtol=0, atol=1e-4)
+    rows = ("--data", world / "eval.jsonl", "--format", "alpaca", "--max-length", 320, "--dtype", "float32", "--json")
+    code, out, err = here("evaluate", "--base", file, *rows)
+    assert (code, err) == (0, "")
+    assert json.loads(out)["loss"] == pytest.approx(summary["eval_loss"], rel=1e-5)
+
+
+def test_file_that_keeps_too_little_is_not_written(world, here, tmp_path, monkeypatch):
+    file = tmp_path / "m.gguf"
+    arguments = ("export", "--adapter", world / "run", "--gguf", file, "--quantize", "Q4_0")
+    names = ("cross_entropy_base", "cross_entropy_trained", "cross_entropy_file", "gain_kept")
+    found = dict(zip(names, (3.0, 2.0, 2.25, 0.75), strict=True))
+    monkeypatch.setattr("jlora.training.gguf_export.losses", lambda *_: found)
+    code, _, err = here(*arguments)
+    assert code == 4 and list(tmp_path.iterdir()) == []
+    assert one_sentence(err).endswith(
+        "m.gguf: in Q4_0 the model keeps 75% of what training gained (loss 3.0000 before, 2.0000 after, 2.2500 in the "
+        "file), and --min-gain asks for 80%; write --quantize Q4_1"
+    )
+    code, out, err = here(*arguments, "--min-gain", "0.75")
+    assert code == 0 and "it keeps 75% of what training gained" in out
+    file.unlink()
+    code, out, err = here(*arguments, "--min-gain", "0")
+    assert code == 0 and "in Q4_0" in out and "training gained" not in out
+    assert set(GGUFFile(file).dtypes.values()) <= {"Q4_0", "F16", "F32"} and list(tmp_path.iterdir()) == [file]
+
+
+def test_rows_that_are_gone_are_said_to_be(world, here, tmp_path):
+    run = copy_folder(world / "run", tmp_path / "run")
+    text = (run / "config.yaml").read_text(encoding="utf-8")
+    (run / "config.yaml").write_text(text.replace("rows.jsonl", "gone.jsonl"), encoding="utf-8")
+    (run / "starts.jsonl").unlink(missing_ok=True)
+    code, out, _ = here("export", "--adapter", run, "--gguf", tmp_path / "m.gguf")
+    assert code == 0 and "what it keeps was not measured, as the run's rows are gone" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (["--gguf", "m.bin"], 2, "--gguf m.bin: must end in .gguf"),
+        (["--gguf", "none/m.gguf"], 2, "there is no folder none"),
+        (["--gguf", "m.gguf", "--quantize", "Q4_K_M"], 2, "llama-quantize m.gguf OUT.gguf Q4_K_M"),
+        (["--gguf", "m.gguf", "--min-gain", "2"], 2, "--min-gain is a share from 0 to 1"),
+        (["--gguf", "m.gguf", "--merge"], 2, "leave --merge out"),
+        (["--gguf", "m.gguf", "--out", "o"], 2, "leave --out out"),
+        (["--gguf", "m.gguf", "--step", "3"], 4, "no checkpoint of step 3"),
+        (["--quantize", "Q8_0", "--out", "o"], 2, "are of --gguf FILE"),
+        ([], 2, "name a new folder with --out, or a file with --gguf"),
+    ],
+)
+def test_what_is_refused(world, here, tmp_path, monkeypatch, arguments, code, says):
+    monkeypatch.chdir(tmp_path)
+    found, _, err = here("export", "--adapter", world / "run", *arguments)
+    assert found == code and says in one_sentence(err) and list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_is_there_stays(world, here, tmp_path):
+    (tmp_path / "m.gguf").write_text("mine")
+    code, _, err = here("export", "--adapter", world / "run", "--gguf", tmp_path / "m.gguf")
+    assert code == 2 and "is there already" in one_sentence(err) and (tmp_path / "m.gguf").read_text() == "mine"
