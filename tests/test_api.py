@@ -77,6 +77,7 @@ def test_callbacks_hear_of_steps_evaluations_and_saves(run, heard):
     assert halves == {step: loss / 2 for step, loss in held_out.items()}
 
 
+@pytest.mark.long
 def test_a_callback_that_raises_is_told_as_it_is_and_the_run_resumes(world, run, tmp_path):
     """From its last checkpoint, to the same adapter."""
 
@@ -116,6 +117,7 @@ def test_what_on_eval_returns_is_checked(world, tmp_path, returned, words):
     assert words in sentence_of(ConfigError, jlora.finetune, world / "c.yaml", **run, **settings)
 
 
+@pytest.mark.long
 def test_it_answers_and_measures_as_the_commands_do(world, run, here):
     prompts = ["Say blue 2 times.", {"instruction": "Say red.", "input": "Politely."}]
     texts = run.generate(prompts, max_new_tokens=6)
@@ -138,6 +140,7 @@ def test_it_exports(run, tmp_path):
     assert run.export(tmp_path / "merged", merge=True, dtype="float32")["kind"] == "full"
 
 
+@pytest.mark.long
 def test_a_config_may_be_a_dict(world, tmp_path):
     tree = {"model": {"path": str(world / "base"), "dtype": "float32"}, "data": {"train": str(world / "rows.jsonl")}}
     tree |= {"output_dir": str(tmp_path / "run"), "training": {"max_steps": 1}}
@@ -224,6 +227,7 @@ print("done")
     assert in_a_program(code) == "done\n"
 
 
+@pytest.mark.long
 def test_the_api_has_types_for_others(tmp_path):
     """As a type checker sees them in a program."""
     pytest.importorskip("mypy", reason="the extra dev is not installed")

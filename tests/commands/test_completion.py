@@ -47,6 +47,7 @@ def offered(tmp_path_factory):
     return ask
 
 
+@pytest.mark.long
 def test_commands_are_offered(offered):
     assert set(PURPOSES) <= offered("jlora ")
     assert offered("jlora ex") == {"export"}
@@ -60,6 +61,7 @@ def test_options_of_a_command_are_offered(offered):
     assert offered("jlora generate --dtype ") == {"bfloat16", "float32"}
 
 
+@pytest.mark.long
 def test_a_config_then_its_keys_are_offered(offered):
     assert offered("jlora train ") >= {"one.yaml", "two.yaml"} and "notes.txt" not in offered("jlora train ")
     assert offered("jlora plan o") == {"one.yaml"}

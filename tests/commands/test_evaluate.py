@@ -7,6 +7,7 @@ import pytest
 from command_line import shell
 
 
+@pytest.mark.long
 def test_evaluate_gives_the_final_loss_of_the_run(world):
     done = shell(
         *("evaluate", "--base", world / "base", "--adapter", world / "run", "--data", world / "eval.jsonl", "--json")
@@ -33,6 +34,7 @@ def test_evaluate_without_the_adapter_gives_the_loss_before(world, here):
     assert json.loads(out)["loss"] == pytest.approx(summary["eval_loss_before"], rel=1e-5)
 
 
+@pytest.mark.long
 def test_evaluate_for_people_and_its_options(world, here):
     common = ("evaluate", "--base", world / "base", "--adapter", world / "run", "--data", world / "eval.jsonl")
     code, out, _ = here(*common)
@@ -65,6 +67,7 @@ def test_rows_of_another_format_are_told_by_the_commands_own_flag(world, here, t
     assert here(*common)[2].endswith("fix it, or drop such rows (--on-bad-row skip)\n")
 
 
+@pytest.mark.long
 def test_without_a_run_rows_are_read_by_their_columns(world, here, tmp_path):
     rows = tmp_path / "rows.jsonl"
     rows.write_text(json.dumps({"prompt": "Say", "completion": " blue."}) + "\n", encoding="utf-8")

@@ -45,6 +45,7 @@ def test_export_of_the_best_step(world, here, tmp_path):
     assert code == 4 and "no checkpoint has a held-out loss" in one_sentence(err)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_merged_export_is_a_base_of_its_own(world, here, tmp_path, dtype):
     out = tmp_path / "merged"

@@ -273,6 +273,7 @@ def base(tmp_path_factory):
     return folder
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", TARGETS)
 def test_made_up_input_ends_well_or_in_one_sentence(name, base, tmp_path):
     campaign(name, TARGETS[name](base, tmp_path), FEW)

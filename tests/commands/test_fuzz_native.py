@@ -253,6 +253,7 @@ def test_file_that_a_process_dies_of_is_kept_and_named(tmp_path):
     assert (tmp_path / "killer-a.parquet").read_bytes() == b"x"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", TARGETS)
 def test_made_up_file_ends_well_or_in_one_sentence(name, used):
     used(name, FEW)

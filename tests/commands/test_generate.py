@@ -21,6 +21,7 @@ def test_greedy_text_is_the_same_each_time_and_no_seed_matters(world, here):
     assert len(texts) == 1 and texts.pop().strip()
 
 
+@pytest.mark.long
 def test_sampled_text_follows_the_seed(world, here):
     def text(seed, top_p):
         common = ("--prompt", "Say blue", "--temperature", 5.0)
@@ -96,6 +97,7 @@ def test_generate_says_its_format_on_stderr_alone(world, here):
     assert (code, err) == (0, f"format completion\n{cut}") and "format" not in out and "cut" not in out
 
 
+@pytest.mark.long
 def test_chat_over_a_pipe(world):
     """Single instructions to an alpaca run, which has no chat template."""
     done = shell(

@@ -49,6 +49,7 @@ def test_a_row_of_no_format():
     assert columns_of({str(n): n for n in range(9)}) == "0, 1, 2, 3, 4, 5, 6, 7, ..." and columns_of({}) == "no column"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("format", ["alpaca", "completion", "text", "preference"])
 def test_the_config_trains_as_it_stands(world, here, tmp_path, monkeypatch, format):
     monkeypatch.chdir(tmp_path)

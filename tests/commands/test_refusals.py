@@ -49,6 +49,7 @@ def test_bad_config(world, here, tmp_path, monkeypatch, override, words):
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("command", ["train", "evaluate"])
 @pytest.mark.parametrize(("content", "words"), ROW_ERRORS, ids=[words[-1] for _, words in ROW_ERRORS])
 def test_bad_rows(world, here, tmp_path, command, content, words):
@@ -209,6 +210,7 @@ def change_adapter(world, tmp_path, **changes):
     return folder
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -272,6 +274,7 @@ def test_run_of_another_config_is_not_gone_on_with(world, here):
     assert code == 4 and "optimizer.learning_rate: 0.005 -> 0.001" in message and "output_dir" in message
 
 
+@pytest.mark.long
 def test_damaged_checkpoint_as_a_program(world, tmp_path):
     """One that was written wrong: Orbax's threads have much to say then, and none of it may reach the user."""
     run = tmp_path / "run"

@@ -132,6 +132,7 @@ def test_loss_that_is_not_finite(world, here, tmp_path):
     assert "training.max_nonfinite_steps=0" in message and "optimizer.learning_rate" in message
 
 
+@pytest.mark.long
 def test_a_fresh_run_keeps_the_one_before_beside_it(world, here, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(world / "run", run)

@@ -39,6 +39,7 @@ def check(tokenizer, text, places):
     assert counted(tokenizer, text, places) == [len(tokenizer.encode(text[:place])) for place in places]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_places_of_published_templates(name):
     for shape, row in SHAPES.items():

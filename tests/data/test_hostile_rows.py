@@ -167,6 +167,7 @@ print(peak() - before, len(rows), rows[0] if rows else says, sep="|")
 """
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("kind", "name", "rows", "says", "limit"),
     [

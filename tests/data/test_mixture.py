@@ -160,6 +160,7 @@ def test_mixture_that_is_none(material, tmp_path, train, words):
     assert words in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.long
 def test_run_on_a_cached_mixture_goes_on_bit_for_bit(material, tmp_path):
     path = config_of(material, tmp_path, cache_dir=str(tmp_path / "cache"))
     summary = train(load_config(path), quiet=True)

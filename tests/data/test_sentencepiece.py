@@ -35,6 +35,7 @@ def folder_of(name: str, folder: Path, **flags: Any) -> Path:
     return folder
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("base", ["llama2_tokenizer", "stories260K"])
 @pytest.mark.parametrize("name", FLAGS)
 def test_spaces_are_where_transformers_has_them(name, base, tmp_path):

@@ -150,6 +150,7 @@ def test_stanford_rows_equal_the_reference():
     assert merged == 74 and len(instruction_rows()) == 823
 
 
+@pytest.mark.long
 def test_conversations_equal_apply_chat_template():
     template = CHAT_TEMPLATES["llama2"]
 
@@ -197,6 +198,7 @@ def test_tokenizer_model_alone_is_sentencepiece(name, model_only):
     assert with_text == [1, *sentencepiece(name).encode("Once upon a time"), 2]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", FOLDERS)
 def test_tokenizer_json_and_model_agree(name, model_only):
     fast, alone = ours(name), load_tokenizer(model_only[name], None)
@@ -313,6 +315,7 @@ def test_sharegpt_rows_are_the_same_conversations():
 # Prompts
 
 
+@pytest.mark.long
 def test_prompt_is_the_untrained_prefix(chatml):
     llama2 = ours(chat_template="llama2")
     alpaca = instruction_rows()[::9]

@@ -95,6 +95,7 @@ def by_transformers(world, pretrained, adapter=None):
     return np.mean(losses), np.mean(right)
 
 
+@pytest.mark.long
 def test_rows_of_other_columns_are_measured_as_those_of_the_formats_own(world, evaluate, tmp_path):
     rows = [json.loads(line) for line in (world / "rows.jsonl").read_text().splitlines()]
     renamed = [{"ask": row["prompt"], "reply": row["completion"]} for row in rows]

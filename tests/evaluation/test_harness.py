@@ -92,6 +92,7 @@ def tiny(tmp_path_factory):
     return folder
 
 
+@pytest.mark.long
 def test_a_task_of_ones_own(tiny, monkeypatch, capsys):
     """Multiple choice, generation and perplexity over local rows; the loss is that of `jlora.evaluate`."""
     from lm_eval.tasks import TaskManager

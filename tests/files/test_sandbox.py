@@ -33,6 +33,7 @@ GREEDY = {
 MESSAGES = [{"role": "user", "content": "a"}]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", [*TEMPLATES, *GREEDY])
 def test_case_28_chat_template_runs_in_a_bounded_sandbox(smallest_base, tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)

@@ -23,6 +23,7 @@ SECRETS = {
 }
 
 
+@pytest.mark.long
 def test_case_30_secrets_of_the_environment_are_in_nothing_that_a_run_writes(
     smallest_base, tmp_path, monkeypatch, capfd
 ):

@@ -119,6 +119,7 @@ SELECTIONS: dict[str, tuple[dict[str, Any], dict[str, list[int]]]] = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", SELECTIONS)
 def test_modules_are_those_that_peft_selects(name, llama, tmp_path):
     options, expected = SELECTIONS[name]
@@ -145,6 +146,7 @@ DEFAULTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", DEFAULTS)
 def test_what_a_configuration_leaves_out_or_says_in_vain(name, llama, tmp_path, capsys):
@@ -217,6 +219,7 @@ def test_what_is_refused_is_named(name, llama, tmp_path):
     assert says in message and str(folder / CONFIG) in message and "\n" not in message and "Error(" not in message
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("key", ["target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"])
 def test_a_pattern_that_never_ends_is_stopped(key, llama, tmp_path, monkeypatch):
     monkeypatch.setattr(sandbox, "SECONDS", 1)
@@ -251,6 +254,7 @@ def put_beside(base: Path, folder: Path, name: str) -> None:
     save_file(tensors, folder / WEIGHTS, {"format": "pt"})
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", BESIDE)
 def test_an_embedding_or_head_beside_the_adapter_is_used(name, either, tmp_path):
     folder = write_adapter(either, tmp_path / "adapter")

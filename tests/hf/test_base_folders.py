@@ -77,6 +77,7 @@ HEADS = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", HEADS)
 def test_a_tied_head_of_other_values_is_a_head_of_its_own(name, tied, tmp_path, capsys):
     head, table, stays = HEADS[name]
@@ -219,6 +220,7 @@ FOLDERS = (
 )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("change", FOLDERS, ids=lambda change: change.__name__)
 def test_of_two_models_the_one_that_transformers_takes(change, tied, tmp_path):
     folder = shutil.copytree(tied, tmp_path / "base")
@@ -250,6 +252,7 @@ def test_what_makes_transformers_load_another_model_is_refused(tied, tmp_path):
         open_source(folder)
 
 
+@pytest.mark.long
 def test_pickled_weights_are_refused_with_the_command_that_converts_them(tmp_path):
     folder = tmp_path / "it's a base"
     model = make_llama(folder)

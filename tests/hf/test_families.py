@@ -104,6 +104,7 @@ def test_what_is_not_supported_is_named(changes, says):
     assert says in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ONE_EACH)
 def test_from_import_to_merge(name, tmp_path):
     """Trained, planned, exported as an adapter that PEFT reads, and merged into a folder that transformers reads."""

@@ -324,6 +324,7 @@ def test_refused_tokenizers(path: Path, tokenizer: dict[str, Any], words: list[s
     refused(path, *words, tokenizer=True)
 
 
+@pytest.mark.long
 @needs_smollm2
 def test_smollm2_135m_instruct() -> None:
     file = GGUFFile(SMOLLM2)

@@ -68,6 +68,7 @@ def test_rows_are_those_of_transformers(dtype, base, tokenizer, tmp_path):
     assert_close(logits(decoder, {}, tokens), torch_logits(theirs, tokens), 1e-4)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["gpt2", "gpt2_tied", "gemma3"])
 def test_families_grow_alike(name, tmp_path):
     model = make_family(tmp_path / "base", name)
@@ -150,6 +151,7 @@ def test_an_adapter_finds_its_rows_by_itself(base, run, tmp_path):
         assert each.pretrained.tokenizer.encode(ADDED[2]) == [VOCAB + 2]
 
 
+@pytest.mark.long
 def test_commands_take_the_base_with_its_rows(base, run, here, tmp_path):
     code, out, err = here("generate", "--adapter", run, "--prompt", f"say {ADDED[0]}", "--max-new-tokens", 3, "--json")
     assert code == 0 and json.loads(out), err
@@ -162,6 +164,7 @@ def test_commands_take_the_base_with_its_rows(base, run, here, tmp_path):
     assert code == 3 and "model.resize_embeddings" in one_sentence(err)
 
 
+@pytest.mark.long
 def test_exports_are_proved_in_peft_and_transformers(base, run, tmp_path):
     found = export(run, tmp_path / "adapter", None, False, None, True)
     assert found["peft_relative_difference"] < 1e-5 and found["base_read_by"] == "transformers"
@@ -178,6 +181,7 @@ def test_exports_are_proved_in_peft_and_transformers(base, run, tmp_path):
 TRAINED = ["method=full", "lora.modules_to_save=[embed_tokens,lm_head]", "model.quantization=nf4"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("key", TRAINED)
 def test_what_else_is_trained_or_held(key, base, tokenizer, tmp_path):
     cfg = grown_config(tmp_path, base, tokenizer, key)

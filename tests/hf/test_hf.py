@@ -83,6 +83,7 @@ def test_hash_is_of_the_tensors(single, tmp_path):
     assert open_base(folder)[1] != open_base(single)[1]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_stored_dtypes(stored, single, tmp_path):
     """Wider than stored is exact; bfloat16 rounds to the nearest, as torch does."""

@@ -162,6 +162,7 @@ def single(tmp_path_factory) -> Path:
 # The same model, whoever reads it
 
 
+@pytest.mark.long
 def test_every_mesh_holds_the_same(single, tmp_path):
     make_llama(tmp_path / "tied", tie_word_embeddings=True)
     make_llama(tmp_path / "sharded", shard="100KB")
@@ -182,6 +183,7 @@ def test_every_mesh_holds_the_same(single, tmp_path):
     assert "mesh.tensor=8 does not divide" in found["refusal"] and "\n" not in found["refusal"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "sizes", [pytest.param({"fsdp": 4}, marks=pytest.mark.slow), {"fsdp": 2, "tensor": 2}], ids=str
 )
@@ -288,6 +290,7 @@ def measured(folder: Path, small: Path, sizes: dict[str, int], largest: int, *ki
 SIZES = [{"fsdp": 1}, {"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}]
 
 
+@pytest.mark.long
 def test_memory_is_bounded(tmp_path):
     write_llama(tmp_path / "small", 256, 2, 512)
     total, largest = write_llama(tmp_path / "base", 1024, 4)

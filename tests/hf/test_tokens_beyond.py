@@ -119,6 +119,7 @@ def test_rows_that_were_kept_for_one_model_are_no_other_ones(base, tmp_path):
     assert digests[0] != digests[1]
 
 
+@pytest.mark.long
 def test_a_run_trains_with_such_a_tokenizer(base, tmp_path):
     folder = copy_folder(base, tmp_path / "base")
     padding(folder)

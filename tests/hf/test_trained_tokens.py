@@ -85,6 +85,7 @@ def with_tokens(vocab_size: int = VOCAB) -> np.ndarray:
     return tokens
 
 
+@pytest.mark.long
 def test_gradients_and_steps_are_pefts(base, tmp_path):
     """LoRA and rows together: the gradients of all leaves, and five steps of AdamW; no other row has either."""
     decoder, digest = open_base(base)
@@ -240,6 +241,7 @@ def lora_of(cfg, base):
     return optim.split({"adapter": new_adapter(section, open_base(base)[0].cfg, 0), "base": {}}, "lora")[0]
 
 
+@pytest.mark.long
 def test_new_tokens_are_trained_exported_and_merged(base, run, tmp_path):
     adapted = open_adapted(str(base), str(run), dtype="float32")
     rows, mean = adapted.adapter["embed_tokens"], np.asarray(adapted.pretrained.base.embed_tokens[VOCAB])
@@ -260,6 +262,7 @@ def test_new_tokens_are_trained_exported_and_merged(base, run, tmp_path):
     assert_close(ours, torch_logits(model, tokens), 1e-4)
 
 
+@pytest.mark.long
 def test_a_run_resumes_to_the_same_rows(base, tokenizer, run, tmp_path):
     same = f"data.train={run.parent / 'rows.jsonl'}"
     cfg = grown_config(tmp_path, base, tokenizer, "lora.trainable_tokens=new", "training.save_every=2", same)
@@ -274,6 +277,7 @@ def test_a_run_resumes_to_the_same_rows(base, tokenizer, run, tmp_path):
     assert "lora.trainable_tokens: 'new' -> " in sentence_of(ModelError, train, other, quiet=True)
 
 
+@pytest.mark.long
 def test_commands_and_a_start_from_it(base, tokenizer, run, here, tmp_path):
     code, out, err = here("generate", "--adapter", run, "--prompt", f"say {ADDED[0]}", "--max-new-tokens", 3, "--json")
     assert code == 0 and json.loads(out), err
@@ -284,6 +288,7 @@ def test_commands_and_a_start_from_it(base, tokenizer, run, here, tmp_path):
     assert "trainable_tokens=[300, 301, 302, 303]" in sentence_of(ModelError, train, other, quiet=True)
 
 
+@pytest.mark.long
 def test_pairs_sweeps_and_plans(base, tokenizer, tmp_path):
     """DPO begins where its reference is; a sweep's runs may train other tokens; a plan counts what a run trains."""
     pairs = tmp_path / "pairs.jsonl"
@@ -360,6 +365,7 @@ INDICES = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", INDICES)
 def test_indices_that_are_wrong_are_refused(name, base, tmp_path):
     decoder, digest, adapter = grown_rows(base)

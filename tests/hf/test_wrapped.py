@@ -20,6 +20,7 @@ from jlora.training.export import export
 from jlora.training.run import train
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", CLASSES)
 def test_from_import_to_merge(name, tmp_path, optimized):
     """The adapter is for the whole model, in which no other module gets one; the merged model reads text alone."""

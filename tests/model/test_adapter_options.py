@@ -65,6 +65,7 @@ READ = [
 # Logits, both ways
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("name", "base_name"), CASES)
 def test_ours_in_peft_and_merged(name, base_name, bases, opened, tmp_path, monkeypatch):
     """What we export PEFT computes as we do; so do we on reading it, and transformers on the merged weights."""
@@ -149,6 +150,7 @@ def test_dora_drops_inputs_as_peft_does(monkeypatch):
     np.testing.assert_allclose(found, theirs, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
 def test_dora_on_a_quantised_weight(kind):
     """The norm is that of the weight that is multiplied."""

@@ -95,6 +95,7 @@ def torch_curve(model: torch.nn.Module, vocab_size: int, ratio: float | None) ->
     return losses
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "name",
     [pytest.param(name, marks=[] if name == "loraplus_dora_saved_biased" else pytest.mark.slow) for name in TRAINED],

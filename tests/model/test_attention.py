@@ -141,6 +141,7 @@ def test_cudnn_needs_no_mask_where_a_row_is_one_segment(window, asked):
 # Splash
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "head_dim", "window", "softcap"),
     [(4, 2, 128, None, None), (2, 2, 64, None, None), (4, 2, 64, 100, None), (2, 1, 64, 1, None), (2, 1, 256, 60, 2.0)],

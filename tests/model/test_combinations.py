@@ -107,6 +107,7 @@ def run(tmp_path_factory):
     return answer
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("kernel", "remat", "base"), CASES)
 def test_loss_and_gradients_are_those_of_the_reference(run, kernel, remat, base):
     """In float32 within 1e-4, and that of each gradient's own size, of reference attention without
@@ -120,6 +121,7 @@ def test_loss_and_gradients_are_those_of_the_reference(run, kernel, remat, base)
         np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-4 * min(1.0, most), err_msg=keystr(path))
 
 
+@pytest.mark.long
 def test_quantising_changes_what_is_computed(run):
     """So that equal figures above are not those of one and the same base."""
     assert abs(run("reference", "none", None)[0] - run("reference", "none", "nf4")[0]) > 1e-3

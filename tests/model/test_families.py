@@ -91,6 +91,7 @@ def test_each_layer_equals_transformers(name, opened):
         assert_close(ours(base.layers, x.numpy(), jnp.int32(layer)), expected.numpy(), 1e-5)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ONE_EACH)
 def test_lora_gradients_equal_peft(name, opened, tmp_path):
     """Of every factor, by each remat policy; and PEFT loads what is exported."""
@@ -126,6 +127,7 @@ def test_lora_gradients_equal_peft(name, opened, tmp_path):
             np.testing.assert_allclose(found[path], gradient, rtol=0, atol=1e-4, err_msg=path)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", [*ONE_EACH, "phi3_longrope"])
 def test_decoding_equals_transformers(name, opened):
     """64 tokens with a cache, farther than any window reaches."""

@@ -182,6 +182,7 @@ def with_keys(llama, tmp_path_factory):
     return changed
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("field", "start", "change"), PERTURBED, ids=lambda value: value if type(value) is str else "")
 def test_every_field_matters(field, start, change, with_keys):
     """A field of config.json that jlora drops would leave the logits; one that it misreads moves them elsewhere."""
@@ -203,6 +204,7 @@ def test_an_adapter_of_another_base_is_refused(base, adapter):
             require_fits(adapter, dataclasses.replace(base.cfg, **change))
 
 
+@pytest.mark.long
 def test_remat_policies_agree(base, adapter):
     tokens = random_tokens(300)
     positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)

@@ -92,6 +92,7 @@ def test_every_product_of_a_step_and_its_kernel(kernel, dtype):
     assert_precise(step_of(config(dtype), KERNELS[kernel]), dtype)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16], ids=str)
 @pytest.mark.parametrize("changes", STEPS.values(), ids=STEPS)
 def test_every_product_of_each_kind_of_step(changes, dtype):

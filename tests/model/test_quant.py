@@ -89,6 +89,7 @@ def reference_nf4(hf: np.ndarray, offset: np.float32 | None = None) -> dict[str,
     }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("shape", [(128, 64), (1024, 576), (96, 11008), (512, 1536), (10, 8192)])
 def test_nf4_equals_an_independent_reading_of_the_definition(shape):
     hf = coarse(*shape)
@@ -180,6 +181,7 @@ def test_round_trip_error_of_nf4_is_the_published_one():
     assert error.mean() < nested.mean() < 1.005 * error.mean()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", KINDS)
 def test_zeros_stay_zeros(kind):
     w = weight(128, 96)
@@ -216,6 +218,7 @@ def test_round_trip_error_of_nf4_is_what_follows_from_its_levels():
         assert figure(once) < figure(twice) < 1.002 * figure(once)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("inputs, outputs", [((128,), (4, 10)), ((4, 32), (6,)), ((172,), (8,)), ((6, 10), (48,))])
 def test_a_weight_projects_as_the_dequantised_hugging_face_tensor(kind, inputs, outputs):
@@ -284,6 +287,7 @@ def temporary_bytes(kind: str | None, remat: str) -> int:
 
 
 # Not fp8: a CPU has no such type, and XLA widens the whole stack for it before the scan. On GPUs it does not (docs).
+@pytest.mark.long
 @pytest.mark.parametrize(("kind", "remat"), [("nf4", "full"), ("int4", "none"), ("int8", "dots")])
 def test_no_dequantised_weight_outlives_its_layer(kind, remat):
     inputs_outputs = projection_shapes(MID).values()

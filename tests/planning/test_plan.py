@@ -109,6 +109,7 @@ def test_table_for_people(table):
         assert words in table, words
 
 
+@pytest.mark.long
 def test_held_out_rows_take_no_time_and_cpus_have_no_peak(config):
     whole, part = (json.loads(plan(config, *PRICED, f"data.eval={share}", "--json").stdout) for share in ("null", 0.25))
     assert (whole["data"]["rows"], part["data"]["rows"]) == (24, 18)
@@ -144,6 +145,7 @@ def test_refusals_before_a_device_is_asked_for(config, arguments, words, monkeyp
         assert word in said, word
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [

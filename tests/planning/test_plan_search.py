@@ -356,6 +356,7 @@ def test_a_remedy_of_more_devices_or_of_none(monkeypatch, config):
     assert remedy is None and "base weights take" in says
 
 
+@pytest.mark.long
 def test_a_run_that_does_not_fit_names_the_change(config):
     """70B in float32 fits on no CPU of ours: exit 5, one sentence, and the figures still on stdout."""
     done = plan(config, "--topology", "cpu:1", "model.path=llama2-70b", "--json")

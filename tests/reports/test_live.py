@@ -121,6 +121,7 @@ def test_only_this_machine_is_answered(server):
         assert answer.status == 200
 
 
+@pytest.mark.long
 def test_pages_that_follow_are_bounded(server, monkeypatch):
     follow = f"GET /events HTTP/1.0\r\nHost: 127.0.0.1:{server.server_port}\r\n\r\n".encode()
     pages = [socket.create_connection(server.server_address, timeout=20) for _ in range(live.MOST_PAGES)]

@@ -166,6 +166,7 @@ def test_a_job_whose_report_takes_long_ends_well(material, alone, tmp_path):
     assert (run_dir / "report.html").is_file()
 
 
+@pytest.mark.long
 def test_two_processes_one_is_killed_and_the_job_goes_on(material, alone, tmp_path):
     config, run_dir = material / "run.yaml", tmp_path / "run"
     overrides = (f"output_dir={run_dir}", "mesh.fsdp=2", "mesh.tensor=2", "-q")
@@ -212,6 +213,7 @@ train.main()
 """
 
 
+@pytest.mark.long
 def test_a_signal_before_the_first_step_ends_all_at_once(material, tmp_path):
     job = Job(material / "run.yaml", 2, 1, f"output_dir={tmp_path / 'run'}", "mesh.fsdp=2", code=READS_LONG)
     for process in job.processes:
@@ -298,6 +300,7 @@ def test_a_stopped_child_is_ended():
     assert time.monotonic() - started < 10
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("name", "code", "words"),
     [
@@ -349,6 +352,7 @@ def test_a_host_that_differs_is_refused_by_all(material, tmp_path, name, code, w
         assert "process 1 (" in last_error(errors[0])
 
 
+@pytest.mark.long
 def test_a_taken_port_is_refused(material, tmp_path):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -360,6 +364,7 @@ def test_a_taken_port_is_refused(material, tmp_path):
     assert done.returncode == 2 and f"port {port} cannot be used" in done.stderr and done.stderr.count("\n") == 1
 
 
+@pytest.mark.long
 def test_nobody_else_starts(material):
     command = [sys.executable, "-m", "jlora.train", "--config", str(material / "run.yaml")]
     command += [f"distributed.coordinator=127.0.0.1:{free_port()}", "distributed.num_processes=2"]
@@ -383,6 +388,7 @@ print(jax.process_index(), jax.process_count(), float(jax.jit(lambda a: a.sum())
 """
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("scheduler", ["slurm", "open mpi"])
 def test_schedulers_are_detected(material, scheduler):
     job = free_port() % 2**12  # both make the coordinator's port of the job's number

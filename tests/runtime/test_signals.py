@@ -83,6 +83,7 @@ def wait_until(condition, process):
         time.sleep(0.01)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
 def test_run_that_reads_rows_ends_at_once(folder, tmp_path, number):
     if not (folder / "many.jsonl").exists():
@@ -104,6 +105,7 @@ def test_run_that_reads_rows_ends_at_once(folder, tmp_path, number):
     assert not (run_dir / "checkpoints").exists() and not (run_dir / "summary.json").exists()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
 @pytest.mark.parametrize("owner, name", [(jlora.training.opening, "load_pretrained"), (Evaluator, "measure")])
 def test_nothing_is_begun_before_the_first_step(folder, tmp_path, monkeypatch, number, owner, name):
@@ -118,6 +120,7 @@ def test_nothing_is_begun_before_the_first_step(folder, tmp_path, monkeypatch, n
         os.kill(os.getpid(), again)
 
 
+@pytest.mark.long
 def test_run_that_goes_on_and_sweep_end_before_a_new_step(folder, tmp_path, monkeypatch):
     """A run at step 2 stays there; a sweep ends as a run does, with nothing to resume from."""
     config = configure(folder, tmp_path / "run", max_steps=4, save_every=2)
@@ -154,6 +157,7 @@ def test_run_that_goes_on_and_sweep_end_before_a_new_step(folder, tmp_path, monk
     assert json.loads((tmp_path / "both" / "summary.json").read_text(encoding="utf-8"))["status"] == "finished"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("ignored", [False, True], ids=["terminal", "nohup"])
 def test_hangup_saves_the_run_unless_it_is_ignored(folder, tmp_path, ignored):
     run_dir = tmp_path / "run"
@@ -178,6 +182,7 @@ def test_hangup_is_given_back_after_a_training_of_the_effort_report():
     assert signal.getsignal(signal.SIGHUP) is signal.SIG_DFL
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("prepare, code", [("end_on_signals", 75), ("interrupt_on_signal", 130)])
 def test_native_code_does_not_keep_a_process(prepare, code):
     """A compiler, for one: the main thread is in it, and comes to no handler."""
@@ -204,6 +209,7 @@ cli.run(body)
     assert (process.returncode, error) == (code, f"{Stopped() if code == 75 else Interrupted()}\n")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("error", [Stopped, Interrupted])
 def test_a_signal_is_not_lost_in_a_callback_of_the_garbage_collector(error):
     """Python drops what is raised there, and JAX has such a callback."""

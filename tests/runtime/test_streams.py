@@ -62,6 +62,7 @@ def train_unread(config, run_dir, how):
     return process.wait(timeout=240)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("how", ["pipe", "terminal", "full", "closed"])
 def test_training_that_nobody_watches_runs_to_its_end(config, tmp_path, how):
     """`2>&1 | head -1`, a terminal that goes, a full disk under the log, `>&- 2>&-`."""
@@ -79,6 +80,7 @@ def test_training_that_nobody_watches_runs_to_its_end(config, tmp_path, how):
         assert "No space left" in one_sentence(again.communicate()[1]) and again.returncode == 2
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "arguments, where, why",
     [

@@ -227,6 +227,7 @@ def test_tpu_vm_runs_everywhere_and_keeps_the_exit_code(tmp_path):
     assert done.returncode == 2 and "not one of install, run, stop" in done.stderr
 
 
+@pytest.mark.long
 def test_local_gives_the_exit_code_of_its_processes(tmp_path):
     done = run([sys.executable, LAUNCH / "local", "--cpu-devices", "1", "--", "--config", tmp_path / "none"], tmp_path)
     assert done.returncode == 2

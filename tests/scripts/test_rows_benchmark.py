@@ -15,6 +15,7 @@ def run(monkeypatch, *arguments):
     return rows_benchmark.main()
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
 def test_both_sides_have_the_same_tokens(monkeypatch, capsys):
     assert run(monkeypatch, "--rows", "60", "--length", "4096", "--json") == 0

@@ -96,6 +96,7 @@ def copy(two, tmp_path):
     return shutil.copytree(two, tmp_path / "run" / "checkpoints")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("reopened", [False, True], ids=["one process", "resumed each time"])
 @pytest.mark.parametrize(
     "losses, kept",

@@ -50,6 +50,7 @@ def _traced_once(monkeypatch):
     monkeypatch.setattr(generate, "decode", once(generate.decode, static_argnames="sampling", donate_argnames="state"))
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("_traced_once")
 def test_nothing_is_compiled_after_the_first_step(tmp_path, monkeypatch, compilations):
     make_llama(tmp_path / "base")
@@ -78,6 +79,7 @@ def test_nothing_is_compiled_after_the_first_step(tmp_path, monkeypatch, compila
     assert compilations.count("jit(step)") == 2, compilations
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("override", "same"),
     [

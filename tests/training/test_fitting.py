@@ -115,6 +115,7 @@ def test_the_summary_has_the_peak_of_the_plan_on_every_platform(monkeypatch, pla
     assert found == auto_remat.peak_bytes(compiled, platform) == {"cpu": 170, "gpu": 150}[platform]
 
 
+@pytest.mark.long
 def test_a_run_goes_on_with_the_policy_it_took(config, tmp_path, monkeypatch):
     """Another policy rounds otherwise, and how much memory is free is another number each time."""
 

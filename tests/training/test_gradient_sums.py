@@ -74,6 +74,7 @@ def batch():
 COARSE = pytest.mark.xfail(jax.__version_info__ >= (0, 11), reason="XLA's own products in bfloat16", strict=True)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("case", [pytest.param(case, marks=[COARSE] if case == "full" else []) for case in CASES])
 def test_every_trained_leaf_is_added_up_in_float32(folder, case):
     family, options, objective = CASES[case]

@@ -95,6 +95,7 @@ def test_case_6_too_many_skipped_steps_end_the_run_with_the_last_checkpoint_kept
     assert not (tmp_path / "run" / "adapter").exists() and not (tmp_path / "run" / "summary.json").exists()
 
 
+@pytest.mark.long
 def test_case_6_spike_is_skipped_alike_in_one_run_and_in_one_gone_on_with(tiny, tmp_path, monkeypatch):
     whole, halves, off = (tmp_path / name for name in ("whole", "halves", "off"))
     for folder in (whole, halves, off):

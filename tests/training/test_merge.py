@@ -62,6 +62,7 @@ def merged_in_a_process(run: Path, out: Path) -> int:
     return 1024 * int(done.stdout)
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="reads Linux's account of memory")
 def test_a_merge_holds_a_tensor_and_not_the_model(run, tmp_path):
     """50 million parameters in bfloat16, 104 MB, take a few tensors of 6 MB above a model of nothing."""
@@ -93,6 +94,7 @@ def test_many_blocks_merge_as_one_does(run, tmp_path, monkeypatch):
         np.testing.assert_allclose(blocks[name], tensor, rtol=0, atol=1e-6)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_a_merge_into_a_quantised_base_is_proved(run, kind, tmp_path):
     base = run.parent / "base"

@@ -77,6 +77,7 @@ def test_tiny_model(tmp_path, names):
     require_the_same_runs(tmp_path, config, {name: MESHES[name] for name in names}, 5e-6)
 
 
+@pytest.mark.long
 def test_rows_of_new_tokens(tmp_path):
     """304 rows of the embedding over two devices, and of those that are trained the width."""
     make_llama(tmp_path / "base")

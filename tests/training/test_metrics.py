@@ -186,6 +186,7 @@ def curve_of_wandb(folder):
 CURVES = {"wandb": curve_of_wandb, "mlflow": curve_of_mlflow, "trackio": curve_of_trackio}
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("default")  # of the libraries to themselves
 @pytest.mark.parametrize("key", ASKED_FOR)
 def test_a_run_that_resumes_is_one_run_of_the_tracker(key, world, tmp_path, monkeypatch, capfd):

@@ -48,6 +48,7 @@ def assert_equal(found, expected) -> None:
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5 * max(np.abs(theirs).max(), 1e-3))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("chunk", [1, 4, 64])
 @pytest.mark.parametrize(("length", "share"), [(21, 0.4), (16, 1.0), (3, 0.0)])
 def test_equals_torch(chunk, length, share, monkeypatch):

@@ -129,6 +129,7 @@ def test_lora_curve_is_that_of_peft(tmp_path, record_property, targets):
     assert largest(trained, load_file(init / "adapter_model.safetensors")) > 1e-3
 
 
+@pytest.mark.long
 def test_weights_of_rows_are_those_of_torch(tiny, tmp_path, record_property):
     """Of batches whose weights sum up to more and to less than one, in micro-batches, packed; and of held-out rows."""
     rows = [json.loads(line) for line in tiny[1].read_text().splitlines()]

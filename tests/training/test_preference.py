@@ -291,6 +291,7 @@ def losses(folder):
     return [line["loss"] for line in read_metrics(folder / "metrics.jsonl") if "loss" in line]
 
 
+@pytest.mark.long
 def test_a_run_on_pairs(tiny, capsys):
     """It learns to prefer, logs what TRL logs, accumulates exactly, goes on bit for bit, and is evaluated.
 

@@ -61,6 +61,7 @@ def load(folder: Path, kind: str | None = None) -> tuple[Any, str]:
     return load_base(open_source(folder), str(folder), FLOAT32, one_device_mesh(), kind)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("skipped", [None, SKIPPED], ids=["all", "some"])
 def test_nf4_is_kept_as_it_was_published(skipped: list[str] | None, plain: Path, tmp_path: Path) -> None:
     """Codes, absmaxes, second absmaxes and offset, bit for bit; what is not stored so is quantised as ever."""
@@ -107,6 +108,7 @@ def test_logits_are_those_of_transformers_on_the_same_folder(nf4: tuple[Path, An
         np.testing.assert_allclose(logits(load(folder, kind)[0], {}, ids), expected, atol=1e-4, err_msg=str(folder))
 
 
+@pytest.mark.long
 def test_eight_devices_hold_their_shards_of_the_same_base(
     plain: Path, nf4: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -132,6 +134,7 @@ def test_bases_that_differ_in_a_setting_have_other_hashes(plain: Path, tmp_path:
     assert hash_base(one, "base") != hash_base(two, "base")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["nf4", "nf4_kept", "gptq_4_symmetric_bias"])
 def test_a_run_exports_an_adapter_of_the_folder_and_merges_into_a_plain_model(
     kind: str, plain: Path, nf4: tuple[Path, Any], tmp_path: Path

@@ -59,6 +59,7 @@ def load(folder: Path, kind: str | None, dtype: str = "float32"):
     return load_base(open_source(folder), str(folder), jnp.dtype(dtype), one_device_mesh(), kind)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_loaded_base_holds_quantised_projections_and_nothing_else(base, kind):
     """Each stacked leaf is the quantised tensors of the file; the hash is of what is stored; parameters are counted."""
@@ -123,6 +124,7 @@ def test_training_is_that_on_the_dequantised_base(base, tmp_path):
     chex.assert_trees_all_equal(before, jax.tree.map(np.asarray, load(base, kind)[0]))
 
 
+@pytest.mark.long
 def test_eight_devices_hold_their_shards_of_the_same_codes(base):
     shards = run_on_eight(load_quantized, str(base))
     for kind in ("nf4", "int8", "fp8"):

@@ -129,6 +129,7 @@ def test_learned_adapter_computes_the_same_in_peft(reviews_run, tmp_path, record
     assert np.abs(bare - expected).max() > 0.5
 
 
+@pytest.mark.long
 @needs_data
 def test_init_from_goes_on_from_a_peft_adapter(reviews_run, tmp_path):
     """Of PEFT's own making: the adapter that came with the test data."""
@@ -157,6 +158,7 @@ def test_init_from_goes_on_from_a_peft_adapter(reviews_run, tmp_path):
         train(review_config(tmp_path, lora=lora | {"init_from": str(tmp_path)}), quiet=True)
 
 
+@pytest.mark.long
 @needs_data
 def test_bfloat16_trains_float32_adapters(tmp_path, record_property):
     optimizer = {"learning_rate": 5e-3, "schedule": "constant"}

@@ -168,6 +168,7 @@ def test_killed_before_and_after_a_checkpoint(material, unbroken, tmp_path):
     assert_as_unbroken(run_dir, unbroken)
 
 
+@pytest.mark.long
 def test_killed_while_a_checkpoint_is_written(material, unbroken, tmp_path):
     config, run_dir = configure(material, tmp_path / "killed"), tmp_path / "killed" / "run"
     code = send_when(start(config), signal.SIGKILL, lambda: any(run_dir.glob("checkpoints/*.saving*")))
@@ -182,6 +183,7 @@ def test_killed_while_a_checkpoint_is_written(material, unbroken, tmp_path):
     assert all(folder.name.isdigit() for folder in (run_dir / "checkpoints").iterdir())
 
 
+@pytest.mark.long
 def test_sigterm_saves_and_exits_75(material, unbroken, tmp_path):
     """The first is enough, and those that follow, of all kinds, until the process is gone, change nothing."""
     config, run_dir = configure(material, tmp_path / "stopped"), tmp_path / "stopped" / "run"
@@ -223,6 +225,7 @@ def test_finished_run_stays_as_it_is(finished):
     assert (run_dir / "metrics.jsonl").read_bytes() == lines
 
 
+@pytest.mark.long
 def test_another_run_is_refused(finished, material, tmp_path):
     config, run_dir = finished
     before = contents(run_dir, ".")
@@ -258,6 +261,7 @@ def test_another_run_is_refused(finished, material, tmp_path):
     assert contents(run_dir, ".") == before
 
 
+@pytest.mark.long
 def test_another_base_is_refused(tmp_path):
     base, rows = tmp_path / "base", make_completions(tmp_path / "rows.jsonl")
     make_llama(base)
@@ -290,6 +294,7 @@ def test_free_keys_may_change(finished):
     assert contents(run_dir, "adapter") == before
 
 
+@pytest.mark.long
 def test_a_damaged_newest_checkpoint_is_gone_on_without(finished, unbroken, capsys):
     """One bit of the newest, and a later one that a copy has left empty: the one before, and the same end."""
     config, run_dir = finished
@@ -316,6 +321,7 @@ def test_no_whole_checkpoint_is_refused(finished):
     assert contents(run_dir, ".") == before
 
 
+@pytest.mark.long
 def test_a_change_that_is_allowed_is_recorded(finished, unbroken):
     config, run_dir = finished
     shutil.rmtree(run_dir / "checkpoints" / "18")
@@ -358,6 +364,7 @@ def test_a_disk_too_small_is_refused_before_training(finished, monkeypatch):
     assert contents(run_dir, "checkpoints") == before
 
 
+@pytest.mark.long
 def test_a_disk_that_fills_up_stops_the_run_with_one_sentence(finished, unbroken, monkeypatch):
     """At the log's next line, or in a save in the background; the checkpoint before stays, and room lets it go on."""
     config, run_dir = finished
@@ -385,6 +392,7 @@ def test_a_disk_that_fills_up_stops_the_run_with_one_sentence(finished, unbroken
     assert_as_unbroken(run_dir, unbroken)
 
 
+@pytest.mark.long
 def test_figures_do_not_depend_on_where_it_was_stopped(tmp_path, monkeypatch):
     """Between two logged steps, in the first epoch or a later one."""
     base, rows = tmp_path / "base", make_completions(tmp_path / "rows.jsonl", count=20)

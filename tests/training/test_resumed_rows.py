@@ -51,6 +51,7 @@ def stopped_after(monkeypatch, config, step):
     return [place for epochs, now in opened for place in epochs.places_in(now - 1)], summary
 
 
+@pytest.mark.long
 def test_another_batch_size_takes_each_row_once_an_epoch(tiny, tmp_path, monkeypatch):
     run = tmp_path / "run"
     whole, straight = stopped_after(monkeypatch, configure(tiny, tmp_path / "whole"), None)
@@ -71,6 +72,7 @@ def test_another_batch_size_takes_each_row_once_an_epoch(tiny, tmp_path, monkeyp
     assert passed == sorted(passed) and passed[4] == pytest.approx(20 / 28) and passed[-1] == 2.0
 
 
+@pytest.mark.long
 def test_other_rows_go_on_in_the_epoch_where_the_others_stopped(tiny, tmp_path, monkeypatch):
     run = tmp_path / "run"
     first, before = stopped_after(monkeypatch, configure(tiny, run), 8)  # a row into the second epoch
@@ -81,6 +83,7 @@ def test_other_rows_go_on_in_the_epoch_where_the_others_stopped(tiny, tmp_path, 
     assert summary["tokens"]["total"] > before["tokens"]["total"] + sum(1 for _ in rest)
 
 
+@pytest.mark.long
 def test_nothing_changed_is_as_before_to_the_bit(tiny, tmp_path, monkeypatch):
     """Batches are counted from the run's start, and a change that is taken back leaves them as they were."""
     curves = []
@@ -94,6 +97,7 @@ def test_nothing_changed_is_as_before_to_the_bit(tiny, tmp_path, monkeypatch):
     assert curves[0] == curves[1]
 
 
+@pytest.mark.long
 def test_a_checkpoint_of_earlier_versions_resumes(tiny, tmp_path, monkeypatch):
     """It has the position of the iterator alone."""
     position = jlora.training.opening.Run.position

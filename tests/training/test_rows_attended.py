@@ -138,6 +138,7 @@ def alone(tiny, adapter, sequences):
     return [row[: len(one.ids)] for row, one in zip(np.concatenate(found), sequences, strict=False)]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("packing", [True, False], ids=["packed", "not packed"])
 @pytest.mark.parametrize("format", FORMATS)

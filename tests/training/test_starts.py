@@ -154,6 +154,7 @@ def test_a_change_is_refused_before_the_base_is_opened(project, monkeypatch):
         train(load_config("c.yaml", ["resume.allow_changes=[config.lora.alpa]"]), quiet=True)
 
 
+@pytest.mark.long
 def test_a_sweep_measures_its_base_once_and_tells_the_best(project, monkeypatch, capsys):
     """Each run's figure before training is the one that it would have measured alone, to the bit."""
     folder, *_ = project

@@ -56,6 +56,7 @@ def with_random_b(adapter, seed=7):
     return jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.fold_in(key, x.size), x.shape), adapter)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "real", [False, pytest.param(True, marks=[needs_data, pytest.mark.slow])], ids=["tiny", "reviews"]
 )
@@ -139,6 +140,7 @@ def test_what_is_frozen_is_no_part_of_the_state(tiny, tmp_path):
     assert jax.tree.structure(new) == jax.tree.structure(run.state)
 
 
+@pytest.mark.long
 def test_a_seed_gives_one_adapter(tiny, tmp_path):
     runs = []
     for seed in (0, 0, 1):
@@ -152,6 +154,7 @@ def test_a_seed_gives_one_adapter(tiny, tmp_path):
     assert all(a != b for a, b in zip(first, other, strict=True))
 
 
+@pytest.mark.long
 def test_dropout_is_drawn_anew_each_step_and_part(tiny, tmp_path):
     def losses(dropout, parts=1):
         lora = {"dropout": dropout, "init_from": str(tmp_path / "init")}
@@ -173,6 +176,7 @@ def test_dropout_is_drawn_anew_each_step_and_part(tiny, tmp_path):
     assert abs(losses(0.3, parts=2)[0] - dropped[0]) > 1e-4  # parts do not share their draws
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "name, learning_rate", [("adamw", 1e-2), ("adafactor", 1e-2), ("lion", 2e-3), ("sgd", 1e-1)], ids=lambda x: str(x)
 )
@@ -214,6 +218,7 @@ def test_a_step_that_is_not_finite_changes_nothing(tiny, tmp_path):
     assert metrics["learning_rate"] == rate  # the schedule waited for it
 
 
+@pytest.mark.long
 def test_too_many_steps_that_are_not_finite_end_the_run(tiny, tmp_path):
     sections = {
         "optimizer": {"learning_rate": 1e38, "schedule": "constant"},

@@ -108,6 +108,7 @@ def test_a_run_that_stopped_early_is_finished(tiny, overfitted):
     assert train(configure(tiny, run), quiet=True) == json.loads((run / "summary.json").read_text()) == summary
 
 
+@pytest.mark.long
 def test_killed_within_its_patience_it_stops_at_the_same_step_with_the_same_bits(tiny, overfitted, monkeypatch):
     """Also where a start takes it up behind its last step: what the evaluations showed is in the checkpoint."""
     whole, summary = overfitted
@@ -145,6 +146,7 @@ run.train(load_config(sys.argv[1], sys.argv[3:]), quiet=True)
 """
 
 
+@pytest.mark.long
 def test_kill_9_within_its_patience_changes_nothing(tiny, overfitted):
     """Steps since the last checkpoint are taken again, and their evaluations count once."""
     whole, summary = overfitted

@@ -161,6 +161,7 @@ def test_a_sweep_that_cannot_be_is_refused(tiny, capsys, monkeypatch):
         load_config(path, ["sweep_halving=true", "data.eval=null"])
 
 
+@pytest.mark.long
 def test_halving_stops_the_worse_half_at_each_rung(tiny):
     """Four runs of 8 steps: two stop at 2, one at 4, and the one left ends as it would have alone."""
     sweep = [{"name": f"r{i}", "optimizer.learning_rate": rate} for i, rate in enumerate((1e-2, 1e-5, 1e-6, 1e-3))]
@@ -174,6 +175,7 @@ def test_halving_stops_the_worse_half_at_each_rung(tiny):
     assert file_digest(alone) == file_digest(tiny / "halving" / "r0")
 
 
+@pytest.mark.long
 def test_halving_resumes_where_it_stopped(tiny):
     """A run beyond a rung that its sweep comes back to stays where it is."""
     sweep = [{"name": "a"}, {"name": "b", "optimizer.learning_rate": 1e-6}]
@@ -219,6 +221,7 @@ def test_one_program_serves_runs_of_one_shape(tiny, monkeypatch):
     assert len(shared[0].programs) == 2
 
 
+@pytest.mark.long
 def test_runs_may_differ_in_what_no_single_step_could_hold(tiny):
     """Ranks by layer, Adafactor, samples, another batch and rematerialisation: each as its separate run."""
     sweep = [
