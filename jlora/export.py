@@ -42,6 +42,7 @@ def main() -> None:
     )
     parser.add_argument("--out", type="path", help="new folder to write")
     parser.add_argument("--gguf", type="path", metavar="FILE", help="write base and adapter as one GGUF file instead")
+    parser.add_argument("--gguf-adapter", type="path", metavar="FILE", help="write the adapter alone, for llama.cpp")
     parser.add_argument("--quantize", metavar="KIND", help="of --gguf: F16 (default), BF16, F32, Q8_0, Q5_1 to Q4_0")
     parser.add_argument(
         "--min-gain",
@@ -62,7 +63,7 @@ def main() -> None:
     args = parser.parse_args()
 
     def body() -> None:
-        if args.gguf:
+        if args.gguf or args.gguf_adapter:
             return gguf(args)
         if args.quantize or args.min_gain is not None:
             raise ConfigError("--quantize and --min-gain are of --gguf FILE; leave them out, or name the file")
@@ -95,15 +96,21 @@ def main() -> None:
 
 def gguf(args: argparse.Namespace) -> None:
     """Write a GGUF file, and say what it keeps."""
-    alone = ("out", "adapters", "combination", "rank", "merge", "dtype", "cost", "verify")
+    alone: tuple[str, ...] = ("out", "adapters", "combination", "rank", "merge", "dtype", "cost", "verify")
+    alone += ("gguf", "quantize", "min_gain") if args.gguf_adapter else ()
     if given := [name for name in alone if getattr(args, name)]:
-        raise ConfigError(f"--gguf writes one file, of one run; leave --{given[0]} out")
+        raise ConfigError(f"--gguf and --gguf-adapter write one file, of one run; leave --{given[0]} out")
     least = 0.8 if args.min_gain is None else args.min_gain
     if not 0 <= least <= 1:
         raise ConfigError("--min-gain is a share from 0 to 1")
     from jlora.training.export import use_host
-    from jlora.training.gguf_export import export_gguf
+    from jlora.training.gguf_export import export_gguf, export_gguf_adapter
 
+    if args.gguf_adapter:
+        use_host(Path(args.run), merge=True, cost=False)
+        result = export_gguf_adapter(Path(args.run), Path(args.gguf_adapter), args.step, args.base)
+        said = f"{result['out']}: adapter of step {result['step']}, read back; for {result['base']} in GGUF"
+        return cli.show(args, result, lambda: print(said))
     use_host(Path(args.run), merge=least == 0, cost=least > 0)
     kind = (args.quantize or "F16").upper()
     result = export_gguf(Path(args.run), Path(args.gguf), args.step, kind, args.base, least)

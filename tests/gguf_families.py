@@ -43,7 +43,7 @@ PHI3 = WIDE | {"pad_token_id": 0, "head_dim": 16, "num_key_value_heads": 3}
 # Every numerics field off its default that a file of the family can hold.
 MODELS: dict[str, PreTrainedConfig] = {
     "llama3": LlamaConfig(**WIDE | {"rope_parameters": LLAMA3}),
-    "qwen2_tied": Qwen2Config(**WIDE | {"tie_word_embeddings": True, "rope_parameters": LINEAR}),
+    "qwen2_tied": Qwen2Config(**WIDE | {"head_dim": 16, "tie_word_embeddings": True, "rope_parameters": LINEAR}),
     "qwen3": Qwen3Config(**WIDE | {"rope_parameters": LINEAR}),
     "gpt2": GPT2Config(**GPT2 | {"n_inner": 160, "tie_word_embeddings": False}),
     "gpt2_tied": GPT2Config(**GPT2),

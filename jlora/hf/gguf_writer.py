@@ -33,6 +33,9 @@ KINDS = ("F32", "F16", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0")
 # In which embedding and head are kept where the projections have fewer bits, as llama-quantize keeps them in more.
 OF_TABLES = "Q8_0"
 
+# Whose heads are together as wide as the model, for llama.cpp.
+AS_WIDE = ("qwen2", "phi3")
+
 CONVERTER = "write it with --merge, and convert that by llama.cpp's convert_hf_to_gguf.py"
 
 
@@ -68,6 +71,8 @@ def architecture_for(cfg: ModelConfig, config: dict[str, Any], where: str) -> tu
     family = "llama" if config["model_type"] == "mistral" else config["model_type"]
     for name, found in ARCHITECTURES.items():
         if found.model_type == family:
+            if name in AS_WIDE and cfg.head_dim * cfg.num_attention_heads != cfg.hidden_size:
+                raise ModelError(f"{where}: llama.cpp loads {name} only with hidden_size = heads x head_dim")
             return name, found
     raise ModelError(f"{where}: a model of type {config['model_type']} is not written as GGUF; {CONVERTER}")
 
@@ -132,13 +137,7 @@ def _pieces(
     """A tensor's rows as the file has them, some heads at a time."""
     for start, stop in blocks(cfg, entry):
         rows = weights.rows(name, entry, start, stop)
-        if architecture.neighbours and entry.leaf in ("q_proj", "k_proj", "q_proj_bias", "k_proj_bias"):
-            half = cfg.head_dim // 2  # neighbours are turned together, and not the halves of a head
-            rows = (
-                rows.reshape(-1, 2, half, entry.hf_shape[-1] if entry.transposed else 1)
-                .swapaxes(1, 2)
-                .reshape(rows.shape)
-            )
+        rows = turned(cfg, architecture, entry.leaf, rows)
         if cfg.norm_offset and name.endswith("norm.weight"):
             rows = rows + np.float32(1)
         with np.errstate(over="ignore"):
@@ -146,6 +145,14 @@ def _pieces(
             if not np.isfinite(dequantize(made, kind)).all():
                 raise _NotFinite(name)
         yield made
+
+
+def turned(cfg: ModelConfig, architecture: Architecture, leaf: str, rows: np.ndarray) -> np.ndarray:
+    """Rows of whole heads in the file's order: of queries and keys, neighbours may be turned together, not halves."""
+    if not architecture.neighbours or leaf.removesuffix("_bias") not in ("q_proj", "k_proj"):
+        return rows
+    heads = rows.reshape(-1, 2, cfg.head_dim // 2, 1 if leaf.endswith("_bias") else rows.shape[-1])
+    return heads.swapaxes(1, 2).reshape(rows.shape)
 
 
 def metadata(cfg: ModelConfig, config: dict[str, Any], arch: str) -> dict[str, Any]:

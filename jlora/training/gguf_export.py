@@ -4,6 +4,7 @@ Weights are read, merged, quantised and written a tensor at a time, on the host.
 device, one model after the other.
 """
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from jlora.errors import ConfigError, DataError, ModelError
 from jlora.files.atomic import beside
 from jlora.hf import verify
 from jlora.hf.gguf import GGUFFile
+from jlora.hf.gguf_adapter import write_gguf_adapter
 from jlora.hf.gguf_vocabulary import vocabulary_of
 from jlora.hf.gguf_writer import KINDS, Rounded, write_gguf
 from jlora.hf.grown import Grown
@@ -87,6 +89,12 @@ def export_gguf(
         plain = source.base if isinstance(source, Grown) else source
         header = plain.header if isinstance(plain, GGUFFile) and not opened.tokenizer.files else None
         vocabulary = vocabulary_of(opened.tokenizer, header, shape.vocab_size, stops, str(file))
+        if shape.fused and (window := next(filter(None, shape.windows), None)):
+            print(
+                f"warning: llama.cpp sees all tokens where this model sees {window} before each: longer texts are "
+                "answered otherwise",
+                file=sys.stderr,
+            )
         partial = beside(file)
         try:
             write_gguf(partial, shape, config, merged, vocabulary, kind)
@@ -110,18 +118,45 @@ def export_gguf(
     return result
 
 
-def require_new_file(file: Path) -> None:
+def export_gguf_adapter(run_dir: Path, file: Path, step: Step, base: str | None) -> dict[str, Any]:
+    """Write a run's adapter for llama.cpp, to be added to its base in GGUF; returns what was written.
+
+    Raises:
+      ModelError: as `export_gguf`, and `jlora.hf.gguf_adapter`. ConfigError: see `require_new_file`.
+    """
+    cfg = trained_config(run_dir, base)
+    require_new_file(file, "--gguf-adapter")
+    if cfg.method == "full":
+        raise ConfigError("--gguf-adapter: the run trained every weight and has no adapter; write --gguf")
+    found = find_step(cfg, run_dir, step)
+    opened = open_trained(cfg, moved=base is None)
+    cfg = with_ids(cfg, opened)
+    host = make_mesh(MeshSection(data=1, fsdp=1, tensor=1), jax.devices("cpu")[:1])
+    adapter, _ = restore(cfg, run_dir, found, opened.model, hash_base(opened.source, opened.name), host)
+    partial = beside(file)
+    try:
+        write_gguf_adapter(partial, opened.model, opened.source.config, adapter, cfg.lora)
+        size = partial.stat().st_size
+        partial.replace(file)
+    except ModelError as error:
+        raise ModelError(str(error).replace(str(partial), str(file))) from None
+    finally:
+        partial.unlink(missing_ok=True)
+    return {"step": found, "out": str(file), "kind": "gguf adapter", "bytes": size, "base": opened.name}
+
+
+def require_new_file(file: Path, flag: str = "--gguf") -> None:
     """A file that is not there, in a folder that is.
 
     Raises:
       ConfigError: naming it.
     """
     if file.suffix != ".gguf":
-        raise ConfigError(f"--gguf {file}: must end in .gguf, by which it is known")
+        raise ConfigError(f"{flag} {file}: must end in .gguf, by which it is known")
     if file.exists():
-        raise ConfigError(f"--gguf {file}: is there already; name another, or remove it")
+        raise ConfigError(f"{flag} {file}: is there already; name another, or remove it")
     if not file.parent.is_dir():
-        raise ConfigError(f"--gguf {file}: there is no folder {file.parent}; make it first")
+        raise ConfigError(f"{flag} {file}: there is no folder {file.parent}; make it first")
 
 
 def losses(

@@ -9,6 +9,11 @@ from command_line import one_sentence, shell
 from tiny import copy_folder, make_llama, make_rows, make_tokenizer, write_config
 
 from jlora.hf.gguf import GGUFFile
+from jlora.hf.gguf_vocabulary import vocabulary_of
+from jlora.hf.gguf_writer import write_gguf
+from jlora.hf.pretrained import open_tokenizer
+from jlora.hf.source import open_source
+from jlora.hf.weights import Stored
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +80,51 @@ def test_file_that_keeps_too_little_is_not_written(world, here, tmp_path, monkey
     assert set(GGUFFile(file).dtypes.values()) <= {"Q4_0", "F16", "F32"} and list(tmp_path.iterdir()) == [file]
 
 
+def test_adapter_alone_in_llama_cpp(world, here, tmp_path):
+    """The base in GGUF with the adapter computes what the merged file does, and greedy answers are jlora's."""
+    llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+    code, out, err = here("export", "--adapter", world / "run", "--gguf-adapter", tmp_path / "a.gguf", "--json", "-q")
+    assert (code, err) == (0, "") and json.loads(out)["kind"] == "gguf adapter"
+    common = ("--quantize", "F32", "--min-gain", "0", "-q")
+    assert here("export", "--adapter", world / "run", "--gguf", tmp_path / "m.gguf", *common)[0] == 0
+    base = open_source(world / "base")
+    vocabulary = vocabulary_of(open_tokenizer(str(world / "base"), None), None, 300, [], "m.gguf")
+    write_gguf(tmp_path / "base.gguf", base.model, base.config, Stored(base), vocabulary, "F32")
+    options = {"n_ctx": 512, "logits_all": True, "verbose": False, "n_threads": 1, "type_k": 0, "type_v": 0}
+    bare, adapted, merged = (
+        llama_cpp.Llama(str(tmp_path / name), **options, **more)
+        for name, more in (
+            *(("base.gguf", {}), ("base.gguf", {"lora_path": str(tmp_path / "a.gguf")})),
+            ("m.gguf", {}),
+        )
+    )
+    prompt = [1, *range(3, 60)]
+    for model in (bare, adapted, merged):
+        model.eval(prompt)
+    scores = [np.array(model.scores[: len(prompt)]) for model in (bare, adapted, merged)]
+    scale = np.sqrt((scores[2] ** 2).mean())
+    assert np.sqrt(((scores[1] - scores[2]) ** 2).mean()) < 1e-5 * scale
+    assert np.sqrt(((scores[0] - scores[2]) ** 2).mean()) > 1e-2 * scale
+    asked = ("--prompt", "Say blue", "--format", "completion", "--max-new-tokens", "24", "--dtype", "float32", "-q")
+    code, answer, _ = here("generate", "--adapter", world / "run", *asked)
+    ids = merged.tokenize(b"Say blue", add_bos=True)
+    grown = [token for token, _ in zip(merged.generate(ids, temp=0.0), range(24), strict=False)]
+    ended = grown.index(2) if 2 in grown else len(grown)
+    assert code == 0 and merged.detokenize(grown[:ended]).decode(errors="replace") == answer.rstrip("\n")
+
+
+def test_adapter_that_llama_cpp_cannot_hold_is_refused(world, here, tmp_path):
+    for key, value, says in (
+        ("use_dora", True, "DoRA's magnitudes, which llama.cpp's adapters cannot hold"),
+        ("modules_to_save", ["lm_head"], "lm_head itself, which llama.cpp's adapters cannot hold"),
+    ):
+        run = tmp_path / key
+        write_config(tmp_path / "c.yaml", world / "base", world / "rows.jsonl", run, lora={key: value})
+        assert here("train", "--config", tmp_path / "c.yaml", "-q")[0] == 0
+        code, _, err = here("export", "--adapter", run, "--gguf-adapter", tmp_path / "a.gguf")
+        assert code == 4 and says in one_sentence(err) and not list(tmp_path.glob("*.gguf"))
+
+
 def test_rows_that_are_gone_are_said_to_be(world, here, tmp_path):
     run = copy_folder(world / "run", tmp_path / "run")
     text = (run / "config.yaml").read_text(encoding="utf-8")
@@ -93,6 +143,8 @@ def test_rows_that_are_gone_are_said_to_be(world, here, tmp_path):
         (["--gguf", "m.gguf", "--min-gain", "2"], 2, "--min-gain is a share from 0 to 1"),
         (["--gguf", "m.gguf", "--merge"], 2, "leave --merge out"),
         (["--gguf", "m.gguf", "--out", "o"], 2, "leave --out out"),
+        (["--gguf-adapter", "m.gguf", "--gguf", "n.gguf"], 2, "leave --gguf out"),
+        (["--gguf-adapter", "m.bin"], 2, "--gguf-adapter m.bin: must end in .gguf"),
         (["--gguf", "m.gguf", "--step", "3"], 4, "no checkpoint of step 3"),
         (["--quantize", "Q8_0", "--out", "o"], 2, "are of --gguf FILE"),
         ([], 2, "name a new folder with --out, or a file with --gguf"),

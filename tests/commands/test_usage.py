@@ -42,7 +42,7 @@ FLAGS = {
     ],
     "export": [
         *("--adapter", "--adapters", "--base", "--combination", "--rank", "--step", "--out", "--merge", "--dtype"),
-        *("--cost", "--verify", "--gguf", "--quantize", "--min-gain", "-q", "--json"),
+        *("--cost", "--verify", "--gguf", "--gguf-adapter", "--quantize", "--min-gain", "-q", "--json"),
     ],
     "report": ["--out", "--watch", "--port", "-q"],
     "runs": ["--json", "--html"],
