@@ -55,6 +55,19 @@ from jlora.training.step import (
 )
 from jlora.training.summary import finished_summary
 
+# Keys that do not change the program of the step; see `optim.hyperparameters`.
+ARGUMENTS: Any = {
+    **{"output_dir": True, "sweep": True, "sweep_halving": True, "training": {"seed"}},
+    "optimizer": {
+        "learning_rate",
+        "schedule",
+        "min_learning_rate_ratio",
+        "warmup_steps",
+        "warmup_ratio",
+        "weight_decay",
+    },
+}
+
 
 @dataclass
 class Shared:
@@ -62,7 +75,7 @@ class Shared:
 
     Attributes:
       pretrained: the frozen base; its path, tokenizer, dtype, quantization and mesh are those of all the runs.
-      programs: compiled steps by the SHA-256 of what was compiled.
+      programs: compiled steps, by the SHA-256 of what was compiled and by what of a config decides that.
       of_base: what was measured of the bare base, by what it depends on; see `Run.of_base`.
     """
 
@@ -94,12 +107,17 @@ class Shared:
             self.pretrained = loaded
         return loaded
 
-    def compile(self, lowered: Any) -> Any:
-        """The executable of a lowered step, compiled once for all runs that lower to the same program."""
-        program = hashlib.sha256(lowered.as_text().encode()).hexdigest()
-        if program not in self.programs:
-            self.programs[program] = lowered.compile()
-        return self.programs[program]
+    def compile(self, cfg: Config, remat: str, lower: Callable[[str], Any]) -> Any:
+        """The executable of a step, compiled once for all runs that lower to the same program.
+
+        Lowered once for all whose configs differ only in what is an argument of the step.
+        """
+        known = json.dumps([cfg.model_dump(mode="json", exclude=ARGUMENTS), remat])
+        if known not in self.programs:
+            lowered = lower(remat)
+            program = hashlib.sha256(lowered.as_text().encode()).hexdigest()
+            self.programs[known] = self.programs[program] = self.programs.get(program) or lowered.compile()
+        return self.programs[known]
 
 
 def rows_key(cfg: Config) -> str:

@@ -238,11 +238,11 @@ def compile_step(run: Run, batch: dict[str, jax.Array], progress: ProgressLine) 
 
     if run.remat == "auto":
         run.remat, run.compiled = compile_fastest(
-            run.cfg, run.pretrained.base.cfg, run.mesh, lambda remat: run.shared.compile(lower(remat))
+            run.cfg, run.pretrained.base.cfg, run.mesh, lambda remat: run.shared.compile(run.cfg, remat, lower)
         )
         progress.say(f"rematerialisation {run.remat}, the fastest that fits")
     else:
-        run.compiled = run.shared.compile(lower(run.remat))
+        run.compiled = run.shared.compile(run.cfg, run.remat, lower)
     run.identity["remat"] = run.remat  # a run that resumes rounds as it did before
 
 

@@ -211,14 +211,17 @@ def test_a_signal_after_the_last_step_of_a_run_stops_the_sweep(tiny, monkeypatch
 
 
 def test_one_program_serves_runs_of_one_shape(tiny, monkeypatch):
-    """Rates, schedules, decay, alpha and seeds change no program; a rank does."""
-    shared = []
+    """Rates, schedules, decay, alpha and seeds change no program; a rank does. Arguments alone are not lowered anew."""
+    shared, lowered = [], []
+    make = jlora.training.run.make_train_step
+    monkeypatch.setattr(jlora.training.run, "make_train_step", lambda *args: lowered.append(args) or make(*args))
     monkeypatch.setattr("jlora.training.sweep.Shared", lambda: shared.append(Shared()) or shared[0])
     same = {"optimizer.schedule": "linear", "optimizer.weight_decay": 0.1, "lora.alpha": 3, "training.seed": 5}
     sweep = [{"name": "a"}, {"name": "b", "optimizer.learning_rate": 1e-4, **same}, {"name": "c", "lora.rank": 2}]
+    sweep += [{"name": "d", "optimizer.learning_rate": 2e-4, "optimizer.warmup_steps": 3, "training.seed": 9}]
     cfg = load_config(configure(tiny, sweep, "programs.yaml"), ["training.max_steps=1"])
     train_together(cfg.model_copy(update={"output_dir": str(tiny / "programs")}), quiet=True)
-    assert len(shared[0].programs) == 2
+    assert len({id(program) for program in shared[0].programs.values()}) == 2 and len(lowered) == 3
 
 
 @pytest.mark.long
