@@ -116,6 +116,8 @@ def write_gguf(
             pieces = _pieces(cfg, weights, found[each], entry, architecture, kind_of(entry, kind))
             whole = np.concatenate([piece.reshape(-1).view(np.uint8) for piece in pieces])
             writer.write_tensor_data(whole)
+        for stream in writer.fout or ():
+            stream.truncate()  # the rest of the hole
     except _NotFinite as error:
         raise ModelError(f"{file}: tensor {error} does not fit {kind}; write another kind, such as BF16") from None
     finally:

@@ -31,6 +31,8 @@ def test_file_is_that_of_the_converter(name, tmp_path):
     ours, theirs = GGUFFile(tmp_path / "ours.gguf"), GGUFFile(tmp_path / "theirs.gguf")
     assert ours.model == theirs.model == dataclasses.replace(source.model, names=ours.model.names)
     assert ours.header.tensors.keys() == theirs.header.tensors.keys()
+    last = max(ours.header.tensors.values(), key=lambda tensor: tensor.offset)
+    assert ours.path.stat().st_size - last.offset - last.size < 32  # but for padding
     for each, right in theirs.header.tensors.items():
         found = ours.header.tensors[each]
         if each == "position_embd.weight":  # which the converter leaves in float32
