@@ -175,6 +175,7 @@ def test_it_trains_outside_the_main_thread(world, tmp_path):
     assert found[0].summary["steps"] == 1
 
 
+@pytest.mark.long
 def test_a_plan_for_hardware_that_is_not_here(world):
     found = jlora.plan_for(world / "c.yaml", "cpu:2", **{"mesh.fsdp": 2})
     assert found["devices"] == 2 and found["fits"] and found["peak_bytes"] > 0

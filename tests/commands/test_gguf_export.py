@@ -113,6 +113,7 @@ def test_adapter_alone_in_llama_cpp(world, here, tmp_path):
     assert code == 0 and merged.detokenize(grown[:ended]).decode(errors="replace") == answer.rstrip("\n")
 
 
+@pytest.mark.long
 def test_adapter_that_llama_cpp_cannot_hold_is_refused(world, here, tmp_path):
     for key, value, says in (
         ("use_dora", True, "DoRA's magnitudes, which llama.cpp's adapters cannot hold"),

@@ -102,6 +102,7 @@ def test_tokenizer_of_a_folder(name, rows, form, tmp_path):
     assert found["tokenizer.ggml.tokens"][:3] == pieces and found["tokenizer.ggml.token_type"][:4] == [2, 3, 3, 6]
 
 
+@pytest.mark.long
 @needs_smollm2
 def test_tokenizer_of_a_gguf_file_stays_as_it_is():
     opened = open_pretrained(str(SMOLLM2), None, None)
@@ -117,6 +118,7 @@ def test_tokenizer_of_a_gguf_file_stays_as_it_is():
         assert rebuilt[f"tokenizer.ggml.{key}"] == found[f"tokenizer.ggml.{key}"], key
 
 
+@pytest.mark.long
 @needs_smollm2
 def test_tokenizer_that_llama_cpp_cannot_have_is_refused(monkeypatch):
     opened = open_pretrained(str(SMOLLM2), None, None)

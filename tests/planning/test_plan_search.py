@@ -141,6 +141,7 @@ def test_bytes_of_collectives_by_hand():
     assert collective_bytes(untold) == 5 * body + rest
 
 
+@pytest.mark.long
 def test_bytes_of_a_real_program(config, alone):
     """Weights gathered over fsdp, forward and backward: at least both; and nothing at all on one device."""
     split = json.loads(plan(config, "--topology", "cpu:4", "mesh.fsdp=4", "--json").stdout)

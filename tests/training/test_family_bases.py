@@ -65,6 +65,7 @@ def slow_but(quick, names):
     return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", slow_but(("gpt2", "gemma3", "mistral3_wrapped"), [*SIZES, *WRAPPED]))
 def test_a_quantised_base_is_the_model_of_its_dequantised_weights(name, bases, tmp_path):
     """As transformers computes that; and each kind makes another of it."""
@@ -79,6 +80,7 @@ def test_a_quantised_base_is_the_model_of_its_dequantised_weights(name, bases, t
     assert np.abs(found["nf4"] - found["int8"]).max() > 1e-2
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "names", [["gpt2"], pytest.param(["phi3", "qwen3", "gemma2", "gemma3"], marks=pytest.mark.slow)], ids=", ".join
 )
@@ -95,6 +97,7 @@ def file_digest(adapter: Path) -> str:
     return hashlib.sha256((adapter / "adapter_model.safetensors").read_bytes()).hexdigest()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", slow_but(["phi3"], SIZES))
 def test_a_sweep_over_a_gguf_file_in_nf4_is_two_runs_and_merges(name, tmp_path):
     """An adapter to the byte; and the merged model is the adapter on the dequantised base, whoever computes it."""

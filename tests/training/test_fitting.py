@@ -58,6 +58,7 @@ def test_arithmetic_never_rules_out_what_fits(ladder):
         assert saved_bytes(SHAPE, cfg, layout) / 2 < temporaries(result)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("chosen", ON_CPU)
 def test_auto_takes_the_first_that_fits(ladder, monkeypatch, chosen):
     cfg, target, plans = ladder

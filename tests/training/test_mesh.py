@@ -55,6 +55,7 @@ def require_the_same_runs(folder, config, meshes, largest_drift):
         assert adapters < largest_drift
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("names", [["2x2x2"], pytest.param(list(MESHES), marks=pytest.mark.slow)], ids=["one", "all"])
 def test_tiny_model(tmp_path, names):
     make_llama(tmp_path / "base")
@@ -126,6 +127,7 @@ def test_a_real_model_of_260_thousand_parameters(tmp_path):
     require_the_same_runs(tmp_path, config, MESHES, 1e-4)
 
 
+@pytest.mark.long
 def test_splash_over_a_mesh():
     """Rows over data and fsdp, heads over tensor; refused where the key/value heads do not divide."""
     assert "mesh.tensor=4 does not divide the 2 key/value heads" in run_on_eight(attend_by_splash)

@@ -155,6 +155,7 @@ def test_weights_of_rows_are_those_of_torch(tiny, tmp_path, record_property):
     assert abs(next(line["eval_loss"] for line in lines if "eval_loss" in line) - held) <= 1e-5
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_full_fine_tuning_is_that_of_torch(family, tiny, tmp_path, record_property):
     """With GPT-2 that is token and position embeddings, norms with their biases, all projections, and the tied head."""

@@ -152,6 +152,7 @@ def test_pairs_are_tokenised_as_trl_does(pairs, make_trainer):
             assert sequence.trained.tolist() == (np.arange(len(ids)) >= len(theirs["prompt_ids"])).tolist()
 
 
+@pytest.mark.long
 @needs_data
 def test_dpo_is_that_of_trl(ours, pairs, make_trainer, record_property):
     """Loss, rewards and gradients of 200 real rows, eight at a time, to 1e-4."""

@@ -130,6 +130,7 @@ def test_a_place_is_an_origin_for_any_batch_size(tiny):
     assert four.place(0) == Origin()
 
 
+@pytest.mark.long
 def test_a_template_that_writes_the_day(tiny, tmp_path, capsys):
     """As Llama 3.2's does: the run resumes on another day if the config holds the first, and its start says so."""
     turns = "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
