@@ -5,6 +5,7 @@ device, one model after the other.
 """
 
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -109,7 +110,12 @@ def export_gguf(
             result["bytes"] = partial.stat().st_size
             if least_gain:
                 result |= losses(cfg, opened, written, adapter, trained)
-                require_gain(result, least_gain)
+
+                def gain(other: str) -> float | None:
+                    write_gguf(partial, shape, config, merged, vocabulary, other)
+                    return losses(cfg, opened, GGUFFile(partial), adapter, trained)["gain_kept"]
+
+                require_gain(result, least_gain, gain)
             partial.replace(file)
         except ModelError as error:
             raise ModelError(str(error).replace(str(partial), str(file))) from None
@@ -191,18 +197,28 @@ def losses(
     return dict(zip(names, (before, after, kept, share), strict=True))
 
 
-def require_gain(result: dict[str, Any], least: float) -> None:
+def require_gain(result: dict[str, Any], least: float, gain: Callable[[str], float | None]) -> None:
     """A file that keeps enough of what training gained.
 
+    More bits may keep less: where the base was published in the same kind, its weights are rounded back to themselves,
+    without what training added. So the kind to take instead is one that was tried.
+
+    Args:
+      gain: what another kind keeps.
+
     Raises:
-      ModelError: or the kind with more bits that comes next.
+      ModelError: or the next larger kind that does.
     """
     kept, kind = result["gain_kept"], result["quantize"]
     if kept is None or kept >= least:
         return
-    larger = KINDS[max(0, KINDS.index(kind) - 1)]
+    larger = reversed(KINDS[: KINDS.index(kind)])
+    better = next((other for other in larger if (gain(other) or 0.0) >= least), None)
+    instead = (
+        f"write --quantize {better}, which keeps it" if better else "lower --min-gain, or serve the adapter itself"
+    )
     before, after, now = (result[f"cross_entropy_{name}"] for name in ("base", "trained", "file"))
     raise ModelError(
         f"{result['out']}: in {kind} the model keeps {kept:.0%} of what training gained (loss {before:.4f} before, "
-        f"{after:.4f} after, {now:.4f} in the file), and --min-gain asks for {least:.0%}; write --quantize {larger}"
+        f"{after:.4f} after, {now:.4f} in the file), and --min-gain asks for {least:.0%}; {instead}"
     )

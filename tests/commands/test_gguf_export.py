@@ -20,7 +20,8 @@ from jlora.hf.weights import Stored
 def world(tmp_path_factory):
     """A finished run over a base whose tokenizer has merges, as llama.cpp wants it."""
     folder = tmp_path_factory.mktemp("world")
-    make_llama(folder / "base", max_position_embeddings=512)
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "head_dim": 16}  # in whole blocks
+    make_llama(folder / "base", max_position_embeddings=512, **sizes)
     make_rows(folder / "rows.jsonl")
     make_rows(folder / "eval.jsonl", 6, first=100)
     make_tokenizer(folder / "base", merges=(("l", "u"), ("b", "lu"), ("blu", "e")))
@@ -64,20 +65,25 @@ def test_file_that_keeps_too_little_is_not_written(world, here, tmp_path, monkey
     file = tmp_path / "m.gguf"
     arguments = ("export", "--adapter", world / "run", "--gguf", file, "--quantize", "Q4_0")
     names = ("cross_entropy_base", "cross_entropy_trained", "cross_entropy_file", "gain_kept")
-    found = dict(zip(names, (3.0, 2.0, 2.25, 0.75), strict=True))
-    monkeypatch.setattr("jlora.training.gguf_export.losses", lambda *_: found)
+    kept = {"Q4_0": 0.75, "Q4_1": 0.5, "Q5_0": 0.9}
+
+    def losses(cfg, opened, written, *_):
+        share = kept[written.dtypes["model.layers.0.self_attn.o_proj.weight"]]
+        return dict(zip(names, (3.0, 2.0, 3.0 - share, share), strict=True))
+
+    monkeypatch.setattr("jlora.training.gguf_export.losses", losses)
     code, _, err = here(*arguments)
     assert code == 4 and list(tmp_path.iterdir()) == []
     assert one_sentence(err).endswith(
         "m.gguf: in Q4_0 the model keeps 75% of what training gained (loss 3.0000 before, 2.0000 after, 2.2500 in the "
-        "file), and --min-gain asks for 80%; write --quantize Q4_1"
+        "file), and --min-gain asks for 80%; write --quantize Q5_0, which keeps it"
     )
     code, out, err = here(*arguments, "--min-gain", "0.75")
     assert code == 0 and "it keeps 75% of what training gained" in out
     file.unlink()
     code, out, err = here(*arguments, "--min-gain", "0")
     assert code == 0 and "in Q4_0" in out and "training gained" not in out
-    assert set(GGUFFile(file).dtypes.values()) <= {"Q4_0", "F16", "F32"} and list(tmp_path.iterdir()) == [file]
+    assert set(GGUFFile(file).dtypes.values()) == {"Q4_0", "Q8_0", "F32"} and list(tmp_path.iterdir()) == [file]
 
 
 def test_adapter_alone_in_llama_cpp(world, here, tmp_path):
