@@ -87,6 +87,18 @@ def restore(
     return restored
 
 
+def restore_weights(
+    cfg: Config, opened: Opened, run_dir: Path, step: int, mesh: jax.sharding.Mesh
+) -> tuple[Adapter, Decoder | None, Weights]:
+    """What `restore` gives, and the weights that the adapter was trained over, or that were trained themselves."""
+    source, model = opened.source, opened.model
+    adapter, trained = restore(cfg, run_dir, step, model, hash_base(source, opened.name), mesh)
+    if trained is not None:
+        return adapter, trained, Trained(trained)
+    kind = cfg.model.quantization
+    return adapter, None, Stored(source) if kind is None else Dequantized(source, model, kind)
+
+
 def find_step(cfg: Config, run_dir: Path, step: Step) -> int:
     """The checkpoint that is meant, which is whole.
 
@@ -303,12 +315,7 @@ def write_full(
     require_room(out, cfg, model, dtype)
     host = make_mesh(MeshSection(data=1, fsdp=1, tensor=1), jax.devices("cpu")[:1])
     with jax.default_device(host.devices.flat[0]):
-        adapter, trained = restore(cfg, run_dir, step, model, hash_base(source, opened.name), host)
-        weights: Weights = Stored(source)
-        if trained is not None:
-            weights = Trained(trained)
-        elif cfg.model.quantization is not None:
-            weights = Dequantized(source, model, cfg.model.quantization)
+        adapter, _, weights = restore_weights(cfg, opened, run_dir, step, host)
         shape, config = untied(model, source.config, adapter)
         save_checkpoint(
             out, shape, Merged(weights, adapter), config, dtype, lambda folder: add_tokenizer(opened, folder)

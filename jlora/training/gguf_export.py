@@ -26,13 +26,13 @@ from jlora.hf.grown import Grown
 from jlora.hf.load import hash_base, load_base
 from jlora.hf.pretrained import Opened, load_pretrained, stop_tokens, with_ids, with_stops
 from jlora.hf.source import check_names
-from jlora.hf.weights import Dequantized, Merged, Stored, Trained, Weights, untied
+from jlora.hf.weights import Merged, Stored, untied
 from jlora.model import attention
 from jlora.model.adapter import Adapter, place_adapter
 from jlora.model.llama import Decoder
 from jlora.model.sharding import make_mesh, named_sharding, one_device_mesh
 from jlora.training.evaluator import Evaluator
-from jlora.training.export import COST_ROWS, Step, find_step, open_trained, restore, trained_config
+from jlora.training.export import COST_ROWS, Step, find_step, open_trained, restore, restore_weights, trained_config
 from jlora.training.step import Forward
 
 # Of the sizes of logits, between the model whose weights are rounded here and what is read from the file.
@@ -75,16 +75,11 @@ def export_gguf(
     found = find_step(cfg, run_dir, step)
     opened = open_trained(cfg, moved=base is None)
     cfg = with_ids(cfg, opened)
-    source, model = opened.source, opened.model
+    source = opened.source
     host = make_mesh(MeshSection(data=1, fsdp=1, tensor=1), jax.devices("cpu")[:1])
     with jax.default_device(host.devices.flat[0]):
-        adapter, trained = restore(cfg, run_dir, found, model, hash_base(source, opened.name), host)
-        weights: Weights = Stored(source)
-        if trained is not None:
-            weights = Trained(trained)
-        elif cfg.model.quantization is not None:
-            weights = Dequantized(source, model, cfg.model.quantization)
-        shape, config = untied(model, source.config, adapter)
+        adapter, trained, weights = restore_weights(cfg, opened, run_dir, found, host)
+        shape, config = untied(opened.model, source.config, adapter)
         merged = Merged(weights, adapter)
         stops = stop_tokens(opened.tokenizer, with_stops(source.config, opened.path))
         plain = source.base if isinstance(source, Grown) else source
