@@ -296,7 +296,7 @@ TO_RUN = [
 @pytest.mark.parametrize("words", TO_RUN)
 def test_command_runs_on_tiny_inputs(words, world, tmp_path, monkeypatch, capfd):
     module, arguments = words[2], on_tiny_inputs(words, world)
-    for flag in ("--out", "--html"):
+    for flag in ("--out", "--html", "--gguf", "--gguf-adapter"):
         if flag in arguments:
             at = arguments.index(flag) + 1
             arguments[at] = str(tmp_path / Path(arguments[at]).name)
