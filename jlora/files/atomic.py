@@ -68,6 +68,23 @@ def write_bytes(path: Path, content: bytes) -> None:
         partial.unlink(missing_ok=True)
 
 
+@contextmanager
+def new_file(target: Path) -> Iterator[Path]:
+    """A path to write to, which becomes `target` when the block ends well, and else is gone.
+
+    Errors of the block that name it are told of `target`.
+    """
+    partial = beside(target)
+    try:
+        yield partial
+        partial.replace(target)
+    except UserError as error:
+        error.args = (str(error).replace(str(partial), str(target)),)
+        raise
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def open_own(path: Path, flags: int) -> int:
     """The descriptor of a file that is kept open: never one behind a link, and only a regular one.
 

@@ -32,18 +32,15 @@ def write_gguf_adapter(
       ModelError: the adapter trains what llama.cpp does not add (DoRA, whole weights, rows, biases), or is not finite.
     """
     for name, part in adapter.items():
-        what = "DoRA's magnitudes" if isinstance(part, Lora) and part.magnitude is not None else f"{name} itself"
         if not isinstance(part, Lora) or part.magnitude is not None:
+            what = "DoRA's magnitudes" if isinstance(part, Lora) else f"{name} itself"
             raise ModelError(
                 f"{file}: the run trains {what}, which llama.cpp's adapters cannot hold; write --gguf instead"
             )
     arch, architecture = architecture_for(cfg, config, str(file))
     stored = get_tensor_name_map(architecture.arch, cfg.num_hidden_layers)
-    own, found, alpha = (
-        FAMILIES[architecture.model_type].names,
-        exported_tensors(file, adapter, cfg.names),
-        section.alpha,
-    )
+    own, alpha = FAMILIES[architecture.model_type].names, section.alpha
+    found = exported_tensors(file, adapter, cfg.names)
     tensors: dict[str, np.ndarray] = {}
     for name, part in adapter.items():
         assert isinstance(part, Lora)

@@ -58,6 +58,11 @@ SPARE_BYTES = 512 * 2**20
 Step = int | Literal["best"] | None
 
 
+def host_mesh() -> jax.sharding.Mesh:
+    """One CPU device, whatever accelerators there are."""
+    return make_mesh(MeshSection(data=1, fsdp=1, tensor=1), jax.devices("cpu")[:1])
+
+
 def restore(
     cfg: Config, run_dir: Path, step: int, model: ModelConfig, base_hash: str, mesh: jax.sharding.Mesh
 ) -> tuple[Adapter, Decoder | None]:
@@ -313,7 +318,7 @@ def write_full(
     """
     source, model = opened.source, opened.model
     require_room(out, cfg, model, dtype)
-    host = make_mesh(MeshSection(data=1, fsdp=1, tensor=1), jax.devices("cpu")[:1])
+    host = host_mesh()
     with jax.default_device(host.devices.flat[0]):
         adapter, _, weights = restore_weights(cfg, opened, run_dir, step, host)
         shape, config = untied(model, source.config, adapter)
@@ -333,22 +338,29 @@ def write_full(
     return result | (merging_cost(cfg, opened, out, adapter) if cost else {})
 
 
-def merging_cost(cfg: Config, opened: Opened, out: Path, adapter: Adapter) -> dict[str, float | None]:
-    """Mean cross-entropy of trained tokens before and after merging, on the run's first held-out rows, or training rows
-    where it has none: of a run on pairs, too, whose loss compares with the base that is no longer there once merged.
+def cost_evaluator(cfg: Config, opened: Opened, dtype: jnp.dtype, mesh: jax.sharding.Mesh) -> Evaluator | None:
+    """Mean cross-entropy of trained tokens, on the run's first held-out rows, or training rows where it has none.
 
-    Null where the rows are gone.
+    Of a run on pairs, too, whose loss compares with the base that is no longer there once merged. None where the rows
+    are gone.
     """
-    found: dict[str, float | None] = {"cross_entropy_before_merging": None, "cross_entropy_merged": None}
     try:
         train_data, eval_data = read_data(cfg, opened.tokenizer)
     except DataError:
-        return found
+        return None
     rows = eval_data or train_data
     rows = replace(rows, examples=rows.examples[:COST_ROWS])
+    return Evaluator(rows, cfg.data, 1, Forward(attention.reference, "none", dtype), mesh)
+
+
+def merging_cost(cfg: Config, opened: Opened, out: Path, adapter: Adapter) -> dict[str, float | None]:
+    """Mean cross-entropy before and after merging, by `cost_evaluator`; null where the rows are gone."""
+    found: dict[str, float | None] = {"cross_entropy_before_merging": None, "cross_entropy_merged": None}
     mesh, float32 = one_device_mesh(), jnp.dtype("float32")
     with jax.set_mesh(mesh):
-        evaluator = Evaluator(rows, cfg.data, 1, Forward(attention.reference, "none", float32), mesh)
+        evaluator = cost_evaluator(cfg, opened, float32, mesh)
+        if evaluator is None:
+            return found
         base = load_pretrained(opened, float32, mesh, cfg.model.quantization).base
         placed = place_adapter(adapter, base.cfg, mesh)
         found["cross_entropy_before_merging"] = evaluator.mean_loss(base, placed)[0]

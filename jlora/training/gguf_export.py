@@ -6,17 +6,16 @@ device, one model after the other.
 
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jlora.config import Config, MeshSection
-from jlora.data.encoding import read_data
-from jlora.errors import ConfigError, DataError, ModelError
-from jlora.files.atomic import beside
+from jlora.config import Config
+from jlora.errors import ConfigError, ModelError
+from jlora.files.atomic import new_file
 from jlora.hf import verify
 from jlora.hf.gguf import GGUFFile
 from jlora.hf.gguf_adapter import write_gguf_adapter
@@ -27,13 +26,20 @@ from jlora.hf.load import hash_base, load_base
 from jlora.hf.pretrained import Opened, load_pretrained, stop_tokens, with_ids, with_stops
 from jlora.hf.source import check_names
 from jlora.hf.weights import Merged, Stored, untied
-from jlora.model import attention
 from jlora.model.adapter import Adapter, place_adapter
 from jlora.model.llama import Decoder
-from jlora.model.sharding import make_mesh, named_sharding, one_device_mesh
+from jlora.model.sharding import named_sharding, one_device_mesh
 from jlora.training.evaluator import Evaluator
-from jlora.training.export import COST_ROWS, Step, find_step, open_trained, restore, restore_weights, trained_config
-from jlora.training.step import Forward
+from jlora.training.export import (
+    Step,
+    cost_evaluator,
+    find_step,
+    host_mesh,
+    open_trained,
+    restore,
+    restore_weights,
+    trained_config,
+)
 
 # Of the sizes of logits, between the model whose weights are rounded here and what is read from the file.
 TOLERANCE = 1e-5
@@ -76,7 +82,7 @@ def export_gguf(
     opened = open_trained(cfg, moved=base is None)
     cfg = with_ids(cfg, opened)
     source = opened.source
-    host = make_mesh(MeshSection(data=1, fsdp=1, tensor=1), jax.devices("cpu")[:1])
+    host = host_mesh()
     with jax.default_device(host.devices.flat[0]):
         adapter, trained, weights = restore_weights(cfg, opened, run_dir, found, host)
         shape, config = untied(opened.model, source.config, adapter)
@@ -91,8 +97,7 @@ def export_gguf(
                 "answered otherwise",
                 file=sys.stderr,
             )
-        partial = beside(file)
-        try:
+        with new_file(file) as partial:
             write_gguf(partial, shape, config, merged, vocabulary, kind)
             written = GGUFFile(partial)
             check_names(written.model, written.shapes, str(file))
@@ -104,18 +109,14 @@ def export_gguf(
             result["logits_relative_difference"] = difference
             result["bytes"] = partial.stat().st_size
             if least_gain:
-                result |= losses(cfg, opened, written, adapter, trained)
+                gain = measure_gain(cfg, opened, adapter, trained)
+                result |= figures(gain, written)
 
-                def gain(other: str) -> float | None:
+                def kept(other: str) -> float | None:
                     write_gguf(partial, shape, config, merged, vocabulary, other)
-                    return losses(cfg, opened, GGUFFile(partial), adapter, trained)["gain_kept"]
+                    return figures(gain, GGUFFile(partial))["gain_kept"]
 
-                require_gain(result, least_gain, gain)
-            partial.replace(file)
-        except ModelError as error:
-            raise ModelError(str(error).replace(str(partial), str(file))) from None
-        finally:
-            partial.unlink(missing_ok=True)
+                require_gain(result, least_gain, kept)
     return result
 
 
@@ -132,17 +133,11 @@ def export_gguf_adapter(run_dir: Path, file: Path, step: Step, base: str | None)
     found = find_step(cfg, run_dir, step)
     opened = open_trained(cfg, moved=base is None)
     cfg = with_ids(cfg, opened)
-    host = make_mesh(MeshSection(data=1, fsdp=1, tensor=1), jax.devices("cpu")[:1])
+    host = host_mesh()
     adapter, _ = restore(cfg, run_dir, found, opened.model, hash_base(opened.source, opened.name), host)
-    partial = beside(file)
-    try:
+    with new_file(file) as partial:
         write_gguf_adapter(partial, opened.model, opened.source.config, adapter, cfg.lora)
         size = partial.stat().st_size
-        partial.replace(file)
-    except ModelError as error:
-        raise ModelError(str(error).replace(str(partial), str(file))) from None
-    finally:
-        partial.unlink(missing_ok=True)
     return {"step": found, "out": str(file), "kind": "gguf adapter", "bytes": size, "base": opened.name}
 
 
@@ -160,46 +155,65 @@ def require_new_file(file: Path, flag: str = "--gguf") -> None:
         raise ConfigError(f"{flag} {file}: there is no folder {file.parent}; make it first")
 
 
-def losses(
-    cfg: Config, opened: Opened, written: GGUFFile, adapter: Adapter, trained: Decoder | None
-) -> dict[str, float | None]:
-    """Mean cross-entropy of trained tokens of the base, of what was trained, and of the file, and how much it keeps.
+@dataclass(frozen=True)
+class Gain:
+    """What training took off the loss of some rows.
 
-    On the run's first held-out rows, or training rows where it has none. Null where the rows are gone, and the share
-    where training did not lower the loss.
+    Attributes:
+      before, after: mean cross-entropy of the base, and of what was trained.
     """
-    names = ("cross_entropy_base", "cross_entropy_trained", "cross_entropy_file", "gain_kept")
-    found: dict[str, float | None] = dict.fromkeys(names)
-    try:
-        train_data, eval_data = read_data(cfg, opened.tokenizer)
-    except DataError:
-        return found
-    rows = eval_data or train_data
-    rows = replace(rows, examples=rows.examples[:COST_ROWS])
+
+    before: float
+    after: float
+    evaluator: Evaluator
+    mesh: jax.sharding.Mesh
+    dtype: jnp.dtype
+
+    def loss_of(self, written: GGUFFile) -> float:
+        """The same of a file."""
+        with jax.default_device(self.mesh.devices.flat[0]), jax.set_mesh(self.mesh):
+            read, _ = load_base(written, str(written.path), self.dtype, self.mesh)
+            return self.evaluator.mean_loss(read, {})[0]
+
+
+def measure_gain(cfg: Config, opened: Opened, adapter: Adapter, trained: Decoder | None) -> Gain | None:
+    """By `cost_evaluator`, in the run's dtype; None where the rows are gone."""
     mesh, dtype = one_device_mesh(), jnp.dtype(cfg.model.dtype)
+
     with jax.default_device(mesh.devices.flat[0]), jax.set_mesh(mesh):
-        evaluator = Evaluator(rows, cfg.data, 1, Forward(attention.reference, "none", dtype), mesh)
+        evaluator = cost_evaluator(cfg, opened, dtype, mesh)
+        if evaluator is None:
+            return None
         base = load_pretrained(opened, dtype, mesh, cfg.model.quantization).base
         before = evaluator.mean_loss(base, {})[0]
         if trained is None:
             after = evaluator.mean_loss(base, place_adapter(adapter, base.cfg, mesh))[0]
         else:
             after = evaluator.mean_loss(jax.device_put(trained, named_sharding(mesh, ())), {})[0]
-        del base  # before the second model comes
-        read, _ = load_base(written, str(written.path), dtype, mesh)
-        kept = evaluator.mean_loss(read, {})[0]
-    share = (before - kept) / (before - after) if after < before else None
-    return dict(zip(names, (before, after, kept, share), strict=True))
+    return Gain(before, after, evaluator, mesh, dtype)
 
 
-def require_gain(result: dict[str, Any], least: float, gain: Callable[[str], float | None]) -> None:
+def figures(gain: Gain | None, written: GGUFFile) -> dict[str, float | None]:
+    """The losses of base, trained model and file, and the share of the gain that the file keeps.
+
+    Null where the rows are gone, and the share where training did not lower the loss.
+    """
+    names = ("cross_entropy_base", "cross_entropy_trained", "cross_entropy_file", "gain_kept")
+    if gain is None:
+        return dict.fromkeys(names)
+    kept, gained = gain.loss_of(written), gain.before - gain.after
+    share = (gain.before - kept) / gained if gained > 0 else None
+    return dict(zip(names, (gain.before, gain.after, kept, share), strict=True))
+
+
+def require_gain(result: dict[str, Any], least: float, kept_in: Callable[[str], float | None]) -> None:
     """A file that keeps enough of what training gained.
 
     More bits may keep less: where the base was published in the same kind, its weights are rounded back to themselves,
     without what training added. So the kind to take instead is one that was tried.
 
     Args:
-      gain: what another kind keeps.
+      kept_in: what another kind keeps.
 
     Raises:
       ModelError: or the next larger kind that does.
@@ -208,7 +222,7 @@ def require_gain(result: dict[str, Any], least: float, gain: Callable[[str], flo
     if kept is None or kept >= least:
         return
     larger = reversed(KINDS[: KINDS.index(kind)])
-    better = next((other for other in larger if (gain(other) or 0.0) >= least), None)
+    better = next((other for other in larger if (kept_in(other) or 0.0) >= least), None)
     instead = (
         f"write --quantize {better}, which keeps it" if better else "lower --min-gain, or serve the adapter itself"
     )

@@ -67,11 +67,11 @@ def test_file_that_keeps_too_little_is_not_written(world, here, tmp_path, monkey
     names = ("cross_entropy_base", "cross_entropy_trained", "cross_entropy_file", "gain_kept")
     kept = {"Q4_0": 0.75, "Q4_1": 0.5, "Q5_0": 0.9}
 
-    def losses(cfg, opened, written, *_):
+    def figures(gain, written):
         share = kept[written.dtypes["model.layers.0.self_attn.o_proj.weight"]]
         return dict(zip(names, (3.0, 2.0, 3.0 - share, share), strict=True))
 
-    monkeypatch.setattr("jlora.training.gguf_export.losses", losses)
+    monkeypatch.setattr("jlora.training.gguf_export.figures", figures)
     code, _, err = here(*arguments)
     assert code == 4 and list(tmp_path.iterdir()) == []
     assert one_sentence(err).endswith(
