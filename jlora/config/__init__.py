@@ -12,6 +12,7 @@ from jlora.config.lora import (
 from jlora.config.reading import config_of, describe, load_config, variants
 from jlora.config.section import nearest
 from jlora.config.sections import (
+    FORMER_REMAT,
     Config,
     DataSection,
     DistributedSection,

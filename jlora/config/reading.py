@@ -21,7 +21,8 @@ MOST_PROBLEMS = 10
 
 # What all runs of a sweep have in common: the base on the devices with its tokenizer, and the sweep itself.
 COMMON_KEYS = (
-    *(f"model.{key}" for key in ("path", "tokenizer", "resize_embeddings", "dtype", "quantization")),
+    *(f"model.{key}" for key in ("path", "tokenizer", "resize_embeddings", "dtype", "quantization", "scan_layers")),
+    *(f"model.{key}" for key in ("compute", "compute_max_loss_gap", "compute_fallback")),
     *("data.chat_template", "method", "output_dir", "sweep", "sweep_halving"),
 )
 COMMON_SECTIONS = ("mesh.", "distributed.")

@@ -5,9 +5,9 @@ model shapes (they come from the base's own config.json, see `jlora.hf`) or of w
 """
 
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from jlora.config.data import DataSection
 from jlora.config.lora import LoraSection
@@ -18,8 +18,11 @@ MOST_STEPS = 2**31 - 1  # of int32, which steps are counted in
 
 Dtype = Literal["bfloat16", "float32"]
 Quantization = Literal["int8", "fp8", "nf4", "int4"]
+Compute = Literal["int8", "fp8"]
 # Fastest first, and each holds less than the one before it: see `jlora.model.remat`.
-Remat = Literal["none", "dots", "qkv", "attention", "full", "offload", "auto"]
+Remat = Literal["none", "lean", "qkv", "attention", "full", "offload", "auto"]
+# What configs and checkpoints of earlier versions have, and what keeps the same products in less memory.
+FORMER_REMAT = {"dots": "lean"}
 
 
 class ModelSection(Section):
@@ -43,6 +46,19 @@ class ModelSection(Section):
         description="the base's projections in 8 bits (int8, fp8) or 4 (nf4 as QLoRA, int4), quantised while they "
         "are read; embedding, head and norms stay in dtype",
     )
+    compute: Compute | None = Field(
+        None,
+        description="products with the base's projections in 8 bits on both sides and in both passes, the base held in "
+        "them: int8 on A100 and TPU v5e, fp8 on Ada, Hopper and later; null is in dtype",
+    )
+    compute_max_loss_gap: Positive | None = Field(
+        0.1,
+        description="with compute: how far the held-out loss of the base may be over that in dtype, before the first "
+        "step; null does not look",
+    )
+    compute_fallback: bool = Field(
+        False, description="with compute: train in dtype where the loss is further off, and do not stop"
+    )
     attention: Literal["auto", "reference", "blocked", "cudnn", "splash"] = Field(
         "auto",
         description="attention: all scores in memory (reference), tile by tile (blocked), cuDNN on GPUs, splash on "
@@ -50,10 +66,35 @@ class ModelSection(Section):
     )
     remat: Remat = Field(
         "full",
-        description="what the backward pass computes again; kept are everything (none), all matmul results (dots), "
-        "attention's inputs and output (qkv), its output (attention), a layer's input alone (full), or that in the "
-        "host's memory (offload); auto takes the first of them that fits",
+        description="what the backward pass computes again; kept are everything (none), what spares each product of a "
+        "weight (lean), of that all but gate and up (qkv), nor q, k and v (attention), a layer's input alone (full), "
+        "or that in the host's memory (offload); auto takes the first of them that fits",
     )
+    scan_layers: bool | Literal["auto"] = Field(
+        "auto",
+        description="layers as one compiled loop (true), which compiles soon, or one by one (false), which copies no "
+        "weight; auto is one by one on GPUs where the base is not dequantised and has at most 48 layers",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _held_as_computed(cls, tree: Any) -> Any:
+        """A base whose codes are multiplied with is held in them."""
+        if isinstance(tree, dict) and tree.get("compute") in get_args(Compute) and tree.get("quantization") is None:
+            return tree | {"quantization": tree["compute"]}
+        return tree
+
+    def conflicts(self) -> Iterator[str]:
+        if self.compute not in (None, self.quantization):
+            yield (
+                f"compute={self.compute} multiplies with codes of its own kind, but quantization={self.quantization} "
+                f"holds others; set quantization={self.compute} or leave it out"
+            )
+
+    @field_validator("remat", mode="before")
+    @classmethod
+    def _former_name(cls, value: Any) -> Any:
+        return FORMER_REMAT.get(value, value) if isinstance(value, str) else value
 
 
 class ObjectiveSection(Section):

@@ -280,7 +280,13 @@ def _agreed(rows: np.ndarray) -> np.ndarray:
 
 
 def load_base(
-    source: Source, where: str, dtype: jnp.dtype, mesh: Mesh, quantization: str | None = None
+    source: Source,
+    where: str,
+    dtype: jnp.dtype,
+    mesh: Mesh,
+    quantization: str | None = None,
+    sizes: tuple[int, ...] | None = None,
+    coded: bool = False,
 ) -> tuple[Decoder, str]:
     """The model in `dtype`, laid out over `mesh`, and the SHA-256 of its tensors as stored, in hex.
 
@@ -291,6 +297,9 @@ def load_base(
     tensor, and they exchange the digests; all of them must call this. With the devices of a mesh in one process
     nothing is exchanged.
 
+    Args:
+      sizes, coded: as of `abstract_decoder`.
+
     Raises:
       ConfigError: the mesh does not divide a weight, or cuts one within a quantised block.
       ModelError: what `parse_config` and `check_names` refuse, a damaged file, a non-finite weight; in every
@@ -298,19 +307,24 @@ def load_base(
     """
     cfg = source.model
     table = check_names(cfg, source.shapes, where)
-    decoder = abstract_decoder(cfg, dtype, quantization)
+    decoder = abstract_decoder(cfg, dtype, quantization, sizes, coded)
+    places = [(stack, layer) for stack in decoder.stacks for layer in range(stack.size)]
     local = Mesh(np.asarray(mesh.local_devices), ("device",))
     processes, process = (jax.process_count(), jax.process_index()) if mesh.is_multi_process else (1, 0)
     digests = np.zeros((len(table), 33), np.uint8)  # and a flag: refused
     failure: ModelError | None = None
-    leaves: dict[str, Loaded] = {}
+    leaves: dict[int, Loaded] = {}
     with jax.set_mesh(local), ThreadPoolExecutor(1) as hasher:
         for number, (name, entry) in enumerate(table.items()):
-            if entry.leaf not in leaves:
-                owner = decoder if entry.layer is None else decoder.layers
-                shape = entry.shape if entry.layer is None else (cfg.num_hidden_layers, *entry.shape)
-                leaves[entry.leaf] = Loaded.empty(getattr(owner, entry.leaf), entry.leaf, shape, mesh, local, where)
-            leaf = leaves[entry.leaf]
+            owner: Any = decoder
+            shape = entry.shape
+            if entry.layer is not None:
+                owner, layer = places[entry.layer]
+                shape, entry = (owner.size, *shape), replace(entry, layer=layer)
+            param = getattr(owner, entry.leaf)
+            if id(param) not in leaves:
+                leaves[id(param)] = Loaded.empty(param, entry.leaf, shape, mesh, local, where)
+            leaf = leaves[id(param)]
             try:
                 # Meanwhile: the file is read from disk once for both, and hashing takes as long as the rest.
                 digest = hasher.submit(stored_digest, source, name) if number % processes == process else None

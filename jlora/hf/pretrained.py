@@ -198,15 +198,23 @@ def open_tokenizer(path: str, chat_template: str | None) -> Tokenizer:
 
 
 def load_pretrained(
-    opened: Opened, dtype: jnp.dtype, mesh: jax.sharding.Mesh, quantization: str | None = None
+    opened: Opened,
+    dtype: jnp.dtype,
+    mesh: jax.sharding.Mesh,
+    quantization: str | None = None,
+    sizes: tuple[int, ...] | None = None,
+    coded: bool = False,
 ) -> Pretrained:
     """Read the weights, quantising the projections on the way where asked to.
+
+    Args:
+      sizes, coded: as of `abstract_decoder`.
 
     Raises:
       ModelError: see `jlora.hf.load.load_base`.
       ConfigError: blocks of quantised weights do not divide over the mesh.
     """
-    base, base_hash = load_base(opened.source, opened.name, dtype, mesh, quantization)
+    base, base_hash = load_base(opened.source, opened.name, dtype, mesh, quantization, sizes, coded)
     return Pretrained(opened.name, opened.path, opened.source, base, base_hash, opened.tokenizer)
 
 

@@ -58,9 +58,11 @@ def open_adapted(
         tokenizer, chat_template = tokenizer or run.model.tokenizer, chat_template or run.data.chat_template
         dtype, quantization = dtype or run.model.dtype, quantization or run.model.quantization
     kind, compute = None if quantization == "none" else quantization, jnp.dtype(dtype or "bfloat16")
+    coded = run is not None and run.model.compute is not None and run.model.compute == kind
     quant.check_device(kind, mesh.devices.flat[0])
     with jax.set_mesh(mesh):
-        pretrained = load_pretrained(open_pretrained(base, tokenizer, chat_template, rows=rows), compute, mesh, kind)
+        opened = open_pretrained(base, tokenizer, chat_template, rows=rows)
+        pretrained = load_pretrained(opened, compute, mesh, kind, coded=coded)
         return Adapted(pretrained, open_adapter(adapter, pretrained), compute)
 
 

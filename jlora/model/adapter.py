@@ -20,13 +20,15 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jlora.config import LoraSection
 from jlora.errors import ModelError, finding
+from jlora.model.coded import coded_einsum
 from jlora.model.config import NUM_INPUTS, ModelConfig, block_weights, module_path, outer_weights, projection_shapes
 from jlora.model.layers import products_in, times
 from jlora.model.quant import Quantized, Weight, dequantize, quantized_einsum
 from jlora.model.sharding import named_sharding, place
 
-# The checkpoint name of a product with a quantised weight, for `jlora.model.remat`.
-QUANTIZED_PRODUCT = "quantized_product"
+# The checkpoint name of what an adapter's gradients take from its products, for `jlora.model.remat`: x A, and with DoRA
+# the two shares that its magnitude scales.
+ADAPTER_PRODUCT = "adapter_product"
 
 
 @no_type_check  # tree functions put what they like at its leaves
@@ -142,6 +144,17 @@ def new_lora(
     return Lora(*factors, scale, dropout, ranks=ranks if len(set(ranks)) > 1 else None)
 
 
+def lowest_adapted(adapter: Adapter) -> int:
+    """The lowest layer whose output an adapter has a part in; 0 where what enters the first is trained, too."""
+    layers = []
+    for name, part in adapter.items():
+        if isinstance(part, Lora) and part.ranks is not None:
+            layers.append(next(layer for layer, rank in enumerate(part.ranks) if rank))
+        elif name != "lm_head":
+            return 0
+    return min(layers, default=0)
+
+
 def without_scales(adapter: Adapter) -> tuple[Adapter, dict[str, Any]]:
     """The adapter's own leaves, and the scales [L] of its low-rank parts by name; of shapes, shapes."""
     scales = {name: part.scale for name, part in adapter.items() if isinstance(part, Lora)}
@@ -161,10 +174,9 @@ def project(
     weight: Weight,
     lora: Lora | None,
     dropout_key: PRNGKeyArray | None,
+    product: Float[Array, "B T *outputs"] | None = None,
 ) -> Float[Array, "B T *outputs"]:
     """`einsum(equation, x, weight)` plus the adapter's share, never forming W + BA.
-
-    A quantised weight is dequantised here, to the dtype of `x`, and nowhere else.
 
     The adapter's input dims are the ones that `equation` sums over. Dropout falls on the adapter's
     input, as in PEFT; with DoRA that is the input of the base's share of the rescaling too. Result in the dtype of `x`.
@@ -172,8 +184,9 @@ def project(
     Args:
       weight: the projection's array, or its `jlora.model.quant.Quantized`.
       dropout_key: None when not training.
+      product: `base_product(equation, x, weight)`, where it is known.
     """
-    y = _dense(equation, x, weight, lora)
+    y = _less_initial(base_product(equation, x, weight) if product is None else product, equation, x, lora)
     if lora is None:
         return y
     dropped = x
@@ -183,9 +196,13 @@ def project(
     delta = _scaled(_low_rank(equation, dropped, lora.lora_a, lora.lora_b), lora)
     if lora.magnitude is None:
         return y + delta
+    y, delta = checkpoint_name((y, delta), ADAPTER_PRODUCT)
     ratio = lora.magnitude / jnp.maximum(weight_norm(weight, lora, x.dtype), jnp.finfo(jnp.float32).tiny)
     ratio = jnp.where(lora.scale == 0.0, 1.0, ratio)  # a layer without an adapter
-    rescaled = y if dropped is x else _dense(equation, dropped, weight, lora)
+    rescaled = y
+    if dropped is not x:
+        rescaled = _less_initial(base_product(equation, dropped, weight), equation, dropped, lora)
+        rescaled = checkpoint_name(rescaled, ADAPTER_PRODUCT)
     return y + times(rescaled, ratio - 1.0) + times(delta, ratio)
 
 
@@ -194,17 +211,23 @@ def _scaled(delta: Float[Array, "B T *outputs"], lora: Lora) -> Float[Array, "B 
     return (delta.astype(jnp.float32) * lora.scale).astype(delta.dtype)
 
 
-def _dense(
-    equation: str, x: Float[Array, "B T *inputs"], weight: Weight, lora: Lora | None
+def base_product(equation: str, x: Float[Array, "B T *inputs"], weight: Weight) -> Float[Array, "B T *outputs"]:
+    """`einsum(equation, x, weight)` in the dtype of `x`.
+
+    A quantised weight is dequantised here, to that dtype, and nowhere else, or multiplied with as it is.
+    """
+    if isinstance(weight, Quantized):
+        return (coded_einsum if weight.coded else quantized_einsum)(equation, x, weight)
+    return jnp.einsum(equation, x, weight.astype(x.dtype))
+
+
+def _less_initial(
+    y: Float[Array, "B T *outputs"], equation: str, x: Float[Array, "B T *inputs"], lora: Lora | None
 ) -> Float[Array, "B T *outputs"]:
-    """x W, less the product of the initial factors: with PiSSA and OLoRA the adapter stands on W - scale * B0 A0.
+    """y less the product of the initial factors: with PiSSA and OLoRA the adapter stands on W - scale * B0 A0.
 
     W itself stays as it is, whole and shared: a residual rounded to bfloat16, or quantised, would be another base.
     """
-    if isinstance(weight, Quantized):
-        y = checkpoint_name(quantized_einsum(equation, x, weight), QUANTIZED_PRODUCT)
-    else:
-        y = jnp.einsum(equation, x, weight.astype(x.dtype))
     if lora is None or lora.initial is None:
         return y
     a, b = map(jax.lax.stop_gradient, lora.initial)
@@ -259,7 +282,7 @@ def _low_rank(
 
 def _low_rank_forward(equation: str, x: Array, lora_a: Array, lora_b: Array) -> tuple[Array, tuple[Array, ...]]:
     of_x, of_y, of_a, of_b, of_inner = _dims(equation)
-    inner = jnp.einsum(f"{of_x},{of_a}->{of_inner}", x, lora_a.astype(x.dtype))
+    inner = checkpoint_name(jnp.einsum(f"{of_x},{of_a}->{of_inner}", x, lora_a.astype(x.dtype)), ADAPTER_PRODUCT)
     delta = jnp.einsum(f"{of_inner},{of_b}->{of_y}", inner, lora_b.astype(x.dtype))
     return delta, (x, inner, lora_a, lora_b)
 

@@ -18,10 +18,12 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from jlora.config import FUSED_PROJECTIONS, LoraSection
 from jlora.errors import ConfigError
 from jlora.model.adapter import Adapter, Lora, Rows, Saved, layer_ranks, new_lora, targets, weight_norm
+from jlora.model.block import Block
 from jlora.model.config import ModelConfig, block_weights, module_path, outer_weights, projection_shapes
 from jlora.model.layers import products_in
 from jlora.model.llama import Decoder
 from jlora.model.quant import Weight, dequantize
+from jlora.model.stacks import cut
 
 
 def check_options(cfg: LoraSection, model: ModelConfig) -> None:
@@ -135,17 +137,19 @@ def _drawn(cfg: LoraSection, model: ModelConfig, name: str, seed: int) -> Lora:
 
 def _completed(part: Lora | Saved | Rows, name: str, cfg: LoraSection, base: Decoder, seed: int) -> Lora | Saved | Rows:
     """A part with what is made of the base's weights."""
-    owner = base.layers if hasattr(base.layers, name) else base
-    leaf = getattr(owner, name, base.embed_tokens).get_raw_value()  # a head that is tied is the embedding
+    owners = base.stacks if hasattr(base.stacks[0], name) else [base]
+    # A head that is tied is the embedding.
+    leaves = [getattr(owner, name, base.embed_tokens).get_raw_value() for owner in owners]
     if isinstance(part, Saved):
-        return Saved(jax.jit(lambda w: w.astype(jnp.float32), out_shardings=_whole(leaf))(leaf))
+        whole = jax.jit(lambda *parts: jnp.concatenate(parts).astype(jnp.float32), out_shardings=_whole(leaves[0]))
+        return Saved(whole(*leaves))
     if isinstance(part, Rows):
         ids = np.array(part.ids, np.int32)
-        rows = jax.jit(lambda w: w[ids].astype(jnp.float32), out_shardings=_whole(leaf))
-        return replace(part, weight=rows(leaf))
+        rows = jax.jit(lambda w: w[ids].astype(jnp.float32), out_shardings=_whole(leaves[0]))
+        return replace(part, weight=rows(*leaves))
     if cfg.takes_from_base:
-        part = _taken_from(leaf, name, part, cfg, base.cfg, seed)
-    return _with_magnitude(leaf, part) if cfg.use_dora else part
+        part = _taken_from(leaves, name, part, cfg, base.cfg, seed)
+    return _with_magnitude(leaves, part, base.stacks) if cfg.use_dora else part
 
 
 def _whole(leaf: Weight) -> jax.sharding.Sharding | None:
@@ -155,23 +159,26 @@ def _whole(leaf: Weight) -> jax.sharding.Sharding | None:
     return jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
 
 
-def _with_magnitude(leaf: Weight, lora: Lora) -> Lora:
+def _with_magnitude(leaves: list[Weight], lora: Lora, stacks: list[Block]) -> Lora:
     """DoRA's magnitude: the norm of what the projection starts from."""
 
     def norms(leaf: Weight, lora: Lora) -> Array:
         return jax.lax.map(lambda at: weight_norm(at[0], at[1], jnp.dtype("float32")), (leaf, lora))
 
-    return replace(lora, magnitude=jax.jit(norms, out_shardings=_whole(leaf))(leaf, lora))
+    compiled = jax.jit(norms, out_shardings=_whole(leaves[0]))
+    magnitudes = [compiled(leaf, part) for leaf, part in zip(leaves, cut(lora, stacks), strict=True)]
+    return replace(lora, magnitude=jnp.concatenate(magnitudes))
 
 
-def _taken_from(leaf: Weight, name: str, lora: Lora, cfg: LoraSection, model: ModelConfig, seed: int) -> Lora:
+def _taken_from(leaves: list[Weight], name: str, lora: Lora, cfg: LoraSection, model: ModelConfig, seed: int) -> Lora:
     """Factors taken from each layer's weight, held and trained."""
     ranks = layer_ranks(cfg, name, model)
-    make = jax.jit(principal, static_argnames=("init", "rank", "num_outputs"), out_shardings=_whole(leaf))
+    make = jax.jit(principal, static_argnames=("init", "rank", "num_outputs"), out_shardings=_whole(leaves[0]))
     how = {"init": str(cfg.init_lora_weights), "num_outputs": len(lora.lora_b.shape) - 2}
+    places = [(leaf, layer) for leaf in leaves for layer in range(jax.tree.leaves(leaf)[0].shape[0])]
     found = []
-    for layer, (rank, scale) in enumerate(zip(ranks, lora.scale, strict=True)):
-        weight = jax.tree.map(lambda array, layer=layer: array[layer], leaf)
+    for layer, (rank, scale, (leaf, place)) in enumerate(zip(ranks, lora.scale, places, strict=True)):
+        weight = jax.tree.map(lambda array, place=place: array[place], leaf)
         key = jax.random.fold_in(jax.random.key(seed), layer)
         a, b = lora.lora_a[layer, ..., :0], lora.lora_b[layer, :0]
         if rank:

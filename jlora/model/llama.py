@@ -1,13 +1,14 @@
-"""Llama and its kin as a `flax.nnx` module: blocks stacked over layers and run by scan.
+"""Llama and its kin as a `flax.nnx` module: blocks stacked over layers, each stack run by scan.
 
 Owns the forward pass; the weights' shapes and axes are `config.py`'s, and a layer is `block.py`'s. Knows nothing of
 files, losses or optimizers. A module is a pytree, so it passes through `jax.jit` and `jax.grad` as it is.
 """
 
+import itertools
 import math
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import no_type_check
 
@@ -18,7 +19,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from jlora.model.adapter import Adapter, Lora, Rows, Saved
+from jlora.model.adapter import Adapter, Lora, Rows, Saved, lowest_adapted
 from jlora.model.attention import Attention, Places
 from jlora.model.block import Block, normalize
 from jlora.model.config import ModelConfig, Weight, kinds, outer_weights, projection_shapes
@@ -27,9 +28,7 @@ from jlora.model.quant import quantize
 from jlora.model.remat import LAYER_INPUT, policy
 from jlora.model.rope import Rotary, rotary_table
 from jlora.model.sharding import constrain
-
-# A layer's number: an array in the scan over layers, so that what differs between them is chosen by it.
-Layer = Int[Array, ""] | int
+from jlora.model.stacks import Layer, cut, over_layers, split_at
 
 
 @no_type_check  # tree functions put what they like at its leaves
@@ -88,8 +87,8 @@ def attend(
     """`attention` with the window of a layer. A kernel is compiled for one window, so there is a branch for each."""
     windows, which = kinds(cfg.windows)
     branches = [partial(attention, places=places, window=window, softcap=cfg.attention_softcap) for window in windows]
-    if len(branches) == 1:
-        return branches[0](q, k, v)
+    if len(branches) == 1 or isinstance(layer, int):
+        return branches[which[layer] if len(branches) > 1 else 0](q, k, v)
     return jax.lax.switch(jnp.asarray(np.array(which, np.int32))[layer], branches, q, k, v)
 
 
@@ -101,17 +100,27 @@ class Decoder(nnx.Module):
     norm: nnx.Param
     norm_bias: nnx.Param  # of a LayerNorm
     lm_head: nnx.Param  # absent where the embedding is tied
+    layers: Block | nnx.List  # all layers in one stack, or in several
 
-    def __init__(self, cfg: ModelConfig, fill: Callable[[Weight], Array]):
+    def __init__(self, cfg: ModelConfig, fill: Callable[[Weight], Array], sizes: tuple[int, ...] | None = None):
         """A decoder of the shape of `cfg`.
 
         Args:
           fill: makes each weight, stacked over layers, from its shape and logical axes.
+          sizes: layers of each stack; None is one of all of them.
         """
         self.cfg = cfg
-        self.layers = Block(cfg, fill)
+        if sizes is None or len(sizes) == 1:
+            self.layers = Block(cfg, fill, cfg.num_hidden_layers)
+        else:
+            self.layers = nnx.List([Block(cfg, fill, size) for size in sizes])
         for name, weight in outer_weights(cfg).items():
             setattr(self, name, nnx.Param(fill(weight), axes=weight.axes))
+
+    @property
+    def stacks(self) -> list[Block]:
+        """The layers, in their stacks."""
+        return [self.layers] if isinstance(self.layers, Block) else list(self.layers)
 
     def head(self, adapter: Adapter) -> Float[Array, "V D"]:
         """The output projection: the adapter's own, or the base's, which is its embedding where they are tied."""
@@ -137,8 +146,11 @@ class Decoder(nnx.Module):
         low_rank = {name: part for name, part in adapter.items() if isinstance(part, Lora)}
         model = jax.tree.map(lambda leaf: leaf, self) if saved else self
         for name, part in saved.items():
-            owner = model if name == "embed_tokens" else model.layers
-            getattr(owner, name).set_raw_value(part.weight)
+            if name == "embed_tokens":
+                model.embed_tokens.set_raw_value(part.weight)
+                continue
+            for stack, weight in zip(model.stacks, cut(part.weight, model.stacks), strict=True):
+                getattr(stack, name).set_raw_value(weight)
         return model, low_rank
 
     def hidden(
@@ -167,18 +179,24 @@ class Decoder(nnx.Module):
         places = Places(segments, segments, positions, positions)
         rotary = rotary_by_layer(self.cfg, positions, segments)
 
-        def layer(x: Array, scanned: tuple[Block, dict[str, Lora], PRNGKeyArray | None, Array]) -> tuple[Array, None]:
-            block, factors, key, index = scanned
+        def layer(
+            index: Layer, x: Array, block: Block, factors: dict[str, Lora], key: PRNGKeyArray | None = None
+        ) -> Array:
             seeing = partial(attend, self.cfg, attention, index, places=places)
-            return block(checkpoint_name(x, LAYER_INPUT), rotary(index), seeing, factors, key), None
+            return block(checkpoint_name(x, LAYER_INPUT), rotary(index), seeing, factors, key)
+
+        def rematerialised(layer: Callable[..., Array]) -> Callable[..., Array]:
+            return layer if remat == "none" else jax.checkpoint(layer, policy=policy(remat))
 
         keys = None if dropout_key is None else jax.random.split(dropout_key, self.cfg.num_hidden_layers)
         x = model._embed(tokens, positions, dtype, adapter)
         if dropout_key is not None and neftune_noise_alpha > 0.0:
             x = x + embedding_noise(dropout_key, x, neftune_noise_alpha)
-        body = layer if remat == "none" else jax.checkpoint(layer, policy=policy(remat))
-        x, _ = jax.lax.scan(body, x, (model.layers, low_rank, keys, self._numbers()))
-        return self._normed(x)
+        below, above = split_at(model.stacks, lowest_adapted(adapter))
+        x = over_layers(layer, x, below, ({},), 0)  # nothing to train, so no backward pass
+        start = sum(stack.size for stack in below)
+        own = jax.tree.map(lambda leaf: leaf[start:], (low_rank, keys)) if start else (low_rank, keys)
+        return self._normed(over_layers(layer, x, above, own, start, rematerialised))
 
     def hidden_cached(
         self,
@@ -198,10 +216,9 @@ class Decoder(nnx.Module):
         rotary = rotary_by_layer(self.cfg, positions, segments)
 
         def layer(
-            carry: tuple[Array, Array, Array], scanned: tuple[Block, dict[str, Lora], Array]
-        ) -> tuple[tuple[Array, Array, Array], None]:
+            index: Layer, carry: tuple[Array, Array, Array], block: Block, factors: dict[str, Lora]
+        ) -> tuple[Array, Array, Array]:
             x, keys, values = carry
-            block, factors, index = scanned
 
             def seeing(q: Array, k: Array, v: Array) -> Array:
                 nonlocal keys, values
@@ -210,15 +227,11 @@ class Decoder(nnx.Module):
                 places = Places(segments, all_segments, positions, all_positions)
                 return attend(self.cfg, attention, index, q, keys[index], values[index], places)
 
-            return (block(x, rotary(index), seeing, factors, None), keys, values), None
+            return block(x, rotary(index), seeing, factors, None), keys, values
 
         x = model._embed(tokens, positions, cache.keys.dtype, adapter)
         # The cache is carried, not scanned over, so that a step writes its own slots and copies nothing.
-        (x, keys, values), _ = jax.lax.scan(
-            layer,
-            (x, cache.keys, cache.values),
-            (model.layers, low_rank, self._numbers()),
-        )
+        x, keys, values = over_layers(layer, (x, cache.keys, cache.values), model.stacks, (low_rank,))
         cache = Cache(keys, values, all_segments, all_positions, slot + tokens.shape[1])
         return self._normed(x), cache
 
@@ -227,9 +240,6 @@ class Decoder(nnx.Module):
         head = self.head(adapter).astype(hidden.dtype)
         logits = jnp.einsum("btd,vd->btv", hidden, head, preferred_element_type=jnp.float32)
         return capped(logits, self.cfg.logits_softcap)
-
-    def _numbers(self) -> Int[Array, " L"]:
-        return jnp.arange(self.cfg.num_hidden_layers, dtype=jnp.int32)
 
     def _normed(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         return normalize(self.cfg, x, self.norm[...], self.norm_bias[...] if self.cfg.layer_norm else None)
@@ -254,16 +264,27 @@ def embedding_noise(key: PRNGKeyArray, x: Float[Array, "B T D"], alpha: float) -
     return jax.random.uniform(noise_key, x.shape, jnp.float32, -bound, bound).astype(x.dtype)
 
 
-def abstract_decoder(cfg: ModelConfig, dtype: jnp.dtype, quantization: str | None = None) -> Decoder:
-    """The module with shapes instead of arrays: projections quantised where asked for, all else in `dtype`."""
+def abstract_decoder(
+    cfg: ModelConfig,
+    dtype: jnp.dtype,
+    quantization: str | None = None,
+    sizes: tuple[int, ...] | None = None,
+    coded: bool = False,
+) -> Decoder:
+    """The module with shapes instead of arrays: projections quantised where asked for, all else in `dtype`.
+
+    Args:
+      sizes: as of `Decoder`.
+      coded: as of `Quantized`, of all projections.
+    """
 
     def make() -> Decoder:
-        decoder = Decoder(cfg, lambda weight: jnp.zeros(weight.shape, dtype))
-        for name, (inputs, _) in projection_shapes(cfg).items():
+        decoder = Decoder(cfg, lambda weight: jnp.zeros(weight.shape, dtype), sizes)
+        for stack, (name, (inputs, _)) in itertools.product(decoder.stacks, projection_shapes(cfg).items()):
             if quantization is not None:
-                param = getattr(decoder.layers, name)
+                param = getattr(stack, name)
                 one_layer = partial(quantize, kind=quantization, num_inputs=len(inputs))
-                param.set_raw_value(jax.vmap(one_layer)(param.get_raw_value()))
+                param.set_raw_value(replace(jax.vmap(one_layer)(param.get_raw_value()), coded=coded))
         return decoder
 
     return jax.eval_shape(make)

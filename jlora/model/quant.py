@@ -76,6 +76,7 @@ class Quantized:
     Before `finish`, scales of nf4 and int4 are the absmax itself, float32, and second and offset are None.
       kind: int8, fp8, nf4 or int4.
       inputs: the weight's input dims.
+      coded: whether products take the codes as they are (`jlora.model.coded`), or the weight dequantised.
 
     Not XLA's own 4-bit types: on CPUs their arrays have another layout than compiled programs want (jax 0.10.2).
     """
@@ -86,6 +87,7 @@ class Quantized:
     offset: Any
     kind: str = field(metadata={"static": True})
     inputs: tuple[int, ...] = field(metadata={"static": True})
+    coded: bool = field(default=False, metadata={"static": True})
 
     @property
     def size(self) -> int:

@@ -1,8 +1,8 @@
 """Rematerialisation: what a layer's forward pass keeps for the backward pass, by the names of config key `model.remat`.
 
 Each policy of `LADDER` keeps less on the device than the one before it, and is paid for with a recomputation or,
-for `offload`, with copies to the host's memory and back. Knows the names that `llama` and `attention` give to
-values, and no more of them.
+for `offload`, with copies to the host's memory and back. Knows the names that `llama`, `block`, `adapter` and
+`attention` give to values, and no more of them.
 """
 
 from collections.abc import Callable
@@ -11,28 +11,29 @@ from typing import Any, get_args
 import jax
 
 from jlora.config import Remat
-from jlora.model.adapter import QUANTIZED_PRODUCT
+from jlora.model.adapter import ADAPTER_PRODUCT
 from jlora.model.attention.interface import ATTENTION_OUTPUT
 from jlora.runtime.private_jax import CUDNN_FORWARD
 
 LADDER: tuple[str, ...] = tuple(name for name in get_args(Remat) if name != "auto")
 
-# What `jlora.model.llama` marks with `checkpoint_name`, beside ATTENTION_OUTPUT.
-LAYER_INPUT, ATTENTION_INPUT = "layer_input", "attention_input"
+# What `llama` and `block` mark with `checkpoint_name`: the residual stream into a layer and after attention, with what
+# attention and MLP add to it where that goes through norms of its own; q, k and v; gate and up.
+LAYER_INPUT, MIDDLE, ATTENTION_INPUT, MLP_INPUT = "layer_input", "middle", "attention_input", "mlp_input"
+# A sum of base and adapter is kept in place of both: backward needs no more of a layer whose weights are frozen.
+KEPT = {
+    "lean": (MIDDLE, ATTENTION_OUTPUT, ADAPTER_PRODUCT, ATTENTION_INPUT, MLP_INPUT),
+    "qkv": (MIDDLE, ATTENTION_OUTPUT, ADAPTER_PRODUCT, ATTENTION_INPUT),
+    "attention": (MIDDLE, ATTENTION_OUTPUT, ADAPTER_PRODUCT),
+}
 
 
 def policy(remat: str) -> Callable[..., Any]:
     """Whether (and where) the result of a primitive is kept; names of `LADDER` but `none`."""
     policies = jax.checkpoint_policies
     match remat:
-        case "dots":
-            # By name too, for a policy does not see into a quantised product.
-            named = _named(ATTENTION_OUTPUT, QUANTIZED_PRODUCT)
-            return policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, named)
-        case "qkv":
-            return _named(ATTENTION_INPUT, ATTENTION_OUTPUT)
-        case "attention":
-            return _named(ATTENTION_OUTPUT)
+        case "lean" | "qkv" | "attention":
+            return _named(*KEPT[remat])
         case "full":
             return policies.nothing_saveable
         case "offload":

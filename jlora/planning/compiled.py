@@ -42,6 +42,7 @@ from jlora.training.step import (
     make_forward,
     make_train_step,
     param_dtype,
+    stack_sizes,
 )
 
 
@@ -101,7 +102,7 @@ def place_base(base: Decoder, mesh: jax.sharding.Mesh) -> Decoder:
     def place(shape: jax.ShapeDtypeStruct, axes: tuple[str | None, ...]) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=named_sharding(mesh, axes))
 
-    for owner in (base, base.layers):
+    for owner in (base, *base.stacks):
         for param in vars(owner).values():
             if isinstance(param, nnx.Param):
                 param.set_raw_value(map_axes(place, param.get_raw_value(), param.axes))
@@ -112,7 +113,8 @@ def abstract_step(
     cfg: Config, model: ModelConfig, mesh: jax.sharding.Mesh, forward: Forward
 ) -> tuple[Any, tuple[Any, Any, Any, Any], dict[str, Any]]:
     """The step, its arguments (state, what is frozen, batch, hyperparameters) as shapes, and {"adapter", "base"}."""
-    base = place_base(abstract_decoder(model, param_dtype(cfg), cfg.model.quantization), mesh)
+    how = cfg.model.quantization, stack_sizes(cfg, model, mesh), cfg.model.compute is not None
+    base = place_base(abstract_decoder(model, param_dtype(cfg), *how), mesh)
     adapter = {}
     if cfg.method == "lora":
         check_options(cfg.lora, model)

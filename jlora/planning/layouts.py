@@ -35,7 +35,7 @@ HEAVIER = {name: LADDER[: number + 1] for number, name in enumerate(LADDER)}
 
 def passes(remat: str) -> int:
     """How often a micro-batch goes through the weights: forward, backward, and again where layers are recomputed."""
-    return 2 if remat in ("none", "dots") else 3
+    return 2 if remat in ("none", "lean") else 3
 
 
 def estimate(
@@ -79,6 +79,8 @@ def quantizations(cfg: Config) -> list[Any]:
 
     fp8 and int4 take as many bytes as the last two and lose more: they are for those who ask for them.
     """
+    if cfg.model.compute is not None:  # whose codes are the base's
+        return [cfg.model.quantization]
     every = (cfg.model.quantization, None, "int8", "nf4")
     return list(dict.fromkeys(every)) if cfg.method == "lora" else [None]
 

@@ -13,7 +13,7 @@ from jlora.training.summary import versions
 
 # Keys that may differ between a run and its continuation: they do not change what is computed.
 FREE_KEYS = {
-    *("data.cache_dir", "model.remat", "output_dir"),
+    *("data.cache_dir", "model.remat", "model.scan_layers", "output_dir"),
     *(f"training.{key}" for key in ("log_every", "eval_every", "save_every", "evals_per_epoch", "saves_per_epoch")),
     *(f"training.{key}" for key in ("early_stopping_patience", "early_stopping_min_delta", "export")),
     *(f"training.{key}" for key in ("keep_checkpoints", "max_nonfinite_steps", "wandb", "mlflow", "trackio")),

@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 
-from jlora.config import Config
+from jlora.config import FORMER_REMAT, Config
 from jlora.data import packing
 from jlora.data.checks import check_rows, check_run
 from jlora.data.dataset import Dataset
@@ -27,7 +27,6 @@ from jlora.hf.adapters import adapter_digest, first_adapter, make_reference
 from jlora.hf.pretrained import (
     Opened,
     Pretrained,
-    load_pretrained,
     open_base,
     warn_of_dequantising,
     warn_of_dropout,
@@ -38,7 +37,7 @@ from jlora.model.adapter_init import check_options
 from jlora.model.divisibility import check_divides
 from jlora.runtime import distributed
 from jlora.runtime.distributed import Watch
-from jlora.training import optim
+from jlora.training import base, optim
 from jlora.training.checkpoint import Checkpoints
 from jlora.training.evaluator import Stopping
 from jlora.training.folder import batch_rows, saves_left, steps_between
@@ -51,7 +50,6 @@ from jlora.training.step import (
     count_trained,
     init_state,
     make_forward,
-    param_dtype,
 )
 from jlora.training.summary import finished_summary
 
@@ -77,6 +75,7 @@ class Shared:
       pretrained: the frozen base; its path, tokenizer, dtype, quantization and mesh are those of all the runs.
       programs: compiled steps, by the SHA-256 of what was compiled and by what of a config decides that.
       of_base: what was measured of the bare base, by what it depends on; see `Run.of_base`.
+      in_dtype: the base does not bear the products in 8 bits that are asked for.
     """
 
     opened: Opened | None = None
@@ -84,6 +83,7 @@ class Shared:
     rows: dict[str, tuple[Dataset, Dataset | None]] = field(default_factory=dict)
     programs: dict[str, Any] = field(default_factory=dict)
     of_base: dict[str, Any] = field(default_factory=dict)
+    in_dtype: bool = False
 
     def open(self, cfg: Config) -> Opened:
         """The base, no weight read yet, with its tokenizer."""
@@ -102,10 +102,19 @@ class Shared:
         """The base on the devices; one that is trained itself is each run's own."""
         if self.pretrained is not None:
             return self.pretrained
-        loaded = load_pretrained(self.open(cfg), param_dtype(cfg), mesh, cfg.model.quantization)
+        loaded = base.load(self.open(cfg), cfg, mesh)
         if cfg.method == "lora":
             self.pretrained = loaded
         return loaded
+
+    def load_checked(
+        self, cfg: Config, mesh: jax.sharding.Mesh, loss_of: Callable[[Pretrained], float] | None, quiet: bool
+    ) -> tuple[Config, Pretrained]:
+        """As `load`, for a run that is yet to begin, and the config that it is trained by; see `base.load_checked`."""
+        if cfg.model.compute is not None and self.pretrained is None:
+            checked, self.pretrained = base.load_checked(self.open(cfg), cfg, mesh, loss_of, quiet)
+            self.in_dtype = checked.model.compute is None
+        return base.in_dtype(cfg) if self.in_dtype else cfg, self.load(cfg, mesh)
 
     def compile(self, cfg: Config, remat: str, lower: Callable[[str], Any]) -> Any:
         """The executable of a step, compiled once for all runs that lower to the same program.
@@ -272,7 +281,12 @@ def open_run(cfg: Config, folder: Path, mesh: jax.sharding.Mesh, watch: Watch, s
             print(f"{found.level}: {found.sentence}", file=sys.stderr)
     if not quiet:
         warn_of_cpu(cfg, mesh)
-    pretrained = shared.load(cfg, mesh)
+    if saved is None:
+        loss_of = None if eval_data is None else partial(base.held_out_loss, cfg, eval_data, forward, mesh)
+        cfg, pretrained = shared.load_checked(cfg, mesh, loss_of, quiet)
+    else:
+        cfg = cfg if saved.get("compute") or not cfg.model.compute else base.in_dtype(cfg)  # as it began
+        pretrained = shared.load(cfg, mesh)
     hashes["base"] = pretrained.base_hash
     if cfg.lora.init_from:
         hashes["init_from"] = adapter_digest(cfg.lora.init_from)
@@ -296,7 +310,7 @@ def open_run(cfg: Config, folder: Path, mesh: jax.sharding.Mesh, watch: Watch, s
         state=init_state(trained, cfg, mesh),
         frozen=frozen,
         hyper=optim.hyperparameters(cfg.optimizer, num_steps),
-        identity=run_identity(asked, hashes),
+        identity=run_identity(asked, hashes) | {"compute": cfg.model.compute},
         checkpoints=earlier or open_checkpoints(),
         batches=packing.batches(epochs, cfg.training.batch_size, batch_rows(cfg, mesh)),
         stopping=Stopping(cfg.training.early_stopping_patience, cfg.training.early_stopping_min_delta),
@@ -335,7 +349,8 @@ def resume(run: Run) -> dict[str, Any] | None:
                 "training.max_steps or training.epochs"
             )
         if run.remat == "auto":
-            run.remat = saved.get("remat", run.remat)
+            remat = saved.get("remat", run.remat)
+            run.remat = FORMER_REMAT.get(remat, remat)
         done = finished_summary(run.folder) if run.finished else None
         if done is not None:
             return done

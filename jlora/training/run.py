@@ -88,7 +88,8 @@ def train(
             return finished
         run.began = began - seconds_before(folder, run.start)
         if main:
-            write_text(folder / "config.yaml", cfg.dump_yaml())
+            taken = cfg.model_copy(update={"model": run.cfg.model})  # as `base.load_checked` decided
+            write_text(folder / "config.yaml", taken.dump_yaml())
             start = {"step": run.start, **origin(began), "changes": run.changes, "paths": places_of(cfg)}
             add_start(folder, start)
         meter = loop(run, until, quiet)
@@ -209,6 +210,7 @@ def finish(run: Run, meter: StepMeter, began: float) -> dict[str, Any]:
         "trainable_params": count_trained(run.state.trained),
         "frozen_params": count_parameters({name: part for name, part in run.frozen.items() if name != "scales"}),
         "remat": run.identity.get("remat", run.remat),
+        "compute": cfg.model.compute,
         "hashes": run.identity["hashes"],
         "history": run.identity.get("history", []),
         "adapter": str(run.folder / "adapter") if exported else None,

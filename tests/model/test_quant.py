@@ -288,7 +288,7 @@ def temporary_bytes(kind: str | None, remat: str) -> int:
 
 # Not fp8: a CPU has no such type, and XLA widens the whole stack for it before the scan. On GPUs it does not (docs).
 @pytest.mark.long
-@pytest.mark.parametrize(("kind", "remat"), [("nf4", "full"), ("int4", "none"), ("int8", "dots")])
+@pytest.mark.parametrize(("kind", "remat"), [("nf4", "full"), ("int4", "none"), ("int8", "lean")])
 def test_no_dequantised_weight_outlives_its_layer(kind, remat):
     inputs_outputs = projection_shapes(MID).values()
     layer = 4 * sum(int(np.prod(ins)) * int(np.prod(outs)) for ins, outs in inputs_outputs)

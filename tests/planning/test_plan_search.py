@@ -200,7 +200,7 @@ def fake(monkeypatch, config, capacity: float, per_row: dict[str, float], spread
             estimate=estimate(target, flops=flops, tokens=tokens, **figures, remat=cfg.model.remat),
         )
 
-    work = {"none": 4e12, "dots": 4.5e12, "qkv": 4.8e12, "attention": 5e12, "full": 6e12, "offload": 6e12}
+    work = {"none": 4e12, "lean": 4.5e12, "qkv": 4.8e12, "attention": 5e12, "full": 6e12, "offload": 6e12}
     monkeypatch.setattr(search, "plan", plan_of)
     monkeypatch.setattr(search, "saved_bytes", lambda *_: 0.0)
     monkeypatch.setattr(search.Compiler, "flops", lambda self, remat: work[remat])
@@ -222,7 +222,7 @@ def fake(monkeypatch, config, capacity: float, per_row: dict[str, float], spread
     return cfg, dataclasses.replace(TARGET, capacity=2**10 * capacity), calls
 
 
-PER_ROW = {"none": 16.0, "dots": 8.0, "qkv": 6.0, "attention": 4.0, "full": 1.0, "offload": 0.75}
+PER_ROW = {"none": 16.0, "lean": 8.0, "qkv": 6.0, "attention": 4.0, "full": 1.0, "offload": 0.75}
 
 
 @pytest.mark.parametrize("capacity", [20, 30, 45, 70, 400])
@@ -271,7 +271,7 @@ def test_layouts_cover_the_run(config):
         assert layout.data * layout.fsdp * layout.tensor == 8 and layout.tensor in (1, 2)  # 2 key/value heads
         assert layout.micro_batches * layout.rows * layout.data * layout.fsdp == 8
         check_divides(model_shape(cfg.model.path), mesh_of(layout.data, layout.fsdp, layout.tensor), cfg)
-    assert {layout.remat for layout in found} == {"none", "dots", "qkv", "attention", "full"}
+    assert {layout.remat for layout in found} == {"none", "lean", "qkv", "attention", "full"}
     # The 48 and 60 inputs of its projections are less than a block of 64, which may not be cut.
     cut = {layout.quantization for layout in found if layout.fsdp * layout.tensor > 1}
     assert cut == {None, "int8"} and {layout.quantization for layout in found} == {None, "int8", "nf4"}
@@ -313,7 +313,7 @@ def test_search_from_the_command_line(config):
 def remedy_of(monkeypatch, config, capacity, per_row, *overrides, spread=60.0):
     cfg, target, calls = fake(monkeypatch, config, capacity, per_row, spread)
     monkeypatch.setattr("jlora.planning.search.larger", lambda target: iter(()))
-    now = Layout(1, 4, 1, "dots", None, 2, 8)
+    now = Layout(1, 4, 1, "lean", None, 2, 8)
     settings = now.settings() | dict(word.split("=") for word in overrides)
     cfg = load_config(config, ["data.max_length=512", *layouts.as_overrides(settings)])
     result = search.plan(cfg, target, None, 4.5e12)
@@ -442,4 +442,4 @@ def test_a_plan_compiles_anew():
     with fresh():
         assert not jax.config.jax_enable_compilation_cache
     assert jax.config.jax_enable_compilation_cache
-    assert smallest(Layout(1, 4, 1, "dots", None, 2, 8)) == Layout(1, 4, 1, "full", None, 1, 8)
+    assert smallest(Layout(1, 4, 1, "lean", None, 2, 8)) == Layout(1, 4, 1, "full", None, 1, 8)
