@@ -70,10 +70,10 @@ class ModelSection(Section):
         "weight (lean), of that all but gate and up (qkv), nor q, k and v (attention), a layer's input alone (full), "
         "or that in the host's memory (offload); auto takes the first of them that fits",
     )
-    scan_layers: bool | Literal["auto"] = Field(
-        "auto",
-        description="layers as one compiled loop (true), which compiles soon, or one by one (false), which copies no "
-        "weight; auto is one by one on GPUs where the base is not dequantised and has at most 48 layers",
+    scan_layers: bool = Field(
+        True,
+        description="the layers as one compiled loop, which compiles soon and copies each layer's weights out of their "
+        "stack, or (false) one by one, each in arrays of its own",
     )
 
     @model_validator(mode="before")
@@ -299,6 +299,8 @@ class Config(Section):
     )
 
     def conflicts(self) -> Iterator[str]:
+        if self.method == "full" and not self.model.scan_layers:
+            yield "model.scan_layers=false is for a frozen base, and method=full trains it; set it to true"
         if self.method == "full" and self.model.quantization is not None:
             yield (
                 f"method=full trains every weight, which model.quantization={self.model.quantization} cannot hold; "

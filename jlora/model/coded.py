@@ -12,6 +12,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float, Shaped
 
 from jlora.model.quant import CHANNEL_TYPES, Quantized
@@ -40,8 +41,11 @@ coded_einsum.defvjp(_forward, _backward)
 def _product(equation: str, x: Float[Array, "B T ..."], leaf: Quantized, dtype: jnp.dtype) -> Float[Array, "B T ..."]:
     """The product with the weight's codes times the scales of the rows, float32; fp8 leaves the product in `dtype`."""
     codes, scales = row_codes(x, leaf.kind)
+    # A product wants the dim that it sums over last. Were the weight free to lie so, the compiler would turn those of
+    # all layers before their loop, and hold the base twice.
+    weight = with_layout_constraint(leaf.codes, Layout(tuple(range(leaf.codes.ndim))))
     result = jnp.int32 if leaf.kind == "int8" else dtype
-    product = jnp.einsum(equation, codes, leaf.codes, preferred_element_type=result)
+    product = jnp.einsum(equation, codes, weight, preferred_element_type=result)
     return product.astype(jnp.float32) * scales.reshape(*x.shape[:2], *(1 for _ in range(product.ndim - 2)))
 
 

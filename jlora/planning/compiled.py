@@ -113,7 +113,7 @@ def abstract_step(
     cfg: Config, model: ModelConfig, mesh: jax.sharding.Mesh, forward: Forward
 ) -> tuple[Any, tuple[Any, Any, Any, Any], dict[str, Any]]:
     """The step, its arguments (state, what is frozen, batch, hyperparameters) as shapes, and {"adapter", "base"}."""
-    how = cfg.model.quantization, stack_sizes(cfg, model, mesh), cfg.model.compute is not None
+    how = cfg.model.quantization, stack_sizes(cfg, model), cfg.model.compute is not None
     base = place_base(abstract_decoder(model, param_dtype(cfg), *how), mesh)
     adapter = {}
     if cfg.method == "lora":

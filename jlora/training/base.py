@@ -21,7 +21,7 @@ def load(opened: Opened, cfg: Config, mesh: jax.sharding.Mesh) -> Pretrained:
     Raises:
       ConfigError, ModelError: see `load_pretrained`.
     """
-    sizes, coded = stack_sizes(cfg, opened.model, mesh), cfg.model.compute is not None
+    sizes, coded = stack_sizes(cfg, opened.model), cfg.model.compute is not None
     return load_pretrained(opened, param_dtype(cfg), mesh, cfg.model.quantization, sizes, coded)
 
 

@@ -32,8 +32,6 @@ Tree = Any
 
 # A spike is told by the median of so many losses, once there are at least so many.
 LOSS_WINDOW, FEWEST_LOSSES = 32, 8
-# Layers that are compiled one by one where that is the faster program; of more, compiling takes too long.
-MOST_UNROLLED = 48
 
 
 def count_parameters(tree: Tree) -> int:
@@ -311,18 +309,15 @@ def make_forward(cfg: Config, model: ModelConfig, mesh: jax.sharding.Mesh) -> tu
     return shown, Forward(kernel, cfg.model.remat, dtype, cfg.objective, noise)
 
 
-def stack_sizes(cfg: Config, model: ModelConfig, mesh: jax.sharding.Mesh) -> tuple[int, ...]:
+def stack_sizes(cfg: Config, model: ModelConfig) -> tuple[int, ...]:
     """In which stacks the base's layers lie; see `jlora.model.stacks`.
 
     Those that lie below every adapter have one of their own, which no backward pass goes through.
     """
-    layers, asked = model.num_hidden_layers, cfg.model.scan_layers
-    if cfg.method == "full":  # a checkpoint names its leaves by it
+    layers = model.num_hidden_layers
+    if cfg.method == "full":
         return (layers,)
-    if asked == "auto":
-        on_gpu = mesh.devices.flat[0].platform in ("gpu", "cuda")
-        asked = not (on_gpu and layers <= MOST_UNROLLED and cfg.model.quantization in (None, cfg.model.compute))
-    if not asked:
+    if not cfg.model.scan_layers:
         return (1,) * layers
     lowest = lowest_adapted(jax.eval_shape(partial(new_adapter, cfg.lora, model, 0)))
     return (lowest, layers - lowest) if lowest else (layers,)

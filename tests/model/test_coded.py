@@ -19,9 +19,8 @@ LARGEST = {"int8": 127.0, "fp8": 448.0}
 def case(equation, kind, dtype=jnp.float32):
     of_x, of_w, num_inputs = EQUATIONS[equation]
     draw = np.random.default_rng(0)
-    x = jnp.asarray(
-        draw.standard_normal(of_x) * np.exp(draw.standard_normal(of_x[:2])).reshape(2, 5, *[1] * (len(of_x) - 2))
-    )
+    sizes = np.exp(draw.standard_normal(of_x[:2])).reshape(2, 5, *[1] * (len(of_x) - 2))  # of each token
+    x = jnp.asarray(draw.standard_normal(of_x) * sizes)
     w = jnp.asarray(draw.standard_normal(of_w), jnp.float32)
     leaf = quant.quantize(w, kind, num_inputs)
     outputs = of_w[num_inputs:]
@@ -34,10 +33,9 @@ def codes_of(x, kind):
     x = np.asarray(x, np.float64)
     scales = np.abs(x).max(tuple(range(2, x.ndim)), keepdims=True) / LARGEST[kind]
     scaled = (x.astype(np.float32) / scales.astype(np.float32)).astype(np.float32)
-    codes = (
-        np.round(scaled) if kind == "int8" else np.asarray(jnp.asarray(scaled).astype(jnp.float8_e4m3fn), np.float64)
-    )
-    return codes.astype(np.float64), scales
+    if kind == "int8":
+        return np.round(scaled).astype(np.float64), scales
+    return np.asarray(jnp.asarray(scaled).astype(jnp.float8_e4m3fn)).astype(np.float64), scales
 
 
 @pytest.mark.parametrize("kind", LARGEST)

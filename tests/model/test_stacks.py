@@ -12,13 +12,14 @@ from parity import hidden, random_tokens
 from tiny import make_completions, make_qwen2, make_tokenizer, write_config
 
 from jlora.config import LoraSection, load_config
+from jlora.errors import ConfigError
 from jlora.hf.load import load_base
 from jlora.hf.source import open_source
 from jlora.model import attention
 from jlora.model.adapter import lowest_adapted
 from jlora.model.adapter_init import new_adapter
 from jlora.model.llama import empty_cache
-from jlora.model.sharding import make_mesh, one_device_mesh
+from jlora.model.sharding import one_device_mesh
 from jlora.planning.flops import count_flops
 from jlora.training.run import train
 from jlora.training.step import stack_sizes
@@ -41,7 +42,7 @@ OPTIONS = {
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("stacks")
-    make_qwen2(folder, tie_word_embeddings=False)
+    make_qwen2(folder, tie_word_embeddings=False, initializer_range=0.05)
     make_tokenizer(folder)
     return folder
 
@@ -60,19 +61,27 @@ def moved(adapter):
     def away(part):
         has = np.array([rank > 0 for rank in getattr(part, "ranks", None) or (1,)])
         return jax.tree.map(
-            lambda x: x + 0.1 * draw.standard_normal(x.shape).astype(np.float32) * has.reshape(-1, *[1] * (x.ndim - 1)),
+            lambda x: (
+                x + 0.02 * draw.standard_normal(x.shape).astype(np.float32) * has.reshape(-1, *[1] * (x.ndim - 1))
+            ),
             part,
         )
 
     return {name: away(part) for name, part in adapter.items()}
 
 
+def assert_same(found, expected):
+    """To float32's rounding, by the norm of each array."""
+    for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert np.linalg.norm(ours - theirs) <= 1e-6 * max(np.linalg.norm(theirs), 1e-3)
+
+
 def loss_and_gradients(base, adapter, remat):
-    weights = jnp.asarray(np.random.default_rng(1).normal(size=(*TOKENS.shape, 48)), FLOAT32) / TOKENS.size
+    wanted = jnp.asarray(np.random.default_rng(1).normal(size=(*TOKENS.shape, 48)), FLOAT32)
 
     def loss(adapter):
         states = hidden(base, adapter, TOKENS, POSITIONS, ONES, remat, jax.random.key(5))
-        return jnp.sum(states * weights) + jnp.sum(base.logits(states, adapter)[:, :2]) / TOKENS.size
+        return jnp.mean(jnp.square(states - wanted)) + jnp.mean(jnp.square(base.logits(states, adapter)))
 
     return jax.value_and_grad(loss)(adapter)
 
@@ -90,9 +99,9 @@ def test_loss_and_gradients_are_those_of_one_stack(folder, options, remat):
         base, same = load(folder, sizes)
         assert same == digest and [stack.size for stack in base.stacks] == list(sizes)
         made = new_adapter(LoraSection(rank=4, **OPTIONS[options]), base.cfg, 0, base)
-        jax.tree.map(partial(np.testing.assert_allclose, rtol=0, atol=1e-6), made, adapter)
+        assert_same(made, adapter)
         found = loss_and_gradients(base, moved(adapter), remat)
-        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-6), found, expected)
+        assert_same(found, expected)
 
 
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
@@ -135,7 +144,7 @@ def test_layers_below_every_adapter_have_no_backward_pass(folder):
         flops.append(count_flops(jaxpr.jaxpr))
     assert flops[1] < 0.6 * flops[0] and flops[2] <= flops[1]
     for other in gradients[1:]:
-        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-6), other, gradients[0])
+        assert_same(other, gradients[0])
 
 
 def test_stacks_of_a_config(folder, tmp_path):
@@ -143,28 +152,19 @@ def test_stacks_of_a_config(folder, tmp_path):
     config = write_config(tmp_path / "c.yaml", folder, rows, tmp_path / "run")
     model = open_source(folder).model
 
-    def sizes(*overrides, platform="cpu"):
-        cfg = load_config(config, overrides)
-        mesh = make_mesh(cfg.mesh, jax.devices()[:1])
-        if platform == "cpu":
-            return stack_sizes(cfg, model, mesh)
-        from types import SimpleNamespace
+    def sizes(*overrides):
+        return stack_sizes(load_config(config, overrides), model)
 
-        devices = np.array([SimpleNamespace(platform=platform)])
-        return stack_sizes(cfg, model, SimpleNamespace(devices=devices))
-
-    assert sizes() == sizes(platform="tpu") == (3,)
-    assert sizes(platform="gpu") == sizes("model.scan_layers=false") == (1, 1, 1)
-    assert sizes("model.scan_layers=true", platform="gpu") == (3,)
-    assert sizes("model.quantization=nf4", platform="gpu") == (3,)  # what is dequantised in a loop lives for a turn
-    assert sizes("model.compute=fp8", platform="gpu") == (1, 1, 1)
-    assert sizes("method=full", platform="gpu") == (3,)
+    assert sizes() == sizes("method=full") == (3,)
+    assert sizes("model.scan_layers=false") == (1, 1, 1)
     assert sizes("lora.layers_to_transform=[1,2]") == (1, 2)
     assert sizes("lora.layers_to_transform=[1]", "lora.modules_to_save=[embed_tokens]") == (3,)
+    with pytest.raises(ConfigError, match="model.scan_layers=false is for a frozen base"):
+        sizes("method=full", "model.scan_layers=false")
 
 
 @pytest.mark.long
-def test_a_run_that_began_scanned_goes_on_unrolled(folder, tmp_path, monkeypatch):
+def test_a_run_that_began_scanned_goes_on_unrolled(folder, tmp_path):
     rows = make_completions(tmp_path / "rows.jsonl")
     config = write_config(
         tmp_path / "c.yaml", folder, rows, tmp_path / "run", data={"eval": 0.2, "format": "completion"}
