@@ -126,7 +126,7 @@ def write_config(args: argparse.Namespace, folder: Path) -> None:
     import yaml
 
     tree = {
-        "model": {"path": str(folder / "base"), "dtype": args.dtype, "remat": "dots", "attention": "auto"},
+        "model": {"path": str(folder / "base"), "dtype": args.dtype, "remat": "lean", "attention": "auto"},
         "lora": {"rank": args.rank, "alpha": 2 * args.rank, "init_from": str(folder / "adapter")},
         "data": {"train": args.data, "max_length": args.length, "packing": True},
         "training": {"batch_size": args.batch, "max_steps": 10**6},

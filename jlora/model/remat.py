@@ -22,9 +22,9 @@ LADDER: tuple[str, ...] = tuple(name for name in get_args(Remat) if name != "aut
 LAYER_INPUT, MIDDLE, ATTENTION_INPUT, MLP_INPUT = "layer_input", "middle", "attention_input", "mlp_input"
 # A sum of base and adapter is kept in place of both: backward needs no more of a layer whose weights are frozen.
 KEPT = {
-    "lean": (MIDDLE, ATTENTION_OUTPUT, ADAPTER_PRODUCT, ATTENTION_INPUT, MLP_INPUT),
-    "qkv": (MIDDLE, ATTENTION_OUTPUT, ADAPTER_PRODUCT, ATTENTION_INPUT),
-    "attention": (MIDDLE, ATTENTION_OUTPUT, ADAPTER_PRODUCT),
+    "lean": (MIDDLE, ATTENTION_OUTPUT, ATTENTION_INPUT, MLP_INPUT, ADAPTER_PRODUCT),
+    "qkv": (MIDDLE, ATTENTION_OUTPUT, ATTENTION_INPUT),
+    "attention": (ATTENTION_OUTPUT,),
 }
 
 

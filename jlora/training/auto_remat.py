@@ -79,7 +79,7 @@ def saved_bytes(model: ModelConfig, cfg: Config, layout: Layout) -> float:
     mixed, taken = heads * h, (heads + 2 * kv_heads) * h
     width = {
         **{"none": 2 * products, "lean": 2 * d + mixed + taken + 2 * f, "qkv": 2 * d + mixed + taken},
-        **{"attention": 2 * d + mixed, "full": d, "offload": 0},
+        **{"attention": d + mixed, "full": d, "offload": 0},
     }[layout.remat]
     tokens = layout.rows * cfg.data.max_length
     return tokens * model.num_hidden_layers * width * jnp.dtype(cfg.model.dtype).itemsize / layout.tensor
