@@ -139,7 +139,7 @@ class Program:
             if opened := _COMPUTATION.match(line):
                 current = self.computations.setdefault(opened[2], {})
                 self.entry = opened[2] if opened[1] else self.entry
-            elif line.startswith("}"):
+            elif line.startswith("}") and not line.startswith("}}"):  # what a kernel says of itself has lines of its own
                 current = None
             elif current is not None and (found := _INSTRUCTION.match(re.sub(r"/\*.*?\*/", "", line))):
                 root, name, type_, opcode, rest = found.groups()
@@ -222,11 +222,12 @@ class Program:
         for body, each in ((within, instruction), *self._inner(instruction)):
             if each.opcode == "dot" or "cublas" in each.target:
                 kind, flops = "product", flops + _product_flops(body, each)
-            elif each.opcode == "convolution":
-                kind, flops = "product", flops + _convolution_flops(body, each)
             elif "fmha" in each.target:
                 kind = "attention_backward" if "Backward" in each.target else "attention"
-                flops += _attention_flops(body, each)
+                flops += _cudnn_flops(body, each)
+            elif each.name.startswith("splash_"):
+                kind = "attention" if "_fwd" in each.name else "attention_backward"
+                flops += _splash_flops(body, each)
             elif each.opcode.startswith("copy") and "S(5)" in each.type + each.arguments:
                 kind = "host"
         return kind, flops
@@ -241,8 +242,8 @@ class Program:
             return 2 * _bytes(result)
         if opcode in ("dynamic-update-slice", "scatter"):
             return 2 * _bytes(taken[-1 if opcode == "scatter" else 1].result)
-        if opcode == "copy-start":  # from and to
-            return _bytes(result[:2])
+        if opcode in ("copy-start", "slice-start"):
+            return min(each.bytes for each in result[:2]) * sum(not each.space for each in result[:2])
         if opcode != "fusion":
             return _bytes(result) + sum(_bytes(each.result) for each in taken if each.opcode != "constant")
         (name,) = instruction.called
@@ -262,9 +263,10 @@ def sent_bytes(operations: list[Operation]) -> float:
     return sum(operation.times * operation.sent for operation in operations)
 
 
-def _work(operations: list[Operation]) -> tuple[float, float]:
+def _work(operations: list[Operation]) -> tuple[float, float, float]:
     flops = sum(each.times * each.flops for each in operations)
-    return flops, sum(each.times * (each.moved + each.sent) for each in operations)
+    cycles = sum(each.times * (each.cycles or 0.0) for each in operations)
+    return flops, cycles, sum(each.times * (each.moved + each.sent) for each in operations)
 
 
 def _closing(text: str) -> int:
@@ -317,15 +319,7 @@ def _product_flops(within: Computation, product: Instruction) -> float:
     return 2.0 * math.prod(left.dims[dim] for dim in summed) * math.prod(product.result[0].dims)
 
 
-def _convolution_flops(within: Computation, product: Instruction) -> float:
-    """Of what TPUs make of a product: every output takes the kernel but for the dim that is the output's own."""
-    kernel = within[product.operands[1]].result[0].dims
-    labels = product.word(r"\bdim_labels=\w+_(\w+)->")
-    own = kernel[labels.index("o")] if "o" in labels else 1
-    return 2.0 * math.prod(product.result[0].dims) * math.prod(kernel) / max(own, 1)
-
-
-def _attention_flops(within: Computation, call: Instruction) -> float:
+def _cudnn_flops(within: Computation, call: Instruction) -> float:
     """Of cuDNN's attention: two products forward and five backward over what the mask lets it see."""
     *rows, queries, keys = call.numbers(r'"intermediate_tensor_shape": ?\{[^{}]*"dimensions": ?\[([^\]]*)\]')
     head_dim = within[call.operands[0]].result[0].dims[-1]
@@ -334,6 +328,14 @@ def _attention_flops(within: Computation, call: Instruction) -> float:
     if window:
         seen = min(seen, window)
     return (5 if "Backward" in call.target else 2) * 2.0 * math.prod(rows) * queries * seen * head_dim
+
+
+def _splash_flops(within: Computation, call: Instruction) -> float:
+    """Of splash attention, TPUs' kernel: each of its three calls makes the scores again; causal."""
+    products = 2 if "_fwd" in call.name else 4 if "_dkv" in call.name else 3
+    taken = [shape for name in call.operands if name in within for shape in within[name].result]
+    queries, keys, *_ = (shape.dims for shape in taken if len(shape.dims) > 2 and shape.bits > 8)
+    return products * 2.0 * math.prod(queries) * keys[-2] / 2
 
 
 def _sent(kind: str, collective: Instruction) -> float:

@@ -5,28 +5,29 @@
 Operations follow each other as the compiler scheduled them; a collective or copy that begins early runs beside what
 stands before its end. On TPUs the cycles are the compiler's own.
 
-What a card reaches of large products is measured by others (`jlora.planning.hardware`). What a step reaches of that is
-fitted here to steps measured on one H200 (`scripts/plan_speed` has them, and fits anew). Attention, memory, links and
-launches cannot be told apart by these steps, and are held at published or plausible values.
+What a card reaches of large products is measured by others (`jlora.planning.hardware`). The share of it that a step's
+products reach is fitted to steps measured on one H200 (`scripts/plan_speed` fits it anew). They cannot tell the other rates
+from it, so these are held at plausible values.
 """
 
+from collections import defaultdict
 from dataclasses import dataclass
 
 from jlora.planning.program import Operation
 from jlora.planning.topology import Target
 
-# Fitted on 2026-11-30 to the eight steps of docs/planner.md: the share of the rate of large products that a step's
-# products reach, and what its attention reaches of cuDNN's published rate.
-PRODUCTS, ATTENTION = 0.78, 0.8
-# cuDNN's, of the rate of large products: 518 forward (causal, 4096 tokens) and 499 backward of 794.5 TFLOP/s on an H100,
-# head dim 128 (FlashAttention-3, arXiv:2407.08608, figures 5 and 6).
-FORWARD, BACKWARD = 518 / 794.5, 499 / 794.5
-# Plausible: of published bandwidths, and seconds between two kernels of a stream.
+# Fitted on 2026-11-30 to the eight steps of docs/planner.md.
+PRODUCTS = 0.775
+# Held, of the rate of large products: attention at 400 TFLOP/s forward and 320 backward on an H100. cuDNN is published
+# at 518 forward (causal) and 499 backward (all keys seen) for 4096 tokens and a head dim of 128 (FlashAttention-3,
+# arXiv:2407.08608, figures 5 and 6), both without the bias that a packing mask is.
+FORWARD, BACKWARD = 400 / 794.5, 320 / 794.5
+# Held: of published bandwidths, and seconds between two kernels of a stream.
 MEMORY, LINKS, LAUNCH = 0.85, 0.8, 1.5e-6
-# Of the peak, where nobody measured large products.
+# Held: of the peak, where nobody measured large products.
 UNMEASURED = 0.8
-# How far off the estimate may be: on the card that it is fitted to, and elsewhere (docs/planner.md, "On a real GPU").
-FITTED, SPREAD, SPREAD_ELSEWHERE = "gpu:h200-141gb:1", 0.15, 0.3
+# How far off the estimate may be: on the card that it is fitted to, and elsewhere (docs/planner.md).
+FITTED, SPREAD, SPREAD_ELSEWHERE = "gpu:h200-141gb:1", 0.1, 0.3
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,8 @@ def rates_of(target: Target) -> Rates | None:
     large = target.product_flops or UNMEASURED * target.peak_flops
     return Rates(
         PRODUCTS * large,
-        ATTENTION * FORWARD * large,
-        ATTENTION * BACKWARD * large,
+        FORWARD * large,
+        BACKWARD * large,
         MEMORY * target.bandwidth,
         LINKS * target.link_bandwidth,
         LINKS * target.host_bandwidth if target.host_bandwidth else None,
@@ -69,19 +70,20 @@ def rates_of(target: Target) -> Rates | None:
 def seconds(operations: list[Operation], rates: Rates) -> dict[str, float]:
     """Seconds of a run by what they are spent on: compute, memory, link; these three add up."""
     spent = dict.fromkeys(("compute", "memory", "link"), 0.0)
-    now, link_free, ends = 0.0, 0.0, dict[str, float]()
+    now, free, ends = 0.0, defaultdict[str, float](float), dict[str, tuple[float, str]]()
     for operation in operations:
         if operation.waits is not None:
-            late = max(0.0, ends.get(operation.waits, 0.0) - now)
-            now, spent["link"] = now + late, spent["link"] + late
-            ends[operation.name] = now
+            late, what = ends.get(operation.waits, (now, "link"))
+            spent[what] += max(0.0, late - now)
+            now = max(now, late)
+            ends[operation.name] = now, what
             continue
         takes = _takes(operation, rates)
         slowest = max(takes, key=lambda name: takes[name])
         long = operation.times * (takes[slowest] + rates.launch)
         if operation.starts:
-            link_free = max(now, link_free) + long
-            ends[operation.name] = link_free
+            free[slowest] = max(now, free[slowest]) + long
+            ends[operation.name] = free[slowest], slowest
         else:
             now, spent[slowest] = now + long, spent[slowest] + long
     return spent
