@@ -139,7 +139,7 @@ class Program:
             if opened := _COMPUTATION.match(line):
                 current = self.computations.setdefault(opened[2], {})
                 self.entry = opened[2] if opened[1] else self.entry
-            elif line.startswith("}") and not line.startswith("}}"):  # what a kernel says of itself has lines of its own
+            elif line.startswith("}") and not line.startswith("}}"):  # which ends what a kernel says of itself
                 current = None
             elif current is not None and (found := _INSTRUCTION.match(re.sub(r"/\*.*?\*/", "", line))):
                 root, name, type_, opcode, rest = found.groups()

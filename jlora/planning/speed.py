@@ -1,4 +1,4 @@
-"""How long a compiled step takes: each operation as long as the slowest thing that it does, at rates that devices reach.
+"""How long a compiled step takes: each operation as long as the slowest thing it does, at rates that devices reach.
 
     seconds = max(FLOPs / rate, bytes of memory / rate, bytes sent / rate, cycles / clock) + launch
 
@@ -6,8 +6,8 @@ Operations follow each other as the compiler scheduled them; a collective or cop
 stands before its end. On TPUs the cycles are the compiler's own.
 
 What a card reaches of large products is measured by others (`jlora.planning.hardware`). The share of it that a step's
-products reach is fitted to steps measured on one H200 (`scripts/plan_speed` fits it anew). They cannot tell the other rates
-from it, so these are held at plausible values.
+products reach is fitted to steps measured on one H200 (`scripts/plan_speed` fits it anew). They cannot tell the other
+rates from it, so these are held at plausible values.
 """
 
 from collections import defaultdict

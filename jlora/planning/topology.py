@@ -75,8 +75,8 @@ def resolve(spec: str) -> Target:
     if kind == "tpu" and name in TPUS and size:
         _require("tpu", "libtpu")
         tpu, devices = TPUS[name], _tpu_devices(spec, name, size)
-        peaks = (tpu.peak_flops, tpu.bandwidth, tpu.link_bandwidth)
-        return Target(spec, "tpu", devices, tpu.memory, *peaks, clock=tpu.clock)
+        rates = {"peak_flops": tpu.peak_flops, "bandwidth": tpu.bandwidth, "link_bandwidth": tpu.link_bandwidth}
+        return Target(spec, "tpu", devices, tpu.memory, **rates, clock=tpu.clock)
     described = name.endswith((".yaml", ".yml"))
     if kind == "gpu" and (name in GPUS or described) and _number(size):
         gpu = read_gpu(Path(name)) if described else GPUS[name]
@@ -86,8 +86,9 @@ def resolve(spec: str) -> Target:
         )
         capacity = int(gpu.memory * GPU_MEMORY_FRACTION)
         devices = list(topology.devices)
-        peaks = (gpu.peak_flops, gpu.bandwidth, gpu.link_bandwidth, gpu.product_flops, gpu.host_bandwidth)
-        return Target(spec, "gpu", devices, capacity, *peaks)
+        rates = {"peak_flops": gpu.peak_flops, "bandwidth": gpu.bandwidth, "link_bandwidth": gpu.link_bandwidth}
+        reached = {"product_flops": gpu.product_flops, "host_bandwidth": gpu.host_bandwidth}
+        return Target(spec, "gpu", devices, capacity, **rates, **reached)
     raise unknown(spec)
 
 

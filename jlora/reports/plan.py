@@ -97,8 +97,8 @@ def print_search(found: dict[str, Any]) -> None:
     if not found["fits"]:
         return
     console.print(
-        "Tokens per second are estimated from the compiled program, operation by operation, at rates that devices of the "
-        "kind were measured to reach: docs/planner.md says how far off that may be."
+        "Tokens per second are estimated from the compiled program, operation by operation, at rates that such devices "
+        "were measured to reach; docs/planner.md says how far off that may be."
         if found["best"]["estimate"]
         else "No peak is published for this hardware: fewest FLOPs and fewest bytes sent count as fastest."
     )
