@@ -79,6 +79,28 @@ custom_call_target="__cublas$gemm", backend_config={"gemm_backend_config":{"dot_
 "lhs_contracting_dimensions":["1"],"rhs_contracting_dimensions":["1"],"lhs_batch_dimensions":[]}}}
 }
 """
+# A TPU's: a kernel that says something of itself in lines of its own, and the compiler's cycles.
+TPU = """HloModule jit_step
+
+%fused (p: bf16[8,8]) -> bf16[8,8] {
+  ROOT %p = bf16[8,8]{1,0} parameter(0)
+}
+
+ENTRY %main (q.1: bf16[2,16,8], w: bf16[8,8]) -> bf16[8,8] {
+  %q.1 = bf16[2,16,8]{2,1,0} parameter(0)
+  %w = bf16[8,8]{1,0} parameter(1)
+  %splash_mha_fwd.1 = bf16[2,16,8]{2,1,0:T(8,128)(2,1)S(1)} custom-call(%q.1, %q.1), \
+custom_call_target="tpu_custom_call", \
+frontend_attributes={kernel_metadata={
+"xprof_metadata":"{\\"block_q\\": 512}"
+}}, metadata={op_name="splash"}
+  %copy-start = (bf16[8,8]{1,0:T(8,128)S(1)}, bf16[8,8]{1,0:T(8,128)}, u32[]{:S(2)}) copy-start(%w)
+  %copy-done = bf16[8,8]{1,0:T(8,128)S(1)} copy-done(%copy-start)
+  %fusion = bf16[8,8]{1,0} fusion(%copy-done), kind=kOutput, calls=%fused, \
+backend_config={"window_config":{"estimated_cycles":"3528"}}
+  ROOT %sum = bf16[8,8]{1,0} all-reduce(%fusion), channel_id=1, replica_groups={{0,1}}, to_apply=%add
+}
+"""
 RATES = Rates(1e6, 1e6, 1e6, 1e5, 1e4, None, None, 0.0)
 TARGET = Target("gpu:a:2", "gpu", [None] * 2, 80, 1e12, 1e11, 1e10, product_flops=1e12)
 
@@ -116,6 +138,15 @@ def test_loops_and_what_moves_nothing(operations):
         "again",
         "never",
     }
+
+
+def test_a_tpu_program_by_hand():
+    operations = {operation.name: operation for operation in Program(TPU).operations()}
+    attended, loaded = operations["splash_mha_fwd.1"], operations["copy-start"]
+    assert attended.kind == "attention" and attended.flops == 2 * 2 * (2 * 16 * 8) * 16 / 2
+    assert attended.moved == 2 * 2 * 2 * 16 * 8  # its result stays in the core's own memory
+    assert loaded.starts and loaded.moved == 2 * 8 * 8 and operations["copy-done"].waits == "copy-start"
+    assert operations["fusion"].cycles == 3528 and operations["sum"].sent == 2 * 2 * 8 * 8 / 2
 
 
 def test_a_collective_hides_behind_the_work_beside_it():
