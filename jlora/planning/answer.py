@@ -33,7 +33,7 @@ def count_data(cfg: Config) -> dict[str, int] | None:
 
 
 def time_and_cost(plan: Plan, cfg: Config, target: Target, args: argparse.Namespace) -> dict[str, Any]:
-    """Seconds and dollars of an epoch, at named utilisations of the published peak or at a given speed; as in `--json`.
+    """Seconds and dollars of an epoch: as estimated, and at named utilisations of the peak or at a given speed.
 
     Args:
       args: of the command line: `tokens` of an epoch, in place of the config's rows; `tokens_per_second` of one device
@@ -50,16 +50,26 @@ def time_and_cost(plan: Plan, cfg: Config, target: Target, args: argparse.Namesp
             seconds[name] = {f"{rate:g} tokens/s/device": tokens / (rate * plan.devices)}
         elif (peak := target.peak_flops) is not None:
             seconds[name] = {f"{share:g}": flops / (plan.devices * peak * share) for share in args.utilization}
-    cost = None
-    if args.price is not None:
-        hourly = plan.devices * args.price
-        cost = {name: {at: value / 3600 * hourly for at, value in table.items()} for name, table in seconds.items()}
+    estimated: dict[str, dict[str, float]] = {}
+    if plan.estimate is not None:
+        step = {at: plan.estimate[at] for at in ("low", "mid", "high")}
+        estimated = {name: {at: number * value for at, value in step.items()} for name, number in steps.items()}
     return {
         "data": counts,
         "epoch_tokens": {name: number * plan.tokens_per_step for name, number in steps.items()},
+        "seconds_per_epoch": estimated,
         "seconds_per_epoch_at": seconds,
-        "cost_usd_at": cost,
+        "cost_usd": _cost(estimated, plan, args.price),
+        "cost_usd_at": _cost(seconds, plan, args.price),
     }
+
+
+def _cost(seconds: dict[str, dict[str, float]], plan: Plan, price: float | None) -> dict[str, dict[str, float]] | None:
+    """Dollars of what takes these seconds; None without a price of a device-hour."""
+    if price is None:
+        return None
+    hourly = plan.devices * price
+    return {name: {at: value / 3600 * hourly for at, value in table.items()} for name, table in seconds.items()}
 
 
 def planned(cfg: Config, target: Target, args: argparse.Namespace) -> tuple[dict[str, Any], str | None]:

@@ -26,10 +26,12 @@ from jlora.model.adapter_init import check_options, new_adapter
 from jlora.model.config import ModelConfig
 from jlora.model.divisibility import check_batch_split, check_divides
 from jlora.model.llama import Decoder, abstract_decoder
-from jlora.model.quant import is_quantized, map_axes
+from jlora.model.quant import map_axes
 from jlora.model.sharding import make_mesh, named_sharding
-from jlora.planning.flops import collective_bytes, count_flops
-from jlora.planning.layouts import estimate, with_settings
+from jlora.planning.flops import count_flops
+from jlora.planning.layouts import with_settings
+from jlora.planning.program import Operation, Program, sent_bytes
+from jlora.planning.speed import estimate
 from jlora.planning.topology import Target
 from jlora.runtime import private_jax
 from jlora.training import optim
@@ -58,7 +60,7 @@ class Plan:
         the host's memory; the last two are None where the compiler refused the step.
       base_bytes, adapter_bytes, optimizer_bytes, batch_bytes: of the arguments, on one device.
       flops_per_step: over all devices. sent_bytes_per_step: by one.
-      estimate: see `jlora.planning.layouts`.
+      estimate: see `jlora.planning.speed`.
       naive: see `naive`.
     """
 
@@ -180,6 +182,17 @@ def held_bytes(cfg: Config, target: Target, model: ModelConfig) -> int:
         return bytes_per_device(arguments)
 
 
+def compile_for(target: Target, step: Any, arguments: tuple[Any, ...]) -> Any:
+    """A step compiled for devices that need not be there, anew.
+
+    Raises:
+      JaxRuntimeError: the compiler refused it.
+    """
+    # Lets JAX lower for a GPU that is absent.
+    with private_jax.gpu_is_cuda() if target.platform == "gpu" else nullcontext(), fresh():
+        return jax.jit(step, donate_argnums=0).lower(*arguments).compile()
+
+
 def plan(cfg: Config, target: Target, model: ModelConfig | None = None, flops: float | None = None) -> Plan:
     """Compile for a target.
 
@@ -196,42 +209,25 @@ def plan(cfg: Config, target: Target, model: ModelConfig | None = None, flops: f
     if cfg.model.remat == "auto":
         return _of_the_fastest(cfg, target, model, mesh)
     kernel, forward = make_forward(cfg, model, mesh)
-    sent: float | None = None
+    operations: list[Operation] | None = None
     with jax.set_mesh(mesh):
         step, arguments, params = abstract_step(cfg, model, mesh, forward)
         flops = step_flops(cfg, model, mesh, forward) if flops is None else flops
         began = time.monotonic()
-        # Lets JAX lower for a GPU that is absent.
-        with private_jax.gpu_is_cuda() if target.platform == "gpu" else nullcontext(), fresh():
-            try:
-                compiled = jax.jit(step, donate_argnums=0).lower(*arguments).compile()
-                memory: Any = compiled.memory_analysis()
-                arguments_bytes, temp = memory.argument_size_in_bytes, memory.temp_size_in_bytes
-                peak, offloaded = peak_bytes(compiled, target.platform), memory.host_temp_size_in_bytes
-                sent = collective_bytes(compiled.as_text() or "")
-            except jax.errors.JaxRuntimeError as error:
-                arguments_bytes, temp, offloaded = bytes_per_device(arguments), None, None
-                peak = _wanted_bytes(str(error), arguments_bytes)
+        try:
+            compiled = compile_for(target, step, arguments)
+            memory: Any = compiled.memory_analysis()
+            arguments_bytes, temp = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+            peak, offloaded = peak_bytes(compiled, target.platform), memory.host_temp_size_in_bytes
+            operations = Program(compiled.as_text() or "").operations()
+        except jax.errors.JaxRuntimeError as error:
+            arguments_bytes, temp, offloaded = bytes_per_device(arguments), None, None
+            peak = _wanted_bytes(str(error), arguments_bytes)
     state, _, batch, _ = arguments
     tokens = cfg.training.batch_size * cfg.data.max_length
     trained = count_trained(state.trained)
     total = count_parameters(params)
     base_bytes = bytes_per_device(params["base"])
-    base_leaves = jax.tree.leaves(params["base"], is_leaf=is_quantized)
-    quantized = sum(leaf.size for leaf in base_leaves if is_quantized(leaf))
-    time_estimate = None
-    if temp is not None and sent is not None:
-        time_estimate = estimate(
-            target,
-            flops=flops,
-            tokens=tokens,
-            weight_bytes=base_bytes * mesh.shape["fsdp"],
-            dequantized_bytes=forward.dtype.itemsize * quantized / mesh.shape["tensor"],
-            temp_bytes=temp,
-            sent_bytes=sent,
-            micro_batches=cfg.training.gradient_accumulation_steps,
-            remat=cfg.model.remat,
-        )
     return Plan(
         topology=target.spec,
         devices=len(target.devices),
@@ -249,8 +245,8 @@ def plan(cfg: Config, target: Target, model: ModelConfig | None = None, flops: f
         optimizer_bytes=bytes_per_device(state.opt_state),
         batch_bytes=bytes_per_device(batch),
         flops_per_step=flops,
-        sent_bytes_per_step=sent,
-        estimate=time_estimate,
+        sent_bytes_per_step=None if operations is None else sent_bytes(operations),
+        estimate=None if operations is None else estimate(operations, target, tokens),
         tokens_per_step=tokens,
         trainable_params=trained,
         frozen_params=total - trained,

@@ -1,15 +1,15 @@
 """The ways to lay a run out: mesh, rematerialisation and micro-batch, which leave its result as it is, and
 quantisation of the base, which changes it a little and is never the faster way, only the smaller.
 
-What exists, which of them a run's batch and model allow, and a guess at each before anything is compiled. A step's time
-is estimated from published peaks, and the whole model of speed stands here:
+What exists, which of them a run's batch and model allow, and a guess at each before anything is compiled, by arithmetic
+at the rates of `jlora.planning.speed`:
 
-    seconds = FLOPs / (devices x peak)  +  bytes of memory / bandwidth  +  bytes sent / link bandwidth
+    seconds = FLOPs / rate  +  bytes of memory / rate  +  bytes sent / rate
 
-No term hides behind another, and each runs at its published peak: real steps overlap some of it and reach less of
-each peak, so the figure ranks layouts of one run and is no promise of speed. Bytes of memory are the weights that
-a device multiplies with, once for each pass of each micro-batch, and its temporaries, written and read once.
-Quantised weights are read as they are held, written out dequantised and read again: they save memory, not time.
+No term hides behind another. Bytes of memory are the weights that a device multiplies with, once for each pass of each
+micro-batch, and its temporaries, written and read once. Quantised weights are read as they are held, written out
+dequantised and read again: they save memory, not time. The guess says in which order layouts are worth compiling; what
+is compiled is judged by its program.
 """
 
 import math
@@ -26,6 +26,7 @@ from jlora.model.adapter import targets
 from jlora.model.config import ModelConfig, block_weights, outer_weights
 from jlora.model.divisibility import input_cuts, split_sizes
 from jlora.model.remat import LADDER
+from jlora.planning.speed import rates_of
 from jlora.planning.topology import Target
 from jlora.training.auto_remat import Layout, saved_bytes
 
@@ -38,40 +39,31 @@ def passes(remat: str) -> int:
     return 2 if remat in ("none", "lean") else 3
 
 
-def estimate(
+def arithmetic(
     target: Target,
     *,
     flops: float,
-    tokens: int,
     weight_bytes: float,
     dequantized_bytes: float,
     temp_bytes: float,
     sent_bytes: float,
     micro_batches: int,
     remat: str,
-) -> dict[str, float] | None:
-    """Seconds of a step by where they go, and tokens a second a device; None where no peak is published.
+) -> float:
+    """Seconds of a step without its program; 0 where no peak is published.
 
     Args:
-      flops, tokens: of a step over all devices.
+      flops: of a step over all devices.
       weight_bytes: the base weights that one device multiplies with, gathered, as they are held.
       dequantized_bytes: those of them that are quantised, in the dtype of the matmuls.
       temp_bytes, sent_bytes: of one device, held at once; sent in a step.
     """
-    if target.peak_flops is None or target.bandwidth is None or target.link_bandwidth is None:
-        return None
-    compute = flops / (len(target.devices) * target.peak_flops)
+    rates = rates_of(target)
+    if rates is None:
+        return 0.0
     weights = passes(remat) * (weight_bytes + 2 * dequantized_bytes)
-    memory = micro_batches * (weights + 2 * temp_bytes) / target.bandwidth
-    links = sent_bytes / target.link_bandwidth
-    total = compute + memory + links
-    return {
-        "seconds_per_step": total,
-        "compute_seconds": compute,
-        "memory_seconds": memory,
-        "link_seconds": links,
-        "tokens_per_second_per_device": tokens / total / len(target.devices),
-    }
+    memory = micro_batches * (weights + 2 * temp_bytes)
+    return flops / len(target.devices) / rates.products + memory / rates.memory + sent_bytes / rates.links
 
 
 def quantizations(cfg: Config) -> list[Any]:
@@ -165,10 +157,9 @@ def guess_seconds(
     sent += 2 * 4 * len(targets(cfg.lora, model)) * 2 * adapted * (shards - 1) / shards / layout.tensor
     tokens = layout.batch_size * cfg.data.max_length
     flops *= layout.batch_size / cfg.training.batch_size
-    guessed = estimate(
+    seconds = arithmetic(
         target,
         flops=flops,
-        tokens=tokens,
         weight_bytes=held,
         dequantized_bytes=itemsize * inner / layout.tensor if layout.quantization else 0.0,
         temp_bytes=saved_bytes(model, cfg, layout),
@@ -176,5 +167,4 @@ def guess_seconds(
         micro_batches=layout.micro_batches,
         remat=layout.remat,
     )
-    seconds = guessed["seconds_per_step"] if guessed else 0.0
     return seconds / tokens, flops / tokens, sent / tokens

@@ -32,6 +32,9 @@ class Target:
       peak_flops: published dense peak of a device, a second; None for CPUs, like the two after it.
       bandwidth: bytes a second between a device and its memory.
       link_bandwidth: bytes a second that a device sends to others.
+      product_flops: a second, that large products were measured to reach; None where nobody did.
+      host_bandwidth: bytes a second to the memory of the host; None where none is published.
+      clock: cycles a second, of TPUs, whose compiler counts in them.
     """
 
     spec: str
@@ -41,6 +44,9 @@ class Target:
     peak_flops: float | None = None
     bandwidth: float | None = None
     link_bandwidth: float | None = None
+    product_flops: float | None = None
+    host_bandwidth: float | None = None
+    clock: float | None = None
 
 
 def prepare() -> None:
@@ -69,7 +75,8 @@ def resolve(spec: str) -> Target:
     if kind == "tpu" and name in TPUS and size:
         _require("tpu", "libtpu")
         tpu, devices = TPUS[name], _tpu_devices(spec, name, size)
-        return Target(spec, "tpu", devices, tpu.memory, tpu.peak_flops, tpu.bandwidth, tpu.link_bandwidth)
+        rates = {"peak_flops": tpu.peak_flops, "bandwidth": tpu.bandwidth, "link_bandwidth": tpu.link_bandwidth}
+        return Target(spec, "tpu", devices, tpu.memory, **rates, clock=tpu.clock)
     described = name.endswith((".yaml", ".yml"))
     if kind == "gpu" and (name in GPUS or described) and _number(size):
         gpu = read_gpu(Path(name)) if described else GPUS[name]
@@ -79,7 +86,9 @@ def resolve(spec: str) -> Target:
         )
         capacity = int(gpu.memory * GPU_MEMORY_FRACTION)
         devices = list(topology.devices)
-        return Target(spec, "gpu", devices, capacity, gpu.peak_flops, gpu.bandwidth, gpu.link_bandwidth)
+        rates = {"peak_flops": gpu.peak_flops, "bandwidth": gpu.bandwidth, "link_bandwidth": gpu.link_bandwidth}
+        reached = {"product_flops": gpu.product_flops, "host_bandwidth": gpu.host_bandwidth}
+        return Target(spec, "gpu", devices, capacity, **rates, **reached)
     raise unknown(spec)
 
 
@@ -116,7 +125,7 @@ def _tpu_devices(spec: str, name: str, size: str) -> list[Any]:
         topology = topologies.get_topology_desc(platform="tpu", topology_name=f"{name}:{size}", **options)
     except (jax.errors.JaxRuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        slices = ", ".join(SLICES[3 if name in ("v4", "v5p") else 2])
+        slices = ", ".join(SLICES[TPUS[name].dims])
         raise ConfigError(f"topology '{spec}' is not a slice that exists ({reason}); such as {slices}") from None
     return list(topology.devices)
 

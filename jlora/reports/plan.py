@@ -46,6 +46,13 @@ def print_plan(result: dict[str, Any]) -> None:
         f"{result['flops_per_step']:.3g} FLOPs and {result['tokens_per_step']:,} tokens a step; "
         f"attention {result['attention']}; remat {result['remat']}; compiled in {result['compile_seconds']:.0f} s"
     )
+    if found := result["estimate"]:
+        parts = {name: found[f"{name}_seconds"] / found["mid"] for name in ("compute", "memory", "link")}
+        console.print(
+            f"a step is estimated to take {found['mid']:.3g} s, {found['low']:.3g} to {found['high']:.3g}: "
+            f"{found['tokens_per_second_per_device']:,.0f} tokens/s a device; "
+            + ", ".join(f"{name} {share:.0%}" for name, share in parts.items())
+        )
     if result["seconds_per_epoch_at"]:
         console.print(time_table(result))
     elif not result["epoch_tokens"]:
@@ -55,15 +62,20 @@ def print_plan(result: dict[str, Any]) -> None:
 
 
 def time_table(result: dict[str, Any]) -> Table:
-    """Time and dollars of an epoch, by how rows are batched and at which speed."""
+    """Time and dollars of an epoch, by how rows are batched: as estimated, and at which speed."""
     cost, counts = result["cost_usd_at"], result["data"]
+    estimated, dollars = result["seconds_per_epoch"], result["cost_usd"]
     rows = f" of {counts['rows']:,} rows and {counts['tokens']:,} tokens" if counts else ""
     heads: list[Column | str] = ["batches", RIGHT("with padding"), "speed", RIGHT("time")]
     heads += [RIGHT("US dollars")] if cost else []
     table = Table(*heads, title=f"an epoch{rows} on {result['topology']}", title_justify="left")
     for name, times in result["seconds_per_epoch_at"].items():
+        tokens = f"{result['epoch_tokens'][name]:,.0f}"
+        if ends := estimated.get(name):
+            row = [f"{duration(ends['low'])} to {duration(ends['high'])}"]
+            row += [f"{dollars[name]['low']:,.2f} to {dollars[name]['high']:,.2f}"] if dollars else []
+            table.add_row(name, tokens, "as estimated", *row)
         for at, seconds in times.items():
-            tokens = f"{result['epoch_tokens'][name]:,.0f}"
             how = at if "tokens" in at else f"{float(at):.0%} of the peak"
             table.add_row(name, tokens, how, duration(seconds), *([f"{cost[name][at]:,.2f}"] if cost else []))
     return table
@@ -85,8 +97,8 @@ def print_search(found: dict[str, Any]) -> None:
     if not found["fits"]:
         return
     console.print(
-        "Tokens per second are an estimate, for ranking: FLOPs counted from the step, weights and temporaries "
-        "through memory, and the collectives of the compiled program, each at its published peak, nothing overlapped."
+        "Tokens per second are estimated from the compiled program, operation by operation, at rates that such devices "
+        "were measured to reach; docs/planner.md says how far off that may be."
         if found["best"]["estimate"]
         else "No peak is published for this hardware: fewest FLOPs and fewest bytes sent count as fastest."
     )

@@ -18,13 +18,24 @@ from jlora.planning.topology import resolve
         ("gpu:a6000:1", "gpu:rtxa6000-48gb:1"),
         ("gpu:3090:1", "gpu:rtx3090-24gb:1"),
         ("gpu:B200:8", "gpu:b200-180gb:8"),
+        ("gpu:GB200", "gpu:gb200-186gb:1"),
+        ("gpu:h100-nvl:2", "gpu:h100nvl-94gb:2"),
+        ("gpu:H20", "gpu:h20-96gb:1"),
+        ("gpu:h200", "gpu:h200-141gb:1"),
+        ("gpu:a100-80:8", "gpu:a100-80gb:8"),
+        ("gpu:GeForce RTX 5090", "gpu:rtx5090-32gb:1"),
+        ("gpu:rtx-4090:2", "gpu:rtx4090-24gb:2"),
+        ("gpu:L40S", "gpu:l40s-48gb:1"),
         ("gpu:My Card.yaml:2", "gpu:My Card.yaml:2"),
         ("v5litepod-8", "tpu:v5e:2x4"),
         ("v6e-256", "tpu:v6e:16x16"),
         ("tpu:v4-8", "tpu:v4:2x2x1"),  # eight cores, two a chip
         ("tpu:v5p-8", "tpu:v5p:2x2x1"),
         ("tpu:v5p:2x2x1", "tpu:v5p:2x2x1"),
+        ("tpu:v5litepod:2x4", "tpu:v5e:2x4"),
+        ("tpu:v6e", "tpu:v6e:1x1"),
         ("cpu:8", "cpu:8"),
+        ("cpu", "cpu:1"),
     ],
 )
 def test_what_clouds_and_people_call_it_is_known(spec, meant):
@@ -40,7 +51,11 @@ def test_what_clouds_and_people_call_it_is_known(spec, meant):
         ("cpu:²", "unknown topology"),
         ("cpu:٣", "unknown topology"),
         ("gpu:h100:²", "unknown topology 'gpu:h100-80gb:²'; did you mean gpu:h100-80gb:1?"),
-        ("v4-7", "unknown topology"),
+        ("v4-7", "did you mean v4-8?"),
+        ("v5litpod-8", "did you mean v5litepod-8?"),
+        ("h100:2", "did you mean gpu:h100-80gb:2?"),
+        ("gpu:l40:1", "did you mean gpu:l40s-48gb:1?"),
+        ("abacus:2", "unknown topology"),
     ],
 )
 def test_what_is_not_known_is_named_with_the_nearest(spec, says):
@@ -48,3 +63,9 @@ def test_what_is_not_known_is_named_with_the_nearest(spec, says):
         resolve(spec)
     assert says in str(refused.value)
     assert ("known are" in str(refused.value)) == ("did you mean" not in says and "gpu:a100" not in says)
+
+
+@pytest.mark.parametrize("spec", ["gpu:mi300x:8", "MI300X", "gpu:amd-mi325x"])
+def test_an_amd_card_is_refused_with_the_reason(spec):
+    with pytest.raises(ConfigError, match="CUDA compiler, which knows no AMD card"):
+        resolve(spec)

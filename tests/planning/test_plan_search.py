@@ -18,11 +18,11 @@ from jlora.config import load_config
 from jlora.errors import ConfigError
 from jlora.hf.planned import model_shape
 from jlora.model.divisibility import check_divides
-from jlora.planning import layouts, search
+from jlora.planning import layouts, search, speed
 from jlora.planning.compiled import Plan, fresh
-from jlora.planning.flops import collective_bytes
 from jlora.planning.hardware import GPUS, Gpu, read_gpu
-from jlora.planning.layouts import estimate, smallest
+from jlora.planning.layouts import arithmetic, smallest
+from jlora.planning.program import Program, sent_bytes
 from jlora.planning.search import find_remedy, sentence
 from jlora.planning.topology import Target
 from jlora.reports import plan as plan_page
@@ -135,10 +135,10 @@ ENTRY %main (a: f32[8]) -> f32[8] {
 def test_bytes_of_collectives_by_hand():
     body = 8 * 4 * 4 * 3 / 4 + 32 * 2 / 2
     rest = 64 * 4 * 3 / 4 + 2 * 8 * 4 / 2 + 10 * 4 + 2 * 4 * 3
-    assert collective_bytes(HLO) == 3 * body + rest
+    assert sent_bytes(Program(HLO).operations()) == 3 * body + rest
     # Without the compiler's own word, the constant of the condition.
     untold = HLO.replace('"known_trip_count":{"n":"3"}', "")
-    assert collective_bytes(untold) == 5 * body + rest
+    assert sent_bytes(Program(untold).operations()) == 5 * body + rest
 
 
 @pytest.mark.long
@@ -150,19 +150,19 @@ def test_bytes_of_a_real_program(config, alone):
     assert 2 * whole * 3 / 4 * 0.8 < split["sent_bytes_per_step"] < 6 * whole
 
 
-def test_estimate_adds_up():
-    figures = dict(flops=8e12, tokens=1000, temp_bytes=5e9, sent_bytes=1e10, micro_batches=2)
+def test_the_guess_adds_up():
+    target = dataclasses.replace(TARGET, product_flops=1e12 / speed.PRODUCTS)
+    figures = dict(flops=8e12, temp_bytes=5e9, sent_bytes=1e10, micro_batches=2)
     weights = dict(weight_bytes=1e10, dequantized_bytes=0.0)
-    found = estimate(TARGET, **figures, **weights, remat="full")
-    assert found["compute_seconds"] == 2.0 and found["link_seconds"] == 1.0
-    assert found["memory_seconds"] == pytest.approx(2 * (3 * 1e10 + 1e10) / 1e11)
-    assert found["seconds_per_step"] == pytest.approx(3.8)
-    assert found["tokens_per_second_per_device"] == pytest.approx(1000 / 3.8 / 4)
-    assert estimate(TARGET, **figures, **weights, remat="none")["memory_seconds"] == pytest.approx(0.6)
-    assert estimate(dataclasses.replace(TARGET, peak_flops=None), **figures, **weights, remat="full") is None
+    compute, links = 2.0, 1.0 / speed.LINKS
+    found = arithmetic(target, **figures, **weights, remat="full")
+    assert found == pytest.approx(compute + links + 2 * (3 * 1e10 + 1e10) / 1e11 / speed.MEMORY)
+    found = arithmetic(target, **figures, **weights, remat="none")
+    assert found == pytest.approx(compute + links + 0.6 / speed.MEMORY)
+    assert arithmetic(dataclasses.replace(target, peak_flops=None), **figures, **weights, remat="full") == 0.0
     # In a quarter of the bytes, yet dequantised in each pass: written, and read again.
-    quantized = estimate(TARGET, **figures, weight_bytes=2.5e9, dequantized_bytes=1e10, remat="full")
-    assert quantized["memory_seconds"] == pytest.approx(2 * (3 * 2.25e10 + 1e10) / 1e11)
+    quantized = arithmetic(target, **figures, weight_bytes=2.5e9, dequantized_bytes=1e10, remat="full")
+    assert quantized == pytest.approx(compute + links + 2 * (3 * 2.25e10 + 1e10) / 1e11 / speed.MEMORY)
 
 
 # Search. What the compiler would say is a formula here: 10 held, and a share of the saved bytes; sizes in KiB.
@@ -187,7 +187,7 @@ def fake(monkeypatch, config, capacity: float, per_row: dict[str, float], spread
         temporaries = round(2**10 * (1 + rows * per_row[cfg.model.remat] * cfg.data.max_length / 64 / cfg.mesh.tensor))
         sent = 1e9 * (cfg.mesh.fsdp - 1) * parts + 1e10 * (cfg.mesh.tensor - 1)
         tokens = cfg.training.batch_size * cfg.data.max_length
-        figures = dict(temp_bytes=temporaries, sent_bytes=sent, micro_batches=parts)
+        figures = dict(temp_bytes=temporaries, sent_bytes=sent, micro_batches=parts, remat=cfg.model.remat)
         figures |= weights(cfg.model.quantization)
         return Plan(
             **{"topology": target.spec, "devices": 4, "mesh": cfg.mesh.model_dump(), "capacity_bytes": target.capacity},
@@ -197,7 +197,7 @@ def fake(monkeypatch, config, capacity: float, per_row: dict[str, float], spread
             **{"optimizer_bytes": 0, "batch_bytes": 0, "flops_per_step": flops, "sent_bytes_per_step": sent},
             **{"tokens_per_step": tokens, "compile_seconds": 0.0},
             **{"attention": "xla", "offloaded_bytes": None, "trainable_params": 1, "frozen_params": 1, "naive": {}},
-            estimate=estimate(target, flops=flops, tokens=tokens, **figures, remat=cfg.model.remat),
+            estimate={"seconds_per_step": arithmetic(target, flops=flops, **figures)},
         )
 
     work = {"none": 4e12, "lean": 4.5e12, "qkv": 4.8e12, "attention": 5e12, "full": 6e12, "offload": 6e12}
@@ -213,9 +213,9 @@ def fake(monkeypatch, config, capacity: float, per_row: dict[str, float], spread
     def guess(model, cfg, target, layout, flops):
         shards, parts = layout.fsdp, layout.micro_batches
         sent = 1e9 * (shards - 1) * parts + 1e10 * (layout.tensor - 1)
-        figures = dict(temp_bytes=0, sent_bytes=sent, micro_batches=parts, tokens=1)
+        figures = dict(temp_bytes=0, sent_bytes=sent, micro_batches=parts, remat=layout.remat)
         figures |= weights(layout.quantization)
-        return (estimate(target, flops=flops, **figures, remat=layout.remat)["seconds_per_step"], 0.0, 0.0)
+        return (arithmetic(target, flops=flops, **figures), 0.0, 0.0)
 
     monkeypatch.setattr(search, "guess_seconds", guess)
     cfg = load_config(config, [f"training.batch_size={batch}", "data.max_length=64"])
