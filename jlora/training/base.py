@@ -1,4 +1,4 @@
-"""The base of a run on the devices, and whether it bears products in 8 bits (`model.compute`)."""
+"""The base of a run on the devices, how its products are made, and whether it bears those in 8 bits."""
 
 import sys
 from collections.abc import Callable
@@ -23,6 +23,15 @@ def load(opened: Opened, cfg: Config, mesh: jax.sharding.Mesh) -> Pretrained:
     """
     sizes, coded = stack_sizes(cfg, opened.model), cfg.model.compute is not None
     return load_pretrained(opened, param_dtype(cfg), mesh, cfg.model.quantization, sizes, coded)
+
+
+def warn_of_cpu(cfg: Config, mesh: jax.sharding.Mesh) -> None:
+    """Say what a CPU pays for and gains nothing by: it computes in float32, and has memory."""
+    slow = [] if cfg.model.dtype == "float32" else [("model.dtype", "float32")]
+    slow += [] if cfg.model.remat == "none" else [("model.remat", "none")]
+    if slow and mesh.devices.flat[0].platform == "cpu":
+        better = " and ".join(f"{key}={value}" for key, value in slow)
+        print(f"note: this trains on a CPU, where {better} is faster, if the memory allows it", file=sys.stderr)
 
 
 def in_dtype(cfg: Config) -> Config:

@@ -280,7 +280,7 @@ def open_run(cfg: Config, folder: Path, mesh: jax.sharding.Mesh, watch: Watch, s
         if not quiet:
             print(f"{found.level}: {found.sentence}", file=sys.stderr)
     if not quiet:
-        warn_of_cpu(cfg, mesh)
+        base.warn_of_cpu(cfg, mesh)
     if saved is None:
         loss_of = None if eval_data is None else partial(base.held_out_loss, cfg, eval_data, forward, mesh)
         cfg, pretrained = shared.load_checked(cfg, mesh, loss_of, quiet)
@@ -319,15 +319,6 @@ def open_run(cfg: Config, folder: Path, mesh: jax.sharding.Mesh, watch: Watch, s
         start=start,
         step=start,
     )
-
-
-def warn_of_cpu(cfg: Config, mesh: jax.sharding.Mesh) -> None:
-    """Say what a CPU pays for and gains nothing by: it computes in float32, and has memory."""
-    slow = [] if cfg.model.dtype == "float32" else [("model.dtype", "float32")]
-    slow += [] if cfg.model.remat == "none" else [("model.remat", "none")]
-    if slow and mesh.devices.flat[0].platform == "cpu":
-        better = " and ".join(f"{key}={value}" for key, value in slow)
-        print(f"note: this trains on a CPU, where {better} is faster, if the memory allows it", file=sys.stderr)
 
 
 def resume(run: Run) -> dict[str, Any] | None:

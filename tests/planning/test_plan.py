@@ -191,6 +191,16 @@ def test_lora_makes_no_gradient_of_the_base(config):
     assert 5.9 < flops_per_token_and_parameter(config, "model.remat=none", "method=full") < 6.8
 
 
+@pytest.mark.long
+def test_flops_are_the_same_over_every_mesh(config):
+    """Also where devices take their shares of a product by hand."""
+    settings = ("--topology", "cpu:2", "--json", "training.batch_size=2", "data.max_length=1024")
+    found = [plan(config, *settings, *mesh) for mesh in (("mesh.fsdp=2",), ("mesh.fsdp=1", "mesh.tensor=2"))]
+    assert all(done.returncode == 0 for done in found), [done.stderr for done in found]
+    flops = {json.loads(done.stdout)["flops_per_step"] for done in found}
+    assert len(flops) == 1
+
+
 def test_flops_are_the_compilers_where_it_can_count(config, monkeypatch):
     """XLA counts a loop's body once, so one layer and one chunk are compared."""
     monkeypatch.setattr("jlora.training.objective.chunk_size", lambda num_tokens, vocab: num_tokens)
