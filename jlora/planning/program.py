@@ -110,7 +110,7 @@ class Operation(NamedTuple):
     Attributes:
       kind: "product", "attention", "attention_backward", "collective", "host" (a copy to or from the host's memory), or
         "other".
-      moved: bytes read from and written to the device's memory, or copied from or to the host's. sent: to other devices.
+      moved: bytes through the device's memory, read and written, or to or from the host's. sent: to other devices.
       cycles: the compiler's own estimate, of TPUs.
       starts: it goes on beside what follows, until an operation that `waits` for its name.
       channels: of the collectives in it, by which they are told from their repetitions.
