@@ -7,9 +7,9 @@ at the rates of `jlora.planning.speed`:
     seconds = FLOPs / rate  +  bytes of memory / rate  +  bytes sent / rate
 
 No term hides behind another. Bytes of memory are the weights that a device multiplies with, once for each pass of each
-micro-batch, and its temporaries four times: made, put into the stack of their layers, taken out, used. Quantised weights
-are read as they are held, written out dequantised and read again. The guess says in which order layouts are worth
-compiling; what is compiled is judged by its program, in which the compiler may have recomputed more to make it fit.
+micro-batch, and its temporaries four times: made, put into the stack of their layers, taken out, used. Quantised
+weights are read as they are held, written out dequantised and read again. The guess says in which order layouts are
+worth compiling; what is compiled is judged by its program, in which the compiler may recompute more to make it fit.
 """
 
 import math
