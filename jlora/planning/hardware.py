@@ -122,13 +122,14 @@ TPUS = {
     "v5e": Tpu(int(15.75 * GIB), 197e12, 819e9, 200e9, 1.5e9, 1, 2),
     "v5p": Tpu(int(95.74 * GIB), 459e12, 2765e9, 600e9, 1.75e9, 2, 3),
     "v6e": Tpu(int(31.25 * GIB), 918e12, 1640e9, 400e9, 1.75e9, 1, 2),
+    "v7x": Tpu(int(94.75 * GIB), 1153.5e12, 3690e9, 300e9, 2.2e9, 2, 3),  # a core, as of v4
 }
 KNOWN = (
     f"tpu:GENERATION:SLICE with {', '.join(TPUS)} (such as tpu:v5p:2x2x1), gpu:CARD:COUNT with "
     f"{', '.join(GPUS)} (such as gpu:h100-80gb:2) or a file that describes one (gpu:CARD.yaml:2), cpu:COUNT"
 )
 # What else a generation is called.
-ALSO = {"v5litepod": "v5e", "trillium": "v6e"}
+ALSO = {"v5litepod": "v5e", "trillium": "v6e", "tpu7x": "v7x", "ironwood": "v7x"}
 # An accelerator type of Cloud; cards that people ask for and XLA's CUDA compiler does not know.
 TYPE = re.compile(r"(?:tpu:)?([a-z0-9]+)-([0-9]+)")
 AMD = re.compile(r"(gpu:)?(amd-?)?(mi\d{2,3}x?|radeon.*|rx\d.*)\b")

@@ -1,5 +1,5 @@
 """The ways to lay a run out: mesh, rematerialisation and micro-batch, which leave its result as it is, and
-quantisation of the base, which changes it a little and is never the faster way, only the smaller.
+quantisation of the base, which changes it a little and saves memory, not work.
 
 What exists, which of them a run's batch and model allow, and a guess at each before anything is compiled, by arithmetic
 at the rates of `jlora.planning.speed`:
@@ -7,9 +7,9 @@ at the rates of `jlora.planning.speed`:
     seconds = FLOPs / rate  +  bytes of memory / rate  +  bytes sent / rate
 
 No term hides behind another. Bytes of memory are the weights that a device multiplies with, once for each pass of each
-micro-batch, and its temporaries, written and read once. Quantised weights are read as they are held, written out
-dequantised and read again: they save memory, not time. The guess says in which order layouts are worth compiling; what
-is compiled is judged by its program.
+micro-batch, and its temporaries four times: made, put into the stack of their layers, taken out, used. Quantised
+weights are read as they are held, written out dequantised and read again. The guess says in which order layouts are
+worth compiling; what is compiled is judged by its program, in which the compiler may recompute more to make it fit.
 """
 
 import math
@@ -62,7 +62,7 @@ def arithmetic(
     if rates is None:
         return 0.0
     weights = passes(remat) * (weight_bytes + 2 * dequantized_bytes)
-    memory = micro_batches * (weights + 2 * temp_bytes)
+    memory = micro_batches * (weights + 4 * temp_bytes)
     return flops / len(target.devices) / rates.products + memory / rates.memory + sent_bytes / rates.links
 
 

@@ -110,7 +110,7 @@ class Operation(NamedTuple):
     Attributes:
       kind: "product", "attention", "attention_backward", "collective", "host" (a copy to or from the host's memory), or
         "other".
-      moved: bytes read from and written to the device's memory. sent: to other devices.
+      moved: bytes through the device's memory, read and written, or to or from the host's. sent: to other devices.
       cycles: the compiler's own estimate, of TPUs.
       starts: it goes on beside what follows, until an operation that `waits` for its name.
       channels: of the collectives in it, by which they are told from their repetitions.
@@ -231,9 +231,7 @@ class Program:
             elif each.name.startswith("splash_"):
                 kind = "attention" if "_fwd" in each.name else "attention_backward"
                 flops += _splash_flops(body, each)
-            elif each.opcode.startswith("copy") and "S(5)" in each.type + each.arguments:
-                kind = "host"
-        return kind, flops
+        return "host" if _is_host_copy(instruction) else kind, flops
 
     def _moved(self, within: Computation, instruction: Instruction) -> float:
         """Bytes read and written: of what is sliced the slice alone, of what is updated in place the update."""
@@ -241,13 +239,15 @@ class Program:
         taken = [within[name] for name in instruction.operands if name in within]
         if instruction.target:  # a library's workspace is no result
             result = [shape for shape in result if shape.bits > 8 or len(shape.dims) > 1] or result
+        if _is_host_copy(instruction):  # a slice of what stays there
+            return min(each.bytes for each in result if each.dims)
         if opcode in SLICES:
             return 2 * _bytes(result)
         if opcode in ("dynamic-update-slice", "scatter"):
             return 2 * _bytes(taken[-1 if opcode == "scatter" else 1].result)
         if opcode in ("copy-start", "slice-start"):
             return min(each.bytes for each in result[:2]) * sum(not each.space for each in result[:2])
-        if opcode != "fusion":
+        if opcode not in ("fusion", "fusion-start"):
             return _bytes(result) + sum(_bytes(each.result) for each in taken if each.opcode != "constant")
         (name,) = instruction.called
         return _fusion_moved(self.computations[name])
@@ -270,6 +270,11 @@ def _work(operations: list[Operation]) -> tuple[float, float, float]:
     flops = sum(each.times * each.flops for each in operations)
     cycles = sum(each.times * (each.cycles or 0.0) for each in operations)
     return flops, cycles, sum(each.times * (each.moved + each.sent) for each in operations)
+
+
+def _is_host_copy(instruction: Instruction) -> bool:
+    """Whether it copies to or from the host's memory, which XLA numbers 5."""
+    return instruction.opcode in ("copy", "copy-start", "fusion-start") and "S(5)" in instruction.type
 
 
 def _closing(text: str) -> int:

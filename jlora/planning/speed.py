@@ -26,8 +26,8 @@ FORWARD, BACKWARD = 400 / 794.5, 320 / 794.5
 MEMORY, LINKS, LAUNCH = 0.85, 0.8, 1.5e-6
 # Held: of the peak, where nobody measured large products.
 UNMEASURED = 0.8
-# How far off the estimate may be: on the card that it is fitted to, and elsewhere (docs/planner.md).
-FITTED, SPREAD, SPREAD_ELSEWHERE = "gpu:h200-141gb:1", 0.1, 0.3
+# How far off the estimate may be: on the card that it is fitted to, on other GPUs and on TPUs (docs/planner.md).
+FITTED, SPREAD, SPREAD_ELSEWHERE, SPREAD_TPU = "gpu:h200-141gb:1", 0.1, 0.3, 0.6
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def estimate(operations: list[Operation], target: Target, tokens: int) -> dict[s
         return None
     spent = seconds(operations, rates)
     mid = sum(spent.values())
-    spread = SPREAD if target.spec == FITTED else SPREAD_ELSEWHERE
+    spread = SPREAD_TPU if target.platform == "tpu" else SPREAD if target.spec == FITTED else SPREAD_ELSEWHERE
     return {
         "seconds_per_step": mid,
         "low": mid / (1 + spread),

@@ -22,6 +22,9 @@ from jlora.errors import ConfigError, with_extra
 from jlora.planning.hardware import GPUS, SLICES, TPUS, Gpu, canonical, read_gpu, unknown
 from jlora.runtime.xla import GPU_MEMORY_FRACTION
 
+# What libtpu calls a generation, where that is another name than ours.
+LIBTPU = {"v7x": "tpu7x"}
+
 
 @dataclass(frozen=True)
 class Target:
@@ -122,7 +125,9 @@ def _tpu_devices(spec: str, name: str, size: str) -> list[Any]:
     # One chip is less than a host has, which the topology must be told.
     options = {"chips_per_host_bounds": [1, 1, 1]} if size in ("1x1", "1x1x1") else {}
     try:
-        topology = topologies.get_topology_desc(platform="tpu", topology_name=f"{name}:{size}", **options)
+        topology = topologies.get_topology_desc(
+            platform="tpu", topology_name=f"{LIBTPU.get(name, name)}:{size}", **options
+        )
     except (jax.errors.JaxRuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         slices = ", ".join(SLICES[TPUS[name].dims])

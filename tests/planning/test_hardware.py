@@ -34,6 +34,7 @@ from jlora.planning.topology import resolve
         ("tpu:v5p:2x2x1", "tpu:v5p:2x2x1"),
         ("tpu:v5litepod:2x4", "tpu:v5e:2x4"),
         ("tpu:v6e", "tpu:v6e:1x1"),
+        ("tpu7x-8", "tpu:v7x:2x2x1"),
         ("cpu:8", "cpu:8"),
         ("cpu", "cpu:1"),
     ],
