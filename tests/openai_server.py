@@ -16,6 +16,9 @@ class Server(ThreadingHTTPServer):
     daemon_threads = True
     seen: list
 
+    def handle_error(self, *_):
+        """Whoever asked may be gone."""
+
     @property
     def url(self):
         return f"http://127.0.0.1:{self.server_port}/v1"

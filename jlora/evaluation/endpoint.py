@@ -107,7 +107,7 @@ class Endpoint:
         self._key = os.environ.get(KEY, "")
         if not (self._key.isascii() and self._key.isprintable()):
             raise ConfigError(f"{KEY}: holds a character that no key has; set it again")
-        self._until: float | None = None
+        self._spent = 0.0  # seconds of requests and of the pauses between them
         self._offers: dict[str, bool] = {}  # whether what not every server has was taken
         self.requests = 0
 
@@ -193,7 +193,7 @@ class Endpoint:
         usage, finish = answer.get("usage"), choice.get("finish_reason")
         counted = usage.get("prompt_tokens") if isinstance(usage, dict) else None
         return Said(
-            text,
+            _text(text),
             _tokens(choice.get("logprobs")),
             finish if isinstance(finish, str) else None,
             counted if isinstance(counted, int) and counted > 0 else None,
@@ -233,19 +233,19 @@ class Endpoint:
         raise ModelError(f"{where}: {reason}, {TRIES} times in a row; see that the server runs there, and its log")
 
     def _wait(self, seconds: float) -> None:
-        time.sleep(max(0.0, min(seconds, LONGEST_WAIT, self._left())))
+        pause = min(seconds, LONGEST_WAIT, self._left())
+        time.sleep(pause)
+        self._spent += pause
 
     def _left(self) -> float:
-        """Seconds left for all requests; the first one starts the clock."""
-        now = time.monotonic()
-        if self._until is None:
-            self._until = now + self.seconds
-        if now >= self._until:
+        """Seconds left for all requests; what is computed between them does not count."""
+        left = self.seconds - self._spent
+        if left <= 0:
             raise ModelError(
                 f"{self.url}: the server took more than {self.seconds:g} seconds for {self.requests} requests; ask for "
                 "fewer rows with --rows, or give it more time with --timeout"
             )
-        return self._until - now
+        return left
 
     def _within(self, method: str, path: str, body: dict[str, Any] | None) -> tuple[int, bytes]:
         """One request, in a thread that is left behind where it takes too long: of a lookup, a name, or every byte."""
@@ -261,9 +261,11 @@ class Endpoint:
                 found.append(error)
 
         self.requests += 1
+        began = time.monotonic()
         asking = threading.Thread(target=ask, daemon=True)
         asking.start()
         asking.join(limit)
+        self._spent += time.monotonic() - began
         if connection.sock is not None:
             with suppress(OSError):
                 connection.sock.shutdown(socket.SHUT_RDWR)  # which ends a read that still waits
@@ -360,7 +362,8 @@ def _tokens(logprobs: Any) -> list[Token]:
 
 
 def _text(value: Any) -> str:
-    return value if isinstance(value, str) else ""
+    """A text that can be encoded: JSON may hold half of a surrogate pair, and no tokenizer takes one."""
+    return value.encode("utf-8", "replace").decode() if isinstance(value, str) else ""
 
 
 def _raw(value: Any) -> bytes | None:

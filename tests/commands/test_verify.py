@@ -135,11 +135,11 @@ def test_a_context_that_is_too_short(verified, refuses):
 @pytest.mark.long
 def test_a_page_shows_what_differs_first(verified, tmp_path):
     page = tmp_path / "served.html"
-    named(verified("plain", "--html", page, "--rows", "3", adapter=None))
+    named(verified("plain", "--html", page, adapter=None))
     text = page.read_text(encoding="utf-8")
     assert "does not serve what was trained" in text and "the adapter is not applied" in text
-    assert text.count("<article") == 3 and "As trained" in text and "Base alone" in text
-    assert verified("plain", "--html", page, "--rows", "3")[0] == 0
+    assert text.count("<article") == 6 and "As trained" in text and "Base alone" in text
+    assert verified("plain", "--html", page)[0] == 0
     assert "the same text" in page.read_text(encoding="utf-8")
 
 
