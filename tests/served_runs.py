@@ -21,7 +21,7 @@ def make_served_runs(folder):
     for name in ("rows", "eval"):
         rows = [json.loads(line) for line in (folder / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
         if name == "eval":  # one that is longer than a short context
-            rows.insert(5, {"prompt": "mountain " * 9 + "7:", "completion": " mountain"})
+            rows.insert(5, {"prompt": "mountain " * 30 + "7:", "completion": " mountain"})
             (folder / "eval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         chats = [
             {"messages": [{"role": "user", "content": r["prompt"]}, {"role": "assistant", "content": r["completion"]}]}
@@ -29,11 +29,11 @@ def make_served_runs(folder):
         ]
         (folder / f"{name}_chat.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats), encoding="utf-8")
     for run, ending, format in (("plain", "", "completion"), ("chat", "_chat", "messages")):
-        data = {"format": format, "eval": str(folder / f"eval{ending}.jsonl"), "max_length": 128}
+        data = {"format": format, "eval": str(folder / f"eval{ending}.jsonl"), "max_length": 320}
         data |= {"chat_template": "llama2"} if format == "messages" else {}
         write_config(
             folder / f"{run}.yaml", folder / "base", folder / f"rows{ending}.jsonl", folder / run, lora=ADAPTED,
-            data=data, training={"max_steps": 60, "batch_size": 4}, optimizer={"learning_rate": 2e-2},
+            data=data, training={"max_steps": 60, "batch_size": 2}, optimizer={"learning_rate": 2e-2},
         )  # fmt: skip
         done = shell("train", "--config", folder / f"{run}.yaml", "-q")
         assert done.returncode == 0, done.stderr

@@ -28,6 +28,7 @@ class Pieces:
             elif (raw := _spaced(name) if spaced else _of_byte_level(name)) is not None:
                 self._ids.setdefault(raw, i)
         self._ids = of_bytes | self._ids  # a piece goes before the byte that it is
+        self._raw = {i: raw for raw, i in self._ids.items()}
 
     def ids_of(self, shown: Sequence[tuple[str, bytes | None, int | None]], before: str) -> list[int | None]:
         """The ids of tokens in a row, each shown as text, as bytes or as its id; None where that tells none.
@@ -38,15 +39,19 @@ class Pieces:
         Args:
           before: the text that the tokens follow.
         """
-        found = [
-            i if i is not None else self._ids.get(raw or text.encode("utf-8", "replace")) for text, raw, i in shown
-        ]
+        found = [self._id(*each) for each in shown]
         if found and found[0] is None:
             found[0] = self._ids.get(b" " + shown[0][0].encode("utf-8", "replace"))
         if None in found:
             whole = self.ids_of_text("".join(text for text, *_ in shown), before)
             return [*whole] if len(whole) == len(found) else found
         return found
+
+    def _id(self, text: str, raw: bytes | None, token: int | None) -> int | None:
+        if token is None:
+            return self._ids.get(raw or text.encode("utf-8", "replace"))
+        # llama-server shows the tokens that a character is cut into as one, by the id of the last.
+        return token if raw is None or self._raw.get(token, raw) == raw else None
 
     def ids_of_text(self, text: str, before: str) -> list[int]:
         """The ids that a text has behind another, if what is before keeps its own; else none."""

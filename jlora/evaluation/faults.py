@@ -24,6 +24,8 @@ WHOLE = 0.9
 CONTEXTS = tuple(2**k for k in range(8, 18))
 # An end that the model gives less than this log-probability comes too early, and of so many answers in all it counts.
 UNLIKELY, FEW = -3.0, 0.25
+# One that it gives at least this, or that is likelier than what was said by so much, is missed where a server goes on.
+LIKELY, CLEAR = -0.7, 1.0
 
 
 class Fault(NamedTuple):
@@ -299,16 +301,16 @@ class Judge:
         model, change = self._models[found.adapted], found.prefixes.get(False, "")
         missed = right = 0
         for each in ended:
-            if int(model(self._prefixed(each.ids, change), []).best[0]) in self._stops:
+            scores = model(self._prefixed(each.ids, change), [])
+            if int(scores.best[0]) in self._stops and scores.top[0] > LIKELY:
                 right, missed = right + 1, missed + (not each.stopped)
         early = past = 0
         for one in observed:
             scores = self._scores(one, found.adapted, found.prefixes.get(one.chat, ""))
-            stops = np.isin(scores.best, self._stops)
-            ends = np.isin(one.said, self._stops)
-            stops[: len(one.said)] &= ~ends
-            past += bool(ends[:-1].any() or (ends[-1:].any() and one.goes_on))  # it says the token, and goes on
-            past += bool(stops[:-1].any() or (stops[-1] and one.goes_on))
+            stops, ends = np.isin(scores.best, self._stops), np.isin(one.said, self._stops)
+            stops[: len(one.said)] &= (scores.top - scores.logs)[:-1] > CLEAR  # not what rounding may put before it
+            says_it = ends[:-1].any() or (ends[-1:].any() and one.goes_on)
+            past += bool(says_it or stops[:-1].any() or (stops[-1] and scores.top[-1] > LIKELY and one.goes_on))
             over = not one.cut and not one.goes_on and not {*one.said} & {*self._stops}
             early += over and scores.logs[-1] < UNLIKELY and int(scores.best[-1]) not in self._stops
         if missed > right / 2 or past > max(1, FEW * len(observed)):
