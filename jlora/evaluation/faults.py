@@ -299,24 +299,25 @@ class Judge:
     def _stopping(self, ended: Sequence[Ended], observed: Sequence[Observed], found: Verdict) -> None:
         """Ends that the server does not see, or that only it sees."""
         model, change = self._models[found.adapted], found.prefixes.get(False, "")
-        missed = right = 0
+        missed = due = 0  # answers that the model would end here
         for each in ended:
             scores = model(self._prefixed(each.ids, change), [])
             if int(scores.best[0]) in self._stops and scores.top[0] > LIKELY:
-                right, missed = right + 1, missed + (not each.stopped)
-        early = past = 0
+                due, missed = due + 1, missed + (not each.stopped)
+        early = 0
         for one in observed:
             scores = self._scores(one, found.adapted, found.prefixes.get(one.chat, ""))
             stops, ends = np.isin(scores.best, self._stops), np.isin(one.said, self._stops)
             stops[: len(one.said)] &= (scores.top - scores.logs)[:-1] > CLEAR  # not what rounding may put before it
             says_it = ends[:-1].any() or (ends[-1:].any() and one.goes_on)
-            past += bool(says_it or stops[:-1].any() or (stops[-1] and scores.top[-1] > LIKELY and one.goes_on))
+            past = bool(says_it or stops[:-1].any() or (stops[-1] and scores.top[-1] > LIKELY and one.goes_on))
+            due, missed = due + (past or bool(stops[-1])), missed + past
             over = not one.cut and not one.goes_on and not {*one.said} & {*self._stops}
             early += over and scores.logs[-1] < UNLIKELY and int(scores.best[-1]) not in self._stops
-        if missed > right / 2 or past > max(1, FEW * len(observed)):
+        if missed > due / 2:
             found.faults.append(
                 Fault(
-                    "stop", f"the stop token is not one for the server: it goes on behind {max(missed, past)} answers"
+                    "stop", f"the stop token is not one for the server: it goes on behind {counted(missed, 'answer')}"
                 )
             )
         elif early > FEW * len(observed):

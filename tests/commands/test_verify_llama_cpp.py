@@ -21,6 +21,8 @@ from jlora.hf.gguf_writer import write_gguf
 from jlora.hf.pretrained import open_tokenizer
 from jlora.hf.source import open_source
 from jlora.hf.weights import Stored
+from jlora.training.export import export
+from jlora.training.gguf_export import export_gguf, export_gguf_adapter
 
 LLAMA2 = CHAT_TEMPLATES["llama2"]
 BINARY = os.environ.get("JLORA_LLAMA_SERVER") or shutil.which("llama-server")
@@ -96,22 +98,14 @@ def files(tmp_path_factory, optimized):
     """The runs, their merged files, the bases, and files that are wrong in what they say of the tokenizer."""
     if not any(SERVERS.values()):
         pytest.skip("no server of llama.cpp is installed")
-    from command_line import shell
-
     folder = tmp_path_factory.mktemp("llama_cpp")
     make_served_runs(folder)
-    for run in ("plain", "chat"):
-        for kind in ("F32", "Q8_0", "Q4_0"):
-            made = ("--gguf", folder / f"{run}-{kind}.gguf", "--quantize", kind, "--min-gain", "0", "-q")
-            done = shell("export", "--adapter", folder / run, *made)
-            assert done.returncode == 0, done.stderr
-        done = shell("export", "--adapter", folder / run, "--gguf-adapter", folder / f"{run}-lora.gguf", "-q")
-        assert done.returncode == 0, done.stderr
-    merged = {}
-    for run in ("plain", "chat"):
-        done = shell("export", "--adapter", folder / run, "--merge", "--out", folder / f"{run}-merged", "-q")
-        assert done.returncode == 0, done.stderr
-        merged[run] = folder / f"{run}-merged"
+    for name in ("plain", "chat"):
+        run = folder / name
+        for kind in ("F32", "Q4_0"):
+            export_gguf(run, folder / f"{name}-{kind}.gguf", None, kind, None, 0.0)
+        export_gguf_adapter(run, folder / f"{name}-lora.gguf", None, None)
+        export(run, folder / f"{name}-merged", None, True, None, False)
 
     def write(name, base, template, **changed):
         source, tokenizer = open_source(base), open_tokenizer(str(base), template)
@@ -122,10 +116,10 @@ def files(tmp_path_factory, optimized):
     write("chat-base", folder / "base", "llama2")
     write("plain-other", folder / "other", None)
     write("chat-other", folder / "other", "llama2")
-    write("plain-no_bos", merged["plain"], None, **{"ggml.add_bos_token": False})
+    write("plain-no_bos", folder / "plain-merged", None, **{"ggml.add_bos_token": False})
     write(
         "chat-double_bos",
-        merged["chat"],
+        folder / "chat-merged",
         "llama2",
         chat_template=LLAMA2.replace("bos_token +", "bos_token + bos_token +"),
     )
