@@ -18,6 +18,8 @@ from jlora.files.text import counted
 EXPLAINS = 0.5
 # How many times the difference that rounding makes in jlora another's rounding to as many bits may make.
 ALIKE = 3.0
+# Nats a token beyond which what is served is another model, however it came about.
+MOST_ROUNDED = 1.0
 # A prompt of which a server counts fewer tokens than this share is cut.
 WHOLE = 0.9
 # Lengths that a context may have which a server does not tell.
@@ -181,7 +183,7 @@ class Judge:
             lengths = [count] if count is not None else [n for n in CONTEXTS if n < length]
             short = count is not None and not one.chat and count < WHOLE * length
             plain = min(_mean(one, self._scores(one, adapted, "")) for adapted in (True, False))
-            if plain <= self._bound or not one.said:
+            if not short and (plain <= self._bound or not one.said):
                 continue
             for kept in lengths:
                 if kept >= length - 1:
@@ -264,7 +266,7 @@ class Judge:
         sizes = {}
         for bits, kind in ((8, "int8"), (4, "int4")):
             sizes[bits] = self._rounding(main, found.adapted, change, self._rounded(kind))
-            if rest <= ALIKE * sizes[bits]:
+            if rest <= min(ALIKE * sizes[bits], MOST_ROUNDED):
                 found.faults.append(
                     Fault(
                         "rounded",
@@ -275,6 +277,7 @@ class Judge:
                 return
         if found.faults and found.faults[-1].name == "template":
             return
+        found.faults = [fault for fault in found.faults if fault.name != "adapter"]  # the base is not near, either
         found.faults.append(
             Fault(
                 "other_base",
