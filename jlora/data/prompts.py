@@ -199,8 +199,27 @@ def _common(first: Any, second: Any) -> int:
     return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))
 
 
+class Asked(NamedTuple):
+    """What generation starts from.
+
+    Attributes:
+      ids: those of `text`, after the BOS that the tokenizer adds to plain text.
+      messages, tools: the conversation that the chat template wrote; None where none did.
+    """
+
+    text: str
+    ids: list[int]
+    messages: list[Message] | None = None
+    tools: list[Any] | None = None
+
+
 def encode_prompt(tokenizer: Tokenizer, row: dict[str, Any], *, format: str, prompt: str) -> list[int]:
-    """The ids generation starts from: the untrained prefix of `encode_row`; the row needs no response.
+    """The ids of `ask`."""
+    return ask(tokenizer, row, format=format, prompt=prompt).ids
+
+
+def ask(tokenizer: Tokenizer, row: dict[str, Any], *, format: str, prompt: str) -> Asked:
+    """What generation starts from: the untrained prefix of `encode_row`; the row needs no response.
 
     As long as that prefix and equal to it, but for last tokens that in `encode_row` took up the start of the
     response. A conversation that ends with a user's turn is all prompt, and so is a `text` row.
@@ -212,9 +231,12 @@ def encode_prompt(tokenizer: Tokenizer, row: dict[str, Any], *, format: str, pro
     elif format == "preference":
         row, format = {"messages": field_of(row, "prompt", list), "tools": row.get("tools")}, "messages"
     if not _is_chat(row, format, prompt):
-        return _encode(tokenizer, (_response if format == "text" else _head)(row, format), chat=False)
+        text = (_response if format == "text" else _head)(row, format)
+        return Asked(text, _encode(tokenizer, text, chat=False))
     chat = _conversation(row, format, answered=False)
-    return _encode(tokenizer, chats.render(tokenizer, _asked(chat), chat.tools, add_generation_prompt=True), chat=True)
+    messages = _asked(chat)
+    text = chats.render(tokenizer, messages, chat.tools, add_generation_prompt=True)
+    return Asked(text, _encode(tokenizer, text, chat=True), messages, chat.tools)
 
 
 def reference_answer(row: dict[str, Any], *, format: str) -> str:

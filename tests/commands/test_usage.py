@@ -44,6 +44,10 @@ FLAGS = {
         *("--adapter", "--adapters", "--base", "--combination", "--rank", "--step", "--out", "--merge", "--dtype"),
         *("--cost", "--verify", "--gguf", "--gguf-adapter", "--quantize", "--min-gain", "-q", "--json"),
     ],
+    "verify": [
+        *("--endpoint", "--model", "--run", "--base", "--rows", "--max-new-tokens", "--bound", "--timeout", "--html"),
+        *("-q", "--json"),
+    ],
     "report": ["--out", "--watch", "--port", "-q"],
     "runs": ["--json", "--html"],
     "init": ["--data", "--base", "--eval", "--columns", "--out", "-q"],
