@@ -316,7 +316,7 @@ class Judge:
             past = bool(says_it or stops[:-1].any() or (stops[-1] and scores.top[-1] > LIKELY and one.goes_on))
             due, missed = due + (past or bool(stops[-1])), missed + past
             over = not one.cut and not one.goes_on and not {*one.said} & {*self._stops}
-            early += over and scores.logs[-1] < UNLIKELY and int(scores.best[-1]) not in self._stops
+            early += bool(over and scores.logs[-1] < UNLIKELY and int(scores.best[-1]) not in self._stops)
         if missed > due / 2:
             found.faults.append(
                 Fault(

@@ -243,6 +243,7 @@ def test_contract_of_defaults(file):
     assert cfg["model"] | {"path": None} == {
         **{"path": None, "tokenizer": None, "dtype": "bfloat16", "quantization": None},
         **{"attention": "auto", "remat": "full", "resize_embeddings": False},
+        **{"compute": None, "compute_max_loss_gap": 0.1, "compute_fallback": False, "scan_layers": True},
     }
     assert cfg["lora"] == {
         **{"rank": 16, "alpha": 32.0, "dropout": 0.0, "init_from": None, "use_rslora": False},

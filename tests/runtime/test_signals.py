@@ -16,7 +16,7 @@ import pytest
 import yaml
 from tiny import make_completions, make_llama, make_tokenizer, write_config
 
-import jlora.training.opening
+import jlora.training.base
 import jlora.training.run
 import jlora.training.sweep
 from jlora.config import load_config
@@ -107,7 +107,7 @@ def test_run_that_reads_rows_ends_at_once(folder, tmp_path, number):
 
 @pytest.mark.long
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
-@pytest.mark.parametrize("owner, name", [(jlora.training.opening, "load_pretrained"), (Evaluator, "measure")])
+@pytest.mark.parametrize("owner, name", [(jlora.training.base, "load_pretrained"), (Evaluator, "measure")])
 def test_nothing_is_begun_before_the_first_step(folder, tmp_path, monkeypatch, number, owner, name):
     """Weights, the held-out loss of step 0; and nothing is compiled for a step that is not wanted any more."""
     whole = getattr(owner, name)

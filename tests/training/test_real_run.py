@@ -14,7 +14,7 @@ from steps import STORIES, digest, open_run, restore_raw, review_config, take_st
 from transformers import LlamaForCausalLM
 
 import jlora.train
-import jlora.training.opening
+import jlora.training.base
 from jlora.data import packing
 from jlora.errors import ModelError
 from jlora.hf.peft import load_adapter
@@ -46,7 +46,7 @@ def reviews_run(tmp_path_factory):
         return pretrained
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jlora.training.opening, "load_pretrained", load)
+        patch.setattr(jlora.training.base, "load_pretrained", load)
         with warnings.catch_warnings(record=True) as warned:
             warnings.simplefilter("always")
             summary = train(cfg, quiet=True)

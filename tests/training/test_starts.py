@@ -137,7 +137,7 @@ def test_a_change_is_refused_before_the_base_is_opened(project, monkeypatch):
     """And of rows before its weights are read."""
     folder, *_ = project
     monkeypatch.chdir(folder)
-    monkeypatch.setattr("jlora.training.opening.load_pretrained", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr("jlora.training.base.load_pretrained", lambda *_: pytest.fail("weights were read"))
     allowed = "resume.allow_changes=[config.optimizer.learning_rate]"
     rows = folder / "rows.jsonl"
     text = rows.read_text(encoding="utf-8")
