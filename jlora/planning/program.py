@@ -108,8 +108,8 @@ class Operation(NamedTuple):
     """What an instruction does each time, and how often it runs.
 
     Attributes:
-      kind: "product", "attention", "attention_backward", "collective", "host" (a copy to or from the host's memory), or
-        "other".
+      kind: "product", "coded_product" (of 8-bit numbers), "attention", "attention_backward", "collective", "host" (a
+        copy to or from the host's memory), or "other".
       moved: bytes through the device's memory, read and written, or to or from the host's. sent: to other devices.
       cycles: the compiler's own estimate, of TPUs.
       starts: it goes on beside what follows, until an operation that `waits` for its name.
@@ -224,7 +224,8 @@ class Program:
         kind, flops = "other", 0.0
         for body, each in ((within, instruction), *self._inner(instruction)):
             if each.opcode == "dot" or "cublas" in each.target:
-                kind, flops = "product", flops + _product_flops(body, each)
+                coded = body[each.operands[0]].result[0].bits == 8
+                kind, flops = "coded_product" if coded else "product", flops + _product_flops(body, each)
             elif "fmha" in each.target:
                 kind = "attention_backward" if "Backward" in each.target else "attention"
                 flops += _cudnn_flops(body, each)

@@ -22,6 +22,8 @@ PRODUCTS = 0.775
 # at 518 forward (causal) and 499 backward (all keys seen) for 4096 tokens and a head dim of 128 (FlashAttention-3,
 # arXiv:2407.08608, figures 5 and 6), both without the bias that a packing mask is.
 FORWARD, BACKWARD = 400 / 794.5, 320 / 794.5
+# Assumed: 8-bit products beside those of bfloat16. Data sheets say 2; none of ours was measured.
+CODED = 1.7
 # Held: of published bandwidths, and seconds between two kernels of a stream.
 MEMORY, LINKS, LAUNCH = 0.85, 0.8, 1.5e-6
 # Held: of the peak, where nobody measured large products.
@@ -35,12 +37,13 @@ class Rates:
     """What a device reaches in a step.
 
     Attributes:
-      products, attention, attention_backward: FLOPs a second.
+      products, coded_product, attention, attention_backward: FLOPs a second.
       memory, links, host: bytes a second through its memory, to other devices, to the host's memory.
       clock: cycles a second, of TPUs. launch: seconds that an operation takes beside its work.
     """
 
     products: float
+    coded_product: float
     attention: float
     attention_backward: float
     memory: float
@@ -57,6 +60,7 @@ def rates_of(target: Target) -> Rates | None:
     large = target.product_flops or UNMEASURED * target.peak_flops
     return Rates(
         PRODUCTS * large,
+        CODED * PRODUCTS * large,
         FORWARD * large,
         BACKWARD * large,
         MEMORY * target.bandwidth,

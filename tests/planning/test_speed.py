@@ -101,13 +101,29 @@ backend_config={"window_config":{"estimated_cycles":"3528"}}
   ROOT %sum = bf16[8,8]{1,0} all-reduce(%fusion), channel_id=1, replica_groups={{0,1}}, to_apply=%add
 }
 """
-RATES = Rates(1e6, 1e6, 1e6, 1e5, 1e4, None, None, 0.0)
+KINDS = ("coded_product", "product")
+RATES = Rates(1e6, 2e6, 1e6, 1e6, 1e5, 1e4, None, None, 0.0)
 TARGET = Target("gpu:a:2", "gpu", [None] * 2, 80, 1e12, 1e11, 1e10, product_flops=1e12)
 
 
 @pytest.fixture(scope="module")
 def operations() -> dict[str, Operation]:
     return {operation.name: operation for operation in Program(HLO).operations()}
+
+
+def test_products_of_codes_are_told_apart():
+    """By what is multiplied, not by what comes out."""
+    for type_, kind in (("f8e4m3fn", "coded_product"), ("s8", "coded_product"), ("bf16", "product")):
+        text = f"""ENTRY %main (a: {type_}[4,8], b: {type_}[8,2]) -> bf16[4,2] {{
+  %a = {type_}[4,8]{{1,0}} parameter(0)
+  %b = {type_}[8,2]{{1,0}} parameter(1)
+  ROOT %dot.1 = bf16[4,2]{{1,0}} dot(%a, %b), lhs_contracting_dims={{1}}, rhs_contracting_dims={{0}}
+}}
+"""
+        (operation,) = Program(text).operations()
+        assert operation.kind == kind and operation.flops == 2 * 4 * 8 * 2
+    fast, slow = (sum(speed.seconds([Operation("a", kind, 1, flops=1e6)], RATES).values()) for kind in KINDS)
+    assert slow == 2 * fast
 
 
 def test_products_and_attention_by_hand(operations):
