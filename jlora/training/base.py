@@ -25,6 +25,11 @@ def load(opened: Opened, cfg: Config, mesh: jax.sharding.Mesh) -> Pretrained:
     return load_pretrained(opened, param_dtype(cfg), mesh, cfg.model.quantization, sizes, coded)
 
 
+def has_stacks(pretrained: Pretrained, cfg: Config) -> bool:
+    """Whether the layers lie as a config has them; else its run would round otherwise than it does alone."""
+    return tuple(stack.size for stack in pretrained.base.stacks) == stack_sizes(cfg, pretrained.base.cfg)
+
+
 def warn_of_cpu(cfg: Config, mesh: jax.sharding.Mesh) -> None:
     """Say what a CPU pays for and gains nothing by: it computes in float32, and has memory."""
     slow = [] if cfg.model.dtype == "float32" else [("model.dtype", "float32")]

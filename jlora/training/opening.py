@@ -99,9 +99,11 @@ class Shared:
         return self.rows[key]
 
     def load(self, cfg: Config, mesh: jax.sharding.Mesh) -> Pretrained:
-        """The base on the devices; one that is trained itself is each run's own."""
+        """The base on the devices; one that is trained itself is each run's own, and so are other stacks of layers."""
         if self.pretrained is not None:
-            return self.pretrained
+            if base.has_stacks(self.pretrained, cfg):
+                return self.pretrained
+            self.pretrained = None  # one base at a time
         loaded = base.load(self.open(cfg), cfg, mesh)
         if cfg.method == "lora":
             self.pretrained = loaded
@@ -114,7 +116,8 @@ class Shared:
         if cfg.model.compute is not None and self.pretrained is None:
             checked, self.pretrained = base.load_checked(self.open(cfg), cfg, mesh, loss_of, quiet)
             self.in_dtype = checked.model.compute is None
-        return base.in_dtype(cfg) if self.in_dtype else cfg, self.load(cfg, mesh)
+        cfg = base.in_dtype(cfg) if self.in_dtype else cfg
+        return cfg, self.load(cfg, mesh)
 
     def compile(self, cfg: Config, remat: str, lower: Callable[[str], Any]) -> Any:
         """The executable of a step, compiled once for all runs that lower to the same program.
