@@ -88,13 +88,11 @@ class Seen:
     missing: list[str] = field(default_factory=list)
 
 
-def ask_server(
-    endpoint: Endpoint, rows: Sequence[ServedRow], tokenizer: Tokenizer, most: int, tell: Callable[[int], None]
-) -> Seen:
+def ask_server(endpoint: Endpoint, rows: Sequence[ServedRow], tokenizer: Tokenizer, most: int) -> Seen:
     """Ask for each row: greedily after its prompt, as a chat where it is one, and behind its own answer.
 
     Args:
-      most: tokens of an answer. tell: called with the number of each row.
+      most: tokens of an answer.
 
     Raises:
       ModelError: the server does not answer, or takes no row.
@@ -116,7 +114,6 @@ def ask_server(
         return None
 
     for number, row in enumerate(rows):
-        tell(number)
         asked, messages = row.asked, row.asked.messages
         chat = messages is not None
         text = sent(asked.text, tokenizer)

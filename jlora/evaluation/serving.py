@@ -50,7 +50,7 @@ def verify(args: argparse.Namespace) -> dict[str, Any]:
         if not held_out and not args.quiet:
             print("warning: the run held no rows out, so the server is asked for rows of its training", file=sys.stderr)
         began = time.monotonic()
-        seen = ask_server(endpoint, rows, tokenizer, args.max_new_tokens, lambda _: None)
+        seen = ask_server(endpoint, rows, tokenizer, args.max_new_tokens)
         seconds = time.monotonic() - began
         end = tokenizer.eos_id
         trained, bare = (Scorer(model.pretrained.base, part, model.dtype, end) for part in (model.adapter, {}))

@@ -26,17 +26,16 @@ topology.prepare()
 import jax
 from jlora.config import load_config
 from jlora.hf.planned import model_shape
-from jlora.planning.compiled import abstract_step, checked_mesh
-from jlora.runtime.private_jax import gpu_is_cuda
-from jlora.training.auto_remat import fresh, peak_bytes
+from jlora.planning.compiled import abstract_step, checked_mesh, compile_for
+from jlora.training.auto_remat import peak_bytes
 from jlora.training.step import make_forward
 config, spec, text, *overrides = sys.argv[1:]
 cfg = load_config(config, overrides)
 model, target = model_shape(cfg.model.path), topology.resolve(spec)
 mesh = checked_mesh(cfg, target.devices, model)
-with jax.set_mesh(mesh), gpu_is_cuda(), fresh():
+with jax.set_mesh(mesh):
     step, arguments, _ = abstract_step(cfg, model, mesh, make_forward(cfg, model, mesh)[1])
-    compiled = jax.jit(step, donate_argnums=0).lower(*arguments).compile()
+    compiled = compile_for(target, step, arguments)
 Path(text).write_text(compiled.as_text())
 print(peak_bytes(compiled, "gpu"))
 """
