@@ -12,7 +12,7 @@ from jlora.errors import ConfigError
 
 # Command -> the module that holds it.
 COMMANDS = {name: f"jlora.{name}" for name in ("init", "train", "plan", "generate", "evaluate", "effort")}
-COMMANDS |= {name: f"jlora.{name}" for name in ("export", "verify", "report", "runs")}
+COMMANDS |= {name: f"jlora.{name}" for name in ("export", "verify", "reproduce", "report", "runs")}
 COMMANDS |= {name: f"jlora.{name}.__main__" for name in ("quickstart", "data", "config")}
 PURPOSES = {
     "quickstart": "write a folder with rows, a config and a small base, for a first run",
@@ -24,6 +24,7 @@ PURPOSES = {
     "evaluate": "measure loss and answers on rows, also of several adapters",
     "export": "write an adapter for PEFT, or a whole checkpoint",
     "verify": "see whether a running server serves what was trained",
+    "reproduce": "train an adapter anew, and compare it to the byte",
     "report": "draw the page of a run, or compare runs",
     "runs": "list runs with their figures",
     "effort": "find out whether fine-tuning pays, and how many rows it takes",

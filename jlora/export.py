@@ -5,11 +5,14 @@ compared with the run's own.
 """
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
 from jlora import cli
 from jlora.errors import ConfigError, require_installed
+from jlora.files import hub
+from jlora.files.atomic import write_text
 
 
 def step(text: str) -> int | str:
@@ -43,7 +46,11 @@ def main() -> None:
     parser.add_argument("--out", type="path", help="new folder to write")
     parser.add_argument("--gguf", type="path", metavar="FILE", help="write base and adapter as one GGUF file instead")
     parser.add_argument("--gguf-adapter", type="path", metavar="FILE", help="write the adapter alone, for llama.cpp")
-    parser.add_argument("--quantize", metavar="KIND", help="of --gguf: F16 (default), BF16, F32, Q8_0, Q5_1 to Q4_0")
+    parser.add_argument(
+        "--quantize",
+        metavar="KIND",
+        help="of --gguf: F16 (default), BF16, F32, Q8_0, Q5_1 to Q4_0; with llama-quantize on the path Q6_K to Q2_K",
+    )
     parser.add_argument(
         "--min-gain",
         type=float,
@@ -59,10 +66,19 @@ def main() -> None:
         "--cost", action="store_true", help="also measure the loss before and after --merge, on the run's held-out rows"
     )
     parser.add_argument("--verify", action="store_true", help="also load the adapter in PEFT and compare logits")
+    parser.add_argument("--card", action="store_true", help="write a model card: README.md, or FILE.md beside --gguf")
+    parser.add_argument(
+        "--samples", type=int, default=0, metavar="N", help="rows that the card shows with their answers; default 0"
+    )
+    parser.add_argument(
+        "--push", metavar="OWNER/NAME", help="upload what is written, with its card, to a model repository of the hub"
+    )
+    parser.add_argument("--private", action="store_true", help="a repository that --push makes is seen by nobody else")
     cli.add_output_arguments(parser, json="one JSON object")
     args = parser.parse_args()
 
     def body() -> None:
+        check_publishing(args)
         if args.gguf or args.gguf_adapter:
             return gguf(args)
         if args.quantize or args.min_gain is not None:
@@ -89,6 +105,7 @@ def main() -> None:
         run, out = Path(args.run), Path(args.out)
         use_host(run, args.merge, args.cost)
         result = export(run, out, args.step, args.merge, args.dtype, args.verify, args.cost, args.base)
+        publish(args, result)
         cli.show(args, result, lambda: print_result(result))
 
     cli.run(body)
@@ -114,13 +131,67 @@ def gguf(args: argparse.Namespace) -> None:
     use_host(Path(args.run), merge=least == 0, cost=least > 0)
     kind = (args.quantize or "F16").upper()
     result = export_gguf(Path(args.run), Path(args.gguf), args.step, kind, args.base, least)
+    publish(args, result)
+    if not args.quiet:
+        for warning in result["warnings"]:
+            print(f"warning: {warning}", file=sys.stderr)
     cli.show(args, result, lambda: print_gguf(result))
+
+
+def check_publishing(args: argparse.Namespace) -> None:
+    """What `publish` will need, before anything is written."""
+    if args.adapters and (args.card or args.push):
+        raise ConfigError("--card and --push are of one run; leave them out with --adapters")
+    if args.gguf_adapter and (args.card or args.push):
+        raise ConfigError("--card and --push are of --out and --gguf; leave them out with --gguf-adapter")
+    if args.samples and not (args.card or args.push):
+        raise ConfigError("--samples are those of the card; add --card")
+    if args.samples < 0:
+        raise ConfigError("--samples must be 0 or more")
+    if args.private and not args.push:
+        raise ConfigError("--private is of --push OWNER/NAME")
+    if args.push:
+        hub.require_repository(args.push)
+    card = Path(args.gguf).with_suffix(".md") if args.gguf else None
+    if card is not None and (args.card or args.push) and card.exists():
+        raise ConfigError(f"--card: {card} is there already; remove it, or name another --gguf")
+
+
+def publish(args: argparse.Namespace, result: dict[str, Any]) -> None:
+    """Write the card of an export, and upload both; adds to `result` where they are."""
+    if not (args.card or args.push):
+        return
+    from jlora.reports.card import Exported, card
+    from jlora.training.summary import versions
+
+    out = Path(result["out"])
+    if result["kind"] == "gguf":
+        path, files = out.with_suffix(".md"), {each.name: each for each in (out, Path(result["modelfile"]))}
+    else:
+        path, files = out / "README.md", {each.name: each for each in sorted(out.iterdir())}
+    what = {name: result[name] for name in ("kind", "step", "base", "license")}
+    told = Exported(**what, files=list(files), repository=args.push, versions=versions())
+    write_text(path, card(Path(args.run), told, args.samples))
+    result["card"] = str(path)
+    if args.push:
+        message = f"Add step {result['step']} of a jlora run"
+        result["pushed"] = hub.push(args.push, files | {"README.md": path}, args.private, message, str(out))
+
+
+def print_published(result: dict[str, Any]) -> None:
+    """Where card and repository are, for people."""
+    if "card" in result:
+        print(f"  card: {result['card']}")
+    if "pushed" in result:
+        print(f"  uploaded: {result['pushed']}")
 
 
 def print_gguf(result: dict[str, Any]) -> None:
     """The figures of a GGUF file, for people."""
     size = f"{result['bytes'] / 2**20:,.0f} MiB"
     print(f"{result['out']}: step {result['step']} in {result['quantize']}, {size}, read back and compared")
+    print_published(result)
+    print(f"  for Ollama: ollama create {Path(result['out']).stem} -f {result['modelfile']}")
     if "gain_kept" not in result:
         return
     before, after, kept = (result[f"cross_entropy_{name}"] for name in ("base", "trained", "file"))
@@ -146,8 +217,9 @@ def print_result(result: dict[str, Any]) -> None:
         if before is not None:
             cost = f"{after - before:+.1e} (from {before:.4f} to {after:.4f})"
         print(f"  its cost in cross-entropy: {cost}")
-    if "base" in result:
+    if result["kind"] == "adapter":
         print(f"  its base, to load it on: {result['base']}")
+    print_published(result)
     if "peft_relative_difference" in result:
         print(f"  in PEFT they differ by {result['peft_relative_difference']:.1e}")
         if result["base_read_by"] == "jlora":

@@ -9,7 +9,7 @@ from jlora.config.lora import (
     PROJECTIONS,
     LoraSection,
 )
-from jlora.config.reading import config_of, describe, load_config, variants
+from jlora.config.reading import config_of, describe, load_config, overridden, variants
 from jlora.config.section import nearest
 from jlora.config.sections import (
     FORMER_REMAT,

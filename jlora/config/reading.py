@@ -38,8 +38,17 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     tree = read_yaml_of(path)
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: must hold keys such as model and data, not {type(tree).__name__}")
+    return overridden(tree, str(path), overrides)
+
+
+def overridden(tree: dict[str, Any], where: str, overrides: list[str] | tuple[str, ...]) -> Config:
+    """A tree of keys, which is changed, with `dotted.key=value` overrides (values are YAML), as a config.
+
+    Raises:
+      ConfigError: as `load_config`.
+    """
     given = [_apply_override(tree, override) for override in overrides]
-    return validated(tree, str(path), given)
+    return validated(tree, where, given)
 
 
 def config_of(config: str | Path | dict[str, Any], overrides: dict[str, Any]) -> Config:

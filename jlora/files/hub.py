@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from jlora.errors import UserError
+from jlora.errors import ConfigError, UserError
 from jlora.files.paths import beside
 
 # Names that were said to be asked for.
@@ -76,3 +76,59 @@ def require_data_set(name: str, what: str, error: type[UserError]) -> None:
 
         if not huggingface_hub.constants.HF_HUB_OFFLINE:
             huggingface_hub.HfApi().dataset_info(name, timeout=TIMEOUT)
+
+
+def require_repository(name: str) -> None:
+    """A name that can be pushed to, and a token that the hub knows; asked before an export is made.
+
+    Raises:
+      ConfigError: neither, or the hub does not answer.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        name = ""
+    if "/" not in name:
+        raise ConfigError("--push: needs the name of a repository, OWNER/NAME")
+    with _pushing(name, "nothing was written; log in with `hf auth login`, or set HF_TOKEN to a token that may write"):
+        HfApi().whoami()
+
+
+def push(name: str, files: dict[str, Path], private: bool, message: str, kept: str) -> str:
+    """Add files to a model repository, which is made where there is none, in one commit; returns its address.
+
+    Args:
+      files: name in the repository -> what is uploaded. private: nobody else sees it; else as it is, or public if new.
+      kept: where what was exported lies, whatever the hub says.
+
+    Raises:
+      ConfigError: the hub refuses; or `private`, and the repository that is there is not.
+    """
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    api = HfApi()
+    with _pushing(name, f"{kept} is whole; mend that, and upload it by `hf upload {name} {kept}`"):
+        address = api.create_repo(name, repo_type="model", private=private or None, exist_ok=True)
+        if private and not api.repo_info(name, repo_type="model", timeout=TIMEOUT).private:
+            raise ConfigError(
+                f"--push {name}: is there already and is public, and --private asks for one that is not; nothing was "
+                f"uploaded, and {kept} is whole; name another, or make that one private first"
+            )
+        added = [CommitOperationAdd(path_in_repo=inside, path_or_fileobj=str(path)) for inside, path in files.items()]
+        api.create_commit(name, added, commit_message=message, repo_type="model")
+    return str(address)
+
+
+@contextmanager
+def _pushing(name: str, hint: str) -> Iterator[None]:
+    try:
+        yield
+    except ConfigError:
+        raise
+    except Exception as refused:  # the hub client and the network library below it share no base class
+        reason = " ".join(str(refused).split())[:300] or type(refused).__name__
+        raise ConfigError(f"--push {name}: the hub did not take it ({reason}); {hint}") from None

@@ -8,6 +8,7 @@ no words for is refused.
 import dataclasses
 import math
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from gguf import GGML_QUANT_SIZES, GGML_QUANT_VERSION, GGMLQuantizationType, GGU
 from gguf.quants import dequantize, quantize
 from gguf.tensor_mapping import get_tensor_name_map
 
-from jlora.errors import ModelError
+from jlora.errors import ConfigError, ModelError
 from jlora.hf.families import FAMILIES
 from jlora.hf.gguf import GGUFFile
 from jlora.hf.gguf_config import ARCHITECTURES, Architecture
@@ -78,20 +79,21 @@ def architecture_for(cfg: ModelConfig, config: dict[str, Any], where: str) -> tu
 
 
 def write_gguf(
-    file: Path, cfg: ModelConfig, config: dict[str, Any], weights: Weights, vocabulary: dict[str, Any], kind: str
+    file: Path, cfg: ModelConfig, config: dict[str, Any], weights: Weights, keys: dict[str, Any], kind: str
 ) -> None:
     """Write a model; one tensor is in memory at a time.
 
     Args:
-      config: the model's config.json. vocabulary: the `tokenizer.` keys of the file; see `jlora.hf.gguf_vocabulary`.
+      config: the model's config.json. keys: of the file beside the architecture's; see `jlora.hf.gguf_vocabulary`.
       kind: of `KINDS`, that of the projections.
 
     Raises:
       ModelError: GGUF, as we read it, does not say this model; or a weight is not finite in `kind`.
+      ConfigError: no room on the disk.
     """
     name, architecture = architecture_for(cfg, config, str(file))
     extra = divisors(cfg)
-    values = metadata(cfg, config, name) | {"general.file_type": int(_file_type(kind))} | vocabulary
+    values = metadata(cfg, config, name) | {"general.file_type": int(_file_type(kind))} | keys
     own = replace(cfg, names=FAMILIES[architecture.model_type].names)
     table, found = name_table(own), dict(zip(name_table(own), name_table(cfg), strict=True))
     names = get_tensor_name_map(architecture.arch, cfg.num_hidden_layers)
@@ -229,8 +231,14 @@ def _require_said(file: Path, cfg: ModelConfig, size: int) -> None:
     """What a file says is the model that it is made of; seen before its `size` bytes of weights are written.
 
     Raises:
-      ModelError: naming the field that GGUF, or llama.cpp, has no words for.
+      ModelError: naming the field that GGUF, or llama.cpp, has no words for. ConfigError: no room for the weights.
     """
+    free = shutil.disk_usage(file.parent).free
+    if size > free:
+        raise ConfigError(
+            f"{file}: takes {size / 2**30:,.1f} GiB, and {free / 2**30:,.1f} GiB are free; make room, or name a file "
+            "on another disk"
+        )
     os.truncate(file, file.stat().st_size + size)  # as a hole
     try:
         found = GGUFFile(file).model

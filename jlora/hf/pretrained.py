@@ -66,13 +66,18 @@ class Pretrained:
 
     @property
     def lasting_name(self) -> str:
-        """The name that an adapter gives its base: the hub's, or where it lies, which another folder finds, too."""
-        return str(Path(self.name).absolute()) if Path(self.name).exists() else self.name
+        """The name that an adapter gives its base; see `lasting_name`."""
+        return lasting_name(self.name)
 
     @cached_property
     def stops(self) -> list[int]:
         """Ids that end a text; see `stop_tokens`."""
         return stop_tokens(self.tokenizer, with_stops(self.source.config, self.path))
+
+
+def lasting_name(name: str) -> str:
+    """A base's name on the hub, or where it lies, which another folder finds, too."""
+    return str(Path(name).absolute()) if Path(name).exists() else name
 
 
 def with_ids(cfg: Config, opened: Opened | Pretrained) -> Config:

@@ -56,7 +56,7 @@ BUFFERS = (
     *("attn.masked_bias", "self_attn.bias", ".attn.bias"),
 )
 # Of a base on the hub, all but its weights.
-SMALL_FILES = ["*.json", "tokenizer.model", "*.jinja"]
+SMALL_FILES = ["*.json", "tokenizer.model", "*.jinja", "README.md"]
 
 # How much of each tensor `base_fingerprint` looks at.
 NUM_SAMPLES, SAMPLE_BYTES = 8, 4096

@@ -34,6 +34,9 @@ from jlora.runtime.distributed import from_first, is_main, wait_for_all
 
 PROBE_LENGTH = 32
 
+# What `jlora.training.provenance` puts beside an adapter.
+PROVENANCE = "provenance.json"
+
 
 def probe_tokens(vocab_size: int, adapter: Adapter) -> np.ndarray:
     """Fixed token ids spread over the vocabulary, half of them at most those whose rows are trained; [1 T] int32."""
@@ -158,7 +161,7 @@ def export_adapter(
     """
     # All read it under its first name, until the last has.
     partial = folder.with_name(from_first(f"partial {folder}", lambda: beside(folder).name))
-    ours = WEIGHTS, CONFIG, *(file.name for file in pretrained.tokenizer.files)
+    ours = WEIGHTS, CONFIG, PROVENANCE, *(file.name for file in pretrained.tokenizer.files)
     with new_folder(folder, partial=partial, ours=ours) if is_main() else nullcontext():
         difference = write_adapter(partial, adapter, section, pretrained, dtype, mesh)
         wait_for_all("proven")

@@ -4,7 +4,7 @@ Weights are read, merged, quantised and written a tensor at a time, on the host.
 device, one model after the other.
 """
 
-import sys
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,15 +14,17 @@ import jax
 import jax.numpy as jnp
 
 from jlora.config import Config
+from jlora.data.tokens import Tokenizer
 from jlora.errors import ConfigError, ModelError
-from jlora.files.atomic import new_file
-from jlora.hf import verify
+from jlora.files.atomic import new_file, write_text
+from jlora.hf import llama_quantize, verify
 from jlora.hf.gguf import GGUFFile
 from jlora.hf.gguf_adapter import write_gguf_adapter
 from jlora.hf.gguf_vocabulary import vocabulary_of
 from jlora.hf.gguf_writer import KINDS, Rounded, write_gguf
 from jlora.hf.grown import Grown
 from jlora.hf.load import hash_base, load_base
+from jlora.hf.ollama import COMPLETION, LEAST_CONTEXT, STANFORD, modelfile, pieces_of
 from jlora.hf.pretrained import Opened, load_pretrained, stop_tokens, with_ids, with_stops
 from jlora.hf.source import check_names
 from jlora.hf.weights import Merged, Stored, untied
@@ -32,6 +34,7 @@ from jlora.model.sharding import named_sharding, one_device_mesh
 from jlora.training.evaluator import Evaluator
 from jlora.training.export import (
     Step,
+    base_facts,
     cost_evaluator,
     find_step,
     host_mesh,
@@ -43,22 +46,18 @@ from jlora.training.export import (
 
 # Of the sizes of logits, between the model whose weights are rounded here and what is read from the file.
 TOLERANCE = 1e-5
-# What llama-quantize makes of another file.
-QUANTIZER = "llama-quantize {file} OUT.gguf {kind}"
 
 
 def require_kind(kind: str, file: Path) -> None:
-    """A kind that can be written.
+    """A kind that can be written here.
 
     Raises:
-      ConfigError: with the command that makes it of one that can.
+      ConfigError: naming those that can.
     """
+    if kind in llama_quantize.KINDS:
+        return llama_quantize.require_program(kind, file)
     if kind not in KINDS:
-        command = QUANTIZER.format(file=file, kind=kind)
-        raise ConfigError(
-            f"--quantize {kind}: is none of {', '.join(KINDS)}; if llama.cpp knows it, write F16, and let its own "
-            f"program make it: {command}"
-        )
+        raise ConfigError(f"--quantize {kind}: is none of {', '.join(KINDS + llama_quantize.KINDS)}")
 
 
 def export_gguf(
@@ -67,7 +66,8 @@ def export_gguf(
     """Write a run's model, base and adapter as one; returns the figures of its proof, and the losses.
 
     Args:
-      kind: of `KINDS`. base: where the base lies now, if not where the run had it.
+      kind: of `KINDS`, or of those of `jlora.hf.llama_quantize`.
+      base: where the base lies now, if not where the run had it.
       least_gain: how much of what training took off the loss the file has to keep; 0 measures no loss.
 
     Raises:
@@ -91,20 +91,29 @@ def export_gguf(
         plain = source.base if isinstance(source, Grown) else source
         header = plain.header if isinstance(plain, GGUFFile) and not opened.tokenizer.files else None
         vocabulary = vocabulary_of(opened.tokenizer, header, shape.vocab_size, stops, str(file))
+        keys = vocabulary | {"general.name": file.stem}
+        template, warnings = ollama_template(cfg, opened.tokenizer, str(file))
         if shape.fused and (window := next(filter(None, shape.windows), None)):
-            print(
-                f"warning: llama.cpp sees all tokens where this model sees {window} before each: longer texts are "
-                "answered otherwise",
-                file=sys.stderr,
-            )
+            seen = f"llama.cpp sees all tokens where this model sees {window} before each"
+            warnings.append(f"{seen}: longer texts are answered otherwise")
         with new_file(file) as partial:
-            write_gguf(partial, shape, config, merged, vocabulary, kind)
-            written = GGUFFile(partial)
+
+            def write(kind: str) -> GGUFFile:
+                if kind in KINDS:
+                    write_gguf(partial, shape, config, merged, keys, kind)
+                else:
+                    with new_file(partial.with_suffix(".f16")) as first:
+                        write_gguf(first, shape, config, merged, keys, "F16")
+                        llama_quantize.quantize_file(first, partial, kind)
+                return GGUFFile(partial)
+
+            written = write(kind)
             check_names(written.model, written.shapes, str(file))
             tokens = verify.probe_tokens(shape.vocab_size, adapter)
-            expected = verify.streamed_logits(shape, Rounded(merged, kind), {}, tokens)
+            ours = kind in KINDS  # how another program rounds is not known here, so what it changes is measured alone
+            expected = verify.streamed_logits(shape, Rounded(merged, kind if ours else "F16"), {}, tokens)
             read = verify.streamed_logits(written.model, Stored(written), {}, tokens)
-            difference = verify.require_equal(file, expected, read, TOLERANCE)
+            difference = verify.require_equal(file, expected, read, TOLERANCE if ours else math.inf)
             result: dict[str, Any] = {"step": found, "out": str(file), "kind": "gguf", "quantize": kind}
             result["logits_relative_difference"] = difference
             result["bytes"] = partial.stat().st_size
@@ -113,11 +122,34 @@ def export_gguf(
                 result |= figures(gain, written)
 
                 def kept(other: str) -> float | None:
-                    write_gguf(partial, shape, config, merged, vocabulary, other)
-                    return figures(gain, GGUFFile(partial))["gain_kept"]
+                    return figures(gain, write(other))["gain_kept"]
 
                 require_gain(result, least_gain, kept)
-    return result
+    names = [opened.tokenizer.backend.name(stop) for stop in stops]
+    context = min(config.get("max_position_embeddings", cfg.data.max_length), max(LEAST_CONTEXT, cfg.data.max_length))
+    write_text(modelfile_of(file), modelfile(file.name, template, names, context))
+    return result | base_facts(opened) | {"modelfile": str(modelfile_of(file)), "warnings": warnings}
+
+
+def modelfile_of(file: Path) -> Path:
+    """Where the Modelfile of a GGUF file lies."""
+    return file.with_suffix(".Modelfile")
+
+
+def ollama_template(cfg: Config, tokenizer: Tokenizer, where: str) -> tuple[str | None, list[str]]:
+    """The prompts of the run in Ollama's words, None where it has none for them; and what is to be said of it."""
+    if cfg.data.format == "alpaca" and cfg.data.prompt == "stanford":
+        return STANFORD, []
+    if cfg.data.format in ("completion", "text") or (cfg.data.format == "preference" and not tokenizer.chat_template):
+        return COMPLETION, []
+    if (pieces := pieces_of(tokenizer)) is None:
+        said = (
+            f"the chat template is not one that Ollama's can say, so {modelfile_of(Path(where))} has none and Ollama "
+            "guesses: compare with jlora verify"
+        )
+        return None, [said]
+    said = "the chat template takes no system prompt, so Ollama leaves one out"
+    return pieces.template(), [] if pieces.system else [said]
 
 
 def export_gguf_adapter(run_dir: Path, file: Path, step: Step, base: str | None) -> dict[str, Any]:
@@ -149,8 +181,11 @@ def require_new_file(file: Path, flag: str = "--gguf") -> None:
     """
     if file.suffix != ".gguf":
         raise ConfigError(f"{flag} {file}: must end in .gguf, by which it is known")
-    if file.exists():
-        raise ConfigError(f"{flag} {file}: is there already; name another, or remove it")
+    for there in (file, *([modelfile_of(file)] if flag == "--gguf" else [])):
+        if there.exists():
+            raise ConfigError(
+                f"{flag} {file}: {'' if there == file else f'{there} '}is there already; name another, or remove it"
+            )
     if not file.parent.is_dir():
         raise ConfigError(f"{flag} {file}: there is no folder {file.parent}; make it first")
 
@@ -221,7 +256,7 @@ def require_gain(result: dict[str, Any], least: float, kept_in: Callable[[str], 
     kept, kind = result["gain_kept"], result["quantize"]
     if kept is None or kept >= least:
         return
-    larger = reversed(KINDS[: KINDS.index(kind)])
+    larger = reversed(KINDS[: KINDS.index(kind if kind in KINDS else "Q8_0") + (kind not in KINDS)])
     better = next((other for other in larger if (kept_in(other) or 0.0) >= least), None)
     instead = (
         f"write --quantize {better}, which keeps it" if better else "lower --min-gain, or serve the adapter itself"

@@ -39,6 +39,7 @@ from jlora.training.folder import (
 from jlora.training.identity import require_one_job
 from jlora.training.metrics import Callbacks, MetricsLog, ProgressLine, StepMeter, figures_of
 from jlora.training.opening import Run, Shared, announce, open_run, resume
+from jlora.training.provenance import provenance, write_provenance
 from jlora.training.samples import Samples
 from jlora.training.step import (
     count_parameters,
@@ -192,6 +193,9 @@ def finish(run: Run, meter: StepMeter, began: float) -> dict[str, Any]:
     if exported:
         where = (cfg.lora, run.pretrained, run.forward.dtype, run.mesh)
         export_adapter(run.folder / "adapter", run.params["adapter"], *where)
+        if distributed.is_main():
+            made = provenance(cfg, run.folder, run.exported or run.step, run.identity)
+            write_provenance(run.folder / "adapter", made)
     summary = {
         "status": "finished" if finished else "preempted",
         "steps": run.step,

@@ -80,10 +80,15 @@ def test_file_that_keeps_too_little_is_not_written(world, here, tmp_path, monkey
     )
     code, out, err = here(*arguments, "--min-gain", "0.75")
     assert code == 0 and "it keeps 75% of what training gained" in out
+    assert (tmp_path / "m.Modelfile").read_text().startswith("FROM ./m.gguf\nTEMPLATE")
     file.unlink()
+    code, out, err = here(*arguments, "--min-gain", "0")  # somebody may have written in it
+    assert code == 2 and "m.Modelfile is there already" in one_sentence(err) and not file.exists()
+    (tmp_path / "m.Modelfile").unlink()
     code, out, err = here(*arguments, "--min-gain", "0")
     assert code == 0 and "in Q4_0" in out and "training gained" not in out
-    assert set(GGUFFile(file).dtypes.values()) == {"Q4_0", "Q8_0", "F32"} and list(tmp_path.iterdir()) == [file]
+    assert set(GGUFFile(file).dtypes.values()) == {"Q4_0", "Q8_0", "F32"}
+    assert sorted(tmp_path.iterdir()) == [tmp_path / "m.Modelfile", file]
 
 
 def test_adapter_alone_in_llama_cpp(world, here, tmp_path):

@@ -42,8 +42,10 @@ FLAGS = {
     ],
     "export": [
         *("--adapter", "--adapters", "--base", "--combination", "--rank", "--step", "--out", "--merge", "--dtype"),
-        *("--cost", "--verify", "--gguf", "--gguf-adapter", "--quantize", "--min-gain", "-q", "--json"),
+        *("--cost", "--verify", "--gguf", "--gguf-adapter", "--quantize", "--min-gain", "--card"),
+        *("--samples", "--push", "--private", "-q", "--json"),
     ],
+    "reproduce": ["--out", "-q", "--json"],
     "verify": [
         *("--endpoint", "--model", "--run", "--base", "--rows", "--max-new-tokens", "--bound", "--timeout", "--html"),
         *("-q", "--json"),

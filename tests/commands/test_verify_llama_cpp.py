@@ -12,7 +12,7 @@ import urllib.request
 from contextlib import contextmanager
 
 import pytest
-from command_line import one_sentence
+from command_line import ROOT, one_sentence
 from served_runs import make_served_runs
 
 from jlora.data.tokens import CHAT_TEMPLATES
@@ -28,6 +28,7 @@ LLAMA2 = CHAT_TEMPLATES["llama2"]
 BINARY = os.environ.get("JLORA_LLAMA_SERVER") or shutil.which("llama-server")
 SERVERS = {
     "llama-server": BINARY,
+    "xllamacpp": importlib.util.find_spec("xllamacpp"),
     "llama-cpp-python": importlib.util.find_spec("llama_cpp") and importlib.util.find_spec("starlette_context"),
 }
 # A row of more than 256 tokens, the shortest context of llama-server, is among them.
@@ -65,6 +66,11 @@ def served(kind, model, *, context=512, lora=None, template=None, endless=False)
         command += ["--lora", lora] if lora else []
         command += ["--chat-template-file", template] if template else []
         command += ["--ignore-eos"] if endless else []
+    elif kind == "xllamacpp":
+        command = [sys.executable, ROOT / "tests" / "llama_server.py", model, port, "--context", context]
+        command += ["--lora", lora] if lora else []
+        command += ["--template", template] if template else []
+        command += ["--endless"] if endless else []
     else:
         command = [sys.executable, "-m", "llama_cpp.server", "--model", model, "--port", port, "--n_ctx", context]
         command += ["--logits_all", "true", "--n_threads", "1", "--model_alias", "mine", "--verbose", "false"]
@@ -175,7 +181,7 @@ def test_bos(verified):
 
 @pytest.mark.parametrize("name", ["plain", "chat"])
 def test_a_stop_token_that_is_none(verified, kind, name):
-    if kind != "llama-server":
+    if kind == "llama-cpp-python":
         pytest.skip("llama-cpp-python's server knows no --ignore-eos")
     assert named(verified(name, f"{name}-F32.gguf", endless=True)) == ["stop"]
 
