@@ -1,14 +1,21 @@
 """The licence that a base names."""
 
 from pathlib import Path
+from typing import Any
 
 from jlora.config.yaml_text import parse_yaml
 from jlora.files.paths import inside
 from jlora.files.theirs import MAX_TEMPLATE, text_of_theirs
 from jlora.hf.gguf import GGUFFile
+from jlora.hf.pretrained import Opened, lasting_name
 
 KEY = "general.license"
 LONGEST = 100
+
+
+def made_of(opened: Opened) -> dict[str, Any]:
+    """What an export was made of, for those who use it: the base's name and its licence."""
+    return {"base": lasting_name(opened.name), "license": license_of(opened.path)}
 
 
 def license_of(path: Path) -> str | None:

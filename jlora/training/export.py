@@ -25,10 +25,10 @@ from jlora.hf import verify
 from jlora.hf.adapters import base_of, embedding_rows, find_adapter, open_adapter, run_config
 from jlora.hf.gguf import GGUFFile
 from jlora.hf.grown import Grown
-from jlora.hf.license import license_of
+from jlora.hf.license import made_of
 from jlora.hf.load import hash_base, load_base
 from jlora.hf.names import name_table
-from jlora.hf.pretrained import Opened, lasting_name, load_pretrained, open_base, open_pretrained, with_ids
+from jlora.hf.pretrained import Opened, load_pretrained, open_base, open_pretrained, with_ids
 from jlora.hf.source import check_names, open_source
 from jlora.hf.weights import Dequantized, Merged, Stored, Trained, Weights, save_checkpoint, stored_bytes, untied
 from jlora.model import attention
@@ -41,7 +41,7 @@ from jlora.model.sharding import make_mesh, named_sharding, one_device_mesh
 from jlora.training import auto_remat
 from jlora.training.checkpoint import Checkpoints
 from jlora.training.evaluator import Evaluator
-from jlora.training.provenance import provenance, write_provenance
+from jlora.training.provenance import provenance_of, write_provenance
 from jlora.training.step import Forward, count_parameters
 
 # The proof is in float32, where rounding cannot hide a mistake.
@@ -129,20 +129,6 @@ def find_step(cfg: Config, run_dir: Path, step: Step) -> int:
     return step
 
 
-def saved_identity(cfg: Config, run_dir: Path, step: int) -> dict[str, Any]:
-    """What the checkpoint of a step says of its run."""
-    checkpoints = Checkpoints(run_dir / "checkpoints", cfg.training.keep_checkpoints, read_only=True)
-    try:
-        return checkpoints.identity(step)
-    finally:
-        checkpoints.close()
-
-
-def base_facts(opened: Opened) -> dict[str, Any]:
-    """What an export was made of, for those who use it."""
-    return {"base": lasting_name(opened.name), "license": license_of(opened.path)}
-
-
 def export(
     run_dir: Path,
     out: Path,
@@ -177,9 +163,7 @@ def export(
     with new_folder(out) as folder:
         if full:
             chosen = dtype or cfg.model.dtype
-            return (
-                write_full(cfg, opened, run_dir, found, folder, chosen, cost) | {"out": str(out)} | base_facts(opened)
-            )
+            return write_full(cfg, opened, run_dir, found, folder, chosen, cost) | {"out": str(out)} | made_of(opened)
         mesh = one_device_mesh()
         with jax.set_mesh(mesh):
             # PEFT has the base as it is stored.
@@ -188,9 +172,9 @@ def export(
             adapter, _ = restore(cfg, run_dir, found, model, pretrained.base_hash, mesh)
             where = (cfg.lora, pretrained, PROOF_DTYPE, mesh)
             result: dict[str, Any] = {"step": found, "out": str(out), "kind": "adapter"}
-            result |= base_facts(opened)
+            result |= made_of(opened)
             result["logits_relative_difference"] = verify.write_adapter(folder, adapter, *where)
-            write_provenance(folder, provenance(cfg, run_dir, found, saved_identity(cfg, run_dir, found)))
+            write_provenance(folder, provenance_of(cfg, run_dir, found))
             if peft:
                 compared = verify.compare_with_peft(folder, adapter, pretrained)
                 result["peft_relative_difference"], result["base_read_by"] = compared

@@ -23,6 +23,7 @@ from jlora.hf.gguf_adapter import write_gguf_adapter
 from jlora.hf.gguf_vocabulary import vocabulary_of
 from jlora.hf.gguf_writer import KINDS, Rounded, write_gguf
 from jlora.hf.grown import Grown
+from jlora.hf.license import made_of
 from jlora.hf.load import hash_base, load_base
 from jlora.hf.ollama import COMPLETION, LEAST_CONTEXT, STANFORD, modelfile, pieces_of
 from jlora.hf.pretrained import Opened, load_pretrained, stop_tokens, with_ids, with_stops
@@ -34,7 +35,6 @@ from jlora.model.sharding import named_sharding, one_device_mesh
 from jlora.training.evaluator import Evaluator
 from jlora.training.export import (
     Step,
-    base_facts,
     cost_evaluator,
     find_step,
     host_mesh,
@@ -128,7 +128,7 @@ def export_gguf(
     names = [opened.tokenizer.backend.name(stop) for stop in stops]
     context = min(config.get("max_position_embeddings", cfg.data.max_length), max(LEAST_CONTEXT, cfg.data.max_length))
     write_text(modelfile_of(file), modelfile(file.name, template, names, context))
-    return result | base_facts(opened) | {"modelfile": str(modelfile_of(file)), "warnings": warnings}
+    return result | made_of(opened) | {"modelfile": str(modelfile_of(file)), "warnings": warnings}
 
 
 def modelfile_of(file: Path) -> Path:

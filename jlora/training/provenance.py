@@ -18,6 +18,7 @@ from jlora.files.paths import inside
 from jlora.files.theirs import MAX_JSON, open_theirs, parse, text_of_theirs
 from jlora.hf.peft import WEIGHTS
 from jlora.hf.verify import PROVENANCE as NAME
+from jlora.training.checkpoint import Checkpoints
 from jlora.training.metrics import METRICS, read_metrics
 from jlora.training.summary import versions
 
@@ -44,6 +45,15 @@ def provenance(cfg: Config, run_dir: Path, step: int, identity: dict[str, Any]) 
         **environment(),
         "losses": losses[:: len(losses) // MOST_LOSSES + 1],
     }
+
+
+def provenance_of(cfg: Config, run_dir: Path, step: int) -> dict[str, Any]:
+    """The same of a checkpoint."""
+    checkpoints = Checkpoints(run_dir / "checkpoints", cfg.training.keep_checkpoints, read_only=True)
+    try:
+        return provenance(cfg, run_dir, step, checkpoints.identity(step))
+    finally:
+        checkpoints.close()
 
 
 def environment() -> dict[str, Any]:

@@ -1,16 +1,19 @@
 """`jlora export --gguf`: one file of base and adapter, what it keeps of the gain, and what is refused."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from command_line import one_sentence, shell
+from hub_server import hub_server, pushed
 from tiny import copy_folder, make_llama, make_rows, make_tokenizer, write_config
 
 from jlora.hf.gguf import GGUFFile
 from jlora.hf.gguf_vocabulary import vocabulary_of
 from jlora.hf.gguf_writer import write_gguf
+from jlora.hf.names import name_table
 from jlora.hf.pretrained import open_tokenizer
 from jlora.hf.source import open_source
 from jlora.hf.weights import Stored
@@ -124,6 +127,36 @@ def test_adapter_alone_in_llama_cpp(world, here, tmp_path):
     assert code == 0 and merged.detokenize(grown[:ended]).decode(errors="replace") == answer.rstrip("\n")
 
 
+def test_file_is_pushed_with_modelfile_and_card(world, tmp_path):
+    file = tmp_path / "m.gguf"
+    with hub_server() as (hub, url):
+        done = pushed(url, "--adapter", world / "run", "--gguf", file, "--min-gain", "0", "--push", "me/mine", "--json")
+    assert done.returncode == 0, done.stderr
+    there = hub.files["me/mine"]
+    assert there["m.gguf"] == file.read_bytes() and there["m.Modelfile"] == file.with_suffix(".Modelfile").read_bytes()
+    assert there["README.md"] == file.with_suffix(".md").read_bytes() and b"ollama create m -f" in there["README.md"]
+
+
+@pytest.mark.long
+def test_kinds_of_llama_quantize(world, here, tmp_path):
+    """By llama.cpp's own program, read back by ours: each weight within the rounding of 4 bits."""
+    if shutil.which("llama-quantize") is None:
+        pytest.skip("llama-quantize is not installed")
+    weights = []
+    for kind in ("F32", "IQ4_NL"):
+        file = tmp_path / f"{kind}.gguf"
+        code, out, err = here(
+            "export", "--adapter", world / "run", "--gguf", file, "--min-gain", "0", "--quantize", kind, "--json", "-q"
+        )
+        assert (code, err) == (0, "") and json.loads(out)["logits_relative_difference"] < 1
+        weights.append(GGUFFile(file))
+    assert "IQ4_NL" in weights[1].dtypes.values()
+    table = name_table(weights[0].model)
+    for name, entry in table.items():
+        whole, rounded = (Stored(file).rows(name, entry, 0, entry.hf_shape[0]) for file in weights)
+        assert np.sqrt(((whole - rounded) ** 2).mean()) < 0.12 * np.sqrt((whole**2).mean()), name
+
+
 @pytest.mark.long
 def test_adapter_that_llama_cpp_cannot_hold_is_refused(world, here, tmp_path):
     for key, value, says in (
@@ -164,6 +197,7 @@ def test_rows_that_are_gone_are_said_to_be(world, here, tmp_path):
 )
 def test_what_is_refused(world, here, tmp_path, monkeypatch, arguments, code, says):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", "")  # no llama-quantize
     found, _, err = here("export", "--adapter", world / "run", *arguments)
     assert found == code and says in one_sentence(err) and list(tmp_path.iterdir()) == []
 

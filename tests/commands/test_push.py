@@ -1,14 +1,11 @@
 """`jlora export --card` and `--push`: what the card says, what is uploaded, and what a hub may refuse."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import yaml
-from command_line import ROOT, one_sentence
-from hub_server import TOKEN, hub_server
+from command_line import one_sentence
+from hub_server import TOKEN, hub_server, pushed
 from tiny import copy_folder
 
 from jlora.hf.license import license_of
@@ -18,14 +15,6 @@ from jlora.hf.license import license_of
 def hub():
     with hub_server() as (hub, url):
         yield hub, url
-
-
-def pushed(url, *arguments, token=TOKEN):
-    """An export in a process of its own, which asks the stand-in."""
-    settings = {"HF_ENDPOINT": url, "HF_HUB_OFFLINE": "0", "HF_TOKEN": token, "PYTHONPATH": str(ROOT)}
-    settings |= {"HF_HUB_DISABLE_XET": "1", "HF_HOME": "/nonexistent"}
-    command = [sys.executable, "-m", "jlora.export", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=os.environ | settings, timeout=300)
 
 
 def front_of(text):
@@ -89,17 +78,14 @@ def test_adapter_is_pushed(world, hub, tmp_path):
     assert again.returncode == 0 and len(kept.commits) == 2
 
 
-def test_gguf_and_merged_are_pushed(world, hub, tmp_path):
+def test_merged_weights_are_pushed(world, hub, tmp_path):
     kept, url = hub
     merged = ("--merge", "--out", tmp_path / "merged", "--push", "me/merged", "-q")
     done = pushed(url, "--adapter", world / "run", *merged)
     assert done.returncode == 0, done.stderr
     assert front_of(kept.files["me/merged"]["README.md"].decode())["library_name"] == "transformers"
     assert {"model.safetensors", "tokenizer.json", "config.json"} <= kept.files["me/merged"].keys()
-    file = tmp_path / "m.gguf"
-    done = pushed(url, "--adapter", world / "run", "--gguf", file, "--min-gain", "0", "--push", "me/gguf")
-    assert done.returncode == 4 and "convert" in one_sentence(done.stderr)  # the base's tokenizer has no merges
-    assert kept.private == {"me/merged": False} and not file.exists()
+    assert kept.private == {"me/merged": False}
 
 
 def test_what_the_hub_refuses(world, hub, tmp_path):
