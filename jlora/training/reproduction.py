@@ -109,14 +109,14 @@ def _require_same(cfg: Config, facts: dict[str, Any], folder: Path, shared: Shar
     found["base"] = hash_base(opened.source, opened.name)
     if cfg.lora.init_from:
         found["init_from"] = adapter_digest(cfg.lora.init_from)
-    places = {"base": cfg.model.path, "tokenizer": cfg.model.tokenizer or cfg.model.path, "eval": cfg.data.eval}
-    places |= {"data": ", ".join(source.path for source in cfg.data.sources), "init_from": cfg.lora.init_from}
+    lies = {"base": cfg.model.path, "tokenizer": cfg.model.tokenizer or cfg.model.path, "eval": cfg.data.eval}
+    lies |= {"data": ", ".join(source.path for source in cfg.data.sources), "init_from": cfg.lora.init_from}
     for name, digest in found.items():
         then = facts["hashes"].get(name)
         if then != digest:
             kind = DataError if name in ("data", "eval") else ModelError
             raise kind(
-                f"{places[name]}: {NAMED[name]} not what {folder} was made from (SHA-256 {str(digest)[:12]}..., "
+                f"{lies[name]}: {NAMED[name]} not what {folder} was made from (SHA-256 {str(digest)[:12]}..., "
                 f"then {str(then)[:12]}...); name those of then by key=value"
             )
 
