@@ -20,7 +20,6 @@ from jlora.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "benchmark"
-sys.path.append(str(SCRIPT.parent))
 benchmark = load_script("benchmark")
 
 CONTRACT = {
