@@ -45,7 +45,9 @@ def serve(role: str, folder: Path) -> int:
         idle_cpu, idle = idle_cpu + time.process_time() - cpu, idle + time.perf_counter() - clock
         if not line:
             return 0
-        said = answer(json.loads(line)) | {"idle_cpu": idle_cpu, "idle": idle, "versions": versions}
+        cpu = time.process_time()
+        said = answer(json.loads(line)) | {"cpu": time.process_time() - cpu}
+        said |= {"idle_cpu": idle_cpu, "idle": idle, "versions": versions}
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         print(json.dumps(said | {"peak_rss": peak}), file=answers, flush=True)
 

@@ -143,7 +143,10 @@ def benchmark_costs():
 
 def answers(rates: list[float], losses: list[float], tokens: int = 100, peak: int = 1000) -> list[dict]:
     """What a process would say: two warm-ups, then one part for each rate."""
-    said = [{"seconds": tokens / rate, "tokens": tokens, "losses": losses} for rate in [1.0, 1.0, *rates]]
+    said = [
+        {"seconds": tokens / rate, "cpu": 2 * tokens / rate, "tokens": tokens, "losses": losses}
+        for rate in [1.0, 1.0, *rates]
+    ]
     rest = {
         "peak_rss": peak,
         "peak_device": None,
@@ -177,6 +180,7 @@ def test_the_best_peer_counts_and_neighbours_in_time_are_compared():
     result = benchmark.result_of(arguments(), said)
     assert result["peer_mode"] == "compile" and result["peer_tokens_per_second"] == pytest.approx(30.0)
     assert result["ours_tokens_per_second"] == pytest.approx(60.0)
+    assert result["trained"]["ours"]["tokens_per_core_second"] == pytest.approx(30.0)
     assert result["ratio"] == pytest.approx(1.5)  # of 1.5, 2 and 1
     assert result["rss_ratio"] == 1.5 and result["loss_difference"] == pytest.approx(4e-4)
 
