@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
+ROPE_THETA = 1e6  # Tunix's Llama knows no other, whatever its config says
 IGNORED = -100  # transformers' label of a token that the loss leaves out
 Rows = list[tuple[np.ndarray, np.ndarray]]  # ids int32 [n], trained bool [n]
 
@@ -43,12 +44,20 @@ def prepare(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         num_key_value_heads=args.heads,
         vocab_size=args.vocab,
         max_position_embeddings=max(2048, *args.lengths, args.length),
+        rope_parameters={"rope_type": "default", "rope_theta": ROPE_THETA},
     )
     device, dtype = torch_target(args)
     with device:
         model = LlamaForCausalLM(shape).to(dtype)
     model.save_pretrained(folder / "base")
-    lora = LoraConfig(r=args.rank, lora_alpha=2 * args.rank, target_modules=list(TARGETS), task_type="CAUSAL_LM")
+    # B is not zero at first, so that the first loss tells an adapter that is misread.
+    lora = LoraConfig(
+        r=args.rank,
+        lora_alpha=2 * args.rank,
+        target_modules=list(TARGETS),
+        task_type="CAUSAL_LM",
+        init_lora_weights=False,
+    )
     get_peft_model(model, lora).save_pretrained(folder / "adapter")
     write_config(args, folder)
     np.savez(
@@ -115,10 +124,21 @@ def _parts(args: argparse.Namespace, rows: Rows) -> list[list[int]]:
 
         first, size = args.peer_batch, args.rows
         lengths = [len(ids) for ids, _ in rows]
-        while len(pack(lengths, np.arange(first), args.length, True)) > args.batch:
-            first -= 1
+        order = np.arange(first)
+        while max(len(pack(lengths, order, args.length, True)), _in_order(lengths, first, args.length)) > args.batch:
+            first, order = first - 1, order[:-1]
     starts = [0, first, *range(_warm_rows(args), len(rows) + 1, size)]
     return [list(range(start, end)) for start, end in zip(starts, starts[1:], strict=False)]
+
+
+def _in_order(lengths: list[int], count: int, size: int) -> int:
+    """Packed rows that the first `count` rows take if each goes behind the one before, as torchtune packs them."""
+    packed = left = 0
+    for length in lengths[:count]:
+        if length > left:
+            packed, left = packed + 1, size
+        left -= length
+    return packed
 
 
 def write_config(args: argparse.Namespace, folder: Path) -> None:
@@ -127,13 +147,15 @@ def write_config(args: argparse.Namespace, folder: Path) -> None:
 
     tree = {
         "model": {"path": str(folder / "base"), "dtype": args.dtype, "remat": "lean", "attention": "auto"},
-        "lora": {"rank": args.rank, "alpha": 2 * args.rank, "init_from": str(folder / "adapter")},
+        "method": args.method,
         "data": {"train": args.data, "max_length": args.length, "packing": True},
         "training": {"batch_size": args.batch, "max_steps": 10**6},
         "mesh": {"data": args.devices, "fsdp": 1},
         "optimizer": {"learning_rate": args.learning_rate, "schedule": "constant", "max_grad_norm": None},
         "output_dir": str(folder / "run"),
     }
+    if args.method == "lora":
+        tree["lora"] = {"rank": args.rank, "alpha": 2 * args.rank, "init_from": str(folder / "adapter")}
     (folder / "ours.yaml").write_text(yaml.safe_dump(tree), encoding="utf-8")
 
 
@@ -159,7 +181,9 @@ class Ours:
 
         self.cfg, self.mesh, self.compiled = cfg, mesh, None
         self.kernel, self.forward = make_forward(cfg, base.cfg, mesh)
-        if cfg.lora.init_from is None:
+        if cfg.method == "full":
+            adapter = {}
+        elif cfg.lora.init_from is None:
             adapter = new_adapter(cfg.lora, base.cfg, cfg.training.seed)
         else:
             adapter = load_adapter(Path(cfg.lora.init_from), base.cfg, base_hash, cfg.lora.dropout)
@@ -199,16 +223,18 @@ class Ours:
 def open_ours(folder: Path, overrides: list[str]) -> tuple[Any, Any, str, Any]:
     """Our config, and base, hash and mesh for `Ours`."""
     import jax
-    import jax.numpy as jnp
 
     from jlora.config import load_config
     from jlora.hf.load import load_base
     from jlora.hf.source import open_source
     from jlora.model.sharding import make_mesh
+    from jlora.training.step import param_dtype, stack_sizes
 
     cfg = load_config(folder / "ours.yaml", overrides)
     mesh = make_mesh(cfg.mesh, jax.devices())
-    base, base_hash = load_base(open_source(folder / "base"), "base", jnp.dtype(cfg.model.dtype), mesh)
+    source = open_source(folder / "base")
+    sizes = stack_sizes(cfg, source.model)
+    base, base_hash = load_base(source, "base", param_dtype(cfg), mesh, sizes=sizes)
     return cfg, base, base_hash, mesh
 
 
@@ -224,15 +250,20 @@ class Peer:
         disable_progress_bar()
         torch.set_num_threads(args.threads)
         self.device, self.dtype = torch_target(args)
-        base = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=self.dtype).to(self.device)
-        model = PeftModel.from_pretrained(base, folder / "adapter", is_trainable=True)
+        full = args.method == "full"
+        dtype = torch.float32 if full else self.dtype  # masters of what is trained
+        model = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=dtype).to(self.device)
+        if not full:
+            model = PeftModel.from_pretrained(model, folder / "adapter", is_trainable=True)
         model.config.use_cache = False
         if mode == "checkpointing":
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-            model.enable_input_require_grads()
+            if not full:
+                model.enable_input_require_grads()
         model.train()
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.optimizer = torch.optim.AdamW(trained, lr=args.learning_rate, weight_decay=0.0)
+        # Fused, as transformers' Trainer has it.
+        self.optimizer = torch.optim.AdamW(trained, lr=args.learning_rate, weight_decay=0.0, fused=True)
         # Rows of unequal length: one program for all shapes, since one for each would be compiled for ever.
         dynamic = True if args.mode == "rows" else None
         self.model = torch.compile(model, dynamic=dynamic) if mode == "compile" else model

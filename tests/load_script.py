@@ -1,11 +1,13 @@
 """The scripts without a name that Python would import, as modules."""
 
 import importlib.util
+import sys
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import ModuleType
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
+sys.path.append(str(SCRIPTS))  # as Python has it for a script; some have modules beside them
 
 
 def load_script(name: str) -> ModuleType:

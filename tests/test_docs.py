@@ -237,7 +237,7 @@ def test_script_is_called_as_its_parser_has_it(words, monkeypatch):
 def on_tiny_inputs(words, world):
     """The arguments with everything real replaced, or None for what is only parsed."""
     module, arguments = words[2], words[3:]
-    # Their own tests run them: a config, a training for each point of a curve, another program's tasks, a server, a hub.
+    # Their own tests run them: a config, a training for each point of a curve, another program's tasks, servers.
     taken = ("distributed.", "objective.", "data.format=", "--push")
     if module in (
         "jlora.quickstart",

@@ -20,7 +20,6 @@ from jlora.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "benchmark"
-sys.path.append(str(SCRIPT.parent))
 benchmark = load_script("benchmark")
 
 CONTRACT = {
@@ -93,6 +92,30 @@ def test_the_peer_compiled(mode, tmp_path):
 
 
 @pytest.mark.slow
+def test_every_weight_trained_on_both_sides():
+    result = figures("--mode", "dense", "--method", "full", "--length", "32", "--batch", "2", "--peer-modes", "eager")
+    assert result["method"] == "full" and result["loss_difference"] < 1e-4
+    assert abs(result["losses"]["ours"] - np.log(300)) < 0.1  # of the base, whose adapter is not there
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["dense", "rows"])
+@pytest.mark.parametrize("package", ["tunix", "torchtune"])
+def test_a_peer_with_an_interpreter_of_its_own(mode, package, tmp_path):
+    python = ROOT / "build" / f"venv-{package}" / "bin" / "python"
+    if not python.exists():
+        pytest.skip(f"{package} has no environment here; docs/performance.md says how to make one")
+    tiny.make_tokenizer(tmp_path / "tokenizer")
+    data = tiny.make_rows(tmp_path / "rows.jsonl", 40)
+    result = figures(
+        *("--mode", mode, "--data", str(data), "--tokenizer", str(tmp_path / "tokenizer"), "--length", "320"),
+        *("--rows", "12", "--peer-batch", "4", "--peer-python", f"{package}={python}", "--peer-modes", package),
+    )
+    assert result["peer_mode"] == package and result["loss_difference"] < 1e-4
+    assert package in " ".join(result["versions"][package])  # google-tunix, or torchtune
+
+
+@pytest.mark.slow
 def test_ceiling_and_sweep(tmp_path):
     shape = ("--length", "64", "--batch", "2", "--json", *TINY)
     ceiling = json.loads(run("--mode", "ceiling", *shape).stdout)
@@ -120,8 +143,18 @@ def benchmark_costs():
 
 def answers(rates: list[float], losses: list[float], tokens: int = 100, peak: int = 1000) -> list[dict]:
     """What a process would say: two warm-ups, then one part for each rate."""
-    said = [{"seconds": tokens / rate, "tokens": tokens, "losses": losses} for rate in [1.0, 1.0, *rates]]
-    rest = {"peak_rss": peak, "peak_device": None, "idle_cpu": 0.0, "idle": 1.0, "attention": "reference"}
+    said = [
+        {"seconds": tokens / rate, "cpu": 2 * tokens / rate, "tokens": tokens, "losses": losses}
+        for rate in [1.0, 1.0, *rates]
+    ]
+    rest = {
+        "peak_rss": peak,
+        "peak_device": None,
+        "idle_cpu": 0.0,
+        "idle": 1.0,
+        "attention": "reference",
+        "versions": {},
+    }
     return [answer | rest for answer in said]
 
 
@@ -134,6 +167,7 @@ def arguments(**changed) -> argparse.Namespace:
         dtype="float32",
         peer_huge_pages=False,
         devices=1,
+        method="lora",
     )
 
 
@@ -146,6 +180,7 @@ def test_the_best_peer_counts_and_neighbours_in_time_are_compared():
     result = benchmark.result_of(arguments(), said)
     assert result["peer_mode"] == "compile" and result["peer_tokens_per_second"] == pytest.approx(30.0)
     assert result["ours_tokens_per_second"] == pytest.approx(60.0)
+    assert result["trained"]["ours"]["tokens_per_core_second"] == pytest.approx(30.0)
     assert result["ratio"] == pytest.approx(1.5)  # of 1.5, 2 and 1
     assert result["rss_ratio"] == 1.5 and result["loss_difference"] == pytest.approx(4e-4)
 
@@ -185,6 +220,28 @@ def test_what_is_missing_is_named(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"torch and peft, not installed here; pip install 'jlora\[test\]'"):
         benchmark.check(argparse.Namespace())
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--peer-modes", "tunix"], "--peer-modes: tunix needs --peer-python tunix=PYTHON; python3.12 -m venv"),
+        (["--peer-python", "tunix=/none/python"], "--peer-python: /none/python does not run: No such file"),
+        (["--peer-python", f"torchtune={sys.executable}"], f"--peer-python: {sys.executable} has no torchtune"),
+        (["--peer-python", "axolotl=python"], "--peer-python: axolotl is not known"),
+        (["--peer-python", "tunix=python", "--platform", "gpu"], "are timed on CPUs alone"),
+    ],
+)
+def test_an_interpreter_that_does_not_do_is_named(given, message):
+    done = run("--mode", "dense", *given)
+    assert done.returncode == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_rows_of_one_batch_are_counted_as_they_lie():
+    import benchmark_sides
+
+    assert [benchmark_sides._in_order([6, 5, 4, 1], count, 10) for count in range(5)] == [0, 1, 2, 2, 2]
+    assert benchmark_sides._in_order([6, 5, 4, 2], 4, 10) == 3
 
 
 def test_a_bad_row_ends_it_with_the_exit_code_of_bad_data(tmp_path):
