@@ -239,7 +239,7 @@ BF16, F32 = jnp.dtype("bfloat16"), jnp.dtype("float32")
 @pytest.mark.parametrize(
     ("device", "head_dim", "length", "dtype", "expected"),
     [
-        (CPU, 128, 4096, BF16, attention.blocked),
+        (CPU, 128, 4096, BF16, attention.blocked_on_cpu),
         (TPU, 128, 4096, BF16, attention.splash),
         (TPU, 64, 128, F32, attention.splash),
         (TPU, 128, 4000, BF16, attention.blocked),
@@ -262,7 +262,7 @@ def test_auto_takes_what_runs(device, head_dim, length, dtype, expected):
 
 
 def test_only_kernels_with_soft_caps_are_taken_for_them():
-    for device, kernel in ((GPU, attention.blocked), (TPU, attention.splash), (CPU, attention.blocked)):
+    for device, kernel in ((GPU, attention.blocked), (TPU, attention.splash), (CPU, attention.blocked_on_cpu)):
         assert attention.choose("auto", device, 256, 4096, BF16, False, 50.0)[1] is kernel
     with pytest.raises(ConfigError, match="cudnn needs a model whose attention has no soft cap"):
         attention.choose("cudnn", GPU, 128, 4096, BF16, False, 50.0)

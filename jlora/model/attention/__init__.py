@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jlora.errors import ConfigError
 from jlora.model.attention.gpu import cudnn, cudnn_one_segment
 from jlora.model.attention.interface import Attention, Places, reference
-from jlora.model.attention.tiles import blocked
+from jlora.model.attention.tiles import blocked, blocked_on_cpu
 from jlora.model.attention.tpu import splash
 
 
@@ -38,7 +38,10 @@ def choose(
     platform, is_gpu = device.platform, device.platform in ("gpu", "cuda")
     wanted = "cudnn" if is_gpu else "splash" if platform == "tpu" else "blocked"
     asked = wanted if name == "auto" else name
-    anywhere: dict[str, Attention] = {"reference": reference, "blocked": blocked}
+    anywhere: dict[str, Attention] = {
+        "reference": reference,
+        "blocked": blocked_on_cpu if platform == "cpu" else blocked,
+    }
     if asked in anywhere:
         return asked, anywhere[asked]
     if asked == "cudnn":

@@ -14,12 +14,14 @@ from jlora.model.attention.interface import ATTENTION_OUTPUT, over_rows
 from jlora.model.layers import capped
 
 Limits = tuple[int | None, float | None]  # a window and a soft cap
-TILE = 128  # tokens; the scores of a few heads stay in a core's cache
+TILE = 128  # tokens; fewer would be more kernels to start on a GPU
+CPU_TILE = 64  # the scores of some heads stay in a core's cache, and packed rows have fewer tiles to visit
 HIDDEN = -1e30  # added to a score that is not to be seen
 
 
-@over_rows
-def blocked(q: Array, k: Array, v: Array, segments: Array, window: int | None, softcap: float | None) -> Array:
+def _blocked(
+    q: Array, k: Array, v: Array, segments: Array, window: int | None, softcap: float | None, on_cpu: bool
+) -> Array:
     """Softmax attention that holds the scores of one pair of tiles, with grouped queries as they are.
 
     FlashAttention-2 (arXiv:2307.08691, algorithms 1 and 2): a running softmax forward; backward the scores again,
@@ -27,47 +29,46 @@ def blocked(q: Array, k: Array, v: Array, segments: Array, window: int | None, s
     of other segments, those beyond the window.
     """
     grouped = (*k.shape[:3], q.shape[2] // k.shape[2], q.shape[3])
-    queries, keys, values = _tiles(q.reshape(grouped)), _tiles(k[:, :, :, None]), _tiles(v[:, :, :, None])
-    return _rows(_tiled((window, softcap), queries, keys, values, segments), grouped).reshape(q.shape)
+    # Number of tiles and their length, which may be a little more than the row together.
+    count = -(-q.shape[1] // (CPU_TILE if on_cpu else TILE))
+    size = -(-q.shape[1] // count)
+    queries, keys, values = (_tiles(x, count, size) for x in (q.reshape(grouped), k[:, :, :, None], v[:, :, :, None]))
+    return _rows(_tiled((window, softcap), queries, keys, values, segments), size, grouped).reshape(q.shape)
 
 
-def _tile_length(length: int) -> tuple[int, int]:
-    """Number of tiles and their length, which may be a little more than the row together."""
-    count = -(-length // TILE)
-    return count, -(-length // count)
+blocked = over_rows(partial(_blocked, on_cpu=False))
+blocked_on_cpu = over_rows(partial(_blocked, on_cpu=True))
 
 
 _product = partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
-def _tiles(x: Float[Array, "B T K G H"]) -> Float[Array, "I n m H"]:
+def _tiles(x: Float[Array, "B T K G H"], count: int, size: int) -> Float[Array, "I n m H"]:
     """Tiles of tokens; n counts rows and key/value heads, m the group's heads and the tile's tokens.
 
     Two dims each, as a matrix product has them: with more, XLA transposes operands before it multiplies. Padded
     with zeros at the end.
     """
     batch, length, kv_heads, groups, head_dim = x.shape
-    count, size = _tile_length(length)
     x = jnp.pad(x, [(0, 0), (0, count * size - length), (0, 0), (0, 0), (0, 0)])
     x = jnp.transpose(x.reshape(batch, count, size, kv_heads, groups, head_dim), (1, 0, 3, 4, 2, 5))
     return x.reshape(count, batch * kv_heads, groups * size, head_dim)
 
 
-def _rows(tiles: Float[Array, "I n m H"], shape: tuple[int, ...]) -> Float[Array, "B T K G H"]:
+def _rows(tiles: Float[Array, "I n m H"], size: int, shape: tuple[int, ...]) -> Float[Array, "B T K G H"]:
     """The inverse of `_tiles`."""
     batch, length, kv_heads, groups, head_dim = shape
-    count, size = _tile_length(length)
+    count = len(tiles)
     x = jnp.transpose(tiles.reshape(count, batch, kv_heads, groups, size, head_dim), (1, 0, 4, 2, 3, 5))
     return x.reshape(batch, count * size, kv_heads, groups, head_dim)[:, :length]
 
 
-def _pairs(window: int | None, segments: Int[Array, "B T"]) -> tuple[Array, Array, Array]:
+def _pairs(window: int | None, segments: Int[Array, "B T"], count: int, size: int) -> tuple[Array, Array, Array]:
     """Segments by tile [I B t]; for each query tile its first key tile; for each key tile the end of its query tiles.
 
     The first key tile never decreases from one query tile to the next, so the pairs of a key tile are a range too.
     """
     length = segments.shape[1]
-    count, size = _tile_length(length)
     begins = jnp.diff(segments, axis=1, prepend=-1) != 0
     begin = jax.lax.cummax(jnp.where(begins, jnp.arange(length), 0), axis=1)  # of each token's segment
     queries = jnp.arange(count) * size
@@ -107,7 +108,7 @@ def _forward(
     limits: Limits, queries: Array, keys: Array, values: Array, segments: Array
 ) -> tuple[Array, tuple[Array, ...]]:
     (window, softcap), batch, head_dim = limits, len(segments), queries.shape[3]
-    by_tile, first, _ = _pairs(window, segments)
+    by_tile, first, _ = _pairs(window, segments, *keys.shape[::2])
     size = by_tile.shape[2]
 
     def of_queries(i: Array) -> tuple[Array, Array]:
@@ -137,7 +138,7 @@ def _backward(
     (window, softcap), (queries, keys, values, segments, mixed, normalizer) = limits, saved
     batch, head_dim, dtype = len(segments), queries.shape[3], queries.dtype
     kv_heads = queries.shape[1] // batch
-    by_tile, _, end = _pairs(window, segments)
+    by_tile, _, end = _pairs(window, segments, *keys.shape[::2])
     size = by_tile.shape[2]
     # Of each query, the sum over keys of its weights times their gradients.
     mean = (gradients.astype(jnp.float32) * mixed.astype(jnp.float32)).sum(axis=-1)
