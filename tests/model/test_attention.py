@@ -239,7 +239,7 @@ BF16, F32 = jnp.dtype("bfloat16"), jnp.dtype("float32")
 @pytest.mark.parametrize(
     ("device", "head_dim", "length", "dtype", "expected"),
     [
-        (CPU, 128, 4096, BF16, attention.blocked_on_cpu),
+        (CPU, 128, 4096, BF16, attention.blocked_finely),
         (TPU, 128, 4096, BF16, attention.splash),
         (TPU, 64, 128, F32, attention.splash),
         (TPU, 128, 4000, BF16, attention.blocked),
@@ -261,8 +261,15 @@ def test_auto_takes_what_runs(device, head_dim, length, dtype, expected):
     assert attention.choose("reference", device, head_dim, length, dtype, False) == ("reference", attention.reference)
 
 
+def test_tiles_on_a_cpu_are_fine_but_for_long_rows_of_one_segment():
+    for length, one_segment, expected in ((1024, True, "finely"), (1025, True, ""), (4096, False, "finely")):
+        kernel = attention.blocked_finely if expected else attention.blocked
+        assert attention.choose("auto", CPU, 64, length, F32, one_segment)[1] is kernel
+        assert attention.choose("auto", GPU, 64, length, F32, one_segment)[1] is attention.blocked
+
+
 def test_only_kernels_with_soft_caps_are_taken_for_them():
-    for device, kernel in ((GPU, attention.blocked), (TPU, attention.splash), (CPU, attention.blocked_on_cpu)):
+    for device, kernel in ((GPU, attention.blocked), (TPU, attention.splash), (CPU, attention.blocked_finely)):
         assert attention.choose("auto", device, 256, 4096, BF16, False, 50.0)[1] is kernel
     with pytest.raises(ConfigError, match="cudnn needs a model whose attention has no soft cap"):
         attention.choose("cudnn", GPU, 128, 4096, BF16, False, 50.0)

@@ -13,8 +13,11 @@ import jax.numpy as jnp
 from jlora.errors import ConfigError
 from jlora.model.attention.gpu import cudnn, cudnn_one_segment
 from jlora.model.attention.interface import Attention, Places, reference
-from jlora.model.attention.tiles import blocked, blocked_on_cpu
+from jlora.model.attention.tiles import blocked, blocked_finely
 from jlora.model.attention.tpu import splash
+
+# On CPUs packed rows gain from finer tiles at any length, and rows of one segment up to this one (docs/performance.md).
+DENSE_FINE = 1024
 
 
 def choose(
@@ -40,7 +43,7 @@ def choose(
     asked = wanted if name == "auto" else name
     anywhere: dict[str, Attention] = {
         "reference": reference,
-        "blocked": blocked_on_cpu if platform == "cpu" else blocked,
+        "blocked": blocked_finely if platform == "cpu" and (not one_segment or length <= DENSE_FINE) else blocked,
     }
     if asked in anywhere:
         return asked, anywhere[asked]

@@ -14,13 +14,12 @@ from jlora.model.attention.interface import ATTENTION_OUTPUT, over_rows
 from jlora.model.layers import capped
 
 Limits = tuple[int | None, float | None]  # a window and a soft cap
-TILE = 128  # tokens; fewer would be more kernels to start on a GPU
-CPU_TILE = 64  # the scores of some heads stay in a core's cache, and packed rows have fewer tiles to visit
+TILE, FINE = 128, 64  # tokens; with fewer, packed rows have less to visit, and a GPU more kernels to start
 HIDDEN = -1e30  # added to a score that is not to be seen
 
 
 def _blocked(
-    q: Array, k: Array, v: Array, segments: Array, window: int | None, softcap: float | None, on_cpu: bool
+    q: Array, k: Array, v: Array, segments: Array, window: int | None, softcap: float | None, fine: bool
 ) -> Array:
     """Softmax attention that holds the scores of one pair of tiles, with grouped queries as they are.
 
@@ -30,14 +29,14 @@ def _blocked(
     """
     grouped = (*k.shape[:3], q.shape[2] // k.shape[2], q.shape[3])
     # Number of tiles and their length, which may be a little more than the row together.
-    count = -(-q.shape[1] // (CPU_TILE if on_cpu else TILE))
+    count = -(-q.shape[1] // (FINE if fine else TILE))
     size = -(-q.shape[1] // count)
     queries, keys, values = (_tiles(x, count, size) for x in (q.reshape(grouped), k[:, :, :, None], v[:, :, :, None]))
     return _rows(_tiled((window, softcap), queries, keys, values, segments), size, grouped).reshape(q.shape)
 
 
-blocked = over_rows(partial(_blocked, on_cpu=False))
-blocked_on_cpu = over_rows(partial(_blocked, on_cpu=True))
+blocked = over_rows(partial(_blocked, fine=False))
+blocked_finely = over_rows(partial(_blocked, fine=True))
 
 
 _product = partial(jnp.einsum, preferred_element_type=jnp.float32)
