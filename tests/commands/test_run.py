@@ -27,7 +27,11 @@ def test_run_folder(world):
     assert load_config(run / "config.yaml") == load_config(world / "config.yaml")
     assert set(yaml.safe_load((run / "config.yaml").read_text())["training"]) > {"seed", "log_every"}  # resolved
     assert sorted(p.name for p in (run / "checkpoints").iterdir() if p.is_dir()) == ["2", "4"]
-    assert {p.name for p in (run / "adapter").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    assert {p.name for p in (run / "adapter").iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "provenance.json",
+    }
     assert list((run / "tensorboard").glob("events.out.tfevents.*"))
     page = (run / "report.html").read_text(encoding="utf-8")
     assert "<svg" in page and "</html>" in page

@@ -135,7 +135,11 @@ def test_an_adapter_written_anew_leaves_the_users_copies(world, run_dir, capsys)
     for name in before:
         if "/adapter." in name:
             assert after[name] == before[name]
-    assert sorted(path.name for path in (run_dir / "adapter").iterdir()) == ["adapter_config.json", WEIGHTS]
+    assert sorted(path.name for path in (run_dir / "adapter").iterdir()) == [
+        "adapter_config.json",
+        WEIGHTS,
+        "provenance.json",
+    ]
     unfinished(run_dir)
     train(config_of(world, run_dir), quiet=True)  # of what jlora alone wrote nothing is kept
     assert list(run_dir.glob("adapter.before-*")) == [kept]
