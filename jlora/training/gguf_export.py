@@ -101,10 +101,13 @@ def export_gguf(
             def write(kind: str) -> GGUFFile:
                 if kind in KINDS:
                     write_gguf(partial, shape, config, merged, keys, kind)
-                else:
-                    with new_file(partial.with_suffix(".f16")) as first:
-                        write_gguf(first, shape, config, merged, keys, "F16")
-                        llama_quantize.quantize_file(first, partial, kind)
+                    return GGUFFile(partial)
+                first = partial.with_name(f"{partial.name}.f16")
+                try:
+                    write_gguf(first, shape, config, merged, keys, "F16")
+                    llama_quantize.quantize_file(first, partial, kind)
+                finally:
+                    first.unlink(missing_ok=True)
                 return GGUFFile(partial)
 
             written = write(kind)

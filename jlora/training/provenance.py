@@ -3,7 +3,6 @@
 It holds no row: digests of rows, base and tokenizer, the config, versions, the device, and the losses on the way.
 """
 
-import hashlib
 import json
 import os
 from pathlib import Path
@@ -15,8 +14,8 @@ from pydantic import ValidationError
 from jlora.config import Config, describe
 from jlora.errors import ModelError
 from jlora.files.paths import inside
-from jlora.files.theirs import MAX_JSON, open_theirs, parse, text_of_theirs
-from jlora.hf.peft import WEIGHTS
+from jlora.files.theirs import MAX_JSON, parse, text_of_theirs
+from jlora.hf.adapters import adapter_digest
 from jlora.hf.verify import PROVENANCE as NAME
 from jlora.training.checkpoint import Checkpoints
 from jlora.training.metrics import METRICS, read_metrics
@@ -81,9 +80,7 @@ def _processor() -> str | None:
 
 def write_provenance(folder: Path, facts: dict[str, Any]) -> None:
     """Write it beside the weights that are there, whose digest it is given."""
-    with open_theirs(folder / WEIGHTS) as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    text = json.dumps(facts | {"adapter": digest}, indent=1)
+    text = json.dumps(facts | {"adapter": adapter_digest(str(folder))}, indent=1)
     (folder / NAME).write_text(text + "\n", encoding="utf-8")
 
 

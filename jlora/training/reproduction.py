@@ -1,6 +1,5 @@
 """An adapter made again by what lies beside it, and whether it came out the same, to the byte."""
 
-import hashlib
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ from jlora.config.places import relocated
 from jlora.config.sections import dotted
 from jlora.errors import ConfigError, DataError, ModelError
 from jlora.files.starts import places
-from jlora.files.theirs import open_theirs
 from jlora.hf.adapters import adapter_digest, find_adapter
 from jlora.hf.load import hash_base
 from jlora.hf.peft import WEIGHTS
@@ -50,8 +48,11 @@ def reproduce(adapter: str, out: Path, overrides: list[str], quiet: bool) -> dic
 
     Raises:
       DataError, ModelError: before a step is taken, where rows, base or tokenizer are others than they were.
+      ConfigError: `out` is the run itself, or an override changes what is trained.
     """
     folder = find_adapter(adapter)
+    if out.resolve() in (folder.resolve(), folder.resolve().parent):
+        raise ConfigError(f"--out {out}: is where the adapter lies that is to be made again; name another folder")
     asked, facts = read_provenance(folder)
     if facts["history"]:
         first = facts["history"][0]
@@ -129,19 +130,14 @@ def _differences(then: dict[str, Any], now: dict[str, Any]) -> dict[str, list[An
     return {name: [flat[0].get(name), flat[1][name]] for name in flat[1] if flat[0].get(name) != flat[1][name]}
 
 
-def _digest(folder: Path) -> str:
-    with open_theirs(folder / WEIGHTS) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _compared(folder: Path, made: Path, facts: dict[str, Any], out: Path) -> dict[str, Any]:
     """Whether both are the same file; if not, from where on, and by how much."""
-    if _digest(made) == facts["adapter"]:
+    if adapter_digest(str(made)) == facts["adapter"]:
         return {"equal": True, "parted_at_step": None, "largest_difference": 0.0}
     now = {line["step"]: line["loss"] for line in read_metrics(out / METRICS) if "loss" in line}
     parted = next((step for step, loss in facts["losses"] if step in now and now[step] != loss), None)
     largest = None
-    if _digest(folder) == facts["adapter"]:
+    if adapter_digest(str(folder)) == facts["adapter"]:
         with open_safetensors(folder / WEIGHTS) as old, open_safetensors(made / WEIGHTS) as new:
             if sorted(old.keys()) == sorted(new.keys()):
                 pairs = ((old.get_tensor(name), new.get_tensor(name)) for name in old.keys())

@@ -151,6 +151,9 @@ def test_kinds_of_llama_quantize(world, here, tmp_path):
         assert (code, err) == (0, "") and json.loads(out)["logits_relative_difference"] < 1
         weights.append(GGUFFile(file))
     assert "IQ4_NL" in weights[1].dtypes.values()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        *("F32.Modelfile", "F32.gguf", "IQ4_NL.Modelfile", "IQ4_NL.gguf")
+    ]
     table = name_table(weights[0].model)
     for name, entry in table.items():
         rows = entry.hf_shape[0] if len(entry.hf_shape) == 2 else 1

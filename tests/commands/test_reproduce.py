@@ -62,6 +62,12 @@ def test_what_changes_the_training_is_refused(world, here, tmp_path, override):
     assert code == 2 and "changes what is trained" in one_sentence(err) and override.split("=")[0] in err
 
 
+def test_not_into_the_run_itself(world, here):
+    for out in (world / "run", world / "run" / "adapter"):
+        code, _, err = here("reproduce", world / "run", "--out", out)
+        assert code == 2 and "is where the adapter lies" in one_sentence(err)
+
+
 def carried(world, folder, **changes):
     """A copy of the adapter alone, whose provenance is changed."""
     shutil.copytree(world / "run" / "adapter", folder)
