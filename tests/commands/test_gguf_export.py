@@ -127,6 +127,7 @@ def test_adapter_alone_in_llama_cpp(world, here, tmp_path):
     assert code == 0 and merged.detokenize(grown[:ended]).decode(errors="replace") == answer.rstrip("\n")
 
 
+@pytest.mark.long
 def test_file_is_pushed_with_modelfile_and_card(world, tmp_path):
     file = tmp_path / "m.gguf"
     with hub_server() as (hub, url):

@@ -78,6 +78,7 @@ def test_adapter_is_pushed(world, hub, tmp_path):
     assert again.returncode == 0 and len(kept.commits) == 2
 
 
+@pytest.mark.long
 def test_merged_weights_are_pushed(world, hub, tmp_path):
     kept, url = hub
     merged = ("--merge", "--out", tmp_path / "merged", "--push", "me/merged", "-q")
@@ -88,6 +89,7 @@ def test_merged_weights_are_pushed(world, hub, tmp_path):
     assert kept.private == {"me/merged": False}
 
 
+@pytest.mark.long
 def test_what_the_hub_refuses(world, hub, tmp_path):
     kept, url = hub
     export = ("--adapter", world / "run", "--out", tmp_path / "out", "--push")

@@ -37,6 +37,7 @@ def test_export_of_a_step_on_the_way_from_a_folder_alone(world, here, tmp_path):
     assert load_file(f"{found['made']}/{WEIGHTS}").keys() == load_file(carried / WEIGHTS).keys()
 
 
+@pytest.mark.long
 def test_other_rows_base_or_tokenizer_are_told_before_training(world, here, tmp_path):
     lines = (world / "rows.jsonl").read_text().splitlines(keepends=True)
     row = json.loads(lines[3])
@@ -77,6 +78,7 @@ def carried(world, folder, **changes):
     return folder
 
 
+@pytest.mark.long
 def test_parted(world, here, tmp_path):
     """An adapter of another seed, as if it were this one's: from which step on the losses differ, and by how much."""
     folder = carried(
