@@ -161,6 +161,8 @@ def publish(args: argparse.Namespace, result: dict[str, Any]) -> None:
     """Write the card of an export, and upload both; adds to `result` where they are."""
     if not (args.card or args.push):
         return
+    from jlora.hf.adapter_config import CONFIG
+    from jlora.hf.source import read_json
     from jlora.reports.card import Exported, card
     from jlora.training.summary import versions
 
@@ -169,8 +171,12 @@ def publish(args: argparse.Namespace, result: dict[str, Any]) -> None:
         path, files = out.with_suffix(".md"), {each.name: each for each in (out, Path(result["modelfile"]))}
     else:
         path, files = out / "README.md", {each.name: each for each in sorted(out.iterdir())}
+    rank = None
+    if result["kind"] == "adapter":
+        options = read_json(out / CONFIG)
+        rank = max([options["r"], *options["rank_pattern"].values()])
     what = {name: result[name] for name in ("kind", "step", "base", "license")}
-    told = Exported(**what, files=list(files), repository=args.push, versions=versions())
+    told = Exported(**what, files=list(files), repository=args.push, rank=rank, versions=versions())
     write_text(path, card(Path(args.run), told, args.samples))
     result["card"] = str(path)
     if args.push:

@@ -16,6 +16,18 @@ _said: set[str] = set()
 TIMEOUT = 10.0  # seconds until the hub counts as out of reach
 
 
+def _is_repository(name: str) -> bool:
+    """Whether a name has the form OWNER/NAME, as the hub has it."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return "/" in name
+
+
 @contextmanager
 def _asking(name: str, what: str, error: type[UserError], hint: str = "") -> Iterator[None]:
     """Say on stderr, once for a name, that the hub is asked for what is not here, and in a sentence what it refuses.
@@ -27,18 +39,10 @@ def _asking(name: str, what: str, error: type[UserError], hint: str = "") -> Ite
       error: it is no name of the hub, a file's, or a path whose first part is a folder here; or what the hub does not
         deliver.
     """
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
-
-    owner, slash, _ = name.partition("/")
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        slash = ""
-    if name.lower().endswith(".gguf"):  # no repository has such a name, but one may be made to get what is sent there
-        slash = ""
-    if not slash:
+    # No repository has the name of a file, but one may be made to get what is sent there.
+    if not _is_repository(name) or name.lower().endswith(".gguf"):
         raise error(f"{name}: no such {what}, and not a hub name (OWNER/NAME){beside(name)}")
+    owner = name.partition("/")[0]
     if Path(owner).is_dir():
         raise error(f"{name}: no such {what} in the folder {owner}, and so the hub is not asked{beside(name)}")
     if name not in _said:
@@ -85,14 +89,8 @@ def require_repository(name: str) -> None:
       ConfigError: neither, or the hub does not answer.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
 
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        name = ""
-    if "/" not in name:
+    if not _is_repository(name):
         raise ConfigError("--push: needs the name of a repository, OWNER/NAME")
     with _pushing(name, "nothing was written; log in with `hf auth login`, or set HF_TOKEN to a token that may write"):
         HfApi().whoami()

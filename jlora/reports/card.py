@@ -30,6 +30,7 @@ class Exported:
       kind: adapter, full or gguf. step: of the run. files: names of what was written.
       base: its name on the hub, or where it lies here. license: that it names, as the hub calls it.
       repository: OWNER/NAME that it is for; None for a folder.
+      rank: the largest of an adapter, as it was written; None of anything else.
       versions: of the libraries that exported it.
     """
 
@@ -39,6 +40,7 @@ class Exported:
     base: str
     license: str | None
     repository: str | None
+    rank: int | None
     versions: dict[str, str]
 
     @property
@@ -128,10 +130,7 @@ def _use(exported: Exported, cfg: dict[str, Any]) -> list[str]:
         lines = ["from peft import PeftModel", "from transformers import AutoModelForCausalLM", ""]
         lines.append(f'base = AutoModelForCausalLM.from_pretrained("{base}")')
         lines.append(f'model = PeftModel.from_pretrained(base, "{name}")')
-        ranks = [lora.get("rank"), *mapping(lora.get("rank_pattern")).values()]
-        rank = max((rank for rank in ranks if isinstance(rank, int)), default=16)
-        rank *= 1 + (lora.get("init_lora_weights") in ("pissa", "olora"))
-        served = f"vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules mine={name}"
+        served = f"vllm serve {base} --enable-lora --max-lora-rank {exported.rank} --lora-modules mine={name}"
         converted = f"python llama.cpp/convert_lora_to_gguf.py {name} --outfile mine-lora.gguf"
         added = "llama-server -m BASE.gguf --lora mine-lora.gguf"
         refused = [key for key in NOT_IN_VLLM if lora.get(key)] + ["bias"] * (lora.get("bias") not in (None, "none"))

@@ -259,8 +259,8 @@ def require_gain(result: dict[str, Any], least: float, kept_in: Callable[[str], 
     kept, kind = result["gain_kept"], result["quantize"]
     if kept is None or kept >= least:
         return
-    larger = reversed(KINDS[: KINDS.index(kind if kind in KINDS else "Q8_0") + (kind not in KINDS)])
-    better = next((other for other in larger if (kept_in(other) or 0.0) >= least), None)
+    larger = KINDS[: KINDS.index(kind if kind in KINDS else "Q5_1")]  # llama-quantize's kinds are below Q8_0
+    better = next((other for other in reversed(larger) if (kept_in(other) or 0.0) >= least), None)
     instead = (
         f"write --quantize {better}, which keeps it" if better else "lower --min-gain, or serve the adapter itself"
     )

@@ -6,7 +6,7 @@ import pytest
 import yaml
 from command_line import one_sentence
 from hub_server import TOKEN, hub_server, pushed
-from tiny import copy_folder
+from tiny import copy_folder, write_config
 
 from jlora.hf.license import license_of
 
@@ -108,6 +108,18 @@ def test_what_the_hub_refuses(world, hub, tmp_path):
     done = pushed(url, "--adapter", world / "run", "--out", tmp_path / "two", "--push", "me/mine")
     assert done.returncode == 2 and f"hf upload me/mine {tmp_path / 'two'}" in one_sentence(done.stderr)
     assert TOKEN not in done.stderr
+
+
+@pytest.mark.long
+def test_rank_is_that_of_the_file(world, here, tmp_path):
+    """An adapter that took its start out of the base's weights is written with twice the rank."""
+    run = tmp_path / "run"
+    write_config(
+        tmp_path / "c.yaml", world / "base", world / "rows.jsonl", run, lora={"init_lora_weights": "pissa_niter_4"}
+    )
+    assert here("train", "--config", tmp_path / "c.yaml", "-q")[0] == 0
+    assert here("export", "--adapter", run, "--out", tmp_path / "out", "--card", "-q")[0] == 0
+    assert "--max-lora-rank 8 " in (tmp_path / "out" / "README.md").read_text()
 
 
 @pytest.mark.parametrize(
