@@ -265,16 +265,17 @@ class Endpoint:
         asking = threading.Thread(target=ask, daemon=True)
         asking.start()
         asking.join(limit)
+        answered = found[:]  # the thread may add a failure of our own making once its socket is shut
         self._spent += time.monotonic() - began
         if connection.sock is not None:
             with suppress(OSError):
                 connection.sock.shutdown(socket.SHUT_RDWR)  # which ends a read that still waits
         connection.close()
-        if not found:
+        if not answered or isinstance(answered[0], TimeoutError):
             raise _Unanswered(f"no answer within {limit:.3g} seconds")
-        if isinstance(found[0], Exception):
-            raise _Unanswered(_reason(found[0])) from None
-        return found[0]
+        if isinstance(answered[0], Exception):
+            raise _Unanswered(_reason(answered[0])) from None
+        return answered[0]
 
     def _once(
         self, connection: http.client.HTTPConnection, method: str, path: str, body: dict[str, Any] | None
@@ -286,12 +287,12 @@ class Endpoint:
         if content is not None:
             headers["Content-Type"] = "application/json"
         connection.request(method, self._path + path, body=content, headers=headers)
-        response = connection.getresponse()
-        read = response.read(MOST_BYTES + 1)
-        if len(read) > MOST_BYTES:
-            raise ValueError(f"more than {MOST_BYTES >> 20} MiB in one answer")
-        if response.length:  # left of what was announced
-            raise http.client.IncompleteRead(b"", response.length)
+        with connection.getresponse() as response:  # which holds the socket open, whatever becomes of the connection
+            read = response.read(MOST_BYTES + 1)
+            if len(read) > MOST_BYTES:
+                raise ValueError(f"more than {MOST_BYTES >> 20} MiB in one answer")
+            if response.length:  # left of what was announced
+                raise http.client.IncompleteRead(b"", response.length)
         if len(self._key) >= SHORTEST_KEY:  # a server may send back what it was sent
             read = read.replace(self._key.encode(), HIDDEN.encode())
         return response.status, read
@@ -324,8 +325,6 @@ def _reason(error: Exception) -> str:
             return "the server breaks off in the middle of an answer"
         case http.client.HTTPException():
             return "what answers does not speak HTTP"
-        case TimeoutError():
-            return "no answer in time"
         case OSError():
             return f"no connection ({error.strerror or type(error).__name__})"
         case ValueError():

@@ -124,6 +124,24 @@ def test_a_base_in_fewer_bits(verified):
 
 
 @pytest.mark.long
+def test_a_base_in_more_bits_than_in_training(verified, trained, here):
+    rounded = ("--config", trained / "plain.yaml", "-q", "model.quantization=int4", "training.max_steps=30")
+    assert here("train", *rounded, f"output_dir={trained / 'int4'}")[0] == 0
+    code, found, err = verified("int4", "--bound", "0.01")
+    assert named((code, found, err)) == ["unrounded"]
+    assert "is not held in int4, over which the adapter was trained" in err and "--merge" in err
+
+
+@pytest.mark.long
+def test_an_adapter_that_changes_too_little_to_be_seen(verified, trained, here):
+    barely = ("--config", trained / "plain.yaml", "-q", "training.max_steps=1", "optimizer.learning_rate=1e-9")
+    assert here("train", *barely, f"output_dir={trained / 'barely'}")[0] == 0
+    code, found, err = verified("barely")
+    assert named((code, found, err)) == ["unclear"] and "--rows" in err
+    assert named(verified("barely", adapter=None)) == ["unclear"]
+
+
+@pytest.mark.long
 @pytest.mark.parametrize("refuses", [True, False])
 def test_a_context_that_is_too_short(verified, refuses):
     code, found, err = verified("plain", context=128, refuses=refuses)
