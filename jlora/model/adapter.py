@@ -22,7 +22,7 @@ from jlora.config import LoraSection
 from jlora.errors import ModelError, finding
 from jlora.model.coded import coded_einsum
 from jlora.model.config import NUM_INPUTS, ModelConfig, block_weights, module_path, outer_weights, projection_shapes
-from jlora.model.layers import products_in, times
+from jlora.model.layers import dense, products_in, times
 from jlora.model.quant import Quantized, Weight, dequantize, quantized_einsum
 from jlora.model.sharding import named_sharding, place
 
@@ -218,7 +218,7 @@ def base_product(equation: str, x: Float[Array, "B T *inputs"], weight: Weight) 
     """
     if isinstance(weight, Quantized):
         return (coded_einsum if weight.coded else quantized_einsum)(equation, x, weight)
-    return jnp.einsum(equation, x, weight.astype(x.dtype))
+    return dense(equation, x, weight)
 
 
 def _less_initial(
