@@ -5,9 +5,11 @@ Each function below `run_on_eight` is called there, with words of a command line
 
 import hashlib
 import json
+import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -16,20 +18,23 @@ import jax.numpy as jnp
 import numpy as np
 from grown_adapters import random_adapter
 
-from jlora.config import MeshSection, load_config
+from jlora.config import MeshSection, ObjectiveSection, load_config
 from jlora.errors import ConfigError
 from jlora.hf import load, share
+from jlora.hf.architecture import parse_config
 from jlora.hf.source import open_source
 from jlora.model import attention
 from jlora.model.adapter import place_adapter
 from jlora.model.attention import interface, tpu
 from jlora.model.config import block_weights
 from jlora.model.divisibility import check_divides
+from jlora.model.llama import Decoder
 from jlora.model.quant import map_axes
-from jlora.model.sharding import make_mesh, named_sharding
+from jlora.model.sharding import make_mesh, named_sharding, place_rows
+from jlora.planning.compiled import place_base
 from jlora.training.metrics import read_metrics
 from jlora.training.run import train
-from jlora.training.step import make_forward
+from jlora.training.step import Forward, make_forward
 
 ROOT = Path(__file__).parents[1]
 
@@ -55,13 +60,14 @@ def train_over(config, meshes):
     """Runs of a config, one after another: most of the time of a small run is starting.
 
     Args:
-      meshes: as JSON, output folder -> sizes of data, fsdp and tensor.
+      meshes: as JSON, output folder -> sizes of data, fsdp and tensor, and of context where rows are split.
     """
     devices = jax.devices()
     for folder, sizes in json.loads(meshes).items():
-        order = np.random.default_rng(0).permutation(8) if "permuted" in folder else range(8)
+        order = np.random.default_rng(0).permutation(8) if "permuted" in folder else range(math.prod(sizes))
         jax.devices = lambda order=order: [devices[i] for i in order]
-        overrides = [f"mesh.{axis}={size}" for axis, size in zip(("data", "fsdp", "tensor"), sizes, strict=True)]
+        axes = ("data", "fsdp", "tensor", "context")[: len(sizes)]
+        overrides = [f"mesh.{axis}={size}" for axis, size in zip(axes, sizes, strict=True)]
         train(load_config(config, [*overrides, "model.remat=full", f"output_dir={folder}"]), quiet=True)
 
 
@@ -154,6 +160,62 @@ def gradients(*configs):
         for right, leaf in zip(jax.tree.leaves(gradient), jax.tree.leaves(over), strict=True):
             np.testing.assert_allclose(leaf, right, rtol=0, atol=1e-5 * scale)
         print(config.model.path)
+
+
+def split_rows():
+    """Over rows that are split the loss and every gradient are those of one device; a line a mesh and kernel.
+
+    Gradients of adapter and base, under dropout and noise; over the last meshes what each token costs, too. Segments
+    end anywhere, a row is one segment, there are padding and tokens without weight; layers with and without a window,
+    grouped heads.
+    """
+    raw = {"model_type": "llama", "vocab_size": 304, "hidden_size": 48, "intermediate_size": 88, "head_dim": 12}
+    raw |= {"num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 3e-4}
+    model = replace(parse_config(raw, "here"), windows=(None, 9, None))
+    rng = np.random.default_rng(0)
+    base = Decoder(model, lambda weight: jnp.asarray(rng.normal(0, 0.2, weight.shape), jnp.float32))
+    adapter = {name: replace(part, dropout=0.1) for name, part in random_adapter(base).items()}
+    segments = np.sort(rng.integers(1, 5, (4, 192), np.int32), axis=1)
+    segments[0], segments[1, 150:] = 1, 0
+    starts = np.array([[np.argmax(row == segment) for segment in row] for row in segments], np.int32)
+    batch = {"segments": segments, "positions": (np.arange(192, dtype=np.int32) - starts) * (segments > 0)}
+    batch |= {name: rng.integers(0, 304, (4, 192), np.int32) for name in ("tokens", "targets")}
+    batch["weights"] = ((rng.random((4, 192)) < 0.7) & (segments > 0)).astype(np.float32)
+
+    def outcome(sizes, forward):
+        mesh = make_mesh(MeshSection(**({"fsdp": 1} | sizes)), jax.devices()[: math.prod(sizes.values())])
+        placed = place_base(jax.tree.map(lambda leaf: leaf, base), mesh)
+        placed = jax.tree.map(lambda leaf, shape: jax.device_put(leaf, shape.sharding), base, placed)
+        with jax.set_mesh(mesh):
+            rows = {name: place_rows(array, mesh) for name, array in batch.items()}
+            run = jax.jit(jax.value_and_grad(lambda a, b: forward.loss(b, a, rows, jax.random.key(1))[0], (0, 1)))
+            found = run(place_adapter(adapter, model, mesh), placed)
+            by_token = jax.jit(forward.by_token)(placed, adapter, rows) if "tensor" in sizes or not sizes else None
+            return jax.tree.map(np.asarray, (found, by_token))
+
+    dpo = ObjectiveSection(name="dpo", beta=0.1)
+    for kernel, objective, remat, meshes in (
+        (attention.blocked_finely, ObjectiveSection(), "full", SPLIT),
+        (attention.reference, ObjectiveSection(), "none", SPLIT[-1:]),
+        (attention.blocked, dpo, "none", SPLIT[-1:]),
+    ):
+        forward = Forward(kernel, remat, jnp.dtype("float32"), objective, neftune_noise_alpha=5.0)
+        expected = outcome({}, forward)
+        for sizes in meshes:
+            found, worst = outcome(sizes, forward), 0.0
+            for leaf, right in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=False):
+                norm = np.linalg.norm(right)
+                assert np.linalg.norm(leaf - right) <= 1e-5 * norm, (sizes, leaf.shape)
+                worst = max(worst, float(np.linalg.norm(leaf - right) / max(norm, 1e-30)))
+            assert jax.tree.structure(found[0]) == jax.tree.structure(expected[0]) and found[0][0] != 0.0
+            name = "reference" if kernel is attention.reference else "tiles"
+            print(name, objective.name, *(f"{axis}={size}" for axis, size in sizes.items()), f"{worst:.1e}")
+
+
+SPLIT = [
+    *({"context": 2}, {"context": 4}, {"context": 8}, {"data": 2, "fsdp": 2, "context": 2}),
+    *({"context": 4, "tensor": 2}, {"fsdp": 2, "context": 2, "tensor": 2}),
+]
 
 
 if __name__ == "__main__":

@@ -243,9 +243,10 @@ class MeshSection(Section):
     data: int = Field(1, description="devices over which batches are split, weights copied")
     fsdp: int = Field(-1, description="devices over which batches and weights are split; -1: the rest")
     tensor: int = Field(1, description="devices over which heads and mlp are split")
+    context: int = Field(1, description="devices over which the tokens of each row are split")
 
     def conflicts(self) -> Iterator[str]:
-        sizes = (self.data, self.fsdp, self.tensor)
+        sizes = (self.data, self.fsdp, self.tensor, self.context)
         if sizes.count(-1) > 1 or any(size == 0 or size < -1 for size in sizes):
             yield "axes are positive device counts, and at most one is -1 (the rest)"
 

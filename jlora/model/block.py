@@ -79,7 +79,7 @@ class Block(nnx.Module):
                 parts = jnp.split(of_one(("gate_up_proj",), "btd,df->btf", inputs)[0], 2, axis=-1)
             else:
                 parts = of_one(("gate_proj", "up_proj") if cfg.gated else ("up_proj",), "btd,df->btf", inputs)
-            return [checkpoint_name(constrain(part, "act_batch", None, "act_mlp"), MLP_INPUT) for part in parts]
+            return [checkpoint_name(constrain(part, "act_batch", "act_tokens", "act_mlp"), MLP_INPUT) for part in parts]
 
         def added(name: str, y: Array) -> Array:
             return norm(name, checkpoint_name(y, MIDDLE)) if cfg.post_norms else y
@@ -90,9 +90,9 @@ class Block(nnx.Module):
             q, k, v = jnp.split(of_one(("qkv_proj",), "btd,dnh->btnh", normed)[0], ends, axis=2)
         else:
             q, k, v = of_one(("q_proj", "k_proj", "v_proj"), "btd,dnh->btnh", normed)
-        q = checkpoint_name(constrain(q, "act_batch", None, "act_heads", None), ATTENTION_INPUT)
-        k = checkpoint_name(constrain(k, "act_batch", None, "act_kv_heads", None), ATTENTION_INPUT)
-        v = checkpoint_name(constrain(v, "act_batch", None, "act_kv_heads", None), ATTENTION_INPUT)
+        q = checkpoint_name(constrain(q, "act_batch", "act_tokens", "act_heads", None), ATTENTION_INPUT)
+        k = checkpoint_name(constrain(k, "act_batch", "act_tokens", "act_kv_heads", None), ATTENTION_INPUT)
+        v = checkpoint_name(constrain(v, "act_batch", "act_tokens", "act_kv_heads", None), ATTENTION_INPUT)
         if cfg.qk_norm:
             q, k = norm("q_norm", q), norm("k_norm", k)
         if rotary is not None:

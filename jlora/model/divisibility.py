@@ -12,8 +12,9 @@ from jax.sharding import AbstractMesh, Mesh
 from jlora.config import Config
 from jlora.errors import ConfigError
 from jlora.model import quant
+from jlora.model.attention.context import CHUNKS
 from jlora.model.config import ModelConfig, block_weights, outer_weights, projection_shapes
-from jlora.model.sharding import MESH_AXES, RULES
+from jlora.model.sharding import CONTEXT, MESH_AXES, RULES
 
 # Logical axis -> what a user calls its size, in config.json or in the run's config.
 NAMES = {
@@ -28,7 +29,10 @@ NAMES = {
 
 
 def split_sizes(model: ModelConfig, max_length: int) -> dict[str, dict[str, int]]:
-    """Mesh axis -> the named sizes that are split over it, from the weights' axes and the residual stream's."""
+    """Mesh axis -> the named sizes that are split over it, from the weights' axes and the residual stream's.
+
+    Over `context` only rows are, which `row_multiple` is about.
+    """
     weights = (block_weights(model) | outer_weights(model)).values()
     sizes = {axis: size for weight in weights for axis, size in zip(weight.axes, weight.shape, strict=True)}
     sizes["act_seq"] = max_length
@@ -36,8 +40,14 @@ def split_sizes(model: ModelConfig, max_length: int) -> dict[str, dict[str, int]
     for axis, size in sizes.items():
         rule = RULES[axis]
         for mesh_axis in (rule,) if isinstance(rule, str) else rule or ():
-            found[mesh_axis][NAMES.get(axis, axis)] = size
+            if mesh_axis != CONTEXT:
+                found[mesh_axis][NAMES.get(axis, axis)] = size
     return found
+
+
+def row_multiple(context: int, tensor: int) -> int:
+    """What the tokens of a row must be a multiple of: attention takes it in chunks, the residual stream in parts."""
+    return math.lcm(CHUNKS * context if context > 1 else 1, context * tensor)
 
 
 def working_sizes(model: ModelConfig, max_length: int, axis: str, limit: int) -> list[int]:
@@ -68,6 +78,13 @@ def check_divides(model: ModelConfig, mesh: Mesh | AbstractMesh, cfg: Config) ->
             fitting = [str(n) for n in working_sizes(model, cfg.data.max_length, axis, max(mesh.size, size, 8))]
             listed = " or ".join(filter(None, [", ".join(fitting[:-1]), fitting[-1]]))
             raise ConfigError(f"mesh.{axis}={size} does not divide {', '.join(uneven)}; {listed} would")
+    length, multiple = cfg.data.max_length, row_multiple(mesh.shape[CONTEXT], mesh.shape["tensor"])
+    if length % multiple:
+        over = f"mesh.context={mesh.shape[CONTEXT]}" + f" x tensor={mesh.shape['tensor']}" * (mesh.shape["tensor"] > 1)
+        raise ConfigError(
+            f"data.max_length={length} cannot be split over {over}; make it a multiple of {multiple}, such as "
+            f"{-(-length // multiple) * multiple}, or set mesh.context=1"
+        )
     for cut in input_cuts(model, mesh.shape):
         quant.check_shards(cfg.model.quantization, *cut)
 

@@ -65,10 +65,8 @@ def rotary_by_layer(
     None where heads are not turned.
     """
     ropes, which = kinds(cfg.ropes)
-    tables = [
-        jax.tree.map(lambda table: constrain(table, "act_batch", None, None), rotary_table(positions, segments, rope))
-        for rope in ropes
-    ]
+    by_token = partial(jax.tree.map, lambda table: constrain(table, "act_batch", "act_tokens", None))
+    tables = [by_token(rotary_table(positions, segments, rope)) for rope in ropes]
     if len(tables) <= 1:
         return lambda _: tables[0] if tables else None
     stacked: Rotary = jax.tree.map(lambda *same: jnp.stack(same), *tables)

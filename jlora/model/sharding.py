@@ -15,7 +15,9 @@ from jlora.errors import ConfigError
 
 Tree = Any
 
-MESH_AXES = ("data", "fsdp", "tensor")
+# Their order is that of the devices: neighbours in the last talk most.
+MESH_AXES = ("data", "fsdp", "context", "tensor")
+CONTEXT = "context"
 
 RULES: dict[str, str | tuple[str, ...] | None] = {
     # weights
@@ -32,7 +34,9 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "rank": None,
     # activations
     "act_batch": ("data", "fsdp"),
-    "act_seq": "tensor",  # of the residual stream; within a layer heads or mlp take the axis
+    "act_shard": ("data", "fsdp", "context"),  # the tokens of one device
+    "act_seq": ("context", "tensor"),  # of the residual stream
+    "act_tokens": "context",  # within a layer, where heads or mlp take the axis tensor
     "act_embed": None,
     "act_heads": "tensor",
     "act_kv_heads": "tensor",
@@ -42,26 +46,26 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
 
 
 def make_mesh(cfg: MeshSection, devices: list[jax.Device]) -> Mesh:
-    """A mesh with axes `data`, `fsdp`, `tensor` over all `devices`.
+    """A mesh with axes `data`, `fsdp`, `context`, `tensor` over all `devices`.
 
     Raises:
       ConfigError: the axis sizes do not multiply to the number of devices.
     """
-    sizes = [cfg.data, cfg.fsdp, cfg.tensor]
+    sizes = [cfg.data, cfg.fsdp, cfg.context, cfg.tensor]
     known = int(np.prod([size for size in sizes if size != -1]))
     if -1 in sizes and len(devices) % known == 0:
         sizes[sizes.index(-1)] = len(devices) // known
     if int(np.prod(sizes)) != len(devices):
         raise ConfigError(
-            f"mesh data={cfg.data} fsdp={cfg.fsdp} tensor={cfg.tensor} does not cover {len(devices)} "
-            "devices; the sizes must multiply to that number (one may be -1, the rest)"
+            f"mesh data={cfg.data} fsdp={cfg.fsdp} context={cfg.context} tensor={cfg.tensor} does not cover "
+            f"{len(devices)} devices; the sizes must multiply to that number (one may be -1, the rest)"
         )
     if devices[0].platform == "tpu" and all(device.core_on_chip == 0 for device in devices):
         # Neighbours in an axis are neighbours in the torus, tensor's first of all: it talks most.
         grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     else:
         grid = np.asarray(devices).reshape(sizes)
-    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 def partition_spec(axes: tuple[str | None, ...]) -> PartitionSpec:
@@ -84,6 +88,12 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, partition_spec(axes))
 
 
+def context_size() -> int:
+    """Over how many devices each row lies in the mesh in force; 1 without a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else mesh.shape[CONTEXT]
+
+
 def place(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
     """An array that every process holds whole, laid out; no process sends another anything."""
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
@@ -102,7 +112,11 @@ def local_rows(mesh: Mesh, num_rows: int) -> np.ndarray:
 
 
 def place_rows(local: np.ndarray, mesh: Mesh) -> jax.Array:
-    """The batch [..., B, T] over all processes, from this one's `local_rows` of it [..., rows, T]."""
+    """The batch [..., B, T] over all processes, from this one's `local_rows` of it [..., rows, T].
+
+    Devices that share rows (`context`, `tensor`) hold them whole: they are numbers, and every query's device needs
+    the segments of all keys.
+    """
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     num_rows = local.shape[-2] // len(local_rows(mesh, shards)) * shards
     rows = local_rows(mesh, num_rows)

@@ -1,5 +1,7 @@
 """Products of several weights with one input, which lies over `mesh.tensor` by its tokens: q, k and v; gate and up.
 
+Each device of `mesh.context` has tokens of its own, which stay there: only those of its `tensor` group are gathered.
+
 Left to XLA's partitioner, every product gathers the input for itself, and in the backward pass every gradient is
 scattered by itself. Here all have it from one gather, and their gradients are added before one scatter. Only the base's
 products are made so: an adapter's go on taking each device's own tokens, which is less work.
@@ -11,7 +13,7 @@ from jaxtyping import Array, Float
 
 from jlora.model.adapter import base_product
 from jlora.model.quant import Weight, in_turn, map_axes
-from jlora.model.sharding import RULES
+from jlora.model.sharding import CONTEXT, RULES, partition_spec
 
 TENSOR = "tensor"
 
@@ -26,7 +28,7 @@ def products(
     """
     mesh = jax.sharding.get_abstract_mesh()
     devices = 1 if mesh.empty else mesh.shape[TENSOR]
-    if devices == 1 or x.shape[1] % devices:
+    if devices == 1 or x.shape[1] % (mesh.shape[CONTEXT] * devices):
         return _each(equation, x, weights)
 
     def local(x: Array, *weights: Weight) -> tuple[Array, ...]:
@@ -36,9 +38,9 @@ def products(
         map_axes(lambda _, axes: _spec(axes[1:]), weight, ("layers", *dims))
         for weight, dims in zip(weights, axes, strict=True)
     ]
-    outputs = tuple(_spec((None, None, *dims[1:])) for dims in axes)
-    tokens = PartitionSpec(None, TENSOR)
-    mapped = jax.shard_map(local, in_specs=(tokens, *held), out_specs=outputs, axis_names={TENSOR}, check_vma=False)
+    outputs = tuple(PartitionSpec(None, CONTEXT, *_spec(dims[1:])) for dims in axes)
+    tokens, names = partition_spec((None, "act_seq")), {CONTEXT, TENSOR}
+    mapped = jax.shard_map(local, in_specs=(tokens, *held), out_specs=outputs, axis_names=names, check_vma=False)
     return list(mapped(x, *weights))
 
 
@@ -51,5 +53,5 @@ def _each(equation: str, x: Array, weights: list[Weight]) -> list[Array]:
 
 
 def _spec(axes: tuple[str | None, ...]) -> PartitionSpec:
-    """Where dims with these logical axes are cut over the one mesh axis."""
+    """Where dims of a weight with these logical axes are cut over `tensor`."""
     return PartitionSpec(*(TENSOR if axis and RULES[axis] == TENSOR else None for axis in axes))

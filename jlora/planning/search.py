@@ -44,8 +44,8 @@ class Compiler:
     def flops(self, remat: str) -> float:
         """FLOPs of a step with the config's own batch: the same on every mesh."""
         if remat not in self._flops:
-            one = {"mesh.data": 1, "mesh.fsdp": 1, "mesh.tensor": 1, "model.remat": remat}
-            cfg = with_settings(self.cfg, one)
+            one = {"mesh.data": 1, "mesh.fsdp": 1, "mesh.tensor": 1, "mesh.context": 1}
+            cfg = with_settings(self.cfg, one | {"model.remat": remat})
             mesh = make_mesh(cfg.mesh, self.target.devices[:1])
             with jax.set_mesh(mesh):
                 self._flops[remat] = step_flops(cfg, self.model, mesh, make_forward(cfg, self.model, mesh)[1])

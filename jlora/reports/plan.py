@@ -85,7 +85,7 @@ def print_search(found: dict[str, Any]) -> None:
     """A table of what was compiled, and the overrides of the fastest that fits."""
     console = Console(highlight=False, soft_wrap=True)
     table = Table(title=f"{found['topology']}: {len(found['tried'])} of {found['layouts']} layouts compiled")
-    settings = ("data", "fsdp", "tensor", "remat", "batch", "accum.", "quantization")
+    settings = ("data", "fsdp", "tensor", "context", "remat", "batch", "accum.", "quantization")
     for name in (*settings, "peak GiB", "tokens/s per device"):
         table.add_column(name, justify="left" if name == "remat" else "right")
     for tried in sorted(found["tried"], key=lambda tried: (not tried["fits"], -_speed(tried), tried["peak_bytes"])):

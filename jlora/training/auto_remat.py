@@ -40,11 +40,12 @@ class Layout:
     quantization: Any
     rows: int
     batch_size: int
+    context: int = 1
 
     @property
-    def place(self) -> tuple[int, int, int, Any]:
+    def place(self) -> tuple[int, int, int, int, Any]:
         """What decides where the weights lie."""
-        return self.data, self.fsdp, self.tensor, self.quantization
+        return self.data, self.fsdp, self.tensor, self.context, self.quantization
 
     @property
     def micro_batches(self) -> int:
@@ -57,6 +58,7 @@ class Layout:
             "mesh.data": self.data,
             "mesh.fsdp": self.fsdp,
             "mesh.tensor": self.tensor,
+            "mesh.context": self.context,
             "model.remat": self.remat,
             "training.batch_size": self.batch_size,
             "training.gradient_accumulation_steps": self.micro_batches,
@@ -81,7 +83,7 @@ def saved_bytes(model: ModelConfig, cfg: Config, layout: Layout) -> float:
         **{"none": 2 * products, "lean": 2 * d + mixed + taken + 2 * f, "qkv": 2 * d + mixed + taken},
         **{"attention": d + mixed, "full": d, "offload": 0},
     }[layout.remat]
-    tokens = layout.rows * cfg.data.max_length
+    tokens = layout.rows * cfg.data.max_length / layout.context
     return tokens * model.num_hidden_layers * width * jnp.dtype(cfg.model.dtype).itemsize / layout.tensor
 
 

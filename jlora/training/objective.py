@@ -14,12 +14,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from jlora.config import ObjectiveSection
 from jlora.model.adapter import Rows
 from jlora.model.layers import capped
-from jlora.model.sharding import constrain
+from jlora.model.sharding import constrain, context_size
 
 # Logits that are held at once on a device, and the fewest tokens that still keep its matmul units busy.
 CHUNK_LOGITS, MIN_CHUNK = 2**24, 256
@@ -79,7 +79,7 @@ def token_cross_entropy(
     chunk, h, head, *grouped = _grouped(hidden, head, targets, weights)
     ids, trained = _trained(head, rows)
     losses = _token_losses((chunk, softcap, ids), h, *trained, *grouped)
-    return constrain(losses.reshape(targets.shape), "act_batch", None)
+    return _by_row(losses, targets.shape)
 
 
 def correct_tokens(
@@ -97,7 +97,7 @@ def correct_tokens(
 
     def counted(h: Array, t: Array, w: Array) -> Array:
         logits = jnp.einsum("gnd,vd->gnv", h, head, preferred_element_type=jnp.float32)
-        likeliest = jnp.argmax(constrain(logits, "act_batch", None, "act_vocab"), axis=2)
+        likeliest = jnp.argmax(constrain(logits, "act_shard", None, "act_vocab"), axis=2)
         return (likeliest == t).astype(w.dtype) * w
 
     def of_chunk(scanned: tuple[Array, Array, Array]) -> Array:
@@ -105,7 +105,7 @@ def correct_tokens(
 
     parts = [_in_chunks(x, order, chunk) for x in (hidden, grouped, weights)]
     right = _in_place(jax.lax.map(of_chunk, (parts[0], parts[1], parts[2])), order)
-    return constrain(right.reshape(targets.shape), "act_batch", None)
+    return _by_row(right, targets.shape)
 
 
 def _grouped(hidden: Array, head: Array, targets: Array, weights: Array) -> tuple[int, Array, Array, Array, Array]:
@@ -114,16 +114,32 @@ def _grouped(hidden: Array, head: Array, targets: Array, weights: Array) -> tupl
     batch, length, width = hidden.shape
     shards, split = (1, 1) if mesh.empty else (mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["tensor"])
     groups = math.gcd(batch, shards)
-    hidden = constrain(hidden, "act_batch", None, "act_embed")  # whole rows: they are put in another order
-    h = constrain(hidden.reshape(groups, -1, width), "act_batch", None, "act_embed")
-    num_tokens = h.shape[1]
+    hidden = constrain(hidden, "act_batch", "act_tokens", "act_embed")  # all of a device: they are put in another order
+    h = constrain(_by_device(hidden, groups), "act_shard", None, "act_embed")
     return (
-        chunk_size(num_tokens, head.shape[0] // split),
+        chunk_size(h.shape[1], head.shape[0] // split),
         h,
         head.astype(hidden.dtype),
-        targets.reshape(groups, num_tokens),
-        weights.reshape(groups, num_tokens),
+        _by_device(targets, groups),
+        _by_device(weights, groups),
     )
+
+
+def _by_device(x: Shaped[Array, "B T *width"], groups: int) -> Shaped[Array, "G N *width"]:
+    """The tokens of each device: of every group of rows as many parts as there are devices for a row."""
+    parts, (length, *width) = context_size(), x.shape[1:]
+    if parts > 1:
+        x = jnp.moveaxis(x.reshape(groups, -1, parts, length // parts, *width), 2, 1)
+    return x.reshape(groups * parts, -1, *width)
+
+
+def _by_row(x: Float[Array, "G N"], shape: tuple[int, ...]) -> Float[Array, "B T"]:
+    """The inverse of `_by_device`; on every device whole rows, of one number a token."""
+    (batch, length), parts = shape, context_size()
+    if parts > 1:
+        groups = len(x) // parts
+        x = jnp.moveaxis(x.reshape(groups, parts, batch // groups, length // parts), 1, 2)
+    return constrain(x.reshape(shape), "act_batch", None)
 
 
 def chunk_size(num_tokens: int, vocab: int) -> int:
@@ -166,7 +182,7 @@ def _over_chunks(
 
     def computed(h: Array, t: Array, w: Array) -> tuple[Array, Array | None, Array | None]:
         logits = jnp.einsum("gnd,vd->gnv", h, head, preferred_element_type=jnp.float32)
-        logits = capped(constrain(logits, "act_batch", None, "act_vocab"), softcap)
+        logits = capped(constrain(logits, "act_shard", None, "act_vocab"), softcap)
         normalizer = jax.nn.logsumexp(logits, axis=2, keepdims=True)
         target_logit = jnp.take_along_axis(logits, t[:, :, None], axis=2)
         loss = (normalizer - target_logit)[:, :, 0] * w

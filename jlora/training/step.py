@@ -24,7 +24,7 @@ from jlora.model.config import ModelConfig, check_length
 from jlora.model.layers import products_in
 from jlora.model.llama import Decoder
 from jlora.model.quant import is_quantized
-from jlora.model.sharding import named_sharding, place
+from jlora.model.sharding import CONTEXT, named_sharding, place
 from jlora.training import optim
 from jlora.training.objective import chunked_cross_entropy, correct_tokens, pair_loss, pair_sums, token_cross_entropy
 
@@ -304,6 +304,7 @@ def make_forward(cfg: Config, model: ModelConfig, mesh: jax.sharding.Mesh) -> tu
         dtype,
         cfg.data.one_segment,
         model.attention_softcap,
+        mesh.shape[CONTEXT],
     )
     noise = cfg.training.neftune_noise_alpha or 0.0
     return shown, Forward(kernel, cfg.model.remat, dtype, cfg.objective, noise)

@@ -251,7 +251,7 @@ def test_contract_of_defaults(file):
         **{"use_dora": False, "init_lora_weights": True, "rank_pattern": {}, "alpha_pattern": {}, "bias": "none"},
         **{"layers_to_transform": None, "modules_to_save": [], "trainable_tokens": []},
     }
-    assert cfg["mesh"] == {"data": 1, "fsdp": -1, "tensor": 1}
+    assert cfg["mesh"] == {"data": 1, "fsdp": -1, "tensor": 1, "context": 1}
     assert cfg["method"] == "lora"
     expected = {
         **{"data.eval": None, "data.format": "alpaca", "data.max_length": 1024, "data.packing": True},

@@ -309,6 +309,7 @@ import jax, jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 from jlora.model import attention
+from jlora.model.sharding import MESH_AXES
 from jlora.runtime import private_jax
 import numpy as np
 target = '''gpu_device_info { threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
@@ -319,7 +320,7 @@ cuda_compute_capability { major: 9 } registers_per_core_limit: 65536 registers_p
 platform_name: "CUDA" dnn_version_info { major: 9 minor: 8 } runtime_version { major: 12 minor: 9 }
 device_description_str: "H100"'''
 devices = topologies.get_topology_desc(platform="cuda", target_config=target, topology="1x1x4").devices
-mesh = Mesh(np.array(devices).reshape(1, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+mesh = Mesh(np.array(devices).reshape(1, 2, 1, 2), MESH_AXES, axis_types=(AxisType.Auto,) * 4)
 def grads(q, k, v, segments):
     def loss(q, k, v):
         return attention.cudnn(q, k, v, attention.Places(*[segments] * 4), None).astype(jnp.float32).sum()

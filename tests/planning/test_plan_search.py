@@ -21,6 +21,7 @@ from jlora.config import load_config
 from jlora.errors import ConfigError
 from jlora.hf.planned import model_shape
 from jlora.model.divisibility import check_divides
+from jlora.model.sharding import MESH_AXES
 from jlora.planning import layouts, search, speed
 from jlora.planning.answer import time_and_cost
 from jlora.planning.compiled import Plan, fresh
@@ -59,9 +60,9 @@ def alone(config) -> dict:
     return json.loads(plan(config, "--topology", "cpu:1", "--json").stdout)
 
 
-def mesh_of(data: int, fsdp: int, tensor: int) -> jax.sharding.Mesh:
+def mesh_of(data: int, fsdp: int, tensor: int, context: int = 1) -> jax.sharding.Mesh:
     """An abstract mesh, which is all that a check of sizes needs."""
-    return jax.sharding.AbstractMesh((data, fsdp, tensor), ("data", "fsdp", "tensor"))
+    return jax.sharding.AbstractMesh((data, fsdp, context, tensor), MESH_AXES)
 
 
 # What divides.
@@ -75,6 +76,8 @@ def mesh_of(data: int, fsdp: int, tensor: int) -> jax.sharding.Mesh:
         ("llama2-7b", (1, 3, 1), 4096, ["mesh.fsdp=3 does not divide hidden_size=4096", "1, 2, 4 or 8 would"]),
         ("llama2-13b", (1, 1, 16), 4096, ["num_attention_heads=40", "1, 2, 4 or 8 would"]),
         ("llama2-70b", (1, 1, 8), 1004, ["mesh.tensor=8 does not divide data.max_length=1004; 1, 2 or 4 would"]),
+        ("llama2-70b", (1, 1, 1, 4), 1004, ["mesh.context=4; make it a multiple of 8, such as 1008, or"]),
+        ("llama2-70b", (1, 1, 4, 4), 1016, ["mesh.context=4 x tensor=4; make it a multiple of 16, such as 1024, or"]),
     ],
 )
 def test_sizes_that_do_not_divide_are_refused_with_those_that_would(config, model, mesh, length, words):
@@ -86,7 +89,7 @@ def test_sizes_that_do_not_divide_are_refused_with_those_that_would(config, mode
 
 
 def test_sizes_that_divide_pass(config):
-    for mesh in ((1, 1, 8), (2, 4, 2), (1, 64, 4)):
+    for mesh in ((1, 1, 8), (2, 4, 2), (1, 64, 4), (1, 1, 8, 64), (1, 1, 1, 2048)):
         check_divides(model_shape("llama2-70b"), mesh_of(*mesh), load_config(config, ["data.max_length=4096"]))
 
 

@@ -104,7 +104,7 @@ def test_rows_of_new_tokens(tmp_path):
     few = ["model.tokenizer=" + str(add_tokens(tmp_path / "odd", ADDED[:1])), "mesh.tensor=2", "mesh.fsdp=1"]
     cfg = load_config(config, few)
     with pytest.raises(ConfigError, match="mesh.tensor=2 does not divide .*vocab_size=301"):
-        check_divides(shape_of(cfg), AbstractMesh((1, 1, 2), MESH_AXES), cfg)
+        check_divides(shape_of(cfg), AbstractMesh((1, 1, 1, 2), MESH_AXES), cfg)
 
 
 def trained_rows(run_dir, module):

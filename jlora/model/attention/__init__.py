@@ -28,12 +28,14 @@ def choose(
     dtype: jnp.dtype,
     one_segment: bool,
     softcap: float | None = None,
+    context: int = 1,
 ) -> tuple[str, Attention]:
     """The implementation for a config's `model.attention`, and its name for the log.
 
     Args:
       device: one of those that the run is for, here or absent.
       one_segment: no row holds more than one segment, from its start (see `DataSection.one_segment`).
+      context: devices over which the tokens of a row lie.
 
     Raises:
       ConfigError: the implementation asked for by name does not run there, or not on these shapes.
@@ -55,6 +57,7 @@ def choose(
             "a head dim that is a multiple of 8 and at most 128": head_dim % 8 == 0 and head_dim <= 128,
             "a length that is a multiple of 64": length % 64 == 0,
             "a model whose attention has no soft cap": softcap is None,
+            "rows that lie on one device each (mesh.context=1)": context == 1,
         }
         kernel: Attention = cudnn_one_segment if one_segment else cudnn
     else:
@@ -62,12 +65,14 @@ def choose(
             "a TPU": platform == "tpu",
             "a head dim of 64 or a multiple of 128": head_dim == 64 or head_dim % 128 == 0,
             "a length that is a multiple of 128": length % 128 == 0,
+            "rows that lie on one device each (mesh.context=1)": context == 1,
         }
         kernel = splash
     lacking = [need for need, met in needs.items() if not met]
     if not lacking:
         return asked, kernel
     here = f"{platform}, {jnp.dtype(dtype).name}, head dim {head_dim}, length {length}"
+    here += f", mesh.context={context}" if context > 1 else ""
     if name == "auto":
         return f"blocked, because {asked} needs {' and '.join(lacking)} (here {here})", blocked
     working = " or ".join(dict.fromkeys(["auto", *([wanted] if wanted != asked else []), "blocked", "reference"]))

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from jlora.errors import ConfigError
 from jlora.model.layers import capped
-from jlora.model.sharding import partition_spec
+from jlora.model.sharding import constrain, context_size, partition_spec
 
 # The checkpoint name of an implementation's output and of what else its backward pass would have to compute again:
 # given within the implementation, as only there both are at hand. For `jlora.model.remat`.
@@ -55,6 +55,8 @@ def per_device(
 ) -> Float[Array, "B T N H"]:
     """`kernel` of each device's own rows and heads: no partitioner can look into it.
 
+    Over `mesh.context` q, k and v are a device's own tokens of its rows, and `segments` those of the rows' all.
+
     Raises:
       ConfigError: the heads do not divide over the mesh in force.
     """
@@ -67,16 +69,21 @@ def per_device(
                 f"mesh.tensor={mesh.shape['tensor']} does not divide the {heads} {name} heads; "
                 f"set it to a divisor of {heads}, or model.attention=reference"
             )
-    by_head = partition_spec(("act_batch", None, "act_heads", None))
-    by_kv_head = partition_spec(("act_batch", None, "act_kv_heads", None))
+    by_head = partition_spec(("act_batch", "act_tokens", "act_heads", None))
+    by_kv_head = partition_spec(("act_batch", "act_tokens", "act_kv_heads", None))
     by_row = PartitionSpec(by_head[0])
     specs = (by_head, by_kv_head, by_kv_head, by_row)
     # Only the kernels' types are in the way of check_vma: they do not say over which axes their outputs vary.
     return jax.shard_map(kernel, in_specs=specs, out_specs=by_head, check_vma=False)(q, k, v, segments)
 
 
-def over_rows(kernel: Callable[..., Array]) -> Attention:
-    """An implementation from a kernel over a device's own rows: (q, k, v, segments, window, softcap) -> [B T N H]."""
+def over_rows(kernel: Callable[..., Array], over_context: Callable[..., Array] | None = None) -> Attention:
+    """An implementation from a kernel over a device's own rows: (q, k, v, segments, window, softcap) -> [B T N H].
+
+    Args:
+      over_context: the same, where q, k and v are one part of the rows, and the other devices of `mesh.context` have
+        the others; None where there is none, and then `choose` does not take it.
+    """
 
     @wraps(kernel)
     def attention(
@@ -87,7 +94,9 @@ def over_rows(kernel: Callable[..., Array]) -> Attention:
         window: int | None,
         softcap: float | None = None,
     ) -> Float[Array, "B T N H"]:
-        return per_device(partial(kernel, window=window, softcap=softcap), q, k, v, places.q_segments)
+        run = kernel if context_size() == 1 else over_context
+        assert run is not None, "`choose` takes no kernel for rows over several devices that has none"
+        return per_device(partial(run, window=window, softcap=softcap), q, k, v, places.q_segments)
 
     return attention
 
@@ -105,6 +114,8 @@ def reference(
     Matches `eager_attention_forward` of transformers' Llama. Positions restart in every segment, so
     "same segment, no later position" is causality within it; padding is segment 0 and sees itself only.
     """
+    if context_size() > 1:
+        k, v = (constrain(x, "act_batch", None, "act_kv_heads", None) for x in (k, v))
     num_groups = q.shape[2] // k.shape[2]
     q_grouped = q.reshape(*q.shape[:2], k.shape[2], num_groups, q.shape[3])
     scores = jnp.einsum("btkgh,bskh->bkgts", q_grouped, k, preferred_element_type=jnp.float32)

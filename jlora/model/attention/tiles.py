@@ -10,8 +10,10 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from jlora.model.attention.context import CHUNKS, answered, to_answering, to_holding
 from jlora.model.attention.interface import ATTENTION_OUTPUT, over_rows
 from jlora.model.layers import capped
+from jlora.model.sharding import CONTEXT
 
 Limits = tuple[int | None, float | None]  # a window and a soft cap
 TILE, FINE = 128, 64  # tokens; with fewer, packed rows have less to visit, and a GPU more kernels to start
@@ -35,8 +37,24 @@ def _blocked(
     return _rows(_tiled((window, softcap), queries, keys, values, segments), size, grouped).reshape(q.shape)
 
 
-blocked = over_rows(partial(_blocked, fine=False))
-blocked_finely = over_rows(partial(_blocked, fine=True))
+def _blocked_over_context(
+    q: Array, k: Array, v: Array, segments: Array, window: int | None, softcap: float | None, fine: bool
+) -> Array:
+    """As `_blocked`, of a device's part of the rows, with the keys and values of all.
+
+    Tiles have the largest length that divides a chunk, so that each lies within one.
+    """
+    grouped, chunk = (*k.shape[:3], q.shape[2] // k.shape[2], q.shape[3]), q.shape[1] // CHUNKS
+    size = max(n for n in range(1, (FINE if fine else TILE) + 1) if chunk % n == 0)
+    count = q.shape[1] // size
+    parts = to_answering(q).reshape(grouped), k[:, :, :, None], v[:, :, :, None]
+    queries, keys, values = (_tiles(x, count, size) for x in parts)
+    mixed = _tiled_over_context((window, softcap), queries, keys, values, segments, answered(chunk // size))
+    return to_holding(_rows(mixed, size, grouped).reshape(q.shape))
+
+
+blocked = over_rows(partial(_blocked, fine=False), partial(_blocked_over_context, fine=False))
+blocked_finely = over_rows(partial(_blocked, fine=True), partial(_blocked_over_context, fine=True))
 
 
 _product = partial(jnp.einsum, preferred_element_type=jnp.float32)
@@ -104,16 +122,19 @@ def _tiled(
 
 
 def _forward(
-    limits: Limits, queries: Array, keys: Array, values: Array, segments: Array
+    limits: Limits, queries: Array, keys: Array, values: Array, segments: Array, numbers: Array | None = None
 ) -> tuple[Array, tuple[Array, ...]]:
+    """`numbers`: which tiles of the row the queries are, ascending; None: all."""
     (window, softcap), batch, head_dim = limits, len(segments), queries.shape[3]
     by_tile, first, _ = _pairs(window, segments, *keys.shape[::2])
     size = by_tile.shape[2]
 
-    def of_queries(i: Array) -> tuple[Array, Array]:
+    def of_queries(slot: Array) -> tuple[Array, Array]:
+        i = slot if numbers is None else numbers[slot]
+
         def add(j: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             mixed, highest, total = carry
-            scores = capped(_product("nth,nsh->nts", queries[i], keys[j]) * head_dim**-0.5, softcap)
+            scores = capped(_product("nth,nsh->nts", queries[slot], keys[j]) * head_dim**-0.5, softcap)
             by_head = scores.reshape(batch, -1, size, size) + _bias(window, by_tile, i, j)[:, None]
             scores = by_head.reshape(scores.shape)
             now = jnp.maximum(highest, scores.max(axis=-1, keepdims=True))
@@ -132,7 +153,7 @@ def _forward(
 
 
 def _backward(
-    limits: Limits, saved: tuple[Array, ...], gradients: Float[Array, "I n m H"]
+    limits: Limits, saved: tuple[Array, ...], gradients: Float[Array, "I n m H"], numbers: Array | None = None
 ) -> tuple[Array, Array, Array, None]:
     (window, softcap), (queries, keys, values, segments, mixed, normalizer) = limits, saved
     batch, head_dim, dtype = len(segments), queries.shape[3], queries.dtype
@@ -146,25 +167,27 @@ def _backward(
         # Keys by queries, and the queries' gradients by head dim, so that no product has to transpose scores.
         by_dim = jnp.swapaxes(keys[j], 1, 2)
 
-        def add(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        def add(slot: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+            i = slot if numbers is None else numbers[slot]
             to_queries, to_keys, to_values = carry
-            scores = capped(_product("nsh,nth->nst", keys[j], queries[i]) * head_dim**-0.5, softcap)
+            scores = capped(_product("nsh,nth->nst", keys[j], queries[slot]) * head_dim**-0.5, softcap)
             bias = jnp.swapaxes(_bias(window, by_tile, i, j), 1, 2)[:, None, :, None]
             by_head = scores.reshape(batch, kv_heads, size, -1, size) + bias
-            weights = jnp.exp(by_head.reshape(scores.shape) - normalizer[i][:, None])
-            to_weights = _product("nsh,nth->nst", values[j], gradients[i])
-            to_scores = weights * (to_weights - mean[i][:, None]) * head_dim**-0.5
+            weights = jnp.exp(by_head.reshape(scores.shape) - normalizer[slot][:, None])
+            to_weights = _product("nsh,nth->nst", values[j], gradients[slot])
+            to_scores = weights * (to_weights - mean[slot][:, None]) * head_dim**-0.5
             if softcap is not None:
                 to_scores *= 1.0 - jnp.square(scores / softcap)
             # A barrier, or the exponential is taken again for each product that wants it.
             weights, to_scores = jax.lax.optimization_barrier((weights.astype(dtype), to_scores.astype(dtype)))
-            to_values += _product("nst,nth->nsh", weights, gradients[i])
-            to_keys += _product("nst,nth->nsh", to_scores, queries[i])
-            to_queries = to_queries.at[i].add(_product("nhs,nst->nht", by_dim, to_scores))
+            to_values += _product("nst,nth->nsh", weights, gradients[slot])
+            to_keys += _product("nst,nth->nsh", to_scores, queries[slot])
+            to_queries = to_queries.at[slot].add(_product("nhs,nst->nht", by_dim, to_scores))
             return to_queries, to_keys, to_values
 
         zeros = jnp.zeros(keys.shape[1:], jnp.float32)
-        to_queries, *shares = jax.lax.fori_loop(j, end[j], add, (to_queries, zeros, zeros))
+        seeing = (j, end[j]) if numbers is None else jnp.searchsorted(numbers, jnp.stack([j, end[j]]))
+        to_queries, *shares = jax.lax.fori_loop(seeing[0], seeing[1], add, (to_queries, zeros, zeros))
         return to_queries, tuple(shares)
 
     start = jnp.zeros(jnp.swapaxes(queries, 2, 3).shape, jnp.float32)
@@ -174,3 +197,47 @@ def _backward(
 
 
 _tiled.defvjp(_forward, _backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _tiled_over_context(
+    limits: Limits,
+    queries: Float[Array, "I n m H"],
+    keys: Float[Array, "I n t H"],
+    values: Float[Array, "I n t H"],
+    segments: Int[Array, "B T"],
+    numbers: Int[Array, " I"],
+) -> Float[Array, "I n m H"]:
+    """As `_tiled`, with keys and values that lie over the devices of `mesh.context` in the order of the row.
+
+    Gathered here, and again for the backward pass, so that no layer's wait for it whole on every device.
+
+    Args:
+      segments: of whole rows.
+      numbers: which tiles of the row the queries are, ascending.
+    """
+    return _forward_over_context(limits, queries, keys, values, segments, numbers)[0]
+
+
+def _gathered(tiles: Float[Array, "I n t H"]) -> Float[Array, "J n t H"]:
+    return jax.lax.all_gather(tiles, CONTEXT, axis=0, tiled=True)
+
+
+def _forward_over_context(
+    limits: Limits, queries: Array, keys: Array, values: Array, segments: Array, numbers: Array
+) -> tuple[Array, tuple[Array, ...]]:
+    mixed, saved = _forward(limits, queries, _gathered(keys), _gathered(values), segments, numbers)
+    return mixed, (queries, keys, values, segments, *saved[4:], numbers)
+
+
+def _backward_over_context(
+    limits: Limits, saved: tuple[Array, ...], gradients: Float[Array, "I n m H"]
+) -> tuple[Array, Array, Array, None, None]:
+    queries, keys, values, segments, mixed, normalizer, numbers = saved
+    whole = (queries, _gathered(keys), _gathered(values), segments, mixed, normalizer)
+    to_queries, *shares, _ = _backward(limits, whole, gradients, numbers)
+    to_keys, to_values = (jax.lax.psum_scatter(share, CONTEXT, scatter_dimension=0, tiled=True) for share in shares)
+    return to_queries, to_keys, to_values, None, None
+
+
+_tiled_over_context.defvjp(_forward_over_context, _backward_over_context)
