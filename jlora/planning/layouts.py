@@ -24,7 +24,7 @@ from jlora.config.sections import assign
 from jlora.model import quant
 from jlora.model.adapter import targets
 from jlora.model.config import ModelConfig, block_weights, outer_weights
-from jlora.model.divisibility import input_cuts, split_sizes
+from jlora.model.divisibility import input_cuts, row_multiple, split_sizes
 from jlora.model.remat import LADDER
 from jlora.planning.speed import rates_of
 from jlora.planning.topology import Target
@@ -32,6 +32,10 @@ from jlora.training.auto_remat import Layout, saved_bytes
 
 # Policies that hold at least as much as this one does.
 HEAVIER = {name: LADDER[: number + 1] for number, name in enumerate(LADDER)}
+
+
+# Tokens of a row that a device has at the least where rows are split: of shorter rows there are more for a batch.
+SHORTEST_PART = 4096
 
 
 def passes(remat: str) -> int:
@@ -90,14 +94,21 @@ def as_overrides(settings: dict[str, Any]) -> list[str]:
     return [f"{key}={'null' if value is None else value}" for key, value in settings.items()]
 
 
-def meshes(model: ModelConfig, cfg: Config, num_devices: int) -> list[tuple[int, int, int]]:
-    """Every (data, fsdp, tensor) over all devices that the model divides over."""
-    common = {axis: math.gcd(*found.values(), 0) for axis, found in split_sizes(model, cfg.data.max_length).items()}
+def meshes(model: ModelConfig, cfg: Config, num_devices: int) -> list[tuple[int, int, int, int]]:
+    """Every (data, fsdp, tensor, context) over all devices that the model divides over.
+
+    Rows are split where each part is still long: see `SHORTEST_PART`.
+    """
+    length = cfg.data.max_length
+    common = {axis: math.gcd(*found.values(), 0) for axis, found in split_sizes(model, length).items()}
     return [
-        (data, fsdp, num_devices // (data * fsdp))
-        for data in _divisors(num_devices)
-        for fsdp in _divisors(num_devices // data)
-        if common["fsdp"] % fsdp == 0 and common["tensor"] % (num_devices // (data * fsdp)) == 0
+        (data, fsdp, tensor, context)
+        for context in _divisors(num_devices)
+        for data in _divisors(num_devices // context)
+        for fsdp in _divisors(num_devices // (context * data))
+        for tensor in [num_devices // (context * data * fsdp)]
+        if common["fsdp"] % fsdp == 0 and common["tensor"] % tensor == 0
+        if length % row_multiple(context, tensor) == 0 and (context == 1 or length // context >= SHORTEST_PART)
     ]
 
 
@@ -108,18 +119,18 @@ def layouts(model: ModelConfig, cfg: Config, num_devices: int, *, keep_batch: bo
       keep_batch: only where `training.batch_size` divides as it is; otherwise only where it does not, with the
         next multiple of what the mesh needs in its place.
     """
-    for data, fsdp, tensor in meshes(model, cfg, num_devices):
+    for data, fsdp, tensor, context in meshes(model, cfg, num_devices):
         batch, shards = cfg.training.batch_size, data * fsdp
         if (batch % shards == 0) != keep_batch:
             continue
         batch = -(-batch // shards) * shards
         for quantization in quantizations(cfg):
-            cuts = input_cuts(model, {"data": data, "fsdp": fsdp, "tensor": num_devices // (data * fsdp)})
+            cuts = input_cuts(model, {"data": data, "fsdp": fsdp, "tensor": tensor, "context": context})
             if not all(quant.divides(quantization, inputs, shards) for _, inputs, shards in cuts):
                 continue
             for remat in (name for name in LADDER if name != "offload"):
                 for rows in _divisors(batch // shards):
-                    yield Layout(data, fsdp, tensor, remat, quantization, rows, batch)
+                    yield Layout(data, fsdp, tensor, remat, quantization, rows, batch, context)
 
 
 def smallest(layout: Layout) -> Layout:
@@ -137,7 +148,8 @@ def guess_seconds(
     """Order in which layouts are worth compiling: seconds of a token, then FLOPs and bytes where no peak is known.
 
     The bytes sent are arithmetic here (weights gathered over fsdp, the residual stream gathered and scattered four
-    times a layer over tensor, the adapter's gradients reduced); of a compiled layout they are counted.
+    times a layer over tensor, keys and values gathered over context and queries and what attention gives exchanged,
+    the adapter's gradients reduced); of a compiled layout they are counted.
 
     Args:
       flops: of a step with the config's own batch.
@@ -149,11 +161,16 @@ def guess_seconds(
     held = (quant.bytes_held(layout.quantization, dtype) * inner + itemsize * outer) / layout.tensor
     # What crosses devices is dequantised.
     weights = itemsize * (inner + outer) / layout.tensor
-    stream = layout.rows * cfg.data.max_length * model.hidden_size * itemsize * model.num_hidden_layers
+    tokens_held = layout.rows * cfg.data.max_length / layout.context * model.num_hidden_layers
+    stream = tokens_held * model.hidden_size * itemsize
     often = layout.micro_batches * passes(layout.remat)
     sent = often * weights * (layout.fsdp - 1) / layout.fsdp
     sent += often * 4 * stream * (layout.tensor - 1) / layout.tensor
-    shards, adapted = layout.data * layout.fsdp, model.num_hidden_layers * model.hidden_size * cfg.lora.rank
+    if layout.context > 1:
+        heads = 2 * model.num_attention_heads + 2 * model.num_key_value_heads * (layout.context - 1)
+        sent += often * tokens_held * heads * model.head_dim * itemsize / layout.tensor
+    shards = layout.data * layout.fsdp * layout.context
+    adapted = model.num_hidden_layers * model.hidden_size * cfg.lora.rank
     sent += 2 * 4 * len(targets(cfg.lora, model)) * 2 * adapted * (shards - 1) / shards / layout.tensor
     tokens = layout.batch_size * cfg.data.max_length
     flops *= layout.batch_size / cfg.training.batch_size

@@ -247,9 +247,15 @@ def _cheaper_first(compiler: Compiler, now: Layout) -> Iterator[Layout]:
         possible = [r for r in sorted(rows, reverse=True) if compiler.may_fit(replace(now, remat=remat, rows=r))]
         for chosen in dict.fromkeys(possible[:1] + possible[-1:]):
             yield replace(now, remat=remat, rows=chosen)
+    row = compiler.results.get(smallest(now))
     for quantization in quantizations(compiler.cfg):
-        others = {smallest(x) for x in kept if x.quantization == quantization}
-        yield from sorted((x for x in others if x != now and compiler.may_fit(x)), key=compiler.guess)
+        others = [x for x in {smallest(x) for x in kept if x.quantization == quantization} if x != now]
+        others = sorted((x for x in others if compiler.may_fit(x)), key=compiler.guess)
+        if row is not None:
+            # One row takes about so much on another mesh, by how it is split; those that would not hold it come last.
+            takes = {x: row.temporaries * now.tensor * now.context / (x.tensor * x.context) for x in others}
+            others.sort(key=lambda x: compiler.held(x) + takes[x] > compiler.target.capacity)
+        yield from others
 
 
 def _shorter_rows(compiler: Compiler, now: Layout, layout: Layout) -> Remedy | None:

@@ -31,7 +31,7 @@ from jlora.planning.program import Program, sent_bytes
 from jlora.planning.search import find_remedy, sentence
 from jlora.planning.topology import Target
 from jlora.reports import plan as plan_page
-from jlora.training.auto_remat import Layout
+from jlora.training.auto_remat import Layout, saved_bytes
 
 # A peak for tests of order alone.
 TARGET = Target("gpu:a:4", "gpu", [None] * 4, 80, 1e12, 1e11, 1e10)
@@ -206,8 +206,8 @@ def fake(monkeypatch, config, capacity: float, per_row: dict[str, float], spread
         calls.append(cfg)
         shards, parts = cfg.mesh.data * cfg.mesh.fsdp, cfg.training.gradient_accumulation_steps
         rows = cfg.training.batch_size // parts // shards
-        argument = held_bytes(cfg, target, model)
-        temporaries = round(2**10 * (1 + rows * per_row[cfg.model.remat] * cfg.data.max_length / 64 / cfg.mesh.tensor))
+        argument, split = held_bytes(cfg, target, model), cfg.mesh.tensor * cfg.mesh.context
+        temporaries = round(2**10 * (1 + rows * per_row[cfg.model.remat] * cfg.data.max_length / 64 / split))
         sent = 1e9 * (cfg.mesh.fsdp - 1) * parts + 1e10 * (cfg.mesh.tensor - 1)
         tokens = cfg.training.batch_size * cfg.data.max_length
         figures = dict(temp_bytes=temporaries, sent_bytes=sent, micro_batches=parts, remat=cfg.model.remat)
@@ -304,6 +304,28 @@ def test_layouts_cover_the_run(config):
     }
 
 
+def test_rows_are_split_where_each_part_is_long(config):
+    for length, contexts in ((131_072, {1, 2, 4, 8}), (16_384, {1, 2, 4}), (8191, {1}), (4096, {1})):
+        cfg = load_config(config, ["model.path=llama2-7b", "training.batch_size=1", f"data.max_length={length}"])
+        found = list(layouts.layouts(LLAMA_7B, cfg, 8, keep_batch=True))
+        # One row is one device's by data and fsdp; a tensor of 8 does not divide 8191 tokens.
+        assert {layout.context for layout in found} == contexts - ({1} if length % 2 else set())
+        for layout in found:
+            assert layout.tensor * layout.context == 8 and layout.settings()["mesh.context"] == layout.context
+            check_divides(LLAMA_7B, mesh_of(1, 1, layout.tensor, layout.context), cfg)
+
+
+def test_the_guess_knows_what_splitting_rows_saves_and_sends(config):
+    cfg = load_config(config, ["model.path=llama2-7b", "training.batch_size=8", "data.max_length=65536"])
+    whole = Layout(8, 1, 1, "full", None, 1, 8)
+    split = dataclasses.replace(whole, data=1, context=8)
+    assert saved_bytes(LLAMA_7B, cfg, split) == saved_bytes(LLAMA_7B, cfg, whole) / 8
+    sent = [layouts.guess_seconds(LLAMA_7B, cfg, TARGET, layout, 1e15)[2] * 8 * 65536 for layout in (whole, split)]
+    # Both reduce the adapter's gradients over 8; each of 8 micro-batches goes three times through every layer.
+    keys_and_values, queries_and_answers = 2 * 7 / 8, 2 / 8
+    assert sent[1] - sent[0] == pytest.approx(8 * 3 * 32 * 65536 * (keys_and_values + queries_and_answers) * 4096 * 4)
+
+
 def test_a_quantised_layout_is_never_the_faster(config):
     cfg = load_config(config, ["model.path=llama2-7b", "training.batch_size=8", "model.dtype=bfloat16"])
     found = list(layouts.layouts(LLAMA_7B, cfg, 4, keep_batch=True))
@@ -371,6 +393,16 @@ def test_the_cheapest_change_comes_first(monkeypatch, config, capacity, per_row,
     assert [word for word in remedy.overrides if word in overrides] == overrides
     assert remedy.peak_bytes <= 2**10 * capacity
     assert "does not fit by" in says and "temporaries (activations) take" in says and "cheapest change" in says
+
+
+def test_a_row_that_no_device_holds_is_split(monkeypatch, config):
+    cfg, target, _ = fake(monkeypatch, config, 100, PER_ROW)
+    cfg = load_config(config, ["training.batch_size=4", "data.max_length=16384", "mesh.fsdp=4", "model.remat=full"])
+    result = search.plan(cfg, target, None, 6e12)
+    remedy = find_remedy(cfg, target, result)
+    assert not result.fits
+    assert {"mesh.fsdp=1", "mesh.tensor=2", "mesh.context=2"} <= {*remedy.overrides}
+    assert remedy.peak_bytes == 2**10 * (60 / 2 + 1 + 16384 / 64 / 4)
 
 
 def test_a_remedy_of_more_devices_or_of_none(monkeypatch, config):
