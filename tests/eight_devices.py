@@ -75,24 +75,30 @@ def attend_by_splash():
     """The gradients of splash over a mesh are those of the reference; the refusal of one that does not divide."""
     tpu.MAX_SPLASH_BLOCK = 128
     rng = np.random.default_rng(0)
-    q, k, v = (jnp.asarray(rng.standard_normal((4, 256, n, 64)), jnp.float32) for n in (4, 2, 2))
-    segments = jnp.asarray(np.sort(rng.integers(1, 4, (4, 256)), axis=1), jnp.int32)
-    positions = jnp.arange(256)[None].repeat(4, 0)
 
-    def grads(attend):
-        return jax.jit(jax.grad(lambda *qkv: jnp.sin(attend(*qkv)).sum(), argnums=(0, 1, 2)))(q, k, v)
+    def grads(attend, qkv):
+        return jax.jit(jax.grad(lambda *qkv: jnp.sin(attend(*qkv)).sum(), argnums=(0, 1, 2)))(*qkv)
 
-    places = attention.Places(segments, segments, positions, positions)
-    expected = grads(partial(attention.reference, places=places, window=None))
-    splash = partial(interface.per_device, partial(tpu._splash_rows, window=None, interpret=True), segments=segments)
-    with jax.set_mesh(make_mesh(MeshSection(data=2, fsdp=2, tensor=2), jax.devices())):
-        for found, right in zip(grads(splash), expected, strict=True):
-            np.testing.assert_allclose(np.asarray(found), np.asarray(right), atol=1e-4)
-    with jax.set_mesh(make_mesh(MeshSection(data=1, fsdp=2, tensor=4), jax.devices())):
-        try:
-            grads(splash)
-        except ConfigError as error:
-            print(error)
+    def compare(sizes, batch, length, window, kernel):
+        qkv = [jnp.asarray(rng.standard_normal((batch, length, n, 64)), jnp.float32) for n in (4, 2, 2)]
+        segments = jnp.asarray(np.sort(rng.integers(1, 4, (batch, length)), axis=1), jnp.int32)
+        positions = jnp.arange(length)[None].repeat(batch, 0)
+        places = attention.Places(segments, segments, positions, positions)
+        expected = grads(partial(attention.reference, places=places, window=window), qkv)
+        splash = partial(interface.per_device, partial(kernel, window=window, interpret=True), segments=segments)
+        with jax.set_mesh(make_mesh(MeshSection(**sizes), jax.devices()[: math.prod(sizes.values())])):
+            differences = [float(jnp.abs(x - y).max()) for x, y in zip(grads(splash, qkv), expected, strict=True)]
+        print(*(f"{axis}={size}" for axis, size in sizes.items()), *(f"{each:.1e}" for each in differences))
+        assert max(differences) < 1e-4
+
+    compare({"data": 2, "fsdp": 2, "tensor": 2}, 4, 256, None, tpu._splash_rows)
+    # A chunk is two blocks, or one.
+    compare({"fsdp": 1, "context": 2, "tensor": 2}, 1, 1024, None, tpu._splash_over_context)
+    compare({"fsdp": 2, "context": 4}, 2, 1024, 300, tpu._splash_over_context)
+    try:
+        compare({"data": 1, "fsdp": 2, "tensor": 4}, 4, 256, None, tpu._splash_rows)
+    except ConfigError as error:
+        print(error)
 
 
 def load_published(*words):

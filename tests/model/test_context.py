@@ -102,12 +102,17 @@ GPU = Mock(jax.Device, platform="gpu", compute_capability="9.0")
 BF16 = jnp.dtype("bfloat16")
 
 
-@pytest.mark.parametrize(("device", "asked"), [(GPU, "cudnn"), (TPU, "splash")])
-def test_a_kernel_of_whole_rows_is_not_taken_for_parts_of_them(device, asked):
-    said, kernel = attention.choose("auto", device, 128, 131_072, BF16, False, context=8)
-    assert kernel is attention.blocked
-    assert said.startswith(f"blocked, because {asked} needs rows that lie on one device each (mesh.context=1) (here")
-    assert said.endswith("mesh.context=8)")
-    with pytest.raises(ConfigError, match=rf"model.attention={asked} needs rows .*set model.attention to auto or "):
-        attention.choose(asked, device, 128, 131_072, BF16, False, context=8)
+def test_what_is_taken_for_parts_of_rows():
+    """Splash where a chunk is whole blocks; cuDNN nowhere, as where queries begin is not the same on every device."""
+    assert attention.choose("auto", TPU, 128, 131_072, BF16, False, context=8) == ("splash", attention.splash)
     assert attention.choose("auto", CPU, 128, 131_072, BF16, False, context=8)[1] is attention.blocked_finely
+    for device, asked, length, needs in (
+        (GPU, "cudnn", 131_072, "rows that lie on one device each (mesh.context=1)"),
+        (TPU, "splash", 131_072 - 1024, "a length that is a multiple of 2048"),
+    ):
+        said, kernel = attention.choose("auto", device, 128, length, BF16, False, context=8)
+        assert kernel is attention.blocked
+        assert said.startswith(f"blocked, because {asked} needs {needs} (here") and said.endswith("mesh.context=8)")
+        with pytest.raises(ConfigError) as error:
+            attention.choose(asked, device, 128, length, BF16, False, context=8)
+        assert f"model.attention={asked} needs {needs}" in str(error.value) and "\n" not in str(error.value)

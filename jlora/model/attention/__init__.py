@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jlora.errors import ConfigError
+from jlora.model.attention.context import CHUNKS
 from jlora.model.attention.gpu import cudnn, cudnn_one_segment
 from jlora.model.attention.interface import Attention, Places, reference
 from jlora.model.attention.tiles import blocked, blocked_finely
@@ -61,11 +62,11 @@ def choose(
         }
         kernel: Attention = cudnn_one_segment if one_segment else cudnn
     else:
+        step = 128 if context == 1 else 128 * CHUNKS * context
         needs = {
             "a TPU": platform == "tpu",
             "a head dim of 64 or a multiple of 128": head_dim == 64 or head_dim % 128 == 0,
-            "a length that is a multiple of 128": length % 128 == 0,
-            "rows that lie on one device each (mesh.context=1)": context == 1,
+            f"a length that is a multiple of {step}": length % step == 0,
         }
         kernel = splash
     lacking = [need for need, met in needs.items() if not met]

@@ -47,6 +47,11 @@ def answered(blocks: int) -> Int[Array, " {2*blocks}"]:
     return jnp.concatenate([device * blocks + within, (last - device) * blocks + within])
 
 
+def answered_by(devices: int) -> list[int]:
+    """Numbers of the chunks of a row, device by device, as `answered` has them."""
+    return [chunk for device in range(devices) for chunk in (device, CHUNKS * devices - 1 - device)]
+
+
 def _answering() -> tuple[list[int], list[int]]:
     """Of each device: who answers its first chunk, and its second."""
     last = CHUNKS * context_size() - 1
