@@ -327,18 +327,27 @@ def grads(q, k, v, segments):
     return jax.grad(loss, argnums=(0, 1, 2))(q, k, v)
 def arg(shape, dtype, spec):
     return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
-spec = P("fsdp", None, "tensor", None)
-q, k = (arg((4, 512, n, 128), jnp.bfloat16, spec) for n in (8, 2))
-with jax.set_mesh(mesh), private_jax.gpu_is_cuda():
-    text = jax.jit(grads).lower(q, k, k, arg((4, 512), jnp.int32, P("fsdp", None))).compile().as_text()
+def compiled():
+    spec = P("fsdp", "context", "tensor", None)
+    q, k = (arg((4, 512, n, 128), jnp.bfloat16, spec) for n in (8, 2))
+    with jax.set_mesh(mesh), private_jax.gpu_is_cuda():
+        return jax.jit(grads).lower(q, k, k, arg((4, 512), jnp.int32, P("fsdp", None))).compile().as_text()
+text = compiled()
 of_the_mask = "bf16[2,1,512,512]{3,2,1,0}, u8[0]" in text  # its gradient, before the workspace
 print(text.count('custom_call_target="__cudnn$fmha'), "all-gather" in text, "[2,512,4,128]" in text, of_the_mask)
+mesh = Mesh(mesh.devices.reshape(1, 1, 2, 2), MESH_AXES, axis_types=(AxisType.Auto,) * 4)
+text = compiled()
+print(text.count('custom_call_target="__cudnn$fmha'), "all-gather" in text, "reduce-scatter" in text)
 """
 
 
 @needs_gpu_compiler
 def test_cudnn_compiles_for_an_absent_gpu():
-    """Forward and backward over a mesh become cuDNN calls on a device's own rows and heads; no mask has a gradient."""
+    """Forward and backward over a mesh become cuDNN calls on a device's own rows and heads; no mask has a gradient.
+
+    Where two devices have parts of each row, either's branch has calls for its two chunks, and keys and values
+    are gathered.
+    """
     done = subprocess.run(
         [sys.executable, "-c", GPU_PROGRAM],
         cwd=ROOT,
@@ -347,4 +356,6 @@ def test_cudnn_compiles_for_an_absent_gpu():
         text=True,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.split() == ["2", "False", "True", "False"]
+    whole, split = map(str.split, done.stdout.splitlines())
+    assert whole == ["2", "False", "True", "False"]
+    assert split == [str(2 * 2 * 2), "True", "True"]

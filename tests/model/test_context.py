@@ -14,7 +14,7 @@ from jax.sharding import AbstractMesh
 
 from jlora.errors import ConfigError
 from jlora.model import attention
-from jlora.model.attention import context, tiles
+from jlora.model.attention import context, gpu, tiles
 from jlora.model.sharding import CONTEXT, MESH_AXES
 
 
@@ -63,15 +63,42 @@ def test_each_device_answers_an_early_chunk_and_a_late_one(devices):
     ids=["grouped", "window and odd tiles", "window within a chunk", "three devices and a soft cap"],
 )
 def test_tiles_over_devices_equal_the_reference(devices, heads, kv_heads, length, window, softcap, monkeypatch):
-    """Forward and backward: several tiles a chunk, segments that begin and end in any chunk, padding, windows."""
+    """Several tiles a chunk, segments that begin and end in any chunk, padding, windows."""
     monkeypatch.setattr(tiles, "TILE", 8)
+    kernel = partial(tiles._blocked_over_context, fine=False)
+    require_the_reference(kernel, devices, heads, kv_heads, length, window, softcap)
+
+
+@pytest.mark.parametrize(
+    ("devices", "window", "longest"), [(2, None, 256), (2, 40, 128), pytest.param(3, None, 128, marks=pytest.mark.long)]
+)
+def test_cudnn_over_devices_equals_the_reference(devices, window, longest, monkeypatch):
+    """One mask a chunk, or blocks of its queries. What cuDNN is asked for is answered by XLA."""
+    monkeypatch.setattr(gpu, "MAX_MASKED_LENGTH", longest)
+    monkeypatch.setattr(gpu, "QUERY_BLOCK", 32)
+    ask, asked = jax.nn.dot_product_attention, set()
+
+    def answer(q, k, v, *, implementation, **how):
+        assert implementation == "cudnn"
+        asked.add((q.shape[1], k.shape[1]))
+        return ask(q, k, v, implementation="xla", **how)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", answer)
+    require_the_reference(gpu._cudnn_over_context, devices, 4, 2, 128 * devices, window, None)
+    size = 64 if 128 * devices <= longest else 32
+    keys = range(size, 128 * devices + 1, size)  # of causality no key is asked for that no query sees
+    assert asked == {(size, end if window is None else end - max(0, end - size - 39) // 64 * 64) for end in keys}
+
+
+def require_the_reference(kernel, devices, heads, kv_heads, length, window, softcap):
+    """Forward and backward."""
     rng = np.random.default_rng(length)
     segments, positions = rows_of(rng, length)
     q, k, v = (jnp.asarray(rng.standard_normal((3, length, n, 8)), jnp.float32) for n in (heads, kv_heads, kv_heads))
     weights = jnp.asarray(rng.standard_normal(q.shape) * (segments > 0)[:, :, None, None], jnp.float32)
     places = attention.Places(*map(jnp.asarray, (segments, segments, positions, positions)))
 
-    kernel = partial(tiles._blocked_over_context, window=window, softcap=softcap, fine=False)
+    kernel = partial(kernel, window=window, softcap=softcap)
 
     def of_device(q, k, v, weights):
         def loss(*qkv):
@@ -103,16 +130,14 @@ BF16 = jnp.dtype("bfloat16")
 
 
 def test_what_is_taken_for_parts_of_rows():
-    """Splash where a chunk is whole blocks; cuDNN nowhere, as where queries begin is not the same on every device."""
-    assert attention.choose("auto", TPU, 128, 131_072, BF16, False, context=8) == ("splash", attention.splash)
-    assert attention.choose("auto", CPU, 128, 131_072, BF16, False, context=8)[1] is attention.blocked_finely
-    for device, asked, length, needs in (
-        (GPU, "cudnn", 131_072, "rows that lie on one device each (mesh.context=1)"),
-        (TPU, "splash", 131_072 - 1024, "a length that is a multiple of 2048"),
-    ):
-        said, kernel = attention.choose("auto", device, 128, length, BF16, False, context=8)
-        assert kernel is attention.blocked
-        assert said.startswith(f"blocked, because {asked} needs {needs} (here") and said.endswith("mesh.context=8)")
-        with pytest.raises(ConfigError) as error:
-            attention.choose(asked, device, 128, length, BF16, False, context=8)
-        assert f"model.attention={asked} needs {needs}" in str(error.value) and "\n" not in str(error.value)
+    """A kernel where a chunk is whole blocks of it."""
+    choose = partial(attention.choose, head_dim=128, dtype=BF16, one_segment=False, context=8)
+    assert choose("auto", CPU, length=131_072)[1] is attention.blocked_finely
+    for device, asked, kernel, step in ((GPU, "cudnn", attention.cudnn, 1024), (TPU, "splash", attention.splash, 2048)):
+        assert choose("auto", device, length=131_072) == (asked, kernel)
+        needs = f"{asked} needs a length that is a multiple of {step}"
+        said, other = choose("auto", device, length=131_072 - step // 2)
+        assert other is attention.blocked and said.startswith(f"blocked, because {needs} (here")
+        assert said.endswith("mesh.context=8)")
+        with pytest.raises(ConfigError, match=f"model.attention={needs} .*; set model.attention to auto or "):
+            choose(asked, device, length=131_072 - step // 2)

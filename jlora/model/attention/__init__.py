@@ -2,7 +2,8 @@
 
 `cudnn` runs on GPUs, `splash` on TPUs; neither ever holds the scores. Both ask more of a row than the
 reference does: queries and keys are the same tokens, and those of a segment stand together in the order of
-their positions. Rows of `jlora.data` are so; the steps of decoding are not.
+their positions. Rows of `jlora.data` are so; the steps of decoding are not. Over `mesh.context`, where devices have
+parts of a row each, see `jlora.model.attention.context`.
 
 Knows nothing of projections, rotary embedding or caches.
 """
@@ -44,6 +45,7 @@ def choose(
     platform, is_gpu = device.platform, device.platform in ("gpu", "cuda")
     wanted = "cudnn" if is_gpu else "splash" if platform == "tpu" else "blocked"
     asked = wanted if name == "auto" else name
+    chunks = 1 if context == 1 else CHUNKS * context  # in which kernels take a row
     anywhere: dict[str, Attention] = {
         "reference": reference,
         "blocked": blocked_finely if platform == "cpu" and (not one_segment or length <= DENSE_FINE) else blocked,
@@ -56,17 +58,15 @@ def choose(
             "compute capability 8.0": not is_gpu or float(getattr(device, "compute_capability", 8.0)) >= 8.0,
             "model.dtype bfloat16 or float16": dtype in (jnp.bfloat16, jnp.float16),
             "a head dim that is a multiple of 8 and at most 128": head_dim % 8 == 0 and head_dim <= 128,
-            "a length that is a multiple of 64": length % 64 == 0,
+            f"a length that is a multiple of {64 * chunks}": length % (64 * chunks) == 0,
             "a model whose attention has no soft cap": softcap is None,
-            "rows that lie on one device each (mesh.context=1)": context == 1,
         }
         kernel: Attention = cudnn_one_segment if one_segment else cudnn
     else:
-        step = 128 if context == 1 else 128 * CHUNKS * context
         needs = {
             "a TPU": platform == "tpu",
             "a head dim of 64 or a multiple of 128": head_dim == 64 or head_dim % 128 == 0,
-            f"a length that is a multiple of {step}": length % step == 0,
+            f"a length that is a multiple of {128 * chunks}": length % (128 * chunks) == 0,
         }
         kernel = splash
     lacking = [need for need, met in needs.items() if not met]

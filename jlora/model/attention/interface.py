@@ -77,12 +77,12 @@ def per_device(
     return jax.shard_map(kernel, in_specs=specs, out_specs=by_head, check_vma=False)(q, k, v, segments)
 
 
-def over_rows(kernel: Callable[..., Array], over_context: Callable[..., Array] | None = None) -> Attention:
+def over_rows(kernel: Callable[..., Array], over_context: Callable[..., Array]) -> Attention:
     """An implementation from a kernel over a device's own rows: (q, k, v, segments, window, softcap) -> [B T N H].
 
     Args:
       over_context: the same, where q, k and v are one part of the rows, and the other devices of `mesh.context` have
-        the others; None where there is none, and then `choose` does not take it.
+        the others.
     """
 
     @wraps(kernel)
@@ -95,7 +95,6 @@ def over_rows(kernel: Callable[..., Array], over_context: Callable[..., Array] |
         softcap: float | None = None,
     ) -> Float[Array, "B T N H"]:
         run = kernel if context_size() == 1 else over_context
-        assert run is not None, "`choose` takes no kernel for rows over several devices that has none"
         return per_device(partial(run, window=window, softcap=softcap), q, k, v, places.q_segments)
 
     return attention
