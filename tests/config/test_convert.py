@@ -242,6 +242,20 @@ def test_every_key_of_a_file_is_accounted_for():
         assert key not in axolotl.TABLE
 
 
+def test_devices_that_share_rows_have_no_rows_of_their_own():
+    """Of 8 devices 4 share each row, so there are rows for 2."""
+    from jlora.config.convert import axolotl, torchtune
+
+    rows = {"micro_batch_size": 3, "gradient_accumulation_steps": 1}
+    for key in ("context_parallel_size", "sequence_parallel_degree"):
+        out = axolotl.convert({"base_model": "b", "adapter": "lora", key: 2, "tensor_parallel_size": 2} | rows, 8)
+        assert out.tree["mesh"] == {"context": 2, "tensor": 2} and out.tree["training"]["batch_size"] == 3 * 2
+        assert not [note for note in out.notes if note.key == key]
+    given = yaml.safe_load(next(p for p in FILES if p.stem == "torchtune_two_sources_mesh").read_text(encoding="utf-8"))
+    out = torchtune.convert(given | {"context_parallel_dim": 2}, 8)
+    assert out.tree["mesh"]["context"] == 2 and out.tree["training"]["batch_size"] == 1 * 2 * 2
+
+
 def test_gravest_notes_come_first_and_irrelevant_ones_apart():
     path = next(path for path in FILES if path.stem == "axolotl_own_columns_fp16")
     lines = describe_notes(convert(path, 1)[2])

@@ -134,6 +134,7 @@ TABLE: Table = {
     "tensor_parallel_size": To("mesh.tensor", int),
     "dp_replicate_size": To("mesh.data", int),
     "dp_shard_size": To("mesh.fsdp", int),
+    **dict.fromkeys(("context_parallel_size", "sequence_parallel_degree"), To("mesh.context", int)),
     "rl_beta": To("objective.beta", float),
     "orpo_alpha": To("objective.beta", float),
     "dpo_label_smoothing": To("objective.label_smoothing", float),
@@ -180,7 +181,6 @@ TABLE: Table = {
         "eval_sample_packing lora_on_cpu fp8",
     ),
     **alike(Without("cost", SHARING, (False,)), "deepspeed fsdp fsdp_config fsdp_version ddp device_map max_memory"),
-    **alike(Without("cost", "a sequence stays on one device", (1,)), "sequence_parallel_degree context_parallel_size"),
     "eval_strategy": Without("cost", "set training.evals_per_epoch or eval_every", ("no", "steps")),
     "save_strategy": Without("cost", "set training.saves_per_epoch or save_every", ("no", "steps")),
     # Neither.
@@ -271,7 +271,7 @@ def _batch(given: dict[str, Any], devices: int, out: Conversion) -> None:
     micro, parts = int(given.get("micro_batch_size", 1)), int(given.get("gradient_accumulation_steps", 1))
     if "batch_size" in given and "gradient_accumulation_steps" not in given:
         parts = max(1, int(given["batch_size"]) // micro)
-    replicas = max(1, devices // int(out.get("mesh.tensor") or 1))  # devices of one tensor group share a batch
+    replicas = max(1, devices // out.devices_of_a_row)
     out.set("training.batch_size", micro * parts * replicas)
     out.set("training.gradient_accumulation_steps", parts)
 

@@ -89,6 +89,11 @@ class Conversion:
         value = self.tree.get(section)
         return value.get(leaf) if leaf and isinstance(value, dict) else value
 
+    @property
+    def devices_of_a_row(self) -> int:
+        """Devices that share the rows of a batch: those of mesh.tensor and mesh.context."""
+        return int(self.get("mesh.tensor") or 1) * int(self.get("mesh.context") or 1)
+
     def note(self, key: str, value: Any, effect: Effect, why: str) -> None:
         """Say of a peer's key what became of it."""
         text = "" if value is None else " ".join(yaml_scalar(value).split())

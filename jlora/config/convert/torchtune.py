@@ -86,6 +86,7 @@ TABLE: Table = {
     "clip_grad_norm": To("optimizer.max_grad_norm", float),
     "dtype": To("model.dtype", one_of(DTYPES, "bfloat16", "needs a loss scale; {} is taken")),
     "tensor_parallel_dim": To("mesh.tensor", int),
+    "context_parallel_dim": To("mesh.context", int),
     "data_parallel_replicate_dim": To("mesh.data", int),
     "data_parallel_shard_dim": To("mesh.fsdp", int),
     # Other results.
@@ -105,7 +106,7 @@ TABLE: Table = {
         Without("cost", "is how torchtune computes the same; jlora compiles its step always", (False, 1)),
         "compile optimizer.fused optimizer.foreach optimizer_in_bwd custom_sharded_layers fsdp fsdp_cpu_offload "
         "low_cpu_ram use_loss_parallel_ctx_manager enable_async_checkpointing fsdp_reshard_after_forward "
-        "context_parallel_dim enable_fp8_training ac_mode ac_option batch_size_val loss.num_output_chunks",
+        "enable_fp8_training ac_mode ac_option batch_size_val loss.num_output_chunks",
     ),
     # Neither.
     **alike(Without("aside", FILES), "checkpointer.checkpoint_files checkpointer.model_type checkpointer._component_"),
@@ -212,7 +213,7 @@ def _model(given: dict[str, Any], out: Conversion) -> None:
 
 def _training(given: dict[str, Any], devices: int, out: Conversion) -> None:
     parts = int(given.get("gradient_accumulation_steps", 1))
-    replicas = max(1, devices // int(out.get("mesh.tensor") or 1))  # devices of one tensor group share a batch
+    replicas = max(1, devices // out.devices_of_a_row)
     out.set("training.batch_size", int(given.get("batch_size", 1)) * parts * replicas)
     out.set("training.gradient_accumulation_steps", parts)
     kept = "full" if given.get("enable_activation_checkpointing") else "none"
