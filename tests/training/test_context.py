@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +52,28 @@ def test_runs_are_those_of_one_device(tmp_path):
             np.testing.assert_allclose(curve, expected[key], rtol=1e-5, err_msg=f"{name}: {key}")
     before, after = (times(tmp_path / name) for name in ("one", "resumed"))
     assert after[:3] == before[:3] and after[3:] != before[3:]  # the first three steps were not taken again
+
+
+@pytest.mark.long
+def test_a_device_holds_its_part_of_a_long_row(tmp_path, smallest_base):
+    """Of 8 devices each holds less than a third of what one would beside the weights, whose share it is not."""
+    rows = make_completions(tmp_path / "rows.jsonl")
+    data, training = {"format": "completion", "max_length": 16_384}, {"batch_size": 1}
+    config = write_config(tmp_path / "c.yaml", smallest_base, rows, tmp_path / "run", data=data, training=training)
+
+    def held(devices):
+        words = ["--topology", f"cpu:{devices}", f"mesh.context={devices}", "mesh.fsdp=1", "model.remat=full", "--json"]
+        done = subprocess.run(
+            [sys.executable, "-m", "jlora.plan", "--config", config, *words], capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    whole, part = held(1), held(8)
+    print(f"{whole['temp_bytes']:,} bytes of one device, {part['temp_bytes']:,} of each of 8")
+    assert 0 < part["temp_bytes"] < whole["temp_bytes"] / 3
+    assert part["mesh"]["context"] == 8 and part["sent_bytes_per_step"] > whole["sent_bytes_per_step"] == 0
+    assert part["flops_per_step"] == whole["flops_per_step"]
 
 
 def times(run_dir: Path) -> list[float]:
