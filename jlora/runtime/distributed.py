@@ -295,11 +295,12 @@ class Watch(threading.Thread):
         """The thread's loop."""
         import jax
 
-        client = private_jax.job().client
+        # Not `process_index()`: as Python ends, JAX drops its devices, and asking would make them anew in this thread.
+        client, own = private_jax.job().client, private_jax.job().process_id
         while True:
             time.sleep(POLL_SECONDS)
             try:
-                client.key_value_set(f"jlora/step/{process_index()}", str(self._step), allow_overwrite=True)
+                client.key_value_set(f"jlora/step/{own}", str(self._step), allow_overwrite=True)
                 failures = client.key_value_dir_get("jlora/failed/")
                 entries = client.key_value_dir_get("jlora/step/")
             except jax.errors.JaxRuntimeError:  # process 0 is gone, and JAX ends this process for it
