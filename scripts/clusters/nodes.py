@@ -89,13 +89,13 @@ class Cluster:
         python = os.environ[ENTERED]
         (self.folder / "bin/python").write_text(f'#!/bin/sh\nexec {python} "$@"\n', encoding="utf-8")
         (self.folder / "bin/python").chmod(0o755)
-        os.environ |= {
-            **{"PATH": f"{self.folder}/bin:{os.environ['PATH']}", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
-            **{"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1", "OMP_NUM_THREADS": "1"},
+        self.variables = {
+            **{"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1", "OMP_NUM_THREADS": "1"},
             # A start takes seconds fewer: nothing is compiled twice, no process is replaced for its huge pages.
             **{"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"},
             **{"JAX_COMPILATION_CACHE_DIR": f"{self.folder}/cache", "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"},
         }
+        os.environ |= self.variables | {"PATH": f"{self.folder}/bin:{os.environ['PATH']}"}
         for line in (
             f"hostname {HEAD}",
             f"mount --bind {self.folder}/hosts /etc/hosts",
@@ -132,6 +132,9 @@ class Cluster:
         self.processes[name].kill()
         self.processes[name].wait()
         subprocess.run(["ip", "link", "del", f"to-{name}"], capture_output=True)  # it goes with the node, too
+
+    def clear(self) -> None:
+        """After a failed case: end what it left."""
 
     def close(self) -> None:
         """All nodes down, and the folder gone."""

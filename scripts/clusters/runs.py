@@ -2,13 +2,13 @@
 
 import hashlib
 import json
-import os
+import re
 import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-from nodes import NODES, ROOT, Cluster, Late, until
+from nodes import ROOT, Cluster, Late, until
 
 STEPS, SAVE_EVERY = 60, 10
 # Makes a random Llama of 37,216 parameters, in the environment of jlora.
@@ -85,10 +85,15 @@ def last_step(run: Path) -> int:
     return found
 
 
-def starts(run: Path) -> int:
-    """How often a run was started."""
-    file = run / "starts.jsonl"
-    return len(file.read_text(encoding="utf-8").splitlines()) if file.exists() else 0
+def resumed_from(log: str) -> str:
+    """The steps from which the starts in a log went on.
+
+    Raises:
+      Late: none did.
+    """
+    if not (steps := re.findall(r"resumed from step (\d+)", log)):
+        raise Late("nothing was resumed")
+    return f"from step {', '.join(steps)}"
 
 
 def in_a_step(run: Path) -> None:
@@ -162,6 +167,7 @@ class Table:
             self.failed += 1
             row = ("FAILED", name, f"{time.monotonic() - began:.0f} s", "-", str(late))
             self.show_logs(run)
+            self.cluster.clear()
         self.rows.append(row)
         print(" | ".join(row), flush=True)
 
