@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from tiny import make_completions, make_llama, make_tokenizer, write_config
 
 from jlora.config import load_config
 from jlora.errors import Stopped
-from jlora.runtime import supervise
+from jlora.runtime import distributed, supervise
 from jlora.training.metrics import read_metrics
 from jlora.training.run import train
 
@@ -415,6 +416,26 @@ def test_schedulers_are_detected(material, scheduler):
     ]
     printed = [process.communicate(timeout=120) for process in started]
     assert [out.split()[:3] for out, _ in printed] == [["0", "2", "4.0"], ["1", "2", "4.0"]], printed
+
+
+def test_a_watch_asks_for_no_devices(monkeypatch):
+    """As Python ends, JAX drops its devices; asked by the watch's thread it made them anew, and ended in a traceback."""
+
+    class Written(Exception):
+        pass
+
+    def written(key, *_, **__):
+        raise Written(key)
+
+    def asked():
+        raise AssertionError("JAX was asked for its devices")
+
+    job = SimpleNamespace(client=SimpleNamespace(key_value_set=written), process_id=3, num_processes=1)
+    monkeypatch.setattr(distributed.private_jax, "job", lambda: job)
+    monkeypatch.setattr(distributed, "process_index", asked)
+    monkeypatch.setattr(distributed, "POLL_SECONDS", 0)
+    with pytest.raises(Written, match="^jlora/step/3$"):
+        distributed.Watch(60).run()
 
 
 def test_half_an_address_is_refused(material):

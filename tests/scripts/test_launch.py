@@ -50,7 +50,7 @@ def test_every_name_is_known(path):
         assert (ROOT / config).is_file()
 
 
-@pytest.mark.parametrize("name", ["slurm.sbatch", "tpu-vm.sh"])
+@pytest.mark.parametrize("name", ["mpirun", "slurm.sbatch", "tpu-vm.sh"])
 def test_shell_parses(name):
     subprocess.run(["bash", "-n", LAUNCH / name], check=True)
 
@@ -149,6 +149,46 @@ def test_slurm_requeues_what_can_go_on(tmp_path, code, restarts, requeued):
     assert done.returncode == code
     assert ("scontrol requeue 17" in done.stdout) == requeued
     assert "python\n-m\njlora.train\n--config\nc.yaml\ndata.train=my rows.jsonl\n" in done.stdout
+
+
+def test_slurm_array_elements_have_arguments_of_their_own(tmp_path):
+    fake(tmp_path, "srun", 'printf "%s\\n" "$@"')
+    command = ["bash", LAUNCH / "slurm.sbatch", "training.seed=%a", "output_dir=/r/a %a-%a"]
+    assert "\ntraining.seed=%a\noutput_dir=/r/a %a-%a\n" in run(command, tmp_path).stdout
+    assert "\ntraining.seed=3\noutput_dir=/r/a 3-3\n" in run(command, tmp_path, SLURM_ARRAY_TASK_ID="3").stdout
+
+
+# Like the real one: signals the group of each process, hands on its environment, and ends with a process's code.
+MPIRUN = """
+echo "mpirun $*"
+while [[ $1 != */launch/mpirun ]]; do shift; done
+trap 'kill -USR1 -- -$!' USR1
+trap 'echo mpirun got TERM; exit 1' TERM
+OMPI_COMM_WORLD_RANK=0 setsid "$@" &
+while kill -0 $! 2> /dev/null; do wait $!; code=$?; done
+exit $code
+"""
+
+
+def test_mpirun_saves_on_sigterm_and_gives_the_exit_code(tmp_path):
+    """mpirun itself would kill its processes a second after it got SIGTERM."""
+    fake(tmp_path, "mpirun", MPIRUN)
+    fake(tmp_path, "python", 'trap "echo saved; exit 75" TERM; echo "ready $*"; while true; do sleep 0.05; done')
+    env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    command = [LAUNCH / "mpirun", "--host", "a,b", "--", "--config", "my c.yaml"]
+    job = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True)
+    try:
+        said = [job.stdout.readline(), job.stdout.readline()]
+        job.terminate()
+        said.append(job.communicate(timeout=30)[0])
+    finally:
+        job.kill()
+    assert said[0].startswith("mpirun -x PATH --host a,b ") and said[1] == "ready -m jlora.train --config my c.yaml\n"
+    assert (said[2], job.returncode) == ("saved\n", cli.PREEMPTED)
+    fake(tmp_path, "python", "exit 3")
+    assert run([*command], tmp_path).returncode == 3
+    refused = run([LAUNCH / "mpirun", "--config", "c.yaml"], tmp_path)
+    assert refused.returncode == 2 and "before the two dashes" in refused.stderr
 
 
 SRUN = """
