@@ -419,7 +419,7 @@ def test_schedulers_are_detected(material, scheduler):
 
 
 def test_a_watch_asks_for_no_devices(monkeypatch):
-    """As Python ends, JAX drops its devices; asked by the watch's thread it made them anew, and ended in a traceback."""
+    """As Python ends, JAX drops its devices; asked by this thread, it made them anew, which ended in a traceback."""
 
     class Written(Exception):
         pass
