@@ -97,7 +97,7 @@ def resumed_from(log: str) -> str:
 
 
 def in_a_step(run: Path) -> None:
-    """Return in the middle of a run, after its second save, while none is written."""
+    """Return in the middle of a run, while no checkpoint is written; one that is due may not have begun."""
     until(f"{run.name} trains", 120, lambda: last_step(run) > 2 * SAVE_EVERY + 2 and not saving(run), 0.005)
 
 
