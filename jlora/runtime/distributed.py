@@ -295,13 +295,16 @@ class Watch(threading.Thread):
         """The thread's loop."""
         import jax
 
+        # Its own failure is left to `end`, which waits for the others to read of it: this process may hold the store.
         # Not `process_index()`: as Python ends, JAX drops its devices, and asking would make them anew in this thread.
         client, own = private_jax.job().client, private_jax.job().process_id
         while True:
             time.sleep(POLL_SECONDS)
             try:
                 client.key_value_set(f"jlora/step/{own}", str(self._step), allow_overwrite=True)
-                failures = client.key_value_dir_get("jlora/failed/")
+                failures = [
+                    told for told in client.key_value_dir_get("jlora/failed/") if told[0] != f"jlora/failed/{own}"
+                ]
                 entries = client.key_value_dir_get("jlora/step/")
             except jax.errors.JaxRuntimeError:  # process 0 is gone, and JAX ends this process for it
                 continue

@@ -438,6 +438,33 @@ def test_a_watch_asks_for_no_devices(monkeypatch):
         distributed.Watch(60).run()
 
 
+def test_a_watch_leaves_its_own_failure_to_end(monkeypatch, capsys):
+    """Process 0 holds the store: it left before the others had read why, and they ended with 7 instead of its code."""
+
+    class Left(Exception):
+        pass
+
+    def leave(code):
+        raise Left(code)
+
+    told = [
+        [("jlora/failed/0", '[2, "mine"]')],
+        [("jlora/failed/0", '[2, "mine"]'), ("jlora/failed/1", '[3, "theirs"]')],
+    ]
+
+    def read(folder):
+        return told.pop(0) if folder == "jlora/failed/" else [("jlora/step/0", "1")]
+
+    client = SimpleNamespace(key_value_set=lambda *_, **__: None, key_value_dir_get=read)
+    job = SimpleNamespace(client=client, process_id=0, num_processes=1)
+    monkeypatch.setattr(distributed.private_jax, "job", lambda: job)
+    monkeypatch.setattr(distributed, "_leave", leave)
+    monkeypatch.setattr(distributed, "POLL_SECONDS", 0)
+    with pytest.raises(Left, match="^3$"):
+        distributed.Watch(60).run()
+    assert capsys.readouterr().err == "error: process 1 of the job failed: theirs\n"
+
+
 def test_half_an_address_is_refused(material):
     for overrides, words in (
         (["distributed.num_processes=2"], "set coordinator, num_processes and process_id, or none"),

@@ -158,6 +158,14 @@ def test_slurm_array_elements_have_arguments_of_their_own(tmp_path):
     assert "\ntraining.seed=3\noutput_dir=/r/a 3-3\n" in run(command, tmp_path, SLURM_ARRAY_TASK_ID="3").stdout
 
 
+def test_slurm_requeues_one_element_of_an_array(tmp_path):
+    """The last element's job number is the array's, of which a real SLURM starts all elements again."""
+    fake(tmp_path, "srun", "exit 75")
+    fake(tmp_path, "scontrol", 'echo "scontrol $*"')
+    array = {"SLURM_JOB_ID": "17", "SLURM_ARRAY_JOB_ID": "17", "SLURM_ARRAY_TASK_ID": "4"}
+    assert "scontrol requeue 17_4\n" in run(["bash", LAUNCH / "slurm.sbatch"], tmp_path, **array).stdout
+
+
 # Like the real one: signals the group of each process, hands on its environment, and ends with a process's code.
 MPIRUN = """
 echo "mpirun $*"
