@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from nodes import ROOT, Cluster, Late, until
+from nodes import Cluster, Late, until
 
 STEPS, SAVE_EVERY = 60, 10
 # Makes a random Llama of 37,216 parameters, in the environment of jlora.
@@ -125,7 +125,12 @@ class Table:
         key = (processes, steps)
         if key not in self.unbroken:
             run = self.cluster.folder / f"runs/unbroken-{processes}-{steps}"
-            command = [self.cluster.folder / "bin/python", ROOT / "scripts/launch/local", "--processes", str(processes)]
+            command = [
+                self.cluster.folder / "bin/python",
+                self.cluster.code / "scripts/launch/local",
+                "--processes",
+                str(processes),
+            ]
             command += ["--cpu-devices", "1", "--", "--config", self.config, f"output_dir={run}"]
             done = subprocess.run(
                 [*command, f"training.max_steps={steps}"], stdout=subprocess.PIPE, text=True, timeout=300
