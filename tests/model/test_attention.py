@@ -310,6 +310,7 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 from jlora.model import attention
 from jlora.model.sharding import MESH_AXES
+from jlora.planning.program import Program
 from jlora.runtime import private_jax
 import numpy as np
 target = '''gpu_device_info { threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
@@ -327,17 +328,18 @@ def grads(q, k, v, segments):
     return jax.grad(loss, argnums=(0, 1, 2))(q, k, v)
 def arg(shape, dtype, spec):
     return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
-def compiled():
+def compiled(rows, length):
     spec = P("fsdp", "context", "tensor", None)
-    q, k = (arg((4, 512, n, 128), jnp.bfloat16, spec) for n in (8, 2))
+    q, k = (arg((rows, length, n, 128), jnp.bfloat16, spec) for n in (8, 2))
     with jax.set_mesh(mesh), private_jax.gpu_is_cuda():
-        return jax.jit(grads).lower(q, k, k, arg((4, 512), jnp.int32, P("fsdp", None))).compile().as_text()
-text = compiled()
+        return jax.jit(grads).lower(q, k, k, arg((rows, length), jnp.int32, P("fsdp", None))).compile().as_text()
+text = compiled(4, 512)
 of_the_mask = "bf16[2,1,512,512]{3,2,1,0}, u8[0]" in text  # its gradient, before the workspace
 print(text.count('custom_call_target="__cudnn$fmha'), "all-gather" in text, "[2,512,4,128]" in text, of_the_mask)
 mesh = Mesh(mesh.devices.reshape(1, 1, 2, 2), MESH_AXES, axis_types=(AxisType.Auto,) * 4)
-text = compiled()
-print(text.count('custom_call_target="__cudnn$fmha'), "all-gather" in text, "reduce-scatter" in text)
+text = compiled(16, 8192)  # so large that XLA makes no one collective of two
+names = [each.name for each in Program(text).operations() if each.sent == 16 * 8192 * 128 * 2 / 2]
+print(text.count('custom_call_target="__cudnn$fmha'), *(str(names).count(kind) for kind in ("gather", "scatter")))
 """
 
 
@@ -345,8 +347,8 @@ print(text.count('custom_call_target="__cudnn$fmha'), "all-gather" in text, "red
 def test_cudnn_compiles_for_an_absent_gpu():
     """Forward and backward over a mesh become cuDNN calls on a device's own rows and heads; no mask has a gradient.
 
-    Where two devices have parts of each row, either's branch has calls for its two chunks, and keys and values
-    are gathered.
+    Where two devices have parts of each row, either's branch has calls for its two chunks, keys and values are gathered
+    in either pass, and their gradients scattered. The planner counts each.
     """
     done = subprocess.run(
         [sys.executable, "-c", GPU_PROGRAM],
@@ -358,4 +360,4 @@ def test_cudnn_compiles_for_an_absent_gpu():
     assert done.returncode == 0, done.stderr[-3000:]
     whole, split = map(str.split, done.stdout.splitlines())
     assert whole == ["2", "False", "True", "False"]
-    assert split == [str(2 * 2 * 2), "True", "True"]
+    assert split == [str(2 * 2 * 2), "4", "2"]

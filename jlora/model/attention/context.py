@@ -27,17 +27,33 @@ def to_answering(x: Shaped[Array, "B T *dims"]) -> Shaped[Array, "B T *dims"]:
     T must be even: `jlora.model.divisibility` asks for it.
     """
     there = _answering()
-    # Of chunks 2 i, as of chunks 2 i + 1, each device answers one.
-    first, second = (_sent(half, list(enumerate(to))) for half, to in zip(jnp.split(x, 2, axis=1), there, strict=True))
+    first, second = jnp.split(x, 2, axis=1)
+    # Of chunks 2 i, as of chunks 2 i + 1, each device answers one. A line for each: see `gathered`.
+    first = _sent(first, list(enumerate(there[0])))
+    second = _sent(second, list(enumerate(there[1])))
     return _in_order(first, second)
 
 
 def to_holding(x: Shaped[Array, "B T *dims"]) -> Shaped[Array, "B T *dims"]:
     """The inverse of `to_answering`."""
     there = _answering()
-    halves = jnp.split(_in_order(*jnp.split(x, 2, axis=1)), 2, axis=1)
-    back = (_sent(half, [(of, i) for i, of in enumerate(to)]) for half, to in zip(halves, there, strict=True))
-    return jnp.concatenate(list(back), axis=1)
+    first, second = jnp.split(_in_order(*jnp.split(x, 2, axis=1)), 2, axis=1)
+    first = _sent(first, [(of, i) for i, of in enumerate(there[0])])
+    second = _sent(second, [(of, i) for i, of in enumerate(there[1])])
+    return jnp.concatenate([first, second], axis=1)
+
+
+def gathered(
+    k: Shaped[Array, "*part"], v: Shaped[Array, "*part"], axis: int
+) -> tuple[Shaped[Array, "*whole"], Shaped[Array, "*whole"]]:
+    """Keys and values of whole rows from a device's own part of them, cut at `axis`.
+
+    In lines of their own: all collectives of a `shard_map` have one channel, and by where they come from the planner
+    tells two of them from one that the compiler wrote down twice.
+    """
+    k = jax.lax.all_gather(k, CONTEXT, axis=axis, tiled=True)
+    v = jax.lax.all_gather(v, CONTEXT, axis=axis, tiled=True)
+    return k, v
 
 
 def answered(blocks: int) -> Int[Array, " {2*blocks}"]:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jaxtyping import Array
 
-from jlora.model.attention.context import CHUNKS, answered_by, to_answering, to_holding
+from jlora.model.attention.context import CHUNKS, answered_by, gathered, to_answering, to_holding
 from jlora.model.attention.interface import over_rows
 from jlora.model.sharding import CONTEXT, context_size
 from jlora.runtime import private_jax
@@ -65,7 +65,7 @@ def _cudnn_over_context(
         return jnp.concatenate([_from(number * chunk, part, k, v, segments, window) for number, part in parts], axis=1)
 
     def run(q: Array, k: Array, v: Array) -> Array:
-        k, v = (jax.lax.all_gather(x, CONTEXT, axis=1, tiled=True) for x in (k, v))
+        k, v = gathered(k, v, axis=1)
         branches = [partial(branch, device) for device in range(devices)]
         return jax.lax.switch(jax.lax.axis_index(CONTEXT), branches, to_answering(q), k, v)
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from jlora.model.attention.context import CHUNKS, answered, to_answering, to_holding
+from jlora.model.attention.context import CHUNKS, answered, gathered, to_answering, to_holding
 from jlora.model.attention.interface import ATTENTION_OUTPUT, over_rows
 from jlora.model.layers import capped
 from jlora.model.sharding import CONTEXT
@@ -219,14 +219,10 @@ def _tiled_over_context(
     return _forward_over_context(limits, queries, keys, values, segments, numbers)[0]
 
 
-def _gathered(tiles: Float[Array, "I n t H"]) -> Float[Array, "J n t H"]:
-    return jax.lax.all_gather(tiles, CONTEXT, axis=0, tiled=True)
-
-
 def _forward_over_context(
     limits: Limits, queries: Array, keys: Array, values: Array, segments: Array, numbers: Array
 ) -> tuple[Array, tuple[Array, ...]]:
-    mixed, saved = _forward(limits, queries, _gathered(keys), _gathered(values), segments, numbers)
+    mixed, saved = _forward(limits, queries, *gathered(keys, values, axis=0), segments, numbers)
     return mixed, (queries, keys, values, segments, *saved[4:], numbers)
 
 
@@ -234,9 +230,10 @@ def _backward_over_context(
     limits: Limits, saved: tuple[Array, ...], gradients: Float[Array, "I n m H"]
 ) -> tuple[Array, Array, Array, None, None]:
     queries, keys, values, segments, mixed, normalizer, numbers = saved
-    whole = (queries, _gathered(keys), _gathered(values), segments, mixed, normalizer)
-    to_queries, *shares, _ = _backward(limits, whole, gradients, numbers)
-    to_keys, to_values = (jax.lax.psum_scatter(share, CONTEXT, scatter_dimension=0, tiled=True) for share in shares)
+    whole = (queries, *gathered(keys, values, axis=0), segments, mixed, normalizer)
+    to_queries, to_keys, to_values, _ = _backward(limits, whole, gradients, numbers)
+    to_keys = jax.lax.psum_scatter(to_keys, CONTEXT, scatter_dimension=0, tiled=True)
+    to_values = jax.lax.psum_scatter(to_values, CONTEXT, scatter_dimension=0, tiled=True)
     return to_queries, to_keys, to_values, None, None
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-from jlora.model.attention.context import CHUNKS, answered, answered_by, to_answering, to_holding
+from jlora.model.attention.context import CHUNKS, answered, answered_by, gathered, to_answering, to_holding
 from jlora.model.attention.interface import ATTENTION_OUTPUT, over_rows
 from jlora.model.sharding import CONTEXT, context_size
 
@@ -48,7 +48,7 @@ def _splash_over_context(
     q_segments = chunks[:, answered(1)].reshape(len(segments), -1)
 
     def run(q: Array, k: Array, v: Array) -> Array:
-        k, v = (jax.lax.all_gather(x, CONTEXT, axis=1, tiled=True) for x in (k, v))
+        k, v = gathered(k, v, axis=1)
         return _run(kernel, to_answering(q), k, v, q_segments, segments)
 
     # No layer's keys and values wait for the backward pass whole on every device.
