@@ -145,7 +145,9 @@ def alone(tiny, adapter, sequences):
 def test_a_sequence_in_its_row_is_as_it_is_alone(tiny, format, packing, kernel):
     asked, device = KERNELS[kernel]
     cfg = Config(**sections(tiny.folder, format, packing, asked))
-    shown, forward = make_forward(cfg, tiny.base.cfg, Mock(jax.sharding.Mesh, devices=np.array([device])))
+    shown, forward = make_forward(
+        cfg, tiny.base.cfg, Mock(jax.sharding.Mesh, devices=np.array([device]), shape={"context": 1})
+    )
     assert shown == kernel
     dataset, _ = encoding.read_data(cfg, load_tokenizer(tiny.folder / "base", cfg.data.chat_template))
     epochs = Epochs(dataset, cfg.data, ROWS, seed=0)
