@@ -140,7 +140,9 @@ def _observed(said: Said, row: int, chat: bool, prompt: list[int], before: str, 
     cut = said.finish == "length"
     if not said.tokens:
         ids = pieces.ids_of_text(said.text, before)
-        return Observed(row, chat, prompt, ids, False, None, said.text, cut, said.prompt_tokens)
+        # An answer that ends at once has none to give, whether the server gives them or not.
+        logs: list[float] | None = None if said.text else []
+        return Observed(row, chat, prompt, ids, False, logs, said.text, cut, said.prompt_tokens)
     found = pieces.ids_of([(token.text, token.raw, token.id) for token in said.tokens], before)
     pairs = list(zip(found, said.tokens, strict=True))
     known = next((i for i, (id, token) in enumerate(pairs) if id is None or token.logprob is None), len(pairs))
