@@ -19,6 +19,7 @@ from transformers import (
     Gemma3TextConfig,
     GPT2Config,
     LlamaConfig,
+    MistralConfig,
     Phi3Config,
     PreTrainedConfig,
     PreTrainedModel,
@@ -43,6 +44,7 @@ PHI3 = WIDE | {"pad_token_id": 0, "head_dim": 16, "num_key_value_heads": 3}
 # Every numerics field off its default that a file of the family can hold.
 MODELS: dict[str, PreTrainedConfig] = {
     "llama3": LlamaConfig(**WIDE | {"rope_parameters": LLAMA3}),
+    "mistral": MistralConfig(**WIDE | {"sliding_window": None, "rope_parameters": LINEAR}),
     "qwen2_tied": Qwen2Config(**WIDE | {"head_dim": 16, "tie_word_embeddings": True, "rope_parameters": LINEAR}),
     "qwen3": Qwen3Config(**WIDE | {"rope_parameters": LINEAR}),
     "gpt2": GPT2Config(**GPT2 | {"n_inner": 160, "tie_word_embeddings": False}),
@@ -72,7 +74,7 @@ MODELS: dict[str, PreTrainedConfig] = {
         }
     ),
 }
-ARCHES = {"gemma3_text": "gemma3"}
+ARCHES = {"gemma3_text": "gemma3", "mistral": "llama"}
 
 
 def make(path: Path, name: str, **others: Any) -> PreTrainedModel:

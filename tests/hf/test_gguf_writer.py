@@ -4,10 +4,12 @@ import dataclasses
 
 import numpy as np
 import pytest
+import torch
 from command_line import sentence_of
 from gguf_families import MODELS, make
 from gguf_files import SPM
 from shared_data import SHARED, SMOLLM2, needs_data, needs_smollm2
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from jlora.errors import ModelError
 from jlora.hf.gguf import GGUFFile
@@ -128,3 +130,25 @@ def test_tokenizer_that_llama_cpp_cannot_have_is_refused(monkeypatch):
         ModelError, vocabulary_of, *arguments
     )
     assert any("  " in text for text in PROBES)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["F32", "F16"])
+@pytest.mark.parametrize("name", sorted(MODELS.keys() - {"gemma2_of_46_layers"}))
+def test_transformers_reads_the_same_weights(name, kind, tmp_path):
+    """By its own GGUF reader, with the model's config: of a file it takes some widths for the family's usual ones."""
+    make(tmp_path / "theirs.gguf", name)
+    saved = tmp_path / f"{name}-saved"
+    source, config = open_source(saved), AutoConfig.from_pretrained(saved)
+    if name == "mistral":  # whose files are Llama's
+        config = LlamaConfig(**config.to_dict() | {"model_type": "llama"})
+    write_gguf(tmp_path / "ours.gguf", source.model, source.config, Stored(source), VOCABULARY, kind)
+    options = {"gguf_file": "ours.gguf", "config": config, "dtype": torch.float32}
+    read = AutoModelForCausalLM.from_pretrained(tmp_path, **options).state_dict()
+    right = AutoModelForCausalLM.from_pretrained(saved, dtype=torch.float32).state_dict()
+    assert read.keys() == right.keys()
+    for each, tensor in right.items():
+        in_16_bits = kind == "F16" and tensor.ndim == 2 and each != "transformer.wpe.weight"
+        rounded = tensor.half().float() if in_16_bits else tensor
+        # A norm of Gemma lies there with 1 added.
+        torch.testing.assert_close(read[each], rounded, rtol=0, atol=1.2e-7 if "gemma" in name else 0, msg=each)
