@@ -46,7 +46,8 @@ def prepare(packages: Sequence[str]) -> None:
 def environment() -> str:
     """A Python with this checkout's jlora: PYTHON, or build/venv-clusters, made where it is missing."""
     if "PYTHON" in os.environ:
-        return shutil.which(os.environ["PYTHON"]) or sys.exit("error: PYTHON is not a program")
+        found = shutil.which(os.environ["PYTHON"]) or sys.exit("error: PYTHON is not a program")
+        return os.path.abspath(found)  # nodes run it from other folders
     python = ROOT / "build/venv-clusters/bin/python"
     if not (python.parent / "jlora").exists():
         print(f"making {python.parents[1].relative_to(ROOT)}", flush=True)
