@@ -52,7 +52,10 @@ def environment() -> str:
     if not (python.parent / "jlora").exists():
         print(f"making {python.parents[1].relative_to(ROOT)}", flush=True)
         subprocess.run([sys.executable, "-m", "venv", "--clear", python.parents[1]], check=True)
-        constraints = ROOT / ("constraints-py312.txt" if sys.version_info >= (3, 12) else "constraints.txt")
+        chosen = [ROOT / "scripts/constraints", sys.executable]
+        constraints = (
+            ROOT / subprocess.run(chosen, stdout=subprocess.PIPE, text=True, check=True, cwd=ROOT).stdout.strip()
+        )
         install = [python, "-m", "pip", "install", "--quiet", "--constraint", constraints, "--editable", ROOT]
         subprocess.run(install, check=True)
     return str(python)
